@@ -1,0 +1,22 @@
+"""Engine-free, sans-IO core of umbp-connectors.
+
+Everything in this package takes events and returns effects.  It opens no socket, starts no thread,
+reads no clock and imports no engine; time, storage, copies and observers enter through the
+Protocols in :mod:`umbp_core.ports`.
+
+Map of the package:
+
+``errors``      the exception tree
+``ids``         the identifiers and object identity
+``tiers``       HBM, DRAM, SSD and sets of them
+``ports``       what the core needs from outside
+``pages``       page bitmap allocator
+``leases``      promises not to evict, with a deadline
+``eviction``    LRU and prefix-aware LRU
+``directory``   which object is in which page of which tier: the only owner of a node's metadata
+``ops``         transfer operations and their messages
+``slot_table``  the slot's two state machines, as data
+``slots``       one request's life as the connector sees it
+``scheduler``   rendezvous, requirements, concurrency tokens, completion of transfers
+``testing``     fakes, plain models and hypothesis machines that third parties may reuse
+"""

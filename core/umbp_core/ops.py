@@ -1,0 +1,116 @@
+"""Transfer operations and the messages about them.
+
+All messages are frozen msgspec structs: they cross from the leader (scheduler process) to the
+workers (one per rank) and back, and are compared by value in tests.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+CHECKSUM_BYTES = 16
+"""xxh3-128 over object key ‖ object bytes."""
+
+
+class Direction(enum.IntEnum):
+    """What an op does; smaller values start first (loads before stores, law of the scheduler)."""
+
+    LOAD = 0
+    """Towards HBM, from DRAM or SSD."""
+    STORE = 1
+    """From HBM to DRAM."""
+    DEMOTE = 2
+    """From DRAM to SSD; touches no HBM."""
+
+
+class OpStatus(enum.Enum):
+    """How an op ended; every op ends in exactly one of them (law L4)."""
+
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+class RequirementKind(enum.IntEnum):
+    """When an op may touch HBM."""
+
+    NONE = 0
+    ITERATION_COMPLETE = 1
+    LAYER_NAME_COMPLETE = 2
+    LAYER_COMPLETE = 3
+
+
+class Requirement(msgspec.Struct, frozen=True, array_like=True):
+    """A condition on the worker's progress; ``iteration`` is the leader's step number."""
+
+    kind: RequirementKind = RequirementKind.NONE
+    iteration: int = 0
+    layer_name: str = ""
+    layer_index: int = -1
+
+
+class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
+    """One block of an op; the same numbers are valid on every rank.
+
+    ``hbm_block`` is -1 in a demotion.  ``dram_page`` is an arena page; in a load from SSD it is the page
+    that the bytes pass through and, when ``keep`` is true, stay in.  ``ssd_slot`` is -1 when SSD is not
+    involved.  ``checksums`` holds one xxh3-128 per rank in world-rank order (16 bytes each); it is empty
+    in a store, whose checksums come back in :class:`OpResult`.
+    """
+
+    key: bytes
+    group: int
+    hbm_block: int
+    dram_page: int
+    ssd_slot: int = -1
+    checksums: bytes = b""
+
+    def checksum_of(self, rank: int) -> bytes:
+        """The expected checksum of world rank ``rank``; empty when unknown."""
+        return self.checksums[rank * CHECKSUM_BYTES : (rank + 1) * CHECKSUM_BYTES]
+
+
+class LeaderTransferRequest(msgspec.Struct, frozen=True, array_like=True):
+    """The leader's half of an op: what to move, when, and by when.
+
+    ``timeout_s`` counts from the moment the worker receives the op.  ``immediate`` ops need no
+    worker half (they touch no HBM or are safe at once).
+    """
+
+    op_id: str
+    request_id: str
+    direction: Direction
+    blocks: tuple[BlockCopy, ...]
+    requirement: Requirement = Requirement()
+    immediate: bool = False
+    timeout_s: float = 30.0
+
+
+class WorkerTransferRequest(msgspec.Struct, frozen=True, array_like=True):
+    """The worker's half: the request's slot exists here and expects this op."""
+
+    op_id: str
+    request_id: str
+    direction: Direction
+
+
+class OpResult(msgspec.Struct, frozen=True, array_like=True):
+    """How an op ended on one rank.
+
+    ``failed`` holds the indexes into ``blocks`` that did not arrive (all of them unless ``DONE``;
+    a load may be ``FAILED`` with only some blocks bad).  ``checksums`` holds, for a store that is
+    ``DONE``, this rank's 16 bytes per block, in order.  ``reason`` is a short label for metrics.
+    """
+
+    op_id: str
+    request_id: str
+    direction: Direction
+    status: OpStatus
+    failed: tuple[int, ...] = ()
+    checksums: bytes = b""
+    moved_bytes: int = 0
+    seconds: float = 0.0
+    reason: str = ""
