@@ -102,7 +102,10 @@ class OpResult(msgspec.Struct, frozen=True, array_like=True):
 
     ``failed`` holds the indexes into ``blocks`` that did not arrive (all of them unless ``DONE``;
     a load may be ``FAILED`` with only some blocks bad).  ``checksums`` holds, for a store that is
-    ``DONE``, this rank's 16 bytes per block, in order.  ``reason`` is a short label for metrics.
+    ``DONE``, this rank's 16 bytes per block, in order.  ``seconds`` runs from the start of the transfer and
+    is 0 for one that never started.  ``reason`` is a short label for metrics.  ``quarantined`` is true when
+    the op was ended by a deadline or a cancellation while this rank was still at work on it: its DRAM pages
+    must not be given away until the rank releases the op.  HBM is never touched after a result.
     """
 
     op_id: str
@@ -114,3 +117,4 @@ class OpResult(msgspec.Struct, frozen=True, array_like=True):
     moved_bytes: int = 0
     seconds: float = 0.0
     reason: str = ""
+    quarantined: bool = False

@@ -1,0 +1,335 @@
+"""The transfer scheduler: decides, on one worker, when an op may start, and says once how it ended.
+
+Theory of operation
+-------------------
+An op comes in two halves: the leader's (:class:`~umbp_core.ops.LeaderTransferRequest`: what to move, when,
+by when) and the worker's (:class:`~umbp_core.ops.WorkerTransferRequest`: this rank expects it).  They may
+come over different channels, in either order and repeatedly.  An op passes through these phases::
+
+    HALF ─ both halves, or immediate ─► WAITING ─ requirement holds ─► READY ─ token ─► STARTED ─ commit ─► COMMITTED
+      └──────────── cancellation or deadline: dropped and reported at once ─────────────────┘       runs to its end
+
+* **Tokens.**  Each direction has its own, so that a load never waits for a store's token; an op that waits
+  for its partner or its requirement holds none, so a stuck one delays nobody else.  Starts are handed out
+  loads first, then stores, then demotions, each in the order in which they became ready.
+* **Commitment** is one call, :meth:`TransferScheduler.commit`, right before the first byte goes to its final
+  destination.  Before it an op can be dropped.  After it the op runs to its end and its status tells what
+  happened; a cancellation or deadline changes nothing any more.
+* **Ending** is membership in a set of op ids, never a count: unknown, repeated and late results, halves and
+  cancellations change nothing.
+* An op that is dropped while STARTED gives its token back at once, but its executor may still be at work on
+  the op's DRAM pages.  It is **quarantined** until the executor calls :meth:`TransferScheduler.finished`.
+
+Nothing here blocks, reads a clock or knows a thread: the caller serialises the calls and passes the time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections import deque
+
+import msgspec
+
+from umbp_core.deadlines import Deadlines
+from umbp_core.errors import ConfigError, StateError
+from umbp_core.ops import Direction, LeaderTransferRequest, OpResult, OpStatus, WorkerTransferRequest
+from umbp_core.progress import Progress
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """Ops that run at the same time per direction, and bounds on what is remembered.
+
+    ``orphan_timeout_s`` is how long a worker's half waits for the leader's; ``remember`` is the number of
+    ended ops whose ids are kept to recognise replays.  Raises ``ConfigError`` unless all are positive.
+    """
+
+    loads: int = 4
+    stores: int = 4
+    demotions: int = 2
+    orphan_timeout_s: float = 30.0
+    remember: int = 65536
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not value > 0:
+                raise ConfigError(f"transfer limit {name} must be positive, got {value}; leave it out for the default")
+
+    def tokens(self) -> dict[Direction, int]:
+        """How many ops may run at the same time, per direction."""
+        return {Direction.LOAD: self.loads, Direction.STORE: self.stores, Direction.DEMOTE: self.demotions}
+
+
+class Phase(enum.IntEnum):
+    """How far an op is; see the drawing at the top."""
+
+    HALF = 0
+    WAITING = 1
+    READY = 2
+    STARTED = 3
+    COMMITTED = 4
+    ENDED = 5
+
+
+class _Op:
+    """One op that has not ended."""
+
+    __slots__ = ("direction", "leader", "op_id", "paired", "phase", "request_id", "started_at")
+
+    def __init__(self, half: LeaderTransferRequest | WorkerTransferRequest) -> None:
+        self.op_id = half.op_id
+        self.request_id = half.request_id
+        self.direction = half.direction
+        self.leader: LeaderTransferRequest | None = None
+        self.paired = False
+        self.phase = Phase.HALF
+        self.started_at = 0.0
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the op; 0 while the leader's half is missing."""
+        return len(self.leader.blocks) if self.leader is not None else 0
+
+
+class TransferScheduler:
+    """Rendezvous, requirements, tokens, deadlines and results of one worker's ops.  One thread at a time.
+
+    Every call costs time in proportion to the ops that it changes, whatever else is pending.
+    """
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self._limits = limits if limits is not None else Limits()
+        self._tokens = self._limits.tokens()
+        self._ops: dict[str, _Op] = {}
+        self._by_request: dict[str, dict[str, None]] = {}
+        self._ready: dict[Direction, deque[_Op]] = {direction: deque() for direction in Direction}
+        self._progress = Progress()
+        self._deadlines = Deadlines()
+        self._results: list[OpResult] = []
+        self._ended: set[str] = set()
+        self._ended_order: deque[str] = deque()
+        self._quarantine: dict[str, None] = {}
+        self._released: list[str] = []
+
+    def submit(self, leader: LeaderTransferRequest, now: float) -> None:
+        """The leader's half arrived.
+
+        A repetition, or the half of an op that has ended, changes nothing.  Raises ``StateError``, with
+        nothing changed, when the half contradicts what is known under its op id.
+        """
+        known = self._ops.get(leader.op_id)
+        if known is not None and known.leader is not None:
+            if known.leader != leader:
+                raise _contradiction(leader.op_id)
+            return
+        op = self._op_of(leader)
+        if op is None:
+            return
+        op.leader = leader
+        self._deadlines.set(op.op_id, now + (leader.timeout_s if leader.timeout_s > 0 else 0.0))
+        if op.paired or leader.immediate:
+            self._pair(op, leader)
+
+    def enqueue(self, worker: WorkerTransferRequest, now: float) -> None:
+        """The worker's half arrived; otherwise as :meth:`submit`.
+
+        Without a partner it is given up after ``Limits.orphan_timeout_s``.
+        """
+        op = self._op_of(worker)
+        if op is None or op.paired:
+            return
+        op.paired = True
+        if op.leader is None:
+            self._deadlines.set(op.op_id, now + self._limits.orphan_timeout_s)
+        elif op.phase is Phase.HALF:
+            self._pair(op, op.leader)
+
+    def begin_iteration(self, iteration: int) -> None:
+        """The worker starts the leader's step ``iteration``; numbers that do not grow are ignored."""
+        self._progress.begin_iteration(iteration)
+
+    def layer_done(self, name: str, index: int) -> None:
+        """A layer of the current iteration was computed."""
+        self._make_ready(self._progress.layer_done(name, index))
+
+    def end_iteration(self, iteration: int) -> None:
+        """The worker ended step ``iteration`` and, with it, every earlier one; repetitions are ignored."""
+        self._make_ready(self._progress.end_iteration(iteration))
+
+    def poll(self, now: float) -> list[LeaderTransferRequest]:
+        """Start ops: each returned one holds a token until it ends, and the caller must execute it.
+
+        Ops whose deadline has passed are expired first and never started.
+        """
+        self.expire(now)
+        started: list[LeaderTransferRequest] = []
+        for direction, ready in self._ready.items():
+            while ready and self._tokens[direction]:
+                op = ready.popleft()
+                if op.phase is Phase.READY and op.leader is not None:
+                    op.phase = Phase.STARTED
+                    op.started_at = now
+                    self._tokens[direction] -= 1
+                    started.append(op.leader)
+        return started
+
+    def commit(self, op_id: str) -> bool:
+        """The commitment point: the executor is about to write the first byte to its final destination.
+
+        True exactly once per op.  False means that the op was dropped meanwhile (or was never started):
+        its destination must not be touched.
+        """
+        op = self._ops.get(op_id)
+        if op is None or op.phase is not Phase.STARTED:
+            return False
+        op.phase = Phase.COMMITTED
+        self._deadlines.discard(op_id)
+        return True
+
+    def is_running(self, op_id: str) -> bool:
+        """Whether the op was started and has not ended; an executor may stop working on others."""
+        op = self._ops.get(op_id)
+        return op is not None and op.phase >= Phase.STARTED
+
+    def finished(self, result: OpResult, now: float) -> bool:
+        """The executor is through with an op, and no longer touches any of its memory.
+
+        Returns whether this ended the op.  Otherwise the op had been dropped before, which releases it from
+        quarantine, or it is unknown, repeated or not started, which changes nothing.  Raises ``StateError``
+        for an op that says ``DONE`` and was never committed.
+        """
+        if result.op_id in self._quarantine:
+            del self._quarantine[result.op_id]
+            self._released.append(result.op_id)
+            return False
+        op = self._ops.get(result.op_id)
+        if op is None or op.phase < Phase.STARTED:
+            return False
+        if result.status is OpStatus.DONE and op.phase is not Phase.COMMITTED:
+            raise StateError(f"op {op.op_id} is reported as done but was not committed; commit before the first byte")
+        seconds = max(0.0, now - op.started_at)
+        self._end(
+            op,
+            msgspec.structs.replace(result, request_id=op.request_id, direction=op.direction, seconds=seconds),
+        )
+        return True
+
+    def cancel(self, op_id: str) -> bool:
+        """Drop an op unless it is committed; returns whether this ended it."""
+        op = self._ops.get(op_id)
+        if op is None or op.phase is Phase.COMMITTED:
+            return False
+        self._drop(op, OpStatus.CANCELLED, "cancelled")
+        return True
+
+    def cancel_request(self, request_id: str) -> int:
+        """Drop the request's ops that are not committed; returns how many that ended."""
+        return sum(self.cancel(op_id) for op_id in tuple(self._by_request.get(request_id, ())))
+
+    def expire(self, now: float) -> None:
+        """Drop the ops whose deadline is at or before ``now`` and that are not committed."""
+        for op_id in self._deadlines.pop_expired(now):
+            op = self._ops[op_id]
+            self._drop(op, OpStatus.EXPIRED, f"deadline_{op.phase.name.lower()}")
+
+    def abort(self) -> None:
+        """End every op as ``CANCELLED``, committed ones too: for a shutdown that waits no longer."""
+        for op in tuple(self._ops.values()):
+            self._drop(op, OpStatus.CANCELLED, "closed")
+
+    def take_results(self) -> list[OpResult]:
+        """The results since the last call, in the order in which the ops ended; each op has exactly one."""
+        results, self._results = self._results, []
+        return results
+
+    def take_released(self) -> list[str]:
+        """The op ids that left the quarantine since the last call."""
+        released, self._released = self._released, []
+        return released
+
+    def quarantined(self) -> frozenset[str]:
+        """Ops that were reported while their executor was still at work on their DRAM pages."""
+        return frozenset(self._quarantine)
+
+    def next_deadline(self) -> float | None:
+        """When :meth:`expire` will have something to do; ``None`` for never."""
+        return self._deadlines.next()
+
+    def has_ended(self, op_id: str) -> bool:
+        """Whether the op is not pending: it ended, or was never seen."""
+        return op_id not in self._ops
+
+    def pending(self) -> int:
+        """Ops that were seen and have not ended."""
+        return len(self._ops)
+
+    def dump(self) -> list[dict[str, object]]:
+        """One line per pending op, for logs and debugging."""
+        return [
+            {
+                "op_id": op.op_id,
+                "request_id": op.request_id,
+                "direction": op.direction.name,
+                "phase": op.phase.name,
+                "leader_half": op.leader is not None,
+                "worker_half": op.paired,
+                "blocks": op.blocks,
+            }
+            for op in self._ops.values()
+        ]
+
+    def _op_of(self, half: LeaderTransferRequest | WorkerTransferRequest) -> _Op | None:
+        """The op that the half belongs to, created when it is the first one; None when it has ended."""
+        if half.op_id in self._ended:
+            return None
+        op = self._ops.get(half.op_id)
+        if op is None:
+            op = self._ops[half.op_id] = _Op(half)
+            self._by_request.setdefault(op.request_id, {})[op.op_id] = None
+        elif (op.request_id, op.direction) != (half.request_id, half.direction):
+            raise _contradiction(half.op_id)
+        return op
+
+    def _pair(self, op: _Op, leader: LeaderTransferRequest) -> None:
+        op.phase = Phase.WAITING
+        if self._progress.wait(op.op_id, leader.requirement):
+            self._make_ready([op.op_id])
+
+    def _make_ready(self, op_ids: list[str]) -> None:
+        for op_id in op_ids:
+            op = self._ops[op_id]
+            op.phase = Phase.READY
+            self._ready[op.direction].append(op)
+
+    def _drop(self, op: _Op, status: OpStatus, reason: str) -> None:
+        quarantined = op.phase >= Phase.STARTED
+        if quarantined:
+            self._quarantine[op.op_id] = None
+        failed = tuple(range(op.blocks))
+        self._end(
+            op,
+            OpResult(op.op_id, op.request_id, op.direction, status, failed, reason=reason, quarantined=quarantined),
+        )
+
+    def _end(self, op: _Op, result: OpResult) -> None:
+        """The only way out: books the op off everywhere and keeps its one result."""
+        if op.phase >= Phase.STARTED:
+            self._tokens[op.direction] += 1
+        op.phase = Phase.ENDED
+        del self._ops[op.op_id]
+        of_request = self._by_request[op.request_id]
+        del of_request[op.op_id]
+        if not of_request:
+            del self._by_request[op.request_id]
+        self._progress.discard(op.op_id)
+        self._deadlines.discard(op.op_id)
+        self._ended.add(op.op_id)
+        self._ended_order.append(op.op_id)
+        if len(self._ended_order) > self._limits.remember:
+            self._ended.discard(self._ended_order.popleft())
+        self._results.append(result)
+
+
+def _contradiction(op_id: str) -> StateError:
+    return StateError(f"op {op_id} came again with different contents; the first is kept, give every op its own id")

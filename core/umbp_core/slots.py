@@ -1,0 +1,211 @@
+"""One request's life as the leader sees it: the bookkeeping around :mod:`umbp_core.slot_table`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+
+from umbp_core.errors import IllegalTransition, StateError
+from umbp_core.ops import Direction, OpStatus
+from umbp_core.slot_table import JOINT, LIFE, TRANSACTION, Life, LifeEvent, Transaction, TransactionEvent
+
+__all__ = ["Life", "LifeEvent", "Slot", "SlotTable", "Transaction", "TransactionEvent"]
+
+
+class Slot:
+    """The state of one request; made by :meth:`SlotTable.create`.
+
+    Every method that changes the slot either makes one step of both machines or raises
+    :class:`~umbp_core.errors.IllegalTransition` with nothing changed.  One thread.
+    """
+
+    __slots__ = ("_life", "_loads", "_ops", "_staged_tokens", "_transaction", "request_id")
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self._life = Life.INITIALIZED
+        self._transaction = Transaction.NONE
+        self._ops: dict[str, Direction] = {}
+        self._loads = 0
+        self._staged_tokens = 0
+
+    def __repr__(self) -> str:
+        return f"Slot({self.request_id!r}, {self._life.name}, {self._transaction.name}, {len(self._ops)} ops)"
+
+    @property
+    def life(self) -> Life:
+        """Where the engine has the request."""
+        return self._life
+
+    @property
+    def transaction(self) -> Transaction:
+        """What is in flight for it."""
+        return self._transaction
+
+    @property
+    def ops(self) -> Mapping[str, Direction]:
+        """A read-only view of the ops in flight: op id to direction."""
+        return MappingProxyType(self._ops)
+
+    @property
+    def staged_tokens(self) -> int:
+        """Tokens of the match that is staged or being loaded; 0 otherwise."""
+        return self._staged_tokens
+
+    @property
+    def may_match(self) -> bool:
+        """Whether a match may be staged now (again, when one is staged already)."""
+        return LifeEvent.STAGE in LIFE[self._life] and TransactionEvent.LOAD_BEGUN in TRANSACTION[self._transaction]
+
+    @property
+    def may_store(self) -> bool:
+        """Whether a store may begin now."""
+        return (
+            LifeEvent.BEGIN_STORE in LIFE[self._life]
+            and TransactionEvent.STORE_BEGUN in TRANSACTION[self._transaction]
+        )
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the request is over and no op of it is in flight."""
+        return self._life is Life.FINISHED
+
+    def stage(self, n_tokens: int) -> None:
+        """Blocks for ``n_tokens`` (at least 1) were matched and pinned.
+
+        While a match is staged already, the new one replaces it; the caller releases the old pins.
+        Raises ``IllegalTransition`` unless :attr:`may_match`, ``StateError`` for a match of nothing.
+        """
+        if n_tokens < 1:
+            raise StateError(f"slot {self.request_id}: a match of {n_tokens} tokens cannot be staged; do not stage it")
+        if TransactionEvent.LOAD_BEGUN not in TRANSACTION[self._transaction]:
+            raise self._illegal_transaction(TransactionEvent.LOAD_BEGUN)
+        self._step(LifeEvent.STAGE)
+        self._staged_tokens = n_tokens
+
+    def unstage(self) -> None:
+        """The staged match was given up; the request may be scheduled, or matched again."""
+        self._step(LifeEvent.UNSTAGE)
+        self._staged_tokens = 0
+
+    def begin_onboard(self, op_id: str) -> None:
+        """Load ``op_id`` was issued for the staged match, or is another one of the same match."""
+        self._begin(op_id, Direction.LOAD, LifeEvent.BEGIN_ONBOARD, TransactionEvent.LOAD_BEGUN)
+        self._loads += 1
+
+    def begin_store(self, op_id: str) -> None:
+        """Store ``op_id`` was issued; the last one of a request before :meth:`finish`."""
+        self._begin(op_id, Direction.STORE, LifeEvent.BEGIN_STORE, TransactionEvent.STORE_BEGUN)
+
+    def op_ended(self, op_id: str, status: OpStatus) -> bool:
+        """Op ``op_id`` ended on all ranks with ``status`` (the worst of them).
+
+        Returns False, with nothing changed, when the op is not in flight here: an unknown id or a
+        repeated result completes nothing else.
+        """
+        direction = self._ops.pop(op_id, None)
+        if direction is None:
+            return False
+        if direction is Direction.LOAD:
+            self._load_ended(status)
+        elif len(self._ops) == self._loads:
+            self._step(None, TransactionEvent.STORES_ENDED)
+        if not self._ops:
+            self._step(None, TransactionEvent.RELEASED)
+        return True
+
+    def scheduled(self, decoding: bool) -> None:
+        """The engine put the request into the current step."""
+        self._step(LifeEvent.DECODE if decoding else LifeEvent.PREFILL)
+
+    def skipped(self) -> None:
+        """The request is running but absent from the current step."""
+        self._step(LifeEvent.SKIP)
+
+    def preempted(self) -> None:
+        """The engine took the request's HBM blocks; stores in flight stay in :attr:`ops`."""
+        self._step(LifeEvent.PREEMPT)
+
+    def finish(self) -> None:
+        """The engine is done with the request, in whatever state it is; idempotent.
+
+        The slot is FINISHED at once when nothing is in flight, else FINISHING until the last op ended.
+        """
+        self._step(LifeEvent.FINISH)
+        if not self._loads:
+            self._staged_tokens = 0
+
+    def _begin(self, op_id: str, direction: Direction, event: LifeEvent, transfer: TransactionEvent) -> None:
+        if op_id in self._ops:
+            raise StateError(f"slot {self.request_id}: op {op_id} is in flight already; every op needs its own id")
+        self._step(event, transfer)
+        self._ops[op_id] = direction
+
+    def _load_ended(self, status: OpStatus) -> None:
+        self._loads -= 1
+        if status is not OpStatus.DONE:
+            self._step(None, TransactionEvent.LOAD_FAILED)
+        if not self._loads:
+            self._staged_tokens = 0
+            self._step(LifeEvent.LOADED, TransactionEvent.LOADS_ENDED)
+
+    def _step(self, event: LifeEvent | None, transfer: TransactionEvent | None = None) -> None:
+        """Advance both machines together, then apply the joint rules; all or nothing."""
+        life = self._life
+        if event is not None:
+            next_life = LIFE[life].get(event)
+            if next_life is None:
+                raise IllegalTransition("life", f"request {self.request_id}", life.name, event.name)
+            life = next_life
+        if transfer is not None:
+            next_transaction = TRANSACTION[self._transaction].get(transfer)
+            if next_transaction is None:
+                raise self._illegal_transaction(transfer)
+            self._transaction = next_transaction
+        while (life, self._transaction) in JOINT:
+            life = JOINT[life, self._transaction]
+        self._life = life
+
+    def _illegal_transaction(self, event: TransactionEvent) -> IllegalTransition:
+        return IllegalTransition("transaction", f"request {self.request_id}", self._transaction.name, event.name)
+
+
+class SlotTable:
+    """All slots of one leader, by request id.  One thread."""
+
+    def __init__(self) -> None:
+        self._slots: dict[str, Slot] = {}
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(self._slots.values())
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._slots
+
+    def create(self, request_id: str) -> Slot:
+        """A new slot in INITIALIZED; raises ``StateError`` when the request has one."""
+        if not request_id:
+            raise StateError("a slot needs a request id; got an empty one")
+        if request_id in self._slots:
+            raise StateError(f"request {request_id} has a slot already; remove it before it is created again")
+        slot = self._slots[request_id] = Slot(request_id)
+        return slot
+
+    def get(self, request_id: str) -> Slot | None:
+        """The request's slot, or ``None`` for a request that was never created or is removed."""
+        return self._slots.get(request_id)
+
+    def remove(self, request_id: str) -> None:
+        """Forget a FINISHED slot; idempotent.  Raises ``StateError`` for one that is still alive."""
+        slot = self._slots.get(request_id)
+        if slot is None:
+            return
+        if not slot.is_finished:
+            raise StateError(
+                f"request {request_id} is {slot.life.name} with {len(slot.ops)} ops in flight;"
+                " finish it and wait for them before its slot is removed"
+            )
+        del self._slots[request_id]
