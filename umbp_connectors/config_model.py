@@ -1,0 +1,164 @@
+"""The one configuration model: every key, its type, its default and what it means.
+
+A key has the same name in the engine's extra-config and in the TOML file; in the environment it is
+``UMBP_`` and the name in capitals.  Where the values come from is :mod:`umbp_connectors.config`'s matter.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+GIB = 1 << 30
+
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?:(?P<prefix>[KMGTP])(?P<binary>I?))?(?P<byte>B?)", re.IGNORECASE)
+_POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
+# The numbers are those of UMBP_LOG_LEVEL in deployments of the original.
+_LOG_LEVELS = {"0": "info", "1": "warning", "2": "error", "warn": "warning"}
+_LATER_MODES = ("daemon", "distributed")
+
+
+def parse_size(value: object) -> int:
+    """Bytes meant by ``value``: a number, or text such as ``4GiB``, ``4G`` (both binary) or ``500MB`` (decimal).
+
+    A fraction of a byte is cut off.  Raises ``ValueError`` for anything else.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return int(value)
+    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("a size is a number of bytes or text like 4GiB, 500MB or 4G")
+    prefix = (match["prefix"] or "").upper()
+    decimal = bool(match["byte"]) and not match["binary"]
+    number = match["number"]
+    scale: int = (1000 if decimal else 1024) ** _POWER[prefix]
+    return int(number) * scale if number.isdigit() else int(float(number) * scale)
+
+
+def _split_names(value: object) -> object:
+    if isinstance(value, str):
+        return tuple(name for name in (part.strip() for part in value.split(",")) if name)
+    return value
+
+
+def _known_mode(value: str) -> str:
+    if value in _LATER_MODES:
+        raise ValueError(f"mode {value!r} comes with a later release; this one has mode 'local'")
+    if value != "local":
+        raise ValueError("the mode of this release is 'local'")
+    return value
+
+
+def _log_level(value: object) -> object:
+    text = str(value).strip().lower()
+    return _LOG_LEVELS.get(text, text)
+
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted, not true or false")
+    return value
+
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().absolute()
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_split_names)]
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+Seconds = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=86_400)]
+Milliseconds = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, le=3_600_000)]
+Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+
+
+class UmbpConfig(BaseModel):
+    """A complete, checked configuration.  Immutable; safe to share between threads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True, coerce_numbers_to_str=True)
+
+    mode: Annotated[str, AfterValidator(_known_mode)] = Field(
+        "local", description="Who owns the bytes. `local`: the engine's own processes; nothing else to start."
+    )
+    config_file: AbsolutePath | None = Field(
+        None, description="TOML file with any of these keys; lowest priority above the defaults."
+    )
+    namespace: str = Field(
+        "", description="Keeps pools of unrelated deployments apart even when model and layout are equal."
+    )
+
+    dram_capacity: Size = Field(4 * GIB, description="DRAM tier, total over all ranks of one engine.")
+    dram_use_hugepages: bool = Field(
+        False, description="Back the DRAM tier by huge pages; falls back to normal pages with one warning."
+    )
+    dram_numa_node: Annotated[int, BeforeValidator(_no_bool), Field(ge=-1)] = Field(
+        -1, description="NUMA node that the DRAM tier is bound to; -1 leaves it to the kernel."
+    )
+    dram_prefault: bool = Field(
+        True, description="Touch the DRAM tier's memory in the background after start, so that stores are fast."
+    )
+
+    ssd_dir: AbsolutePath | None = Field(None, description="Folder of the SSD tier; it survives a restart.")
+    ssd_enabled: bool | None = Field(
+        None, description="`false` switches the SSD tier off though `ssd_dir` is set; unset means on when it is set."
+    )
+    ssd_capacity: Size = Field(
+        32 * GIB, description="SSD tier, total over all ranks; bounds everything below `ssd_dir`, catalogue included."
+    )
+    ssd_direct_io: bool = Field(
+        True, description="Use O_DIRECT where the file system has it, so that the page cache is left to others."
+    )
+
+    eviction_policy: str = Field(
+        "prefix_aware_lru",
+        description="Who goes first: `lru`, or `prefix_aware_lru` (of the oldest, the deepest in its prefix chain).",
+    )
+
+    max_concurrent_loads: Count = Field(4, description="Loads that may run at once per rank.")
+    max_concurrent_stores: Count = Field(4, description="Stores (HBM to DRAM) that may run at once per rank.")
+    max_concurrent_demotions: Count = Field(2, description="Demotions (DRAM to SSD) that may run at once per rank.")
+    io_threads: Annotated[Count, Field(le=256)] = Field(4, description="SSD I/O threads per rank.")
+    load_timeout_s: Seconds = Field(30.0, description="A load that has not ended by then is recomputed.")
+    store_timeout_s: Seconds = Field(60.0, description="A store or demotion that has not ended by then is given up.")
+    lookup_timeout_ms: Milliseconds = Field(
+        50, description="How long a request may wait for the answer what the pool holds before it counts as a miss."
+    )
+    share_load_timeout_ms: Milliseconds = Field(
+        1000, description="How long a request waits for another one's load of the same prefix before it recomputes."
+    )
+    max_pending_stores: Count = Field(
+        4096, description="Blocks waiting to be stored; beyond it new ones are not stored (counted, never an error)."
+    )
+    max_pending_demotions: Count = Field(
+        4096, description="Blocks waiting to go to SSD; beyond it new ones stay in DRAM only."
+    )
+    store_decode_blocks: bool = Field(True, description="Store blocks that fill up while decoding, not only prompts.")
+    min_load_blocks: Count = Field(1, description="Hits shorter than this many blocks are recomputed, not loaded.")
+    load_failure_policy: Literal["recompute", "fail"] = Field(
+        "recompute", description="What a load that fails means for its request: recompute the blocks, or an error."
+    )
+
+    plugins: Names = Field((), description="Names of the plug-ins that may load, comma-separated; empty means all.")
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_log_level)] = Field(
+        "info", description="Level of the `umbp_*` loggers; `0`, `1`, `2` mean info, warning, error."
+    )
+
+    @model_validator(mode="after")
+    def _ssd_needs_a_folder(self) -> UmbpConfig:
+        if self.ssd_enabled and self.ssd_dir is None:
+            raise ValueError("ssd_enabled is true but ssd_dir is not set: name a folder, or leave ssd_enabled out")
+        return self
+
+    @property
+    def ssd_active(self) -> bool:
+        """Whether there is an SSD tier."""
+        return self.ssd_dir is not None and self.ssd_enabled is not False
+
+    @staticmethod
+    def env_name(key: str) -> str:
+        """The environment variable of ``key``."""
+        return f"UMBP_{key.upper()}"
