@@ -1,0 +1,197 @@
+"""Every difference between the supported vLLM versions, and nothing else.
+
+Supported are 0.28 up to and including 0.33; ``docs/vllm-versions.md`` says what differs and where it was
+looked up.  Outside the range the connector is still tried, after one sentence in the log.  This is the only
+module of the adapter that asks for attributes which may not be there.  Importing it imports vLLM's
+connector base class, so it belongs into the connector's modules, never into ``umbp_vllm`` itself.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1 import base as _base
+
+MINIMUM = (0, 28)
+"""First supported version."""
+BELOW = (0, 34)
+"""First version after the supported ones."""
+
+_TAGGED_HASH_KEYS = (0, 31)
+_FIXED_NONE_HASH = (0, 29)
+
+
+def optional(owner: Any, name: str, default: Any = None) -> Any:
+    """``owner.name``, or ``default`` where this vLLM has no such attribute (or no such owner)."""
+    return getattr(owner, name, default)
+
+
+def vllm_version() -> str:
+    """The version that vLLM itself states, such as ``0.32.0+cpu``."""
+    return str(importlib.import_module("vllm.version").__version__)
+
+
+def release_of(version: str) -> tuple[int, int] | None:
+    """Major and minor number; ``None`` for a development build that states none."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None:
+        return None
+    release = (int(found.group(1)), int(found.group(2)))
+    return None if release == (0, 0) or version.startswith("0.1.dev") else release
+
+
+def version_notice(version: str) -> str | None:
+    """One sentence for the log when ``version`` is outside the supported range, else ``None``."""
+    release = release_of(version)
+    supported = f"{MINIMUM[0]}.{MINIMUM[1]} to {BELOW[0]}.{BELOW[1] - 1}"
+    if release is None:
+        return f"umbp is tested with vLLM {supported}; this one ({version}) states no release, so it is only tried."
+    if MINIMUM <= release < BELOW:
+        return None
+    side = "older" if release < MINIMUM else "newer"
+    return (
+        f"umbp is tested with vLLM {supported}; this one ({version}) is {side}, so it is only tried: "
+        f"install a vLLM in that range if the engine does not start or never reports a hit."
+    )
+
+
+def has_tagged_hash_keys(version: str) -> bool:
+    """True when LoRA, multimodal and salt keys enter block hashes with a tag (0.31 and later)."""
+    release = release_of(version)
+    return release is None or release >= _TAGGED_HASH_KEYS
+
+
+def has_fixed_none_hash(version: str) -> bool:
+    """True when SHA-256 hash chains start from a fixed value without PYTHONHASHSEED (0.29 and later)."""
+    release = release_of(version)
+    return release is None or release >= _FIXED_NONE_HASH
+
+
+@dataclass
+class _TransferResults:
+    """What ``KVConnectorTransferResults`` is, for vLLM 0.28 and 0.29 that do not have it."""
+
+    finished_sending: set[str] = field(default_factory=set)
+    finished_recving: set[str] = field(default_factory=set)
+    failed_recving: set[str] = field(default_factory=set)
+
+
+def _cache_hit_source() -> Any:
+    try:
+        return importlib.import_module("vllm.v1.metrics.cache_hit_source").CacheHitSource
+    except ImportError:
+        return None
+
+
+KVConnectorBase_V1: Any = _base.KVConnectorBase_V1
+KVConnectorRole: Any = _base.KVConnectorRole
+SupportsHMA: Any = _base.SupportsHMA
+KVConnectorMetadata: Any = _base.KVConnectorMetadata
+KVConnectorHandshakeMetadata: Any = _base.KVConnectorHandshakeMetadata
+KVConnectorWorkerMetadata: Any = _base.KVConnectorWorkerMetadata
+KVConnectorTransferResults: Any = optional(_base, "KVConnectorTransferResults", _TransferResults)
+"""vLLM's own (0.30 and later) or a dataclass of the same three sets."""
+CacheHitSource: Any = _cache_hit_source()
+"""vLLM's enum of hit sources (0.32 and later) or ``None``."""
+
+
+class GeometrySource(enum.Enum):
+    """How the places of blocks in the KV tensors are told."""
+
+    STRIDES = "strides"
+    """``KVCacheTensor(size, layers, layer_stride, block_stride, offset)``; 0.29 and later."""
+    SHARED_BY = "shared_by"
+    """``KVCacheTensor(size, shared_by, offset, block_stride)``, one tensor per place; 0.28."""
+
+
+@dataclass(frozen=True)
+class LayerPlace:
+    """Where one layer's blocks lie: block ``b`` starts ``offset + b * block_stride`` bytes into ``storage``.
+
+    ``storage`` numbers the backing allocations of ``size`` bytes: places with equal numbers are in the same
+    one.
+    """
+
+    layer: str
+    storage: int
+    size: int
+    offset: int
+    block_stride: int
+
+
+def geometry_source(kv_cache_config: Any) -> GeometrySource:
+    """Which form ``kv_cache_config.kv_cache_tensors`` has.
+
+    Raises ``TypeError`` for a form that is not known; the message names the attributes that are there.
+    """
+    tensors = kv_cache_config.kv_cache_tensors
+    if not tensors:
+        return GeometrySource.STRIDES
+    first = tensors[0]
+    if all(hasattr(first, name) for name in ("layers", "layer_stride", "block_stride", "offset")):
+        return GeometrySource.STRIDES
+    if all(hasattr(first, name) for name in ("shared_by", "block_stride", "offset")):
+        return GeometrySource.SHARED_BY
+    raise TypeError(
+        f"the KVCacheTensor of vLLM {vllm_version()} has the fields {sorted(vars(first))}, which umbp does not know; "
+        "use a vLLM in the supported range"
+    )
+
+
+def layer_places(kv_cache_config: Any) -> list[LayerPlace]:
+    """The place of every layer, from either form; layers that alias the same bytes each have their own entry.
+
+    In the stride form all tensors lie in one allocation (those on the host in a second one).  In the form of
+    0.28 packed tensors (``block_stride`` > 0) share one, and every other tensor is an allocation of its own whose
+    blocks follow each other.
+    """
+    if geometry_source(kv_cache_config) is GeometrySource.STRIDES:
+        return [
+            LayerPlace(
+                name,
+                int(optional(tensor, "host_resident", False)),
+                tensor.size,
+                tensor.offset + index * tensor.layer_stride,
+                tensor.block_stride,
+            )
+            for tensor in kv_cache_config.kv_cache_tensors
+            for index, name in enumerate(tensor.layers)
+        ]
+    return [
+        LayerPlace(
+            name,
+            0 if tensor.block_stride else 1 + number,
+            tensor.size,
+            tensor.offset,
+            tensor.block_stride or tensor.size // kv_cache_config.num_blocks,
+        )
+        for number, tensor in enumerate(kv_cache_config.kv_cache_tensors)
+        for name in tensor.shared_by
+    ]
+
+
+def kv_tp_replicas(kv_cache_config: Any) -> int:
+    """Consecutive TP ranks with identical KV as vLLM counts them; 1 where it does not say (before 0.31)."""
+    return int(optional(kv_cache_config, "kv_tp_replicas", 1))
+
+
+def kv_cache_layout(kv_cache_config: Any) -> str | None:
+    """The resolved layout's name (0.29 and later), or ``None``."""
+    layout = optional(kv_cache_config, "kv_cache_layout")
+    return None if layout is None else str(layout)
+
+
+def transfer_group_ids(kv_cache_config: Any) -> tuple[int, ...]:
+    """Indices of the KV groups that take part in transfers; all of them where vLLM does not say (0.28)."""
+    every = tuple(range(len(kv_cache_config.kv_cache_groups)))
+    return tuple(optional(kv_cache_config, "transfer_group_ids", every))
+
+
+def commit_of(hf_config: Any) -> str | None:
+    """The commit of the model repository that the Hugging Face config was read from, if known."""
+    commit = optional(hf_config, "_commit_hash")
+    return None if commit is None else str(commit)

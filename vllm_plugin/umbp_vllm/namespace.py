@@ -1,0 +1,247 @@
+"""The namespace: everything that decides the meaning of stored KV and that the block hash does not contain.
+
+Two engines share objects only when every fact here is equal, so a needless difference costs hits and a
+missing one costs correctness.  The description is computed from what every process of an engine has, and
+only from parts of the configuration that vLLM does not change in one of its processes: it must come out equal
+in the scheduler, in every worker, and after a restart.  Layout and KV dtype in bytes are the layout digest's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from umbp_core.ids import RankScope, digest_of
+
+from umbp_vllm import compat
+from umbp_vllm.hashing import describe_hashing
+
+SCHEMA = 1
+"""Raised when the form of the description changes, which voids everything stored before."""
+
+_CONFIG_FILES = ("config.json", "params.json", "hf_quant_config.json")
+_WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
+_SAMPLE_BYTES = 4096
+_SAMPLES = 512
+_WORKER_KV_DTYPES = frozenset({"auto", "fp8", "fp8_e4m3", "fp8_ds_mla", "nvfp4_ds_mla"})
+
+
+def namespace_of(
+    vllm_config: Any,
+    kv_cache_config: Any | None,
+    extra: str,
+    env: Mapping[str, str] | None = None,
+    version: str | None = None,
+) -> tuple[str, dict[str, object]]:
+    """The namespace of this engine and the description that it is the digest of.
+
+    ``extra`` is the user's own part (configuration ``namespace``); ``env`` and ``version`` are those of this
+    process by default.  The description is plain JSON and may be logged.  Reads the configuration and samples
+    of the weights when the model is a local path; what cannot be read counts as absent.
+    """
+    env = os.environ if env is None else env
+    description: dict[str, object] = {
+        "schema": SCHEMA,
+        "user": extra,
+        "model": _model(vllm_config),
+        "cache": _cache(vllm_config, kv_cache_config),
+        "hashing": describe_hashing(vllm_config, env, version),
+        "parallel": _parallel(vllm_config.parallel_config),
+        "draft": _draft(compat.optional(vllm_config, "speculative_config")),
+    }
+    return f"{_slug(vllm_config.model_config.model)}-{digest_of(description).hex()[:32]}", description
+
+
+def rank_scope(vllm_config: Any, tp_rank: int, pp_rank: int, replicated: bool, pcp_rank: int = 0) -> RankScope:
+    """The part of the model's KV that one worker holds.
+
+    ``replicated`` says that all TP ranks hold the same heads (MLA).  vLLM's decode context parallelism divides
+    the tokens among neighbouring TP ranks, prefill context parallelism adds ranks of its own; both together are
+    the scope's ``cp``.
+    """
+    parallel = vllm_config.parallel_config
+    dcp = int(compat.optional(parallel, "decode_context_parallel_size", 1))
+    pcp = int(compat.optional(parallel, "prefill_context_parallel_size", 1))
+    return RankScope(
+        tp_rank=tp_rank,
+        tp_size=parallel.tensor_parallel_size,
+        pp_rank=pp_rank,
+        pp_size=parallel.pipeline_parallel_size,
+        cp_rank=pcp_rank * dcp + tp_rank % dcp,
+        cp_size=pcp * dcp,
+        replicated=replicated,
+    )
+
+
+def _model(vllm_config: Any) -> dict[str, object]:
+    """The weights and how they are computed with."""
+    model = vllm_config.model_config
+    multimodal = compat.optional(model, "multimodal_config")
+    return {
+        "name": model.model,
+        "weights_from": compat.optional(model, "model_weights", "") or "",
+        "revision": model.revision or "",
+        "commit": compat.commit_of(compat.optional(model, "hf_config")) or "",
+        "files": _files(model.model),
+        "dummy": compat.optional(compat.optional(vllm_config, "load_config"), "load_format") == "dummy",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": _plain(model.quantization),
+        "quantization_config": _plain(compat.optional(model, "quantization_config")),
+        "hf_overrides": _plain(compat.optional(model, "hf_overrides")),
+        "implementation": _plain(compat.optional(model, "model_impl")),
+        "class_overrides": _plain(compat.optional(model, "model_class_overrides")),
+        "runner": _plain(compat.optional(model, "runner_type")),
+        "convert": _plain(compat.optional(model, "convert_type")),
+        "sliding_window_off": bool(compat.optional(model, "disable_sliding_window", False)),
+        "mm_processor": _plain(compat.optional(multimodal, "mm_processor_kwargs")),
+        "video_pruning": _plain(compat.optional(multimodal, "video_pruning_rate")),
+    }
+
+
+def _cache(vllm_config: Any, kv_cache_config: Any | None) -> dict[str, object]:
+    """Kind of cache and tokens per block; the groups' own sizes, because only the scheduler's process has the
+    resolved ``cache_config.block_size``."""
+    cache = vllm_config.cache_config
+    sizes = (
+        [cache.block_size]
+        if kv_cache_config is None
+        else [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups]
+    )
+    return {
+        "dtype": _kv_dtype(str(cache.cache_dtype)),
+        "dtype_skips": _plain(compat.optional(cache, "kv_cache_dtype_skip_layers") or []),
+        "block_tokens": [int(size) for size in sizes],
+        "match_unit": _plain(compat.optional(cache, "prefix_match_unit")),
+        "mamba": [
+            _plain(compat.optional(cache, name))
+            for name in ("mamba_cache_dtype", "mamba_ssm_cache_dtype", "mamba_cache_mode")
+        ],
+    }
+
+
+def _kv_dtype(dtype: str) -> str:
+    """``dtype``, without differences that vLLM makes in workers only.
+
+    Loading a model may turn ``auto`` into ``fp8`` (checkpoints with KV scales) and either into a packed format
+    (sparse MLA), and the scheduler's process never learns of it.  Those differ in bytes per block or in the
+    torch dtype, which is the layout digest's matter.
+    """
+    return "auto" if dtype in _WORKER_KV_DTYPES else dtype
+
+
+def _parallel(parallel: Any) -> dict[str, object]:
+    return {
+        "tp": parallel.tensor_parallel_size,
+        "pp": parallel.pipeline_parallel_size,
+        "dcp": compat.optional(parallel, "decode_context_parallel_size", 1),
+        "pcp": compat.optional(parallel, "prefill_context_parallel_size", 1),
+        "cp_interleave": compat.optional(parallel, "cp_kv_cache_interleave_size", 1),
+    }
+
+
+def _draft(speculative: Any | None) -> dict[str, object] | None:
+    """The draft model, whose layers' KV lies in the same blocks; ``None`` without speculative decoding."""
+    if speculative is None:
+        return None
+    model = compat.optional(speculative, "model") or ""
+    return {
+        "method": _plain(compat.optional(speculative, "method")),
+        "name": model,
+        "revision": compat.optional(speculative, "revision") or "",
+        "quantization": _plain(compat.optional(speculative, "quantization")),
+        "files": _files(model) if model else None,
+    }
+
+
+def _files(model: str) -> dict[str, str] | None:
+    """Digests of a local model's configuration and weights; ``None`` for the name of a remote one.
+
+    The weights count by file name, size and samples of their bytes, so that new weights under an old path
+    are noticed without reading all of them.  Times do not count: a copy is the same model.
+    """
+    root = Path(model)
+    if root.is_file():
+        return {"config": "", "weights": _digest(_weights([root]))}
+    if not root.is_dir():
+        return None
+    weights = sorted(path for path in root.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
+    return {"config": _digest(_configs(root)), "weights": _digest(_weights(weights))}
+
+
+def _configs(root: Path) -> Iterator[bytes]:
+    for name in _CONFIG_FILES:
+        path = root / name
+        if path.is_file():
+            yield name.encode()
+            yield _read(path)
+
+
+def _weights(paths: list[Path]) -> Iterator[bytes]:
+    for path in paths:
+        size = path.stat().st_size
+        yield path.name.encode()
+        yield str(size).encode()
+        yield from _samples(path, size, max(2, _SAMPLES // len(paths)))
+
+
+def _samples(path: Path, size: int, count: int) -> Iterator[bytes]:
+    """``count`` pieces from the first to the last byte of a file, or all of a small one."""
+    try:
+        with path.open("rb") as file:
+            if size <= count * _SAMPLE_BYTES:
+                yield file.read()
+                return
+            for index in range(count):
+                file.seek((size - _SAMPLE_BYTES) * index // (count - 1))
+                yield file.read(_SAMPLE_BYTES)
+    except OSError:
+        yield b""
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _digest(parts: Iterator[bytes]) -> str:
+    """SHA-256 of ``parts`` with their lengths, in hex."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> object:
+    """``value`` as JSON; what has no such form counts by the qualified name of its function or class.
+
+    Never by ``repr``, which may hold an address and so differ between processes.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)) and not isinstance(value, enum.Enum):
+        return value
+    if isinstance(value, enum.Enum):
+        return str(value.name)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((_plain(item) for item in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(compat.optional(value, field.name)) for field in dataclasses.fields(value)}
+    named = value if compat.optional(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _slug(model: str) -> str:
+    """The last part of the model's name, for people who look at a listing."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rsplit("/", 1)[-1])
+    return name[:48] or "model"
