@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from umbp_core.errors import ConfigError
 
 from umbp_connectors.config_env import OURS_BUT_NO_KEY, is_foreign
 from umbp_connectors.config_model import UmbpConfig, parse_size
+from umbp_core.errors import ConfigError
 
 if sys.version_info >= (3, 11):
     import tomllib

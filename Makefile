@@ -1,0 +1,79 @@
+# Everything here may be called again at any time; what is ready is not made twice.
+#
+#   PYTHON=/path/to/python        the Python that the environments are made with (default: the first that fits)
+#   VLLM_PYTHON=/path/to/python   a Python that already has a vLLM (a GPU box); nothing in it is changed
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+OMP_NUM_THREADS ?= 1
+export OMP_NUM_THREADS PYTHON
+
+VENV := .venv/bin/python
+VENV_READY := .venv/.ready
+SOURCES := $(shell find umbp_connectors core vllm_plugin sglang_plugin -name '*.py')
+
+ifeq ($(VLLM_PYTHON),)
+  VLLM_READY := .venv-vllm/.ready
+  VLLM := .venv-vllm/bin/python
+else
+  OVERLAY := .overlay/$(subst /,_,$(VLLM_PYTHON))
+  VLLM_READY := $(OVERLAY)/.ready
+  VLLM := PYTHONPATH=$(CURDIR)/$(OVERLAY):$$PYTHONPATH '$(VLLM_PYTHON)'
+endif
+
+.PHONY: help venv venv-vllm demo test test-unit test-vllm lint format bench docs clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: $(VLLM_READY) ## serve a real vLLM with --kv-connector umbp and time cold, DRAM hit, SSD hit after a restart
+	$(VLLM) examples/demo_vllm.py
+
+test: test-unit test-vllm ## all tests: those that need no engine, then those with a real vLLM
+
+test-unit: $(VENV_READY) ## the tests that need no engine
+	$(VENV) -m pytest
+
+test-vllm: $(VLLM_READY) ## the tests that need a vLLM
+	$(VLLM) -m pytest tests/vllm
+
+lint: $(VENV_READY) ## ruff, mypy strict, the arrows between the packages, sizes
+	$(VENV) -m ruff check .
+	$(VENV) -m ruff format --check .
+	$(VENV) -m mypy
+	.venv/bin/lint-imports --no-cache
+	$(VENV) -m pytest -q tests/lint
+
+format: $(VENV_READY) ## ruff's formatter and its safe fixes
+	$(VENV) -m ruff format .
+	$(VENV) -m ruff check --fix .
+
+bench: $(VENV_READY) $(VLLM_READY) ## the benchmarks; JSON and tables go to bench-results/
+	$(VENV) benchmarks/pool.py
+	$(VLLM) benchmarks/leader.py
+	$(VLLM) benchmarks/vllm_ttft.py
+
+docs: $(VENV_READY) ## rewrite the generated tables in docs/
+	$(VENV) scripts/gen_docs.py
+
+venv: $(VENV_READY) ## .venv: everything that needs no engine
+
+venv-vllm: .venv-vllm/.ready ## .venv-vllm: a CPU vLLM with this package, editable
+
+clean: ## remove what the targets above made
+	rm -rf .venv .venv-vllm .overlay .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist bench-results demo-run
+
+$(VENV_READY): pyproject.toml
+	@python=$$(sh scripts/find_python.sh "the tests and tools" 3.11 3.12 3.13 3.10) || exit 1; \
+	test -x $(VENV) || { echo "making .venv with $$python" && "$$python" -m venv .venv; } && \
+	$(VENV) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+.venv-vllm/.ready: pyproject.toml scripts/setup_vllm.py
+	@python=$$(sh scripts/find_python.sh "vLLM on the CPU" 3.11 3.12 3.13) && "$$python" scripts/setup_vllm.py .venv-vllm
+	@touch $@
+
+.overlay/%/.ready: $(VENV_READY) scripts/overlay.py $(SOURCES)
+	@$(VENV) scripts/overlay.py '$(VLLM_PYTHON)' $(@D)
+	@touch $@
