@@ -1,0 +1,180 @@
+"""One tier's copies: what is published, being written, pinned, and which could be evicted.
+
+Bookkeeping for :mod:`umbp_core.directory`, which is the door to use.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from umbp_core.errors import CapacityError
+from umbp_core.eviction import EvictionPolicy
+from umbp_core.pages import PageAllocator
+from umbp_core.tiers import Tier
+
+
+class Copy(NamedTuple):
+    """One published object in one tier.  ``checksum`` is whatever ``commit`` was given."""
+
+    tier: Tier
+    pages: tuple[int, ...]
+    nbytes: int
+    checksum: bytes
+    depth: int = 0
+
+
+class EventKind(enum.Enum):
+    """What happened to a copy."""
+
+    ADDED = "added"
+    """It became readable."""
+    REMOVED = "removed"
+    """It stopped being readable: evicted, dropped or cleared."""
+
+
+class DirectoryEvent(NamedTuple):
+    """A change of what is readable; the fields after ``key`` are those of the copy."""
+
+    kind: EventKind
+    key: bytes
+    tier: Tier
+    pages: tuple[int, ...]
+    nbytes: int
+    checksum: bytes
+    depth: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TierSpace:
+    """What a directory manages of one tier.  Both parts are the directory's alone from then on."""
+
+    tier: Tier
+    allocator: PageAllocator
+    policy: EvictionPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """One tier at one moment.
+
+    ``objects`` counts published copies, ``pinned`` pinned ones (also those that are not published any more) and
+    ``reserved`` those being written.
+    """
+
+    total_pages: int
+    free_pages: int
+    objects: int
+    pinned: int
+    reserved: int
+
+
+class Reservation(NamedTuple):
+    """A copy that ``owner`` is writing."""
+
+    owner: str
+    pages: tuple[int, ...]
+    nbytes: int
+    depth: int
+
+
+class TierCopies:
+    """The copies of one tier.  A copy that holds pages is named by its first page."""
+
+    __slots__ = ("allocator", "bit", "held_pages", "pending", "pins", "policy", "published", "retired", "tier")
+
+    def __init__(self, space: TierSpace) -> None:
+        self.tier = space.tier
+        self.bit = space.tier.bit
+        self.allocator = space.allocator
+        self.policy = space.policy
+        self.published: dict[bytes, Copy] = {}
+        self.pending: dict[bytes, Reservation] = {}
+        self.pins: dict[int, int] = {}
+        self.retired: set[int] = set()
+        """Pinned copies that are not published any more."""
+        self.held_pages = 0
+        """Pages of pending and pinned copies: no eviction can free them."""
+
+    def has(self, key: bytes) -> bool:
+        """Whether ``key`` is published or being written."""
+        return key in self.published or key in self.pending
+
+    def reserve(self, key: bytes, reservation: Reservation) -> None:
+        """Note that the pages of ``reservation`` are being written."""
+        self.pending[key] = reservation
+        self.held_pages += len(reservation.pages)
+
+    def settle(self, key: bytes) -> None:
+        """Forget the reservation of ``key``; its pages are published or freed next."""
+        self.held_pages -= len(self.pending.pop(key).pages)
+
+    def publish(self, key: bytes, copy: Copy) -> None:
+        """Make ``copy`` readable."""
+        self.published[key] = copy
+        self.policy.added(key, copy.depth)
+
+    def unpublish(self, key: bytes) -> Copy:
+        """Make the copy of ``key`` unreadable; its pages are freed now, or at its last unpin."""
+        copy = self.published.pop(key)
+        self.policy.removed(key)
+        name = copy.pages[0]
+        if name in self.pins:
+            self.retired.add(name)
+        else:
+            self.allocator.free(copy.pages)
+        return copy
+
+    def pin(self, copy: Copy) -> None:
+        """Keep the pages of ``copy`` until as many unpins."""
+        name = copy.pages[0]
+        count = self.pins.get(name, 0)
+        self.pins[name] = count + 1
+        if not count:
+            self.held_pages += len(copy.pages)
+
+    def unpin(self, copy: Copy) -> None:
+        """End one pin of ``copy``."""
+        name = copy.pages[0]
+        count = self.pins[name] - 1
+        if count:
+            self.pins[name] = count
+            return
+        del self.pins[name]
+        self.held_pages -= len(copy.pages)
+        if name in self.retired:
+            self.retired.remove(name)
+            self.allocator.free(copy.pages)
+
+    def victims_for(self, nbytes: int, is_leased: Callable[[bytes], bool]) -> list[bytes] | None:
+        """Keys whose eviction makes just enough room for ``nbytes``; ``None`` when no eviction does.
+
+        Raises ``CapacityError`` when the whole tier is too small.  Copies that had to be passed over are held
+        by somebody, so they count as used now; therefore the next call does not walk over them again.
+        """
+        need = self.allocator.pages_for(nbytes)
+        total = self.allocator.total_pages
+        if need > total:
+            raise CapacityError(
+                f"an object of {nbytes} bytes needs {need} pages, {self.tier.name} has {total} in all; "
+                f"give the tier more memory or leave the object out"
+            )
+        if need > total - self.held_pages:
+            return None
+        missing = need - self.allocator.free_pages
+        victims: list[bytes] = []
+        passed: list[bytes] = []
+        for key in self.policy.victims():
+            copy = self.published[key]
+            if copy.pages[0] in self.pins or is_leased(key):
+                passed.append(key)
+                continue
+            victims.append(key)
+            missing -= len(copy.pages)
+            if missing <= 0:
+                break
+        for key in passed:
+            self.policy.touched(key)
+        return victims if missing <= 0 else None

@@ -1,0 +1,275 @@
+"""The directory: which object lies in which pages of which tier.  The only owner of a node's metadata.
+
+A *copy* is one object in one tier.  Its life::
+
+    reserve -> (commit -> published -> evicted | dropped | cleared) | abort
+
+Pages belong to a copy from ``reserve`` (or ``restore``) until it is gone, so a tier never holds more than its
+allocator has (law L8).  Nothing is readable before ``commit`` (law L2), whose caller knows that every rank's bytes
+arrived.  Copies of one object in several tiers are independent of each other.
+
+Who holds what is kept by owner, a string of the caller's choice (usually an op id).  An owner's reservations, pins
+and leases are three separate things, each ended by its own call.
+
+* A **pin** is for bytes that are being read: the copy is not evicted, and when it is dropped or cleared it stops
+  being readable at once, while its pages are freed at the last unpin.
+* A **lease** is for an object that somebody counts on: none of its copies is evicted or cleared before the deadline,
+  whatever the tier and also when it was written later.  Bad bytes are dropped in spite of it.
+
+No I/O, no threads, no clock.  One thread at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from umbp_core.copies import Copy, DirectoryEvent, EventKind, Reservation, TierCopies, TierSpace, TierStats
+from umbp_core.errors import StateError, UnknownOwner
+from umbp_core.leases import LeaseTable
+from umbp_core.tiers import Tier, TierSet
+
+__all__ = ["Copy", "Directory", "DirectoryEvent", "EventKind", "TierSpace", "TierStats"]
+
+_FASTEST = tuple(TierSet.fastest(mask) for mask in range(2 * max(Tier).bit))
+"""The fastest tier of every mask."""
+
+
+class Directory:
+    """All objects of a node over its tiers.
+
+    ``spaces`` names every tier at most once.  Methods that look something up treat a tier that is not among them as
+    empty; methods that change something raise ``StateError``.
+    """
+
+    def __init__(self, spaces: Sequence[TierSpace]) -> None:
+        self._spaces = {space.tier: TierCopies(space) for space in spaces}
+        if len(self._spaces) != len(spaces):
+            raise StateError(f"tiers {[space.tier.name for space in spaces]}: one is named twice; give each one space")
+        self._masks: dict[bytes, int] = {}
+        self._reservations: dict[str, dict[tuple[Tier, bytes], None]] = {}
+        self._pinned: dict[str, list[Copy]] = {}
+        self._leases = LeaseTable()
+        self._events: list[DirectoryEvent] = []
+
+    def tiers_of(self, key: bytes) -> int:
+        """The tiers in which ``key`` is published, as a mask (see ``TierSet``)."""
+        return self._masks.get(key, 0)
+
+    def fastest(self, key: bytes) -> Tier | None:
+        """The fastest tier in which ``key`` is published."""
+        return _FASTEST[self._masks.get(key, 0)]
+
+    def count_prefix(self, keys: Sequence[bytes]) -> int:
+        """How many of ``keys``, from the first on and without a gap, are published in any tier."""
+        masks = self._masks
+        for index, key in enumerate(keys):
+            if key not in masks:
+                return index
+        return len(keys)
+
+    def contains_many(self, keys: Iterable[bytes]) -> list[bool]:
+        """For each of ``keys`` whether it is published in any tier."""
+        return list(map(self._masks.__contains__, keys))
+
+    def copy(self, key: bytes, tier: Tier) -> Copy | None:
+        """The published copy of ``key`` in ``tier``."""
+        state = self._spaces.get(tier)
+        return state.published.get(key) if state else None
+
+    def is_present_or_pending(self, key: bytes, tier: Tier) -> bool:
+        """Whether ``key`` is published or being written in ``tier``: then ``reserve`` refuses it."""
+        state = self._spaces.get(tier)
+        return state is not None and state.has(key)
+
+    def stats(self, tier: Tier) -> TierStats:
+        """Counts of ``tier``.  O(1)."""
+        state = self._state(tier)
+        return TierStats(
+            total_pages=state.allocator.total_pages,
+            free_pages=state.allocator.free_pages,
+            objects=len(state.published),
+            pinned=len(state.pins),
+            reserved=len(state.pending),
+        )
+
+    def drain_events(self) -> list[DirectoryEvent]:
+        """What became or stopped being readable since the last call, in order."""
+        events = self._events
+        self._events = []
+        return events
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """``keys``, in the order of their prefix chain, are being used now; unknown ones are ignored.
+
+        The first becomes the most recently used in each of its tiers: the others are of no use without it.
+        """
+        states = tuple(self._spaces.values())
+        for key in reversed(keys):
+            for state in states:
+                state.policy.touched(key)
+
+    def pin(self, owner: str, keys: Iterable[bytes], tier: Tier | None = None) -> list[Copy]:
+        """Pin the copy of each of ``keys`` in ``tier`` (default: its fastest one) until ``owner`` unpins.
+
+        An owner may pin several times, also the same copy.  All or nothing: raises ``UnknownOwner`` when a key has
+        no such copy (any more).
+        """
+        copies = []
+        for key in keys:
+            where = self.fastest(key) if tier is None else tier
+            copy = None if where is None else self.copy(key, where)
+            if copy is None:
+                place = "any tier" if tier is None else tier.name
+                raise UnknownOwner(
+                    f"object {key.hex()} is not in {place} (any more), {owner} cannot pin it; look it up again"
+                )
+            copies.append(copy)
+        for copy in copies:
+            self._spaces[copy.tier].pin(copy)
+        if copies:
+            self._pinned.setdefault(owner, []).extend(copies)
+        return copies
+
+    def unpin(self, owner: str) -> None:
+        """End all pins of ``owner``, if it has any."""
+        for copy in self._pinned.pop(owner, ()):
+            self._spaces[copy.tier].unpin(copy)
+
+    def lease(self, owner: str, keys: Sequence[bytes], deadline: float) -> None:
+        """Promise not to evict ``keys`` before ``deadline``, in addition to what ``owner`` leases already.
+
+        All of an owner's keys share the latest deadline it was given.  Raises ``UnknownOwner``, with nothing
+        changed, when a key is in no tier (any more).
+        """
+        for key in keys:
+            if key not in self._masks:
+                raise UnknownOwner(
+                    f"object {key.hex()} is in no tier (any more), {owner} cannot lease it; look it up again"
+                )
+        self._leases.grant(owner, keys, deadline)
+
+    def release(self, owner: str) -> None:
+        """End ``owner``'s lease, if it has one."""
+        self._leases.release(owner)
+
+    def expire(self, now: float) -> int:
+        """End all leases whose deadline is at or before ``now``; returns how many owners lost theirs."""
+        return len(self._leases.expire(now))
+
+    def reserve(self, owner: str, key: bytes, tier: Tier, nbytes: int, depth: int = 0) -> tuple[int, ...] | None:
+        """Pages of ``tier`` for ``owner`` to write ``nbytes`` of ``key`` into, in the order of the bytes.
+
+        Evicts by the tier's policy, never a pinned or leased copy, and nothing at all when that would not make
+        enough room.  ``None`` means that there is no room, or that ``key`` is published or being written there
+        already, which ``is_present_or_pending`` tells apart.  ``depth`` is the block's index in its prefix chain.
+        Raises ``CapacityError`` when the whole tier is too small, and ``StateError`` when ``nbytes`` is below 1.
+        """
+        state = self._state(tier)
+        if state.has(key):
+            return None
+        pages = state.allocator.allocate(nbytes) or self._evict_for(state, nbytes)
+        if pages is None:
+            return None
+        state.reserve(key, Reservation(owner, pages, nbytes, depth))
+        self._reservations.setdefault(owner, {})[(tier, key)] = None
+        return pages
+
+    def commit(self, owner: str, key: bytes, tier: Tier, checksum: bytes) -> None:
+        """Publish what ``owner`` wrote.  Raises ``UnknownOwner`` when it has no such reservation."""
+        state = self._state(tier)
+        reservation = self._take(state, owner, key)
+        self._publish(state, key, Copy(state.tier, reservation.pages, reservation.nbytes, checksum, reservation.depth))
+
+    def abort(self, owner: str, key: bytes, tier: Tier) -> None:
+        """Give the pages of ``owner``'s reservation back.  Raises ``UnknownOwner`` when it has no such one."""
+        state = self._state(tier)
+        state.allocator.free(self._take(state, owner, key).pages)
+
+    def abort_owner(self, owner: str) -> None:
+        """Give the pages of all reservations of ``owner`` back, if it has any."""
+        for tier, key in tuple(self._reservations.get(owner, ())):
+            self.abort(owner, key, tier)
+
+    def drop(self, key: bytes, tier: Tier) -> bool:
+        """Forget the published copy of ``key`` in ``tier``, because its bytes are bad; whether there was one.
+
+        It is not readable from now on, leased or not.  Pages of a pinned copy are freed at its last unpin.
+        """
+        state = self._state(tier)
+        if key not in state.published:
+            return False
+        self._unpublish(state, key)
+        return True
+
+    def clear(self, tier: Tier) -> int:
+        """Forget all published copies in ``tier`` that are not leased; returns how many.
+
+        Pages of pinned ones are freed at their last unpin.  What is being written stays reserved: whoever must not
+        see it published later aborts its owner.
+        """
+        state = self._state(tier)
+        going = [key for key in state.published if not self._leases.is_leased(key)]
+        for key in going:
+            self._unpublish(state, key)
+        return len(going)
+
+    def restore(
+        self, key: bytes, tier: Tier, pages: Sequence[int], nbytes: int, checksum: bytes, depth: int = 0
+    ) -> None:
+        """Publish a copy that an earlier life left in ``pages``, with an event like any other.
+
+        Raises ``StateError``, with nothing changed, when ``key`` is published or being written in ``tier``, when the
+        pages are taken or do not exist, or when their number does not fit ``nbytes``.
+        """
+        state = self._state(tier)
+        if state.has(key):
+            raise StateError(f"object {key.hex()} is in {tier.name} already and cannot be restored; drop the record")
+        if len(pages) != state.allocator.pages_for(nbytes):
+            raise StateError(
+                f"object {key.hex()} of {nbytes} bytes cannot lie in {len(pages)} pages of {tier.name}; drop the record"
+            )
+        state.allocator.claim(pages)
+        self._publish(state, key, Copy(state.tier, tuple(pages), nbytes, checksum, depth))
+
+    def _state(self, tier: Tier) -> TierCopies:
+        state = self._spaces.get(tier)
+        if state is None:
+            known = ", ".join(known.name for known in self._spaces) or "none"
+            raise StateError(f"tier {tier!r} is not part of this directory ({known}); configure it or leave it out")
+        return state
+
+    def _take(self, state: TierCopies, owner: str, key: bytes) -> Reservation:
+        reservation = state.pending.get(key)
+        if reservation is None or reservation.owner != owner:
+            raise UnknownOwner(
+                f"{owner} holds no reservation for object {key.hex()} in {state.tier.name} (any more); "
+                f"look up what is there before writing"
+            )
+        state.settle(key)
+        mine = self._reservations[owner]
+        del mine[(state.tier, key)]
+        if not mine:
+            del self._reservations[owner]
+        return reservation
+
+    def _publish(self, state: TierCopies, key: bytes, copy: Copy) -> None:
+        state.publish(key, copy)
+        self._masks[key] = self._masks.get(key, 0) | state.bit
+        self._events.append(DirectoryEvent(EventKind.ADDED, key, *copy))
+
+    def _unpublish(self, state: TierCopies, key: bytes) -> None:
+        copy = state.unpublish(key)
+        mask = self._masks[key] & ~state.bit
+        if mask:
+            self._masks[key] = mask
+        else:
+            del self._masks[key]
+        self._events.append(DirectoryEvent(EventKind.REMOVED, key, *copy))
+
+    def _evict_for(self, state: TierCopies, nbytes: int) -> tuple[int, ...] | None:
+        victims = state.victims_for(nbytes, self._leases.is_leased)
+        if victims is None:
+            return None
+        for key in victims:
+            self._unpublish(state, key)
+        return state.allocator.allocate(nbytes)
