@@ -1,0 +1,99 @@
+"""Where the bytes of a block lie: plain numbers and flat storages, without any engine.
+
+A *region* is an arithmetic pattern of pieces; a block of a KV group is the concatenation, in order, of all
+pieces of all its regions.  That concatenation is the *object* the pool keeps.  Everything that moves
+KV (the copiers, their tests, the benchmarks) works on these patterns and on raw bytes only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Pieces of a block inside one storage; all numbers are bytes except ``storage`` and ``pieces``.
+
+    Piece ``i`` of block ``b`` starts at ``offset + i * piece_stride + b * block_stride`` of storage number
+    ``storage`` and is ``piece_bytes`` long.
+    """
+
+    storage: int
+    offset: int
+    pieces: int
+    piece_stride: int
+    block_stride: int
+    piece_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one block in this region."""
+        return self.pieces * self.piece_bytes
+
+    def end(self, num_blocks: int) -> int:
+        """One past the last byte that any of ``num_blocks`` blocks touches."""
+        last = self.offset + (num_blocks - 1) * self.block_stride + (self.pieces - 1) * self.piece_stride
+        return last + self.piece_bytes
+
+
+def merged(regions: Sequence[Region]) -> tuple[Region, ...]:
+    """The same bytes in the same order with as few pieces as possible.
+
+    Pieces that touch become one piece; a region that continues the one before it is joined to it.
+    """
+    result: list[Region] = []
+    for given in regions:
+        region = given
+        if given.pieces == 1 or given.piece_stride == given.piece_bytes:
+            region = replace(given, pieces=1, piece_stride=given.nbytes, piece_bytes=given.nbytes)
+        joined = _joined(result[-1], region) if result else None
+        if joined is None:
+            result.append(region)
+        else:
+            result[-1] = joined
+    return tuple(result)
+
+
+def _joined(before: Region, after: Region) -> Region | None:
+    """``before`` and ``after`` as one region, or ``None`` when no single pattern describes both."""
+    if before.storage != after.storage or before.block_stride != after.block_stride:
+        return None
+    gap = after.offset - before.offset
+    if before.pieces == after.pieces == 1 and gap == before.piece_bytes:
+        nbytes = before.piece_bytes + after.piece_bytes
+        return replace(before, piece_stride=nbytes, piece_bytes=nbytes)
+    stride = before.piece_stride if before.pieces > 1 else gap
+    continues = stride > 0 and gap == before.pieces * stride and before.piece_bytes == after.piece_bytes
+    if continues and (after.pieces == 1 or after.piece_stride == stride):
+        return replace(before, pieces=before.pieces + after.pieces, piece_stride=stride)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class GroupGeometry:
+    """One KV group of this rank.
+
+    ``index`` is the engine's group number and ``layers`` the layers whose pages make up an object, in
+    the object's order; both are empty of bytes when a pipeline stage holds no layer of the group.
+    ``page_orders`` describes the inside of the pages (see :func:`umbp_vllm.layout_views.page_order`).
+    """
+
+    index: int
+    kind: str
+    block_tokens: int
+    layers: tuple[str, ...]
+    regions: tuple[Region, ...]
+    page_orders: tuple[tuple[tuple[int, int], ...], ...] = ()
+
+    @property
+    def object_bytes(self) -> int:
+        """Bytes of one block of this group over all layers of this rank; 0 without layers."""
+        return sum(region.nbytes for region in self.regions)
+
+
+def flat_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole allocation behind ``tensor`` as a flat ``uint8`` tensor (no copy)."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
