@@ -227,6 +227,12 @@ class TransferScheduler:
         """Drop the request's ops that are not committed; returns how many that ended."""
         return sum(self.cancel(op_id) for op_id in tuple(self._by_request.get(request_id, ())))
 
+    def cancel_all(self, reason: str) -> None:
+        """Drop every op that is not committed."""
+        for op in tuple(self._ops.values()):
+            if op.phase is not Phase.COMMITTED:
+                self._drop(op, OpStatus.CANCELLED, reason)
+
     def expire(self, now: float) -> None:
         """Drop the ops whose deadline is at or before ``now`` and that are not committed."""
         for op_id in self._deadlines.pop_expired(now):

@@ -61,8 +61,7 @@ class Slot:
     def may_store(self) -> bool:
         """Whether a store may begin now."""
         return (
-            LifeEvent.BEGIN_STORE in LIFE[self._life]
-            and TransactionEvent.STORE_BEGUN in TRANSACTION[self._transaction]
+            LifeEvent.BEGIN_STORE in LIFE[self._life] and TransactionEvent.STORE_BEGUN in TRANSACTION[self._transaction]
         )
 
     @property

@@ -1,0 +1,1 @@
+"""Fakes, plain models and hypothesis machines for the core's contracts; third parties may reuse them."""

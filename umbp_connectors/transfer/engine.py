@@ -1,0 +1,295 @@
+"""The transfer engine of one worker (rank)."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
+
+from umbp_connectors.transfer.jobs import JOBS, Tools
+from umbp_connectors.transfer.lanes import Lanes
+from umbp_connectors.transfer.memory import PageMemory, SlotStore
+from umbp_core.errors import StateError
+from umbp_core.ids import Identity
+from umbp_core.ops import LeaderTransferRequest, OpResult, RequirementKind, WorkerTransferRequest
+from umbp_core.ports import Clock, DeviceCopier, PoolObserver
+from umbp_core.scheduler import Limits, TransferScheduler
+
+logger = logging.getLogger(__name__)
+
+_FENCES_KEPT: Final = 64
+"""Iterations whose own fence is remembered; an op of an older one waits for a later fence, which is also right."""
+
+_DRAIN_SHARE: Final = 0.75
+"""Part of the time of :meth:`TransferEngine.close` that ops under way get before they are given up."""
+
+
+class TransferEngine:
+    """Executes the ops of one worker: HBM to DRAM, DRAM and SSD to HBM, DRAM to SSD.
+
+    The :class:`~umbp_core.scheduler.TransferScheduler` decides when an op starts and says once how it ended;
+    this class adds a lock, a clock, fences and threads: one for device copies (loads first), ``io_threads``
+    for SSD slots, ``hash_threads`` for checksums.  SSD and checksums have threads of their own so that a disk
+    that hangs costs the hits on it and nothing else.
+
+    Threads.  :meth:`submit`, :meth:`begin_iteration`, :meth:`layer_done`, :meth:`end_iteration` and
+    :meth:`poll` belong to the engine's forward thread and only ever take a lock that is held for microseconds
+    (law L5); the other methods may be called from any thread.  Only :meth:`wait` and :meth:`close` block.
+
+    Quarantine.  An op that was cancelled or expired while it was being carried out is reported at once, with
+    ``OpResult.quarantined``: its HBM blocks are never touched after that, but a hanging read may still write
+    into its DRAM pages.  They must not be given away before the op's id comes out of :meth:`take_released`
+    (and is no longer in :meth:`quarantined`).
+
+    The leader's ``timeout_s`` is noticed by :meth:`poll`, :meth:`submit` and :meth:`wait`; nothing runs a timer.
+    """
+
+    def __init__(
+        self,
+        copier: DeviceCopier,
+        arena: PageMemory,
+        slab: SlotStore | None,
+        identity: Identity,
+        world_rank: int,
+        object_bytes: Mapping[int, int],
+        limits: Limits | None = None,
+        clock: Clock = time.monotonic,
+        io_threads: int = 4,
+        observer: PoolObserver | None = None,
+        hash_threads: int = 2,
+    ) -> None:
+        """``object_bytes`` maps every KV group to the exact size of its objects on this rank.
+
+        ``arena`` has pages, and ``slab`` slots, of a multiple of 4096 bytes that hold the largest object;
+        ``slab`` is None on a worker without an SSD tier.  Starts nothing.
+        """
+        self._copier = copier
+        self._clock = clock
+        self._observer = observer
+        self._scheduler = TransferScheduler(limits)
+        self._tools = Tools(
+            copier=copier,
+            pages=arena,
+            slots=slab,
+            identity=identity.digest,
+            world_rank=world_rank,
+            object_bytes=dict(object_bytes),
+            device=Lanes("device", 1),
+            io=Lanes("io", io_threads),
+            hashing=Lanes("hash", hash_threads),
+            hash_threads=hash_threads,
+        )
+        self._changed = threading.Condition()
+        self._fences: dict[int, object] = {}
+        self._newest_fence: object = None
+        self._has_fence = False
+        self._observed: list[OpResult] = []
+        self._started = False
+        self._closing = False
+
+    def start(self) -> None:
+        """Start the threads; ops that were submitted before begin now.
+
+        Raises ``StateError`` when the engine was started or closed before.
+        """
+        with self._changed:
+            if self._started or self._closing:
+                raise StateError("a transfer engine starts once; make a new one")
+            self._started = True
+        for lanes in self._lanes():
+            lanes.start()
+
+    def submit(self, ops: Iterable[LeaderTransferRequest], paired: bool = True) -> None:
+        """Take over ops.  Forward thread.
+
+        With ``paired``, the channel that brought them stands for both halves; otherwise each waits for its
+        worker half (:meth:`enqueue`) unless it is immediate.  Repetitions change nothing.  After
+        :meth:`close` every op is reported as cancelled.  Raises ``StateError`` for an op that contradicts
+        what is known under its id; the ops before it are taken over.
+        """
+        if not self._has_fence:
+            self._advance_fence(self._copier.fence())
+        with self._changed:
+            now = self._clock()
+            try:
+                for op in ops:
+                    self._scheduler.submit(op, now)
+                    if paired and not op.immediate:
+                        half = WorkerTransferRequest(op.op_id, op.request_id, op.direction)
+                        self._scheduler.enqueue(half, now)
+            finally:
+                self._dispatch()
+
+    def enqueue(self, halves: Iterable[WorkerTransferRequest]) -> None:
+        """Worker halves of ops whose leader halves come over another channel.  Any thread; errors as submit."""
+        with self._changed:
+            now = self._clock()
+            try:
+                for half in halves:
+                    self._scheduler.enqueue(half, now)
+            finally:
+                self._dispatch()
+
+    def begin_iteration(self, n: int) -> None:
+        """The forward pass of the leader's step ``n`` starts.  Forward thread."""
+        with self._changed:
+            self._scheduler.begin_iteration(n)
+
+    def layer_done(self, name: str, index: int, fence: object) -> None:
+        """A layer of the current step was launched; ``fence`` lies behind it.  Forward thread."""
+        with self._changed:
+            self._advance_fence(fence)
+            self._scheduler.layer_done(name, index)
+            self._dispatch()
+
+    def end_iteration(self, n: int, fence: object) -> None:
+        """The forward pass of step ``n`` was launched; ``fence`` lies behind it.  Forward thread; never waits.
+
+        Ops that name step ``n`` are ordered after ``fence`` on the device, others after the newest one.
+        """
+        with self._changed:
+            self._advance_fence(fence)
+            self._fences.setdefault(n, fence)
+            if len(self._fences) > _FENCES_KEPT:
+                del self._fences[next(iter(self._fences))]
+            self._scheduler.end_iteration(n)
+            self._dispatch()
+
+    def cancel(self, op_ids: Iterable[str]) -> None:
+        """Drop ops that have not begun to write to their destination; others run to their end.  Any thread."""
+        with self._changed:
+            for op_id in op_ids:
+                self._scheduler.cancel(op_id)
+            self._dispatch()
+
+    def cancel_request(self, request_id: str) -> None:
+        """As :meth:`cancel` for all ops of a request."""
+        with self._changed:
+            self._scheduler.cancel_request(request_id)
+            self._dispatch()
+
+    def poll(self) -> list[OpResult]:
+        """The ops that ended since the last call, each exactly once; tells the observer.  Forward thread."""
+        with self._changed:
+            self._dispatch()
+            results = self._scheduler.take_results()
+            observed, self._observed = self._observed, []
+        self._observe(results)
+        return observed + results
+
+    def wait(self, op_ids: Iterable[str], timeout: float) -> bool:
+        """Block until the ops have ended, for at most ``timeout`` seconds; False when one has not.
+
+        An op that ended touches HBM no more; its result still comes from :meth:`poll`.  Unknown ids have
+        ended.  Deadlines count meanwhile.
+        """
+        with self._changed:
+            waiting = list(op_ids)
+            end = self._clock() + timeout
+            while True:
+                self._dispatch()
+                waiting = [op_id for op_id in waiting if not self._scheduler.has_ended(op_id)]
+                if not waiting:
+                    return True
+                now = self._clock()
+                if now >= end:
+                    return False
+                deadline = self._scheduler.next_deadline()
+                self._changed.wait((end if deadline is None else min(end, deadline)) - now)
+
+    def pending(self) -> int:
+        """Ops that have not ended.  Any thread."""
+        with self._changed:
+            return self._scheduler.pending()
+
+    def quarantined(self) -> frozenset[str]:
+        """Ops that were reported while a thread was still at work on their DRAM pages.  Any thread."""
+        with self._changed:
+            return self._scheduler.quarantined()
+
+    def take_released(self) -> list[str]:
+        """Ops that left the quarantine since the last call: their DRAM pages are free of this rank."""
+        with self._changed:
+            return self._scheduler.take_released()
+
+    def dump(self) -> list[dict[str, object]]:
+        """One line per pending op, for logs."""
+        with self._changed:
+            return self._scheduler.dump()
+
+    def close(self, timeout: float = 10.0) -> bool:
+        """End every op and the threads within ``timeout`` seconds; idempotent.
+
+        Ops that have not begun to write are cancelled at once, others may end; what has not by then is
+        reported as cancelled too.  The results stay for a last :meth:`poll`.  Returns False when a thread
+        could not be ended because it hangs in a copy or a read: its memory must stay mapped.
+        """
+        end = time.monotonic() + timeout
+        with self._changed:
+            self._closing = True
+            self._dispatch()
+            if self._started:
+                self._changed.wait_for(self._is_idle, timeout * _DRAIN_SHARE)
+            self._scheduler.abort()
+            results = self._scheduler.take_results()
+            self._observed += results
+            self._changed.notify_all()
+        self._observe(results)
+        for lanes in self._lanes():
+            lanes.stop()
+        joined = [lanes.join(end - time.monotonic()) for lanes in self._lanes()]
+        if not all(joined):
+            logger.warning("a transfer thread did not end within %.1f s: a copy or a disk hangs", timeout)
+        return all(joined)
+
+    def commit(self, op_id: str) -> bool:
+        """For jobs: the scheduler's commitment point.  Transfer threads."""
+        with self._changed:
+            return self._scheduler.commit(op_id)
+
+    def is_running(self, op_id: str) -> bool:
+        """For jobs: False once the op was dropped.  Transfer threads."""
+        with self._changed:
+            return self._scheduler.is_running(op_id)
+
+    def finished(self, result: OpResult) -> None:
+        """For jobs: the op's memory was touched for the last time.  Transfer threads."""
+        with self._changed:
+            self._scheduler.finished(result, self._clock())
+            self._dispatch()
+
+    def _dispatch(self) -> None:
+        """Expire, start what may start, wake who waits.  With the lock held."""
+        if self._closing:
+            self._scheduler.cancel_all("closed")
+        for op in self._scheduler.poll(self._clock()):
+            JOBS[op.direction](op, self._fence_of(op), self._tools, self).start()
+        self._changed.notify_all()
+
+    def _fence_of(self, op: LeaderTransferRequest) -> object:
+        if op.requirement.kind is RequirementKind.ITERATION_COMPLETE:
+            return self._fences.get(op.requirement.iteration, self._newest_fence)
+        return self._newest_fence
+
+    def _advance_fence(self, fence: object) -> None:
+        self._newest_fence = fence
+        self._has_fence = True
+
+    def _is_idle(self) -> bool:
+        return not self._scheduler.pending() and not self._scheduler.quarantined()
+
+    def _lanes(self) -> tuple[Lanes, ...]:
+        return (self._tools.device, self._tools.io, self._tools.hashing)
+
+    def _observe(self, results: Sequence[OpResult]) -> None:
+        if self._observer is not None:
+            for result in results:
+                self._observer.op_finished(
+                    result.direction.name.lower(),
+                    result.status.value,
+                    result.moved_bytes,
+                    result.seconds,
+                    result.reason,
+                )

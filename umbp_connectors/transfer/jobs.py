@@ -1,0 +1,348 @@
+"""How the engine carries out one op: a few small steps on different threads.
+
+::
+
+    STORE   device: commit, gather ─► hashing: checksums ─► result
+    LOAD    hashing: plan ─► io: read slot, verify │ hashing: verify page ─► device: commit, scatter ─► result
+    DEMOTE  io: commit ─► io: write slot, for each block ─► result
+
+An exception inside a step fails the blocks that the step was about, never its thread and never another op.
+Each job calls :meth:`Control.finished` exactly once, after its last touch of the op's memory, whatever
+happened; a job whose op was dropped meanwhile does so too, which ends the op's quarantine.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, Protocol
+
+from umbp_connectors.pool.buffers import round_up
+from umbp_connectors.pool.checksums import object_checksum, verify_object
+from umbp_connectors.transfer.lanes import Lanes
+from umbp_connectors.transfer.memory import PageMemory, SlotStore
+from umbp_core.errors import TierUnavailable
+from umbp_core.ops import Direction, LeaderTransferRequest, OpResult, OpStatus
+from umbp_core.ports import DeviceCopier
+
+logger = logging.getLogger(__name__)
+
+Step = tuple[Lanes, Callable[[], None]]
+"""Something to do, and the threads that do it."""
+
+#: Direct I/O moves whole sectors; pages and slots are multiples of this, so an object's last sector fits.
+SECTOR_BYTES: Final = 4096
+
+#: Labels for ``OpResult.reason``.
+VERIFY: Final = "verify"
+IO: Final = "io"
+DEVICE: Final = "device"
+INTERNAL: Final = "internal"
+
+
+class Control(Protocol):
+    """What a job asks the engine.  Any thread."""
+
+    def commit(self, op_id: str) -> bool:
+        """The scheduler's commitment point."""
+        ...
+
+    def is_running(self, op_id: str) -> bool:
+        """False once the op was dropped: further work on it is wasted."""
+        ...
+
+    def finished(self, result: OpResult) -> None:
+        """The job has touched the op's memory for the last time."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Tools:
+    """What every job of one engine works with."""
+
+    copier: DeviceCopier
+    pages: PageMemory
+    slots: SlotStore | None
+    identity: bytes
+    world_rank: int
+    object_bytes: Mapping[int, int]
+    device: Lanes
+    io: Lanes
+    hashing: Lanes
+    hash_threads: int
+
+
+class _Countdown:
+    """Says which of several parallel steps was the last one to end."""
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+        self._lock = threading.Lock()
+
+    def is_last(self) -> bool:
+        """Called once per step, when it has ended; True for the last one."""
+        with self._lock:
+            self._left -= 1
+            return self._left == 0
+
+
+class Job(abc.ABC):
+    """One op in execution."""
+
+    def __init__(self, op: LeaderTransferRequest, fence: object, tools: Tools, control: Control) -> None:
+        self._op = op
+        self._fence = fence
+        self._tools = tools
+        self._control = control
+        self._failed: dict[int, str] = {}
+
+    @abc.abstractmethod
+    def start(self) -> None:
+        """Queue the first step.  Called with the engine's lock held: takes microseconds."""
+
+    def _put(self, lanes: Lanes, step: Callable[[], None]) -> None:
+        """Queue a step that concerns the whole op."""
+        lanes.put(self._op.direction, functools.partial(self._run, step))
+
+    def _run(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001 - the op's boundary: a bug in one op must not reach another
+            self._fail(range(len(self._op.blocks)), INTERNAL, error)
+            self._finish(OpStatus.FAILED)
+
+    def _attempt(self, indexes: Sequence[int], reason: str, action: Callable[[], None]) -> bool:
+        """Run ``action``; an exception fails the blocks ``indexes`` with ``reason``."""
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 - the op's boundary: copiers and disks raise what they like
+            self._fail(indexes, reason, error)
+            return False
+        return True
+
+    def _fail(self, indexes: Sequence[int], reason: str, error: Exception) -> None:
+        if not self._failed:
+            logger.warning(
+                "%s %s of request %s: %d of %d blocks failed (%s): %s: %s",
+                self._op.direction.name,
+                self._op.op_id,
+                self._op.request_id,
+                len(indexes),
+                len(self._op.blocks),
+                reason,
+                type(error).__name__,
+                error,
+            )
+        for index in indexes:
+            self._failed.setdefault(index, reason)
+
+    def _spread(self, steps: Sequence[Step], then: Callable[[], None]) -> None:
+        """Run ``steps`` in parallel and ``then`` after the last one, on the thread that ran it."""
+        if not steps:
+            then()
+            return
+        countdown = _Countdown(len(steps))
+
+        def run(step: Callable[[], None]) -> None:
+            self._attempt(range(len(self._op.blocks)), INTERNAL, step)
+            if countdown.is_last():
+                self._run(then)
+
+        for lanes, step in steps:
+            lanes.put(self._op.direction, functools.partial(run, step))
+
+    def _shares(self, indexes: Sequence[int]) -> list[Sequence[int]]:
+        """``indexes`` in at most one part per hashing thread: a task per small object would cost more than it."""
+        count = min(self._tools.hash_threads, len(indexes))
+        return [indexes[part::count] for part in range(count)]
+
+    def _by_group(self, indexes: Sequence[int]) -> dict[int, list[int]]:
+        groups: dict[int, list[int]] = {}
+        for index in indexes:
+            groups.setdefault(self._op.blocks[index].group, []).append(index)
+        return groups
+
+    def _object_key(self, index: int) -> bytes:
+        return self._tools.identity + self._op.blocks[index].key
+
+    def _object(self, index: int) -> memoryview:
+        """The bytes of block ``index`` in its DRAM page."""
+        block = self._op.blocks[index]
+        return self._tools.pages.page(block.dram_page, self._tools.object_bytes[block.group])
+
+    def _sectors(self, index: int) -> memoryview:
+        """As :meth:`_object`, up to the end of its last sector."""
+        block = self._op.blocks[index]
+        nbytes = self._tools.object_bytes[block.group]
+        return self._tools.pages.page(block.dram_page, round_up(nbytes, SECTOR_BYTES))
+
+    def _slots(self) -> SlotStore:
+        if self._tools.slots is None:
+            raise TierUnavailable(
+                f"op {self._op.op_id} names SSD slots, but this rank has no SSD tier; give all ranks the same tiers"
+            )
+        return self._tools.slots
+
+    def _finish(self, status: OpStatus, checksums: bytes = b"", moved: Sequence[int] = ()) -> None:
+        op = self._op
+        if status is OpStatus.DONE:
+            failed: tuple[int, ...] = ()
+        elif op.direction is Direction.LOAD and status is OpStatus.FAILED:
+            failed = tuple(sorted(self._failed))
+        else:
+            failed = tuple(range(len(op.blocks)))
+        moved_bytes = sum(self._tools.object_bytes[op.blocks[index].group] for index in moved)
+        reason = next(iter(self._failed.values()), "")
+        self._control.finished(
+            OpResult(op.op_id, op.request_id, op.direction, status, failed, checksums, moved_bytes, reason=reason)
+        )
+
+
+class StoreJob(Job):
+    """HBM to DRAM."""
+
+    def __init__(self, op: LeaderTransferRequest, fence: object, tools: Tools, control: Control) -> None:
+        super().__init__(op, fence, tools, control)
+        self._checksums = [b""] * len(op.blocks)
+
+    def start(self) -> None:
+        """Queue the gather."""
+        self._put(self._tools.device, self._gather)
+
+    def _gather(self) -> None:
+        if not self._control.commit(self._op.op_id):
+            self._finish(OpStatus.CANCELLED)
+            return
+        blocks = self._op.blocks
+        everything = range(len(blocks))
+        for group, members in self._by_group(everything).items():
+            copy = functools.partial(
+                self._tools.copier.gather,
+                group,
+                [blocks[index].hbm_block for index in members],
+                [blocks[index].dram_page for index in members],
+                self._fence,
+            )
+            if not self._attempt(everything, DEVICE, copy):
+                self._finish(OpStatus.FAILED)
+                return
+        hashing = self._tools.hashing
+        self._spread([(hashing, functools.partial(self._hash, share)) for share in self._shares(everything)], self._end)
+
+    def _hash(self, indexes: Sequence[int]) -> None:
+        def hash_all() -> None:
+            for index in indexes:
+                with self._object(index) as data:
+                    self._checksums[index] = object_checksum(self._object_key(index), data)
+
+        self._attempt(indexes, INTERNAL, hash_all)
+
+    def _end(self) -> None:
+        if self._failed:
+            self._finish(OpStatus.FAILED)
+        else:
+            self._finish(OpStatus.DONE, b"".join(self._checksums), range(len(self._op.blocks)))
+
+
+class LoadJob(Job):
+    """DRAM or SSD to HBM; every block is verified before the first one is delivered."""
+
+    def start(self) -> None:
+        """Queue the planning, which is too long for the forward thread when there are many blocks."""
+        self._put(self._tools.hashing, self._plan)
+
+    def _plan(self) -> None:
+        blocks = self._op.blocks
+        on_ssd = [index for index, block in enumerate(blocks) if block.ssd_slot >= 0]
+        in_dram = [index for index, block in enumerate(blocks) if block.ssd_slot < 0]
+        fetches: list[Step] = [(self._tools.io, functools.partial(self._fetch, index)) for index in on_ssd]
+        checks: list[Step] = [
+            (self._tools.hashing, functools.partial(self._verify, share)) for share in self._shares(in_dram)
+        ]
+        self._spread(fetches + checks, self._hand_over)
+
+    def _fetch(self, index: int) -> None:
+        if not self._control.is_running(self._op.op_id):
+            return
+
+        def read() -> None:
+            with self._sectors(index) as buffer:
+                self._slots().read_into(self._op.blocks[index].ssd_slot, buffer)
+
+        if self._attempt((index,), IO, read):
+            self._verify((index,))
+
+    def _verify(self, indexes: Sequence[int]) -> None:
+        for index in indexes:
+            self._attempt((index,), VERIFY, functools.partial(self._verify_one, index))
+
+    def _verify_one(self, index: int) -> None:
+        with self._object(index) as data:
+            expected = self._op.blocks[index].checksum_of(self._tools.world_rank)
+            verify_object(self._object_key(index), data, expected)
+
+    def _hand_over(self) -> None:
+        if self._op.blocks and len(self._failed) == len(self._op.blocks):
+            self._finish(OpStatus.FAILED)
+        else:
+            self._put(self._tools.device, self._scatter)
+
+    def _scatter(self) -> None:
+        if not self._control.commit(self._op.op_id):
+            self._finish(OpStatus.CANCELLED)
+            return
+        blocks = self._op.blocks
+        good = [index for index in range(len(blocks)) if index not in self._failed]
+        moved: list[int] = []
+        for group, members in self._by_group(good).items():
+            copy = functools.partial(
+                self._tools.copier.scatter,
+                group,
+                [blocks[index].hbm_block for index in members],
+                [blocks[index].dram_page for index in members],
+                self._fence,
+            )
+            if self._attempt(members, DEVICE, copy):
+                moved += members
+        self._finish(OpStatus.FAILED if self._failed else OpStatus.DONE, moved=moved)
+
+
+class DemoteJob(Job):
+    """DRAM to SSD."""
+
+    def start(self) -> None:
+        """Queue the commitment; the writes follow."""
+        self._put(self._tools.io, self._begin)
+
+    def _begin(self) -> None:
+        if not self._control.commit(self._op.op_id):
+            self._finish(OpStatus.CANCELLED)
+            return
+        io = self._tools.io
+        # One task per block, so that the loads' reads come in between.
+        self._spread([(io, functools.partial(self._write, index)) for index in range(len(self._op.blocks))], self._end)
+
+    def _write(self, index: int) -> None:
+        def write() -> None:
+            with self._sectors(index) as buffer:
+                self._slots().write_from(self._op.blocks[index].ssd_slot, buffer)
+
+        if not self._failed:
+            self._attempt((index,), IO, write)
+
+    def _end(self) -> None:
+        if self._failed:
+            self._finish(OpStatus.FAILED)
+        else:
+            self._finish(OpStatus.DONE, moved=range(len(self._op.blocks)))
+
+
+JOBS: Final[Mapping[Direction, type[Job]]] = {
+    Direction.LOAD: LoadJob,
+    Direction.STORE: StoreJob,
+    Direction.DEMOTE: DemoteJob,
+}

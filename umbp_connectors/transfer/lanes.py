@@ -1,0 +1,59 @@
+"""A few threads that run small tasks, most urgent first."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+_STOP_PRIORITY = -1
+
+
+class Lanes:
+    """``count`` daemon threads over one priority queue.
+
+    They are daemons of our own, and not an executor's, because an executor's threads are joined when the
+    interpreter exits: one read that hangs in a dead disk would then hang the engine's exit.
+    """
+
+    def __init__(self, name: str, count: int) -> None:
+        self._name = name
+        self._count = count
+        self._tasks: queue.PriorityQueue[tuple[int, int, Callable[[], None] | None]] = queue.PriorityQueue()
+        self._sequence = itertools.count()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start the threads."""
+        for number in range(self._count):
+            thread = threading.Thread(target=self._run, name=f"umbp-{self._name}-{number}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def put(self, priority: int, task: Callable[[], None]) -> None:
+        """Queue a task; smaller ``priority`` first, then in order.  Any thread; never blocks."""
+        self._tasks.put((priority, next(self._sequence), task))
+
+    def stop(self) -> None:
+        """Let every thread end after the task it is in; tasks that are still queued do not run."""
+        for _ in self._threads:
+            self._tasks.put((_STOP_PRIORITY, next(self._sequence), None))
+
+    def join(self, timeout: float) -> bool:
+        """Wait for the threads after :meth:`stop`; False when one is still in a task after ``timeout`` seconds."""
+        end = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _run(self) -> None:
+        while (task := self._tasks.get()[2]) is not None:
+            try:
+                task()
+            except Exception:  # the top of a thread: a bug in one task must not take the others' thread away
+                logger.exception("a task of %s failed outside of its op; the op will end by its deadline", self._name)
