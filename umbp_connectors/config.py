@@ -163,8 +163,7 @@ def _build(merged: Mapping[str, _Given], problems: list[str]) -> UmbpConfig | No
     try:
         config = UmbpConfig.model_validate({key: given.value for key, given in merged.items()})
     except ValidationError as error:
-        for detail in error.errors(include_url=False):
-            problems.append(_explain(detail["loc"], detail["msg"], merged))
+        problems.extend(_explain(e["loc"], e["msg"], merged) for e in error.errors(include_url=False))
         return None
     return None if problems else config
 

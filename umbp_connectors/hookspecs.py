@@ -1,9 +1,136 @@
-"""The hooks of umbp-connectors."""
+"""The hooks of umbp-connectors: where others may put their parts in, and where they are told what happened.
+
+A plug-in is a module or an object with functions marked ``@hookimpl``, named by an entry point of the group
+``umbp``.  It implements the hooks that it needs, with as many of their arguments as it needs.  The built-in
+parts are registered through the same door (:mod:`umbp_connectors.builtin`) and asked last.
+
+No hook is called per token or per block hash.  What a hook may do wrong stops at its caller: an exception
+is logged once per plug-in and hook, counted, and never reaches an engine.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
 import pluggy
+
+from umbp_connectors.config_model import UmbpConfig
+from umbp_connectors.tier_ports import DramTier, PoolClient, SsdTier
+from umbp_core.eviction import EvictionPolicy
+from umbp_core.scheduler import Limits, TransferScheduler
+from umbp_core.tiers import Tier
 
 PROJECT_NAME = "umbp"
 hookspec = pluggy.HookspecMarker(PROJECT_NAME)
 hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
+
+
+@dataclass(frozen=True, slots=True)
+class DramTierSpec:
+    """A DRAM tier that is wanted: ``pages`` pages for objects and ``staging_pages`` for bytes on their way."""
+
+    page_bytes: int
+    pages: int
+    staging_pages: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SsdTierSpec:
+    """An SSD tier that is wanted: ``slots`` slots of ``slot_bytes`` (a multiple of 4096) at ``path``."""
+
+    path: Path
+    slot_bytes: int
+    slots: int
+
+
+@hookspec(firstresult=True)
+def umbp_make_tier(config: UmbpConfig, spec: DramTierSpec | SsdTierSpec) -> DramTier | SsdTier | None:
+    """Make the memory or the file behind one tier of one rank.
+
+    Called: once per rank and tier, when an engine has told its KV layout.
+    Returns: a closed tier of the kind that ``spec`` asks for (``DramTier`` or ``SsdTier`` in
+    ``umbp_connectors.tier_ports``), or ``None`` to leave it to the next plug-in.  The caller opens and closes it.
+    Thread & process: main thread of the rank's worker process.
+    Failure: an ``UmbpError`` means that this tier cannot be had and stops the search; the rank goes on without it.
+    Anything else counts as ``None``.
+    """
+
+
+@hookspec(firstresult=True)
+def umbp_make_client(config: UmbpConfig) -> PoolClient | None:
+    """Make a client of the pool: put, get and exists for batches of objects that are given as buffers.
+
+    Called: once per process that uses the pool without an engine's leader (benchmarks, tools, storage backends).
+    Returns: a closed client for ``config.mode``, or ``None`` to leave it to the next plug-in.
+    Thread & process: the caller's.
+    Failure: an ``UmbpError`` reaches the caller with its message.  Anything else counts as ``None``.
+    """
+
+
+@hookspec(firstresult=True)
+def umbp_make_eviction(config: UmbpConfig, name: str) -> EvictionPolicy | None:
+    """Make the policy that orders the objects of one tier for eviction.
+
+    Called: once per tier, when the directory is built.
+    Returns: a fresh policy when ``name`` (the key ``eviction_policy``) is one that this plug-in offers, else ``None``.
+    Thread & process: scheduler process of the engine; the policy is used by one thread.
+    Failure: an ``UmbpError`` stops the start with its message.  Anything else counts as ``None``.
+    """
+
+
+@hookspec(firstresult=True)
+def umbp_make_scheduler(config: UmbpConfig, limits: Limits) -> TransferScheduler | None:
+    """Make the scheduler that decides which transfer of one rank may start, and when.
+
+    Called: once per rank, when its transfer engine is built.
+    Returns: a fresh scheduler with the behaviour of ``umbp_core.scheduler.TransferScheduler``, or ``None``.
+    Thread & process: rank's worker process; the transfer engine guards it by a lock.
+    Failure: an ``UmbpError`` stops the start of the rank's pool.  Anything else counts as ``None``.
+    """
+
+
+@hookspec
+def umbp_op_finished(direction: str, status: str, nbytes: int, seconds: float, reason: str) -> None:
+    """A transfer has ended on one rank.
+
+    Called: once per op and rank.  ``direction`` is load, store or demote; ``status`` done, failed, cancelled or
+    expired; ``reason`` a short label, empty when done.
+    Returns: nothing.
+    Thread & process: any thread of the rank's worker process; must not block.
+    Failure: logged once, counted, otherwise without effect.
+    """
+
+
+@hookspec
+def umbp_blocks_reported(tier: Tier, keys: Sequence[bytes]) -> None:
+    """Blocks can be loaded from ``tier`` from now on.
+
+    Called: once per tier and scheduling step in which anything changed.
+    Returns: nothing.
+    Thread & process: scheduler thread of the engine's scheduler process; must not block.
+    Failure: logged once, counted, otherwise without effect.
+    """
+
+
+@hookspec
+def umbp_blocks_revoked(tier: Tier, keys: Sequence[bytes]) -> None:
+    """Blocks cannot be loaded from ``tier`` any more: evicted, dropped or cleared.
+
+    Called: once per tier and scheduling step in which anything changed, before that step's reported blocks.
+    Returns: nothing.
+    Thread & process: scheduler thread of the engine's scheduler process; must not block.
+    Failure: logged once, counted, otherwise without effect.
+    """
+
+
+@hookspec
+def umbp_degraded(what: str, reason: str) -> None:
+    """A part of the pool is not used any more; the service goes on without it.
+
+    Called: once per part.  ``what`` names it (a tier, sharing, the catalogue), ``reason`` is one sentence.
+    Returns: nothing.
+    Thread & process: any; must not block.
+    Failure: logged once, counted, otherwise without effect.
+    """
