@@ -1,0 +1,193 @@
+"""A long prompt whose KV has left vLLM comes back from the pool: from DRAM, and after a restart from SSD.
+
+Serves a random model of 190 M parameters with the real ``vllm serve --kv-connector umbp`` and asks it the same prompts
+four times over its HTTP API:
+
+1. *cold*: nothing is known, the whole prompt is computed;
+2. *engine prefix hit*: vLLM still holds the blocks itself;
+3. *DRAM hit*: vLLM's prefix cache was emptied, the blocks come from the pool's memory;
+4. *SSD hit*: the server was stopped and started again, the blocks come from the pool's folder.
+
+Run it with the Python that has vLLM: ``python examples/demo_vllm.py``, or ``make demo``.  Nothing is downloaded and
+nothing is left behind.  The exit status is 1 when a token differs or a phase reused nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs from any folder
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from examples.random_model import medium_llama, prompt
+from examples.serving import Answer, ServerFailed, VllmServer, cpu_environment, cpu_only
+
+GPU_TIE = 0.5
+"""Nats between two candidates that 16-bit rounding may swap; the random model's best leads by about three."""
+
+COLD, ENGINE, DRAM, SSD = "cold", "engine prefix hit", "DRAM hit", "SSD hit after restart"
+CACHED = "vllm:prompt_tokens_cached_by_source"
+SOURCES = {COLD: None, ENGINE: "device", DRAM: "host", SSD: "disk"}
+"""Where vLLM itself must say that the reused tokens of a phase came from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What one phase measured: an answer per prompt, and the tokens that vLLM's metrics attribute to its source."""
+
+    name: str
+    answers: tuple[Answer, ...]
+    by_source: int
+
+    @property
+    def reused(self) -> int:
+        """Median number of prompt tokens that were not computed."""
+        return round(statistics.median(answer.cached_tokens for answer in self.answers))
+
+    @property
+    def seconds(self) -> float:
+        """Median time to the first token."""
+        return statistics.median(answer.seconds_to_first_token for answer in self.answers)
+
+    def agrees(self, cold: Phase, tie: float) -> bool:
+        """Whether every answer is the cold run's; ``tie`` as in :meth:`Answer.agrees`."""
+        return all(mine.agrees(theirs, tie) for mine, theirs in zip(cold.answers, self.answers, strict=True))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit status."""
+    options = _parse(arguments)
+    console = Console()
+    on_cpu = cpu_only()
+    tie = 0.0 if on_cpu else GPU_TIE
+    with tempfile.TemporaryDirectory(prefix="umbp-demo-") as folder:
+        try:
+            phases = run(options, Path(folder), console, on_cpu)
+        except (ServerFailed, TimeoutError) as error:
+            console.print(f"[red]The demo failed:[/red] {error}", highlight=False)
+            return 1
+    console.print(_table(phases, options.tokens, tie))
+    faults = faults_of(phases, tie)
+    for fault in faults:
+        console.print(f"[red]{fault}[/red]", highlight=False)
+    return 1 if faults else 0
+
+
+def run(options: argparse.Namespace, folder: Path, console: Console, on_cpu: bool) -> list[Phase]:
+    """Measure all phases; ``folder`` takes the model, the pool's SSD folder and the log."""
+    prompts = [prompt(options.tokens, seed=seed) for seed in range(options.prompts)]
+    with _progress(console, 4 * len(prompts) + 3) as tell:
+        tell("making a random model")
+        server = _server(medium_llama(folder / "model"), folder, options, on_cpu)
+        tell("starting vllm serve (up to a minute)")
+        with server:
+            server.complete(prompt(256, seed=-1), max_tokens=2)  # the first request of a server pays for its set-up
+            phases = [_measure(COLD, server, prompts, options, tell), _measure(ENGINE, server, prompts, options, tell)]
+            server.reset_prefix_cache()
+            phases.append(_measure(DRAM, server, prompts, options, tell))
+            tell("stopping and starting vllm serve (up to a minute)")
+        with server:
+            server.complete(prompt(256, seed=-2), max_tokens=2)
+            phases.append(_measure(SSD, server, prompts, options, tell))
+    return phases
+
+
+def faults_of(phases: Sequence[Phase], tie: float) -> list[str]:
+    """What must not be: tokens that differ from the cold ones, or a phase that reused nothing."""
+    faults = []
+    for phase in phases:
+        if not phase.agrees(phases[0], tie):
+            faults.append(f"{phase.name}: the tokens differ from those of the cold run")
+        if SOURCES[phase.name] is not None and (
+            min(a.cached_tokens for a in phase.answers) == 0 or not phase.by_source
+        ):
+            faults.append(f"{phase.name}: at least one prompt was computed again instead of reused")
+    return faults
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=2048, help="prompt tokens (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=3, help="different prompts per phase (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=16, help="tokens to generate (default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+def _server(model: Path, folder: Path, options: argparse.Namespace, on_cpu: bool) -> VllmServer:
+    extra = "--kv-transfer-config.kv_connector_extra_config"
+    arguments = ["--kv-connector", "umbp", f"{extra}.ssd_dir", str(folder / "ssd"), f"{extra}.dram_capacity", "2GiB"]
+    arguments += ["--max-model-len", str(options.tokens + options.max_tokens + 128), "--max-num-seqs", "8"]
+    arguments += ["--enforce-eager", "--enable-prompt-tokens-details"]
+    environment = {"VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1"}  # the first: for POST /reset_prefix_cache
+    if on_cpu:
+        arguments += ["--dtype", "float32"]  # rounding then cannot decide a token, so that equal means equal
+        environment |= cpu_environment()
+    else:
+        arguments += ["--gpu-memory-utilization", "0.3"]
+    return VllmServer(model, folder / "server.log", arguments, environment)
+
+
+def _measure(
+    name: str,
+    server: VllmServer,
+    prompts: Sequence[list[int]],
+    options: argparse.Namespace,
+    tell: Callable[[str], None],
+) -> Phase:
+    source = SOURCES[name]
+    before = server.metric(CACHED, source=source) if source else 0
+    answers = []
+    for number, tokens in enumerate(prompts, 1):
+        tell(f"{name}, prompt {number} of {len(prompts)}")
+        answers.append(server.complete(tokens, options.max_tokens))
+    after = server.metric(CACHED, source=source) if source else 0
+    return Phase(name, tuple(answers), round(after - before))
+
+
+@contextlib.contextmanager
+def _progress(console: Console, steps: int) -> Iterator[Callable[[str], None]]:
+    """A bar that every call of what is yielded moves on by one step."""
+    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=steps)
+
+        def tell(text: str) -> None:
+            progress.advance(task)
+            progress.update(task, description=text)
+            if not console.is_terminal:
+                console.print(text, highlight=False)
+
+        yield tell
+
+
+def _table(phases: Sequence[Phase], tokens: int, tie: float) -> Table:
+    table = Table(title=f"Time to first token of a {tokens}-token prompt (median of {len(phases[0].answers)} prompts)")
+    table.add_column("phase")
+    for heading in ("tokens reused", "by vLLM's metrics", "TTFT", "ratio to cold", "same tokens"):
+        table.add_column(heading, justify="right")
+    cold = phases[0]
+    for phase in phases:
+        source = SOURCES[phase.name]
+        table.add_row(
+            phase.name,
+            str(phase.reused),
+            f"{phase.by_source} from {source}" if source else "-",
+            f"{phase.seconds * 1000:.0f} ms",
+            f"{phase.seconds / cold.seconds:.3f}",
+            "yes" if phase.agrees(cold, tie) else "[red]no[/red]",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
