@@ -50,13 +50,16 @@ class DictMetadata(KVConnectorMetadata):
 
 @dataclass
 class DictAcks(KVConnectorWorkerMetadata):
-    """Workers to leader: op -> ranks that completed it."""
+    """Workers to leader."""
 
     done: Counter[int]
+    """Op -> ranks that completed it."""
+    bad: set[Key]
+    """What could not be loaded."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, DictAcks)
-        return DictAcks(self.done + other.done)
+        return DictAcks(self.done + other.done, self.bad | other.bad)
 
 
 @dataclass
@@ -140,7 +143,7 @@ class DictLeader:
                 fresh.load = self.requests[request_id].load
                 self.requests[request_id] = fresh
         for new in output.scheduled_new_reqs:
-            self.requests[new.req_id].blocks = [list(group) for group in new.block_ids]
+            self.take_table(self.requests[new.req_id], new.block_ids)
             self.overwritten.update(block for group in new.block_ids for block in group)
         cached = output.scheduled_cached_reqs
         for request_id, added in zip(cached.req_ids, cached.new_block_ids, strict=True):
@@ -155,6 +158,10 @@ class DictLeader:
         metadata = DictMetadata(self.loads, self.stores, self.overwritten, self.handed_over)
         self.loads, self.stores, self.overwritten, self.handed_over = [], [], set(), set()
         return metadata
+
+    def take_table(self, tracked: Tracked, table: tuple[list[int], ...]) -> None:
+        """The complete block table of a request that is scheduled for the first time, or again."""
+        tracked.blocks = [list(group) for group in table]
 
     def store_full_blocks(self, tracked: Tracked, count: int) -> None:
         request = tracked.request
@@ -173,7 +180,8 @@ class DictLeader:
             tracked.stores.add(op.op_id)
             self.stores.append(op)
 
-    def acknowledged(self, done: Counter[int]) -> None:
+    def acknowledged(self, done: Counter[int], bad: set[Key]) -> None:
+        self.index -= bad
         self.acks.update(done)
         for op_id in [op_id for op_id in done if self.acks[op_id] >= self.ranks]:
             op = self.pending.pop(op_id)
@@ -212,6 +220,7 @@ class DictWorker:
         self.failed: set[str] = set()
         self.invalid: set[int] = set()
         self.handed_over: set[str] = set()
+        self.bad: set[Key] = set()
         self.fails: Callable[[Key], bool] = lambda key: False
 
     def flush(self, overwritten: set[int]) -> None:
@@ -237,6 +246,7 @@ class DictWorker:
             if not op.load:
                 self.objects[key] = [tensor[block].clone() for tensor in tensors]
             elif self.fails(key):
+                self.bad.add(key)
                 self.fail(op, block)
             else:
                 for tensor, stored in zip(tensors, self.objects[key], strict=True):
@@ -294,7 +304,8 @@ class DictConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: Any) -> None:
         if connector_output.kv_connector_worker_meta is not None:
-            self.leader.acknowledged(connector_output.kv_connector_worker_meta.done)
+            acks = connector_output.kv_connector_worker_meta
+            self.leader.acknowledged(acks.done, acks.bad)
 
     def request_finished_all_groups(self, request: Any, block_ids: tuple[list[int], ...]) -> tuple[bool, None]:
         return self.leader.finished(request.request_id), None
@@ -344,4 +355,5 @@ class DictConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         done, self.worker.done = self.worker.done, Counter()
-        return DictAcks(done) if done else None
+        bad, self.worker.bad = self.worker.bad, set()
+        return DictAcks(done, bad) if done else None
