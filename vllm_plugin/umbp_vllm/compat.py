@@ -195,3 +195,24 @@ def commit_of(hf_config: Any) -> str | None:
     """The commit of the model repository that the Hugging Face config was read from, if known."""
     commit = optional(hf_config, "_commit_hash")
     return None if commit is None else str(commit)
+
+
+def is_idle(forward_context: Any) -> bool:
+    """True in a step without tokens: vLLM then sets a forward context without attention metadata."""
+    return optional(forward_context, "attn_metadata") is None
+
+
+def hash_tokens(vllm_config: Any, kv_cache_config: Any) -> int:
+    """Tokens per block hash, as ``Request.block_hashes`` has them.
+
+    vLLM decides it once per engine; before it notes the result in the cache configuration it is asked to
+    decide again, which gives the same answer.
+    """
+    noted = optional(kv_cache_config, "hash_block_size")
+    if noted is not None:
+        return int(noted)
+    utils = importlib.import_module("vllm.v1.core.kv_cache_utils")
+    resolve = optional(utils, "resolve_kv_cache_block_sizes")
+    if resolve is None:
+        return int(vllm_config.cache_config.block_size)
+    return int(resolve(kv_cache_config, vllm_config)[1])

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from umbp_core.ids import RankScope, digest_of
-
 from umbp_vllm import compat
 from umbp_vllm.hashing import describe_hashing
 
@@ -105,8 +104,10 @@ def _model(vllm_config: Any) -> dict[str, object]:
 
 
 def _cache(vllm_config: Any, kv_cache_config: Any | None) -> dict[str, object]:
-    """Kind of cache and tokens per block; the groups' own sizes, because only the scheduler's process has the
-    resolved ``cache_config.block_size``."""
+    """Kind of cache and tokens per block.
+
+    The sizes are the groups' own, because only the scheduler's process has the resolved ``cache_config.block_size``.
+    """
     cache = vllm_config.cache_config
     sizes = (
         [cache.block_size]
@@ -225,7 +226,7 @@ def _plain(value: Any) -> object:
 
     Never by ``repr``, which may hold an address and so differ between processes.
     """
-    if value is None or isinstance(value, (bool, int, float, str)) and not isinstance(value, enum.Enum):
+    if value is None or (isinstance(value, (bool, int, float, str)) and not isinstance(value, enum.Enum)):
         return value
     if isinstance(value, enum.Enum):
         return str(value.name)

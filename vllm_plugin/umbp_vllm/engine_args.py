@@ -1,0 +1,152 @@
+"""``EngineArgs`` learns ``kv_connector="umbp"`` and ``kv_offloading_backend="umbp"``, in memory only.
+
+All short forms end as one ``KVTransferConfig``, vLLM's own way to name a connector.  No field is added to
+the dataclass, so copies, pickles and ``asdict`` of it are what they were.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from umbp_core.errors import ConfigError
+
+CONNECTOR = "umbp"
+"""The connector's name in vLLM."""
+ROLE = "kv_both"
+"""What a cache is for vLLM: it both takes and gives KV."""
+SIZE_KEY = "cpu_bytes_to_use"
+"""The key of the connector's extra config that ``--kv-offloading-size`` becomes, as in vLLM's own offloading."""
+
+_MARK = "umbp_hook"
+_NATIVE = "native"
+_NEEDED = frozenset({"kv_transfer_config", "kv_offloading_backend", "kv_offloading_size"})
+
+
+def install(arg_utils: Any) -> None:
+    """Extend the argument classes of ``arg_utils`` (the module ``vllm.engine.arg_utils``).  Idempotent.
+
+    Steps aside where vLLM has a ``kv_connector`` of its own.  Raises ``AttributeError`` or ``LookupError`` when
+    the module is not as expected; nothing was changed then.
+    """
+    from umbp_vllm import cli_flags
+
+    classes = [arg_utils.EngineArgs, arg_utils.AsyncEngineArgs]
+    fields = {field.name for field in dataclasses.fields(classes[0])}
+    if "kv_connector" in fields:
+        return
+    if not fields >= _NEEDED:
+        raise LookupError(f"EngineArgs has no {', '.join(sorted(_NEEDED - fields))}")
+    base = classes[0]
+    add_cli_args, create_engine_config = base.add_cli_args, base.create_engine_config
+    for cls in classes:
+        _wrap(cls, "__init__", _accepting_connector)
+    if not _is_hook(create_engine_config):
+        base.create_engine_config = _mark(_translating_offloading(create_engine_config))
+    if not _is_hook(add_cli_args):
+        base.add_cli_args = staticmethod(_mark(cli_flags.extending(add_cli_args, arg_utils)))
+
+
+def with_connector(config: Any, connector: str) -> Any:
+    """A complete ``KVTransferConfig`` for ``connector`` that keeps everything else of ``config``.
+
+    ``config`` is one, a dict with its fields, or ``None``.  Raises ``ConfigError`` when it names another
+    connector, or when ``connector`` is not ours.
+    """
+    if connector != CONNECTOR:
+        raise ConfigError(
+            f"kv_connector={connector!r} is not known; the short form takes {CONNECTOR!r} only, "
+            "other connectors are named in kv_transfer_config"
+        )
+    if config is None:
+        config = {}
+    values = dict(config) if isinstance(config, dict) else _fields_of(config)
+    other = values.get("kv_connector") or CONNECTOR
+    if other != CONNECTOR:
+        raise ConfigError(
+            f"kv_connector={CONNECTOR!r} and a kv_transfer_config for {other!r} exclude each other; drop one of "
+            "them, or put both connectors under MultiConnector in kv_transfer_config"
+        )
+    values["kv_connector"] = CONNECTOR
+    values["kv_role"] = values.get("kv_role") or ROLE
+    return importlib.import_module("vllm.config").KVTransferConfig(**values)
+
+
+def with_offloading_size(config: Any, gibibytes: float | None) -> Any:
+    """``config`` (a ``KVTransferConfig`` for umbp) with the DRAM size that ``--kv-offloading-size`` gives.
+
+    Raises ``ConfigError`` when the extra config already has another size.
+    """
+    if gibibytes is None:
+        return config
+    size = int(gibibytes * (1 << 30))
+    extra = dict(config.kv_connector_extra_config)
+    if extra.setdefault(SIZE_KEY, size) != size:
+        raise ConfigError(
+            f"kv_offloading_size={gibibytes:g} (GiB) and {SIZE_KEY}={extra[SIZE_KEY]} in kv_connector_extra_config "
+            "disagree; drop one of them"
+        )
+    return dataclasses.replace(config, kv_connector_extra_config=extra)
+
+
+def translate_offloading(args: Any) -> None:
+    """Turn the offloading options of an ``EngineArgs`` that mean umbp into its ``kv_transfer_config``.
+
+    They mean umbp when the backend is ``umbp`` (with or without a size), and when a size stands beside
+    ``kv_connector="umbp"``, where vLLM would silently replace the connector by its own.  The options are back
+    at their defaults then, which also makes a second call harmless.  Raises ``ConfigError`` for contradictions.
+    """
+    backend = args.kv_offloading_backend
+    config = args.kv_transfer_config
+    ours = config is not None and config.kv_connector == CONNECTOR
+    if backend != CONNECTOR and not (ours and args.kv_offloading_size is not None):
+        return
+    if backend not in (CONNECTOR, _NATIVE, None):
+        raise ConfigError(
+            f"kv_offloading_backend={backend!r} and the connector {CONNECTOR!r} exclude each other; drop one of them"
+        )
+    args.kv_transfer_config = with_offloading_size(with_connector(config, CONNECTOR), args.kv_offloading_size)
+    args.kv_offloading_backend = type(args).kv_offloading_backend
+    args.kv_offloading_size = None
+
+
+def _fields_of(config: Any) -> dict[str, Any]:
+    return {field.name: vars(config)[field.name] for field in dataclasses.fields(config) if field.init}
+
+
+def _accepting_connector(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, kv_connector: str | None = None, **kwargs: Any) -> None:  # noqa: N807
+        original(self, *args, **kwargs)
+        if kv_connector is not None:
+            self.kv_transfer_config = with_connector(self.kv_transfer_config, kv_connector)
+
+    return __init__
+
+
+def _translating_offloading(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        translate_offloading(self)
+        return original(self, *args, **kwargs)
+
+    return create_engine_config
+
+
+def _wrap(cls: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+    """Replace the method that ``cls`` defines or inherits, once."""
+    method = vars(cls).get(name)
+    if method is not None and not _is_hook(method):
+        setattr(cls, name, _mark(wrapper(method)))
+
+
+def _mark(function: Any) -> Any:
+    vars(function)[_MARK] = True
+    return function
+
+
+def _is_hook(function: Any) -> bool:
+    return _MARK in vars(function)
