@@ -1,0 +1,133 @@
+"""Ops in flight, and the verdict over all ranks.
+
+An op is sent to every rank and ends once on each.  The ledger keeps what each rank said until all of
+them have, then gives one :class:`Verdict`.  Ranks are a set: a rank that reports twice is ignored
+(checklist 96), as is a report for an op that is not in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from umbp_core.errors import StateError
+from umbp_core.ops import CHECKSUM_BYTES, Direction, LeaderTransferRequest, OpResult, OpStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How an op ended on all ranks together.
+
+    ``status`` is ``DONE`` only if every rank said so; otherwise the first other status by rank.
+    ``failed`` holds the indexes into ``op.blocks`` that are bad on at least one rank.  ``reasons`` are the
+    distinct labels that ranks gave.  ``seconds`` is the slowest rank's, ``moved_bytes`` the sum.
+    ``quarantined`` means that a rank's executor is still at work on the op's memory: neither its pages nor
+    its HBM blocks may be used for anything else until :meth:`OpLedger.release` says so.
+    """
+
+    op: LeaderTransferRequest
+    status: OpStatus
+    failed: frozenset[int]
+    reasons: tuple[str, ...]
+    moved_bytes: int
+    seconds: float
+    quarantined: bool
+    _checksums: Mapping[int, bytes] = field(repr=False)
+    _writers: tuple[int, ...] = field(repr=False)
+
+    def checksums(self, index: int) -> bytes:
+        """The stored checksums of block ``index`` of a store, one per rank in world-rank order."""
+        start = index * CHECKSUM_BYTES
+        return b"".join(self._checksums[rank][start : start + CHECKSUM_BYTES] for rank in self._writers)
+
+
+@dataclass(slots=True)
+class _InFlight:
+    op: LeaderTransferRequest
+    results: dict[int, OpResult]
+
+
+class OpLedger:
+    """Ops in flight on all ranks.  Scheduler thread only.
+
+    ``writers`` names, for each world rank, the rank that writes its copy: itself, or another one where several
+    ranks hold the same bytes and share one copy; the writer's checksums then stand for theirs.
+    """
+
+    def __init__(self, writers: Sequence[int]) -> None:
+        self._writers = tuple(writers)
+        self._ranks = len(self._writers)
+        self._in_flight: dict[str, _InFlight] = {}
+        self._blocks = dict.fromkeys(Direction, 0)
+        self._quarantine: dict[str, set[int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._in_flight)
+
+    def __contains__(self, op_id: str) -> bool:
+        return op_id in self._in_flight
+
+    def blocks_in_flight(self, direction: Direction) -> int:
+        """Blocks of all ops of ``direction`` that have not ended on every rank."""
+        return self._blocks[direction]
+
+    def open(self, op: LeaderTransferRequest) -> None:
+        """Remember ``op`` as sent.  Raises ``StateError`` when its id is in flight already."""
+        if op.op_id in self._in_flight:
+            raise StateError(f"op {op.op_id} of request {op.request_id} was sent twice; op ids must be fresh")
+        self._in_flight[op.op_id] = _InFlight(op, {})
+        self._blocks[op.direction] += len(op.blocks)
+
+    def add(self, rank: int, result: OpResult) -> Verdict | None:
+        """Take ``rank``'s result; the verdict when it was the last one, else ``None``."""
+        flight = self._in_flight.get(result.op_id)
+        if flight is None or rank in flight.results or not 0 <= rank < self._ranks:
+            return None
+        flight.results[rank] = result
+        if result.quarantined:
+            self._quarantine.setdefault(result.op_id, set()).add(rank)
+        if len(flight.results) < self._ranks:
+            return None
+        del self._in_flight[result.op_id]
+        self._blocks[flight.op.direction] -= len(flight.op.blocks)
+        return self._verdict(flight)
+
+    def release(self, rank: int, op_id: str) -> bool:
+        """``rank``'s executor has let go of ``op_id``; True when it was the last and the verdict is out."""
+        ranks = self._quarantine.get(op_id)
+        if ranks is None or rank not in ranks:
+            return False
+        ranks.discard(rank)
+        if ranks:
+            return False
+        del self._quarantine[op_id]
+        return op_id not in self._in_flight
+
+    @property
+    def quarantined(self) -> int:
+        """Ops whose memory some rank still touches although they were given up."""
+        return len(self._quarantine)
+
+    def _verdict(self, flight: _InFlight) -> Verdict:
+        ordered = [flight.results[rank] for rank in range(self._ranks)]
+        bad = [result for result in ordered if result.status is not OpStatus.DONE]
+        failed: set[int] = set()
+        for result in ordered:
+            failed.update(self._failed_blocks(result, len(flight.op.blocks)))
+        return Verdict(
+            op=flight.op,
+            status=bad[0].status if bad else OpStatus.DONE,
+            failed=frozenset(failed),
+            reasons=tuple(dict.fromkeys(result.reason for result in bad if result.reason)),
+            moved_bytes=sum(result.moved_bytes for result in ordered),
+            seconds=max(result.seconds for result in ordered),
+            quarantined=flight.op.op_id in self._quarantine,
+            _checksums={rank: result.checksums for rank, result in enumerate(ordered)},
+            _writers=self._writers,
+        )
+
+    @staticmethod
+    def _failed_blocks(result: OpResult, blocks: int) -> Iterable[int]:
+        if result.status is OpStatus.DONE:
+            return ()
+        return result.failed or range(blocks)

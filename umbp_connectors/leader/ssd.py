@@ -1,0 +1,93 @@
+"""The SSD tier as the leader sees it: the folder's lock and the catalogue that follows the directory."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from umbp_connectors.pool.catalogue import Catalogue, CatalogueRow
+from umbp_connectors.pool.folder import NamespaceFolder, catalogue_allowance
+from umbp_core.directory import Directory, DirectoryEvent, EventKind
+from umbp_core.errors import StateError, TierUnavailable
+from umbp_core.tiers import Tier
+
+logger = logging.getLogger("vllm.umbp.ssd")
+
+CLOSE_TIMEOUT_S = 10.0
+
+
+class SsdCatalogue:
+    """What lies in which SSD slot, over restarts.  Scheduler thread; the disk is written by a thread of its own."""
+
+    def __init__(self, folder: NamespaceFolder, catalogue: Catalogue, rows: Sequence[CatalogueRow], slots: int) -> None:
+        self._folder = folder
+        self._catalogue = catalogue
+        self._rows: Sequence[CatalogueRow] = rows
+        self._closed = False
+        self.slots = slots
+
+    def restore(self, directory: Directory) -> int:
+        """Publish in ``directory`` what an earlier life left; returns how many objects.
+
+        Rows that do not fit are forgotten, never a reason not to start (law L9).
+        """
+        bad = []
+        for row in self._rows:
+            try:
+                directory.restore(row.key, Tier.SSD, (row.slot,), row.nbytes, row.checksums, row.depth)
+            except StateError:
+                bad.append(row.key)
+        if bad:
+            logger.warning("umbp: %d of %d catalogue rows do not fit and are forgotten", len(bad), len(self._rows))
+            self._catalogue.forget(bad)
+        restored = len(self._rows) - len(bad)
+        self._rows = ()
+        directory.drain_events()
+        return restored
+
+    def follow(self, events: Iterable[DirectoryEvent]) -> None:
+        """Write down what changed on SSD; does not wait."""
+        for event in events:
+            if event.tier is not Tier.SSD:
+                continue
+            if event.kind is EventKind.ADDED:
+                row = CatalogueRow(event.key, event.pages[0], event.nbytes, event.checksum, event.depth)
+                self._catalogue.record([row])
+            else:
+                self._catalogue.forget([event.key])
+
+    def close(self) -> None:
+        """Write what is pending and give the folder free; idempotent, bounded in time."""
+        if not self._closed:
+            self._closed = True
+            self._catalogue.close(CLOSE_TIMEOUT_S)
+            self._folder.close()
+
+
+def open_ssd_catalogue(
+    ssd_dir: Path, namespace: str, *, layouts: Sequence[bytes], slots: int, slot_bytes: Sequence[int]
+) -> SsdCatalogue | None:
+    """Lock the namespace's folder and open its catalogue; ``None``, with one sentence, when that cannot be.
+
+    ``layouts`` and ``slot_bytes`` are the ranks' in world-rank order: a catalogue belongs to all of them together.
+    """
+    identity = hashlib.sha256(b"".join(layouts)).digest()
+    folder = NamespaceFolder(ssd_dir, namespace)
+    catalogue = Catalogue(
+        folder.catalogue(identity),
+        identity,
+        len(layouts),
+        slots=slots,
+        slot_bytes=max(slot_bytes),
+        max_bytes=catalogue_allowance(slots, len(layouts)),
+    )
+    try:
+        folder.open()
+        rows = catalogue.open()
+    except TierUnavailable as error:
+        folder.close()
+        logger.warning("umbp: the SSD tier is off: %s", error)
+        return None
+    return SsdCatalogue(folder, catalogue, rows, slots)

@@ -1,0 +1,270 @@
+"""The class that vLLM loads: one facade, two roles, nothing but delegation.
+
+``UmbpConnector`` is created once in the scheduler process (role SCHEDULER) and once per rank (role WORKER).
+This is one of the named boundaries of the project: no exception of ours leaves a method that vLLM's
+scheduler or forward thread calls.  It is counted, logged once per place, and the call answers as if the
+pool held nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from umbp_vllm import compat
+from umbp_vllm.compat import CacheHitSource, KVConnectorBase_V1, KVConnectorRole, KVConnectorTransferResults, SupportsHMA
+from umbp_vllm.leader import Leader
+from umbp_vllm.metadata import HandshakeHello, StepMetadata, WorkerReport
+from umbp_vllm.setup import make_leader, make_worker, settings_of
+from umbp_vllm.stats import UmbpPromMetrics, UmbpStats
+from umbp_vllm.worker import LoadOutcome, Worker
+
+logger = logging.getLogger("vllm.umbp.connector")
+
+T = TypeVar("T")
+CLOSE_TIMEOUT_S = 5.0
+
+
+def _guarded(default: Callable[[], Any]) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """A boundary: an exception inside becomes ``default()``, one log entry per method, and a count."""
+
+    def wrap(method: Callable[..., T]) -> Callable[..., T]:
+        @functools.wraps(method)
+        def call(self: UmbpConnector, *args: Any, **kwargs: Any) -> T:
+            try:
+                return method(self, *args, **kwargs)
+            except Exception:
+                self._failed(method.__name__)
+                return default()  # type: ignore[no-any-return]
+
+        return call
+
+    return wrap
+
+
+class UmbpConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+    """vLLM's KV connector ``umbp``: KV blocks live on in DRAM and SSD and come back by their hash."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any = None) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._vllm_config = vllm_config
+        self._cache_config = kv_cache_config
+        self._settings = settings_of(vllm_config)
+        self._leader: Leader | None = None
+        self._worker: Worker | None = None
+        self._outcome = LoadOutcome()
+        self._idle = False
+        self._failures: dict[str, int] = {}
+        if role == KVConnectorRole.SCHEDULER:
+            self._leader = make_leader(vllm_config, kv_cache_config, self._settings)
+
+    def _failed(self, place: str) -> None:
+        self._failures[place] = self._failures.get(place, 0) + 1
+        if self._leader is not None:
+            self._leader.stats.add("vllm:umbp_degraded", 1, f"internal_{place}")
+        if self._failures[place] == 1:
+            logger.exception("umbp: %s failed; the engine goes on without this answer (logged once)", place)
+
+    # ---- properties of the connector -----------------------------------------------------------------
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """False: this is a cache; losing a store loses a hit and nothing else."""
+        return False
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> UmbpStats:
+        """Statistics in the API server's process, from plain data."""
+        return UmbpStats(data=dict(data or {}))
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> UmbpPromMetrics:
+        """Our counters in vLLM's Prometheus registry."""
+        return UmbpPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    # ---- scheduler role ------------------------------------------------------------------------------
+
+    @property
+    def leader(self) -> Leader:
+        """The scheduler half; only in the scheduler process."""
+        if self._leader is None:
+            raise RuntimeError("this umbp connector has the worker role; vLLM asked it a scheduler's question")
+        return self._leader
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """Take vLLM's block pool, so that blocks under a store can be held."""
+        self.leader.held.bind(gpu_block_pool)
+
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        """Take vLLM's cache manager (0.30 and later): it knows every request's blocks."""
+        self.leader.tables.bind(kv_cache_manager)
+        self.leader.held.bind(kv_cache_manager.block_pool)
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[Any, Any]) -> None:
+        """Take the workers' hellos before the first request."""
+        self.leader.greet(value.hello for value in metadata.values() if isinstance(value, HandshakeHello))
+
+    @_guarded(lambda: None)
+    def on_new_request(self, request: Any) -> None:
+        """A request arrived."""
+        self.leader.on_new_request(request)
+
+    @_guarded(lambda: (0, False))
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Tokens that the pool can give beyond ``num_computed_tokens``; loads are asynchronous."""
+        return self.leader.match(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Blocks exist; a promised load starts.  One that cannot start is reported as failed, never forgotten."""
+        try:
+            self.leader.allocated(request, blocks.get_block_ids(), num_external_tokens)
+        except Exception:
+            self._failed("update_state_after_alloc")
+            if num_external_tokens:
+                self.leader.refuse_load(request, blocks.get_block_ids())
+
+    def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
+        """The workers' instructions for this step."""
+        self.leader.begin_step()
+        self._plan_step(scheduler_output)
+        return self.leader.drain()
+
+    @_guarded(lambda: None)
+    def _plan_step(self, scheduler_output: Any) -> None:
+        self.leader.plan_step(scheduler_output)
+
+    @_guarded(lambda: None)
+    def update_connector_output(self, connector_output: Any) -> None:
+        """What the workers report."""
+        report = connector_output.kv_connector_worker_meta
+        if isinstance(report, WorkerReport):
+            self.leader.take_report(report)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """For models with one KV group; see :meth:`request_finished_all_groups`."""
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    @_guarded(lambda: (False, None))
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Never keeps a request's blocks: blocks under a store are held one by one."""
+        self.leader.finished(request)
+        return False, None
+
+    @_guarded(lambda: {})
+    def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
+        """Which tier the external hit came from (0.32 and later)."""
+        if CacheHitSource is None:
+            return {}
+        tokens = self.leader.hit_tokens(request)
+        split = {CacheHitSource.HOST: tokens.get("dram", 0), CacheHitSource.DISK: tokens.get("ssd", 0)}
+        return {source: count for source, count in split.items() if count}
+
+    @_guarded(lambda: ())
+    def take_events(self) -> Iterable[Any]:
+        """KV events of the DRAM and SSD tiers since the last call."""
+        pool = self.leader.pool
+        return pool.events.take() if pool is not None else ()
+
+    @_guarded(lambda: None)
+    def get_kv_connector_stats(self) -> UmbpStats | None:
+        """Counters since the last call; only the scheduler counts, it sees every rank."""
+        if self._leader is None or self._leader.stats.is_empty():
+            return None
+        stats = UmbpStats(data=self._leader.stats.data)
+        self._leader.stats.reset()
+        return stats
+
+    @_guarded(lambda: False)
+    def has_pending_push_work(self) -> bool:
+        """True while something of ours is in flight, so that an idle engine still takes its result."""
+        return self.leader.has_work
+
+    @_guarded(lambda: False)
+    def has_pending_block_frees(self) -> bool:
+        """True while stores hold HBM blocks that will come free without preempting anyone."""
+        return bool(len(self.leader.held))
+
+    @_guarded(lambda: False)
+    def reset_cache(self) -> bool | None:
+        """Empty the pool."""
+        return self.leader.reset_cache()
+
+    # ---- worker role ---------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """The KV tensors exist: open this rank's arena and slab and start its transfer engine.
+
+        Raises ``ConfigError`` for a configuration that cannot work on this machine, which stops the start.
+        """
+        self._worker = make_worker(self._vllm_config, self._cache_config, self._settings, kv_caches)
+
+    def get_handshake_metadata(self) -> Any:
+        """This rank's hello."""
+        return HandshakeHello(self._worker.hello) if self._worker is not None else None
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Note whether the step computes anything; its ops start in :meth:`wait_for_save`, behind its fence."""
+        self._idle = forward_context is None or compat.is_idle(forward_context)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: loads end before their request is scheduled."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing: blocks are stored whole, after the step."""
+
+    @_guarded(lambda: None)
+    def wait_for_save(self) -> None:
+        """The step is launched: mark its end on the device and start its ops.  Does not wait."""
+        if self._worker is not None:
+            self._worker.step(self._get_connector_metadata())
+
+    @_guarded(lambda: KVConnectorTransferResults())
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """Loads that ended, and which of them failed.  Nothing is ever reported as sent."""
+        if self._worker is None:
+            return KVConnectorTransferResults()
+        self._outcome = self._worker.poll(idle=self._idle)
+        failed = self._outcome.failed if self._reports_requests else set()
+        return KVConnectorTransferResults(
+            finished_sending=set(), finished_recving=self._outcome.ended, failed_recving=failed
+        )
+
+    @_guarded(lambda: (None, None))
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """The form of vLLM up to 0.29."""
+        results = self.get_transfer_results(finished_req_ids)
+        return None, results.finished_recving or None
+
+    @property
+    def _reports_requests(self) -> bool:
+        """Failed loads are named by request where block ids are ambiguous: with several KV groups."""
+        return len(self._cache_config.kv_cache_groups) > 1
+
+    @_guarded(lambda: set())
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """HBM blocks of failed loads, for models with one KV group."""
+        blocks, self._outcome.bad_blocks = self._outcome.bad_blocks, set()
+        return set() if self._reports_requests else blocks
+
+    @_guarded(lambda: None)
+    def build_connector_worker_meta(self) -> WorkerReport | None:
+        """What the leader must hear of this step."""
+        return self._worker.take_report() if self._worker is not None else None
+
+    @_guarded(lambda: None)
+    def shutdown(self) -> None:
+        """End everything of this role within a bound."""
+        if self._leader is not None:
+            self._leader.shutdown()
+        if self._worker is not None:
+            self._worker.close(CLOSE_TIMEOUT_S)

@@ -1,0 +1,112 @@
+"""The model's KV groups as the leader sees them: block sizes, hashes per block, and what a hit needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from umbp_core.errors import ConfigError
+from umbp_core.ids import BlockKey, block_key
+
+
+@dataclass(frozen=True, slots=True)
+class KvGroup:
+    """One KV group.
+
+    ``block_tokens`` is the group's block size in tokens and ``hashes_per_block`` the number of engine
+    hashes that cover it; the last of them names the block.  ``reach`` is the number of tokens before a
+    position that its attention can still see: ``None`` means all of them.
+    """
+
+    index: int
+    block_tokens: int
+    hashes_per_block: int
+    reach: int | None
+    chunk: int | None
+    volatile_tail: bool
+
+    def first_block_needed(self, end: int) -> int:
+        """The first block that must be there when ``end`` tokens are computed and the next one comes.
+
+        ``end`` is a multiple of ``block_tokens``.  Sliding windows see the ``window - 1`` tokens before the
+        next one (vLLM, ``SlidingWindowManager.find_longest_cache_hit``); chunked attention sees its
+        own chunk only.
+        """
+        if self.reach is not None:
+            return max(0, end - self.reach) // self.block_tokens
+        if self.chunk is not None:
+            return (end // self.chunk * self.chunk) // self.block_tokens
+        return 0
+
+    def key(self, hashes: Sequence[bytes], block: int) -> BlockKey:
+        """The block key of the group's ``block``-th block."""
+        return block_key(bytes(hashes[(block + 1) * self.hashes_per_block - 1]), self.index)
+
+
+def _full(_spec: Any) -> tuple[int | None, int | None]:
+    return None, None
+
+
+def _sliding_window(spec: Any) -> tuple[int | None, int | None]:
+    return int(spec.sliding_window) - 1, None
+
+
+def _chunked(spec: Any) -> tuple[int | None, int | None]:
+    return None, int(spec.attention_chunk_size)
+
+
+_REACH: dict[str, Callable[[Any], tuple[int | None, int | None]]] = {
+    "FullAttentionSpec": _full,
+    "MLAAttentionSpec": _full,
+    "SlidingWindowSpec": _sliding_window,
+    "SlidingWindowMLASpec": _sliding_window,
+    "ChunkedLocalAttentionSpec": _chunked,
+}
+"""Spec class name -> (reach, chunk).  Everything else has state that is not a list of blocks per token."""
+
+
+def kv_groups(kv_cache_config: Any, hash_tokens: int) -> tuple[KvGroup, ...]:
+    """The groups of ``kv_cache_config``; ``hash_tokens`` is the engine's tokens per block hash.
+
+    Raises ``ConfigError`` for kinds of groups that cannot be kept per block (Mamba, linear attention,
+    cross attention): vLLM must then be started without the connector.
+    """
+    groups = []
+    for index, group in enumerate(kv_cache_config.kv_cache_groups):
+        spec = group.kv_cache_spec
+        uniform = layer_specs(spec)
+        kinds = {type(member).__name__ for member in uniform}
+        unknown = sorted(kinds - _REACH.keys())
+        if unknown:
+            raise ConfigError(
+                f"KV group {index} ({', '.join(unknown)}) is not a per-block KV cache; umbp supports full, MLA, "
+                "sliding-window and chunked attention. Start this model without --kv-connector umbp."
+            )
+        member = uniform[0]
+        reach, chunk = _REACH[type(member).__name__](member)
+        if spec.block_size % hash_tokens:
+            raise ConfigError(
+                f"KV group {index} has blocks of {spec.block_size} tokens, which is no multiple of the engine's hash "
+                f"unit of {hash_tokens} tokens; set --prefix-match-unit to a divisor of all block sizes."
+            )
+        groups.append(
+            KvGroup(
+                index=index,
+                block_tokens=spec.block_size,
+                hashes_per_block=spec.block_size // hash_tokens,
+                reach=reach,
+                chunk=chunk,
+                volatile_tail=bool(group.is_eagle_group),
+            )
+        )
+    if not groups:
+        raise ConfigError("this model has no KV cache; start it without --kv-connector umbp")
+    return tuple(groups)
+
+
+def layer_specs(spec: Any) -> list[Any]:
+    """The layer specs of a group: those of a uniform-type group, or the spec itself."""
+    if type(spec).__name__ == "UniformTypeKVCacheSpecs":
+        return list(spec.kv_cache_specs.values())
+    return [spec]

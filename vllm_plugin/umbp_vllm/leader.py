@@ -1,0 +1,336 @@
+"""The scheduler-process half of the connector.
+
+Every method is called by vLLM's scheduler on its own thread and returns without waiting for anything:
+lookups are dictionary reads, transfers are decided here and done by the workers.  Per step the cost
+is a comparison per running request and real work only for requests that crossed a block boundary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from umbp_connectors.leader.ledger import Verdict
+from umbp_core.errors import StateError, UmbpError
+from umbp_core.ops import Direction, LeaderTransferRequest, OpResult
+from umbp_core.ports import Clock
+from umbp_core.slots import SlotTable
+from umbp_core.tiers import Tier
+
+from umbp_vllm.groups import KvGroup
+from umbp_vllm.hbm import BlockTables, HeldBlocks
+from umbp_vllm.metadata import RankHello, StepMetadata, WorkerReport
+from umbp_vllm.pool import LeaderPool, LeaderSetup, open_pool
+from umbp_vllm.requests import NEVER, RequestState
+from umbp_vllm.stats import UmbpStats
+
+logger = logging.getLogger("umbp.vllm.leader")
+
+
+class Leader:
+    """Decides what is loaded, stored and demoted, for all ranks of one engine."""
+
+    def __init__(self, setup: LeaderSetup, clock: Clock) -> None:
+        self._setup = setup
+        self._clock = clock
+        self._groups: Sequence[KvGroup] = setup.groups
+        self._slots = SlotTable()
+        self._requests: dict[str, RequestState] = {}
+        self._next_event: dict[str, int] = {}
+        self._scheduled: set[str] = set()
+        self._hellos: dict[int, RankHello] = {}
+        self._pool: LeaderPool | None = None
+        self._refused_pool = False
+        self._iteration = 0
+        self._unsent = StepMetadata(0)
+        self._ended: dict[Direction, Any] = {
+            Direction.LOAD: self._load_ended,
+            Direction.STORE: self._store_ended,
+            Direction.DEMOTE: self._demotion_ended,
+        }
+        self.stats = UmbpStats()
+        self.held = HeldBlocks()
+        self.tables = BlockTables()
+
+    # ---- start and end -------------------------------------------------------------------------------
+
+    def greet(self, hellos: Iterable[RankHello]) -> None:
+        """Take what workers said about themselves; the pool opens when all ranks did."""
+        for hello in hellos:
+            self._hellos[hello.world_rank] = hello
+        if self._pool is None and not self._refused_pool and len(self._hellos) == self._setup.ranks:
+            ordered = [self._hellos[rank] for rank in range(self._setup.ranks)]
+            try:
+                self._pool = open_pool(self._setup, ordered, self._clock, self.held, self.stats)
+            except UmbpError as error:
+                self._refused_pool = True
+                self.degraded("pool", str(error))
+
+    @property
+    def pool(self) -> LeaderPool | None:
+        """The pool, once every worker has said hello."""
+        return self._pool
+
+    def degraded(self, reason: str, text: str) -> None:
+        """Count and log that a part of the service is given up."""
+        self.stats.add("vllm:umbp_degraded", 1, reason)
+        logger.warning("umbp works in a reduced way (%s): %s", reason, text)
+
+    def shutdown(self) -> None:
+        """Write what is known to the catalogue and close it; bounded in time."""
+        if self._pool is not None:
+            self._pool.close()
+
+    # ---- matching ------------------------------------------------------------------------------------
+
+    def on_new_request(self, request: Any) -> None:
+        """A request arrived; its lookup needs nothing but memory, so there is nothing to start early."""
+        slot = self._slots.create(request.request_id)
+        self._requests[request.request_id] = RequestState.of(request, slot, self._groups)
+
+    def match(self, request: Any, computed: int) -> tuple[int | None, bool]:
+        """vLLM's ``get_num_new_matched_tokens``: tokens beyond ``computed``, and whether they load in the background."""
+        state = self._requests.get(request.request_id)
+        if state is None:
+            return 0, False
+        now = self._clock()
+        if self._pool is None:
+            return self._without_pool(state, now), False
+        if state.request.request_id in self._scheduled:
+            self._preempted((state.request.request_id,))
+        state.local_tokens = computed
+        tokens = self._pool.loads.match(state, computed, now)
+        return tokens, bool(tokens)
+
+    def _without_pool(self, state: RequestState, now: float) -> int | None:
+        """Not yet, until the workers' hello came or the time for lookups is over; then a miss."""
+        if self._refused_pool:
+            return 0
+        if state.asked_since is None:
+            state.asked_since = now
+        if now - state.asked_since < self._setup.lookup_timeout_s:
+            self.stats.add("vllm:umbp_lookup_waits", 1, "start")
+            return None
+        return 0
+
+    def allocated(self, request: Any, tables: Sequence[Sequence[int]], external_tokens: int) -> None:
+        """vLLM's ``update_state_after_alloc``: HBM blocks exist now; start the load if one was promised."""
+        state = self._requests.get(request.request_id)
+        self.tables.set(request.request_id, tables)
+        if state is None or self._pool is None:
+            if external_tokens:
+                raise StateError(f"request {request.request_id}: vLLM loads {external_tokens} tokens never promised")
+            return
+        if external_tokens == 0:
+            self._pool.loads.unstage(state)
+            self._pool.loads.promoted(state)
+            return
+        op = self._pool.loads.load(state, external_tokens, tables)
+        self._send(op)
+
+    def refuse_load(self, request: Any, tables: Sequence[Sequence[int]]) -> None:
+        """vLLM waits for a load that cannot be planned: have the workers report it as failed."""
+        state = self._requests.get(request.request_id)
+        local = state.local_tokens if state is not None else 0
+        if state is not None:
+            state.may_load = False
+        first = self._groups[0]
+        blocks = tuple(tables[first.index][local // first.block_tokens :]) if tables else ()
+        self._unsent.refused_loads.append((request.request_id, blocks))
+
+    def hit_tokens(self, request: Any) -> Mapping[str, int]:
+        """Tokens of the request's latest load by tier (``dram``, ``ssd``)."""
+        state = self._requests.get(request.request_id)
+        return state.hit_tokens if state is not None else {}
+
+    # ---- one step ------------------------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """A new engine step; exactly once per ``build_connector_meta``."""
+        self._iteration += 1
+
+    def plan_step(self, output: Any) -> None:
+        """Decide the stores and demotions of this step from vLLM's scheduler output."""
+        if output.preempted_req_ids:
+            self._preempted(output.preempted_req_ids)
+        if self.tables.follows_outputs:
+            self._follow_tables(output)
+        self._mark_skipped(output.num_scheduled_tokens)
+        if self._pool is None:
+            return
+        scheduled = output.num_scheduled_tokens
+        for new in output.scheduled_new_reqs:
+            self._look_at(new.req_id, new.num_computed_tokens + scheduled[new.req_id])
+        cached = output.scheduled_cached_reqs
+        next_event = self._next_event
+        for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            if computed + scheduled[request_id] >= next_event.get(request_id, 0):
+                self._look_at(request_id, computed + scheduled[request_id])
+        self._pool.loads.expire(self._clock())
+        for op in self._pool.plan_demotions():
+            self._send(op)
+        self._pool.settle()
+
+    def drain(self) -> StepMetadata:
+        """This step's instructions; each op is in exactly one of them."""
+        drained, self._unsent = self._unsent, StepMetadata(0)
+        drained.iteration = self._iteration
+        return drained
+
+    def _send(self, op: LeaderTransferRequest) -> None:
+        if self._pool is not None:
+            self._pool.ledger.open(op)
+            self._unsent.ops.append(op)
+
+    def _follow_tables(self, output: Any) -> None:
+        for new in output.scheduled_new_reqs:
+            self.tables.set(new.req_id, new.block_ids)
+        cached = output.scheduled_cached_reqs
+        for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if request_id in cached.resumed_req_ids:
+                self.tables.set(request_id, blocks or ())
+            else:
+                self.tables.extend(request_id, blocks)
+
+    def _mark_skipped(self, scheduled: Mapping[str, int]) -> None:
+        now = scheduled.keys()
+        if self._scheduled == now:
+            return
+        for request_id in self._scheduled - now:
+            state = self._requests.get(request_id)
+            if state is not None and state.slot.may_store:
+                state.slot.skipped()
+                self._next_event[request_id] = 0
+        self._scheduled = set(now)
+
+    def _preempted(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            state = self._requests.get(request_id)
+            self._scheduled.discard(request_id)
+            if state is not None:
+                state.preempted()
+                self._next_event[request_id] = 0
+
+    def _look_at(self, request_id: str, computed: int) -> None:
+        """A request is new in the batch or reached ``next_event``: advance its slot and store full blocks."""
+        state = self._requests.get(request_id)
+        if state is None or self._pool is None:
+            self._next_event[request_id] = NEVER
+            self.stats.add("vllm:umbp_degraded", 1, "unknown_request")
+            return
+        try:
+            state.slot.scheduled(decoding=computed > state.request.num_prompt_tokens)
+            self._store(state, computed)
+        except UmbpError as error:
+            self._next_event[request_id] = NEVER
+            self.degraded("request", f"request {request_id} is not stored any more: {error}")
+            return
+        state.look_again(self._groups, computed)
+        self._next_event[request_id] = state.next_event
+
+    def _store(self, state: RequestState, computed: int) -> None:
+        if self._pool is None or not state.slot.may_store:
+            return
+        tables = self.tables.of(state.request.request_id)
+        for op in self._pool.stores.plan(state, computed, self._iteration, tables):
+            self._send(op)
+
+    # ---- results -------------------------------------------------------------------------------------
+
+    def take_report(self, report: WorkerReport) -> None:
+        """Take what the workers say happened."""
+        if report.hellos:
+            self.greet(report.hellos.values())
+        if self._pool is None:
+            return
+        for rank, results in report.results.items():
+            for result in results:
+                self._take_result(self._pool, rank, result)
+        for rank, op_ids in report.released.items():
+            for op_id in op_ids:
+                if self._pool.ledger.release(rank, op_id):
+                    self._pool.release(op_id)
+        self._pool.settle()
+
+    def _take_result(self, pool: LeaderPool, rank: int, result: OpResult) -> None:
+        verdict = pool.ledger.add(rank, result)
+        if verdict is None:
+            return
+        direction = verdict.op.direction.name.lower()
+        self.stats.add("vllm:umbp_ops", 1, direction, verdict.status.value)
+        self.stats.add("vllm:umbp_bytes", verdict.moved_bytes, direction)
+        self.stats.add("vllm:umbp_op_seconds", verdict.seconds, direction)
+        state = self._requests.get(verdict.op.request_id)
+        self._ended[verdict.op.direction](pool, verdict, state)
+        if not verdict.quarantined:
+            pool.release(verdict.op.op_id)
+        if state is not None:
+            self._retire(state)
+
+    def _load_ended(self, pool: LeaderPool, verdict: Verdict, state: RequestState | None) -> None:
+        pool.loads.ended(verdict, state)
+
+    def _store_ended(self, pool: LeaderPool, verdict: Verdict, state: RequestState | None) -> None:
+        pool.stores.ended(verdict, state)
+
+    def _demotion_ended(self, pool: LeaderPool, verdict: Verdict, _state: RequestState | None) -> None:
+        pool.demotion_ended(verdict)
+
+    # ---- the end of a request ------------------------------------------------------------------------
+
+    def finished(self, request: Any) -> None:
+        """vLLM is done with the request (or aborts it).  Its blocks that are full and not stored yet go now.
+
+        Blocks under a store are held by reference, so vLLM may free the request at once.
+        """
+        state = self._requests.get(request.request_id)
+        if state is None:
+            return
+        if self._pool is not None:
+            self._pool.loads.unstage(state)
+            self._pool.loads.promoted(state)
+            if state.loading is not None:
+                self._unsent.cancels.append(state.loading)
+            self._store(state, request.num_computed_tokens)
+        self._scheduled.discard(request.request_id)
+        self._next_event.pop(request.request_id, None)
+        state.slot.finish()
+        self._retire(state)
+
+    def _retire(self, state: RequestState) -> None:
+        if state.slot.is_finished:
+            request_id = state.request.request_id
+            self._slots.remove(request_id)
+            self._requests.pop(request_id, None)
+            self.tables.forget(request_id)
+
+    # ---- what vLLM asks about us ---------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether the engine must keep stepping so that something of ours can end."""
+        unsent = self._unsent
+        return bool(unsent.ops or unsent.cancels or unsent.refused_loads) or (
+            self._pool is not None and self._pool.has_work
+        )
+
+    @property
+    def live_requests(self) -> int:
+        """Requests that are not over, or whose ops are not."""
+        return len(self._requests)
+
+    def reset_cache(self) -> bool:
+        """Empty the pool; what is on its way is not published.  True: nothing old can be matched any more."""
+        if self._pool is None:
+            return True
+        for state in self._requests.values():
+            self._pool.loads.unstage(state)
+        self._pool.reset()
+        return True
+
+    def tier_objects(self) -> dict[str, int]:
+        """Objects per tier, for tests and debugging."""
+        if self._pool is None:
+            return {}
+        return {tier.name.lower(): self._pool.objects(tier) for tier in (Tier.DRAM, Tier.SSD)}

@@ -1,0 +1,190 @@
+"""The leader's load side: match, promise, load, and the end of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from umbp_connectors.leader.ledger import Verdict
+from umbp_core.directory import Directory
+from umbp_core.errors import StateError
+from umbp_core.ops import Direction, LeaderTransferRequest, OpStatus
+from umbp_core.tiers import Tier
+
+from umbp_vllm.groups import KvGroup
+from umbp_vllm.matching import Matcher, StagedMatch
+from umbp_vllm.requests import RequestState
+from umbp_vllm.stats import UmbpStats
+
+STAGED_FOR_S = 5.0
+"""A match that vLLM neither loads nor asks for again is given up after this time."""
+
+VERIFY_FAILED = "verify"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPolicy:
+    """What the configuration says about loads."""
+
+    timeout_s: float
+    share_timeout_s: float
+    min_blocks: int
+    share: bool
+    """Whether a second request may wait for another's load; useless without vLLM's own prefix cache."""
+
+
+class LoadPlanner:
+    """Stages and plans loads.  Scheduler thread only; never waits."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        matcher: Matcher,
+        groups: Sequence[KvGroup],
+        policy: LoadPolicy,
+        stats: UmbpStats,
+    ) -> None:
+        self._directory = directory
+        self._matcher = matcher
+        self._groups = groups
+        self._policy = policy
+        self._stats = stats
+        self._staged: dict[str, RequestState] = {}
+        self._loading: dict[bytes, str] = {}
+        self._in_flight: set[str] = set()
+        self._void: set[str] = set()
+
+    @property
+    def staged(self) -> int:
+        """Matches that are promised and not loaded yet."""
+        return len(self._staged)
+
+    def match(self, state: RequestState, start: int, now: float) -> int | None:
+        """Tokens beyond ``start`` that a load can bring; ``None`` while another request loads them.
+
+        Asking again for the same ``start`` repeats the answer and renews the promise.
+        """
+        request = state.request
+        if state.staged is not None and state.staged.start == start:
+            state.staged = StagedMatch(
+                state.staged.op_id, start, state.staged.end, state.staged.blocks, now
+            )
+            return state.staged.tokens
+        self.unstage(state)
+        if not state.may_load or not state.slot.may_match:
+            return 0
+        self._stats.add("vllm:umbp_lookups", 1)
+        self._stats.add("vllm:umbp_lookup_tokens", request.num_tokens - start)
+        end = self._matcher.longest(state.keys, start, request.num_tokens)
+        if end - start < self._policy.min_blocks * min(group.block_tokens for group in self._groups):
+            return 0
+        if self._must_wait(state, start, end, now):
+            self._stats.add("vllm:umbp_lookup_waits", 1, "shared_load")
+            return None
+        state.asked_since = None
+        match = self._matcher.stage(state.keys, start, end, now)
+        if match is None:
+            return 0
+        state.staged = match
+        state.slot.stage(match.tokens)
+        self._staged[request.request_id] = state
+        return match.tokens
+
+    def _must_wait(self, state: RequestState, start: int, end: int, now: float) -> bool:
+        if not self._policy.share or not self._loading:
+            return False
+        needed = self._matcher.keys_needed(state.keys, start, end)
+        if not any(key in self._loading for _, _, key in needed):
+            return False
+        if state.asked_since is None:
+            state.asked_since = now
+        return now - state.asked_since < self._policy.share_timeout_s
+
+    def unstage(self, state: RequestState) -> None:
+        """Give the staged match up, if there is one."""
+        match, state.staged = state.staged, None
+        if match is not None:
+            self._staged.pop(state.request.request_id, None)
+            self._matcher.release(match.op_id)
+            state.slot.unstage()
+
+    def expire(self, now: float) -> None:
+        """Give up promises that nobody asked about for :data:`STAGED_FOR_S`."""
+        for state in [s for s in self._staged.values() if s.staged and now - s.staged.since > STAGED_FOR_S]:
+            self.unstage(state)
+
+    def load(
+        self, state: RequestState, tokens: int, tables: Sequence[Sequence[int]]
+    ) -> LeaderTransferRequest:
+        """The op that loads ``tokens`` of the staged match.  Raises ``StateError`` and gives the match up when
+        vLLM asks for what was not promised."""
+        match = state.staged
+        if match is None:
+            raise StateError(f"request {state.request.request_id}: {tokens} external tokens without a staged match")
+        try:
+            blocks = self._matcher.load_blocks(match, tokens, tables)
+        except StateError:
+            self.unstage(state)
+            raise
+        state.staged = None
+        self._staged.pop(state.request.request_id, None)
+        state.slot.begin_onboard(match.op_id)
+        state.loading = match.op_id
+        state.shared_keys = tuple(block.key for block in blocks)
+        for key in state.shared_keys:
+            self._loading.setdefault(key, state.request.request_id)
+        self._directory.touch(state.shared_keys)
+        self._in_flight.add(match.op_id)
+        state.hit_tokens = self._by_tier(match, tokens)
+        for tier, count in state.hit_tokens.items():
+            self._stats.add("vllm:umbp_hit_tokens", count, tier)
+        return LeaderTransferRequest(
+            op_id=match.op_id,
+            request_id=state.request.request_id,
+            direction=Direction.LOAD,
+            blocks=blocks,
+            timeout_s=self._policy.timeout_s,
+        )
+
+    def _by_tier(self, match: StagedMatch, tokens: int) -> dict[str, int]:
+        from_ssd = min(tokens, match.tokens_from_ssd(self._groups))
+        split = {"dram": tokens - from_ssd, "ssd": from_ssd}
+        return {tier: count for tier, count in split.items() if count}
+
+    def promoted(self, state: RequestState) -> None:
+        """vLLM has taken the loaded blocks over (or the request is gone): nobody needs to wait any more."""
+        for key in state.shared_keys:
+            if self._loading.get(key) == state.request.request_id:
+                del self._loading[key]
+        state.shared_keys = ()
+
+    def ended(self, verdict: Verdict, state: RequestState | None) -> None:
+        """Take the end of a load: publishes what SSD gave to DRAM, drops what did not verify.
+
+        What the op still owns afterwards (pins, pages not published) is for the caller to release.
+        """
+        op = verdict.op
+        self._in_flight.discard(op.op_id)
+        void = op.op_id in self._void
+        self._void.discard(op.op_id)
+        for index, block in enumerate(op.blocks):
+            if index in verdict.failed:
+                self._bad_block(block.key, block.ssd_slot, verdict)
+            elif block.ssd_slot >= 0 and not void:
+                self._directory.commit(op.op_id, block.key, Tier.DRAM, block.checksums)
+        if state is not None and state.loading == op.op_id:
+            state.loading = None
+            state.slot.op_ended(op.op_id, verdict.status)
+            if verdict.status is not OpStatus.DONE:
+                state.may_load = False
+                self.promoted(state)
+
+    def void_in_flight(self) -> None:
+        """What is being loaded belongs to the time before a cache reset and must not be published in DRAM."""
+        self._void.update(self._in_flight)
+
+    def _bad_block(self, key: bytes, ssd_slot: int, verdict: Verdict) -> None:
+        for reason in verdict.reasons or ("unknown",):
+            self._stats.add("vllm:umbp_failed_blocks", 1, "load", reason)
+        if VERIFY_FAILED in verdict.reasons:
+            self._directory.drop(key, Tier.SSD if ssd_slot >= 0 else Tier.DRAM)

@@ -1,0 +1,230 @@
+"""What of a request's prefix the pool can give, and the promise that it stays there.
+
+A match is staged: its copies are pinned, and blocks that come from SSD get a DRAM page to pass through, so
+that the number told to vLLM is one that can really be loaded.  A staged match holds until it is
+loaded, replaced, given up or too old.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from umbp_core.directory import Copy, Directory
+from umbp_core.errors import StateError
+from umbp_core.ops import BlockCopy
+from umbp_core.tiers import Tier
+
+from umbp_vllm.groups import KvGroup
+
+
+class BlockHashes(Protocol):
+    """What the matcher needs of a vLLM request."""
+
+    @property
+    def block_hashes(self) -> Sequence[bytes]:
+        """The engine's hashes of all complete hash units, in order."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens."""
+        ...
+
+
+class RequestKeys:
+    """The block keys of one request, per group, made once as its hashes grow."""
+
+    __slots__ = ("_groups", "_keys", "_request")
+
+    def __init__(self, request: BlockHashes, groups: Sequence[KvGroup]) -> None:
+        self._request = request
+        self._groups = groups
+        self._keys: list[list[bytes]] = [[] for _ in groups]
+
+    def of(self, group: KvGroup) -> list[bytes]:
+        """The keys of all complete blocks of ``group`` whose tokens are known."""
+        keys = self._keys[group.index]
+        hashes = self._request.block_hashes
+        for block in range(len(keys), len(hashes) // group.hashes_per_block):
+            keys.append(group.key(hashes, block))
+        return keys
+
+
+@dataclass(frozen=True, slots=True)
+class StagedBlock:
+    """One block of a staged match: where its bytes are and the DRAM page they come through."""
+
+    key: bytes
+    group: int
+    index: int
+    source: Copy
+    dram_page: int
+
+
+@dataclass(frozen=True, slots=True)
+class StagedMatch:
+    """A pinned match of tokens ``start`` (included) to ``end`` (excluded) under owner ``op_id``."""
+
+    op_id: str
+    start: int
+    end: int
+    blocks: tuple[StagedBlock, ...]
+    since: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the pool gives beyond ``start``."""
+        return self.end - self.start
+
+    def tokens_from_ssd(self, groups: Sequence[KvGroup]) -> int:
+        """Tokens whose KV comes from SSD, judged by the group that needs the most blocks from there."""
+        counts = [0] * len(groups)
+        for block in self.blocks:
+            counts[block.group] += block.source.tier is Tier.SSD
+        return min(self.tokens, max(count * group.block_tokens for count, group in zip(counts, groups, strict=True)))
+
+
+class Matcher:
+    """Finds and stages matches in ``directory``.  Scheduler thread only.
+
+    ``alignment`` is the token granularity of a hit (the least common multiple of all block sizes).
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        groups: Sequence[KvGroup],
+        alignment: int,
+        object_bytes: Sequence[int],
+        *,
+        new_op_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+    ) -> None:
+        self._directory = directory
+        self._groups = groups
+        self._alignment = alignment
+        self._object_bytes = object_bytes
+        self._new_op_id = new_op_id
+
+    def longest(self, keys: RequestKeys, start: int, limit: int) -> int:
+        """The largest ``end`` <= ``limit`` such that tokens ``start`` to ``end`` can be loaded; ``start`` if none.
+
+        Pure.  ``start`` is what vLLM holds itself, in every group, and a multiple of the alignment.
+        """
+        end = limit - limit % self._alignment
+        for group in self._groups:
+            first = start // group.block_tokens
+            known = keys.of(group)
+            last = min(end // group.block_tokens, len(known))
+            if group.reach is None and group.chunk is None:
+                last = first + self._directory.count_prefix(known[first:last]) if last > first else first
+            end = min(end, last * group.block_tokens)
+            end -= end % self._alignment
+        windowed = [group for group in self._groups if group.reach is not None or group.chunk is not None]
+        runs = {group.index: self._runs(keys.of(group), start // group.block_tokens, end, group) for group in windowed}
+        while end > start and not all(self._window_present(group, runs[group.index], start, end) for group in windowed):
+            end -= self._alignment
+        return max(end, start)
+
+    def _runs(self, known: Sequence[bytes], first: int, end: int, group: KvGroup) -> list[int]:
+        """For each block from ``first``: how many present blocks in a row end with it."""
+        runs = []
+        run = 0
+        for present in self._directory.contains_many(known[first : end // group.block_tokens]):
+            run = run + 1 if present else 0
+            runs.append(run)
+        return runs
+
+    @staticmethod
+    def _window_present(group: KvGroup, runs: Sequence[int], start: int, end: int) -> bool:
+        first = start // group.block_tokens
+        last = end // group.block_tokens
+        needed = last - max(group.first_block_needed(end), first)
+        return needed <= 0 or runs[last - first - 1] >= needed
+
+    def keys_needed(self, keys: RequestKeys, start: int, end: int) -> list[tuple[KvGroup, int, bytes]]:
+        """The blocks (group, block index, key) that a load of ``start`` to ``end`` must bring."""
+        needed = []
+        for group in self._groups:
+            known = keys.of(group)
+            first = max(group.first_block_needed(end), start // group.block_tokens)
+            needed += [(group, block, known[block]) for block in range(first, end // group.block_tokens)]
+        return needed
+
+    def stage(self, keys: RequestKeys, start: int, limit: int, now: float) -> StagedMatch | None:
+        """Pin the longest match, or ``None`` when there is none.
+
+        A block on SSD for which no DRAM page is free ends the match before it.
+        """
+        end = self.longest(keys, start, limit)
+        while end > start:
+            op_id = self._new_op_id()
+            staged: list[StagedBlock] = []
+            short = self._pin(op_id, self.keys_needed(keys, start, end), staged)
+            if short is None:
+                return StagedMatch(op_id, start, end, tuple(staged), now)
+            self.release(op_id)
+            end = self.longest(keys, start, min(short, end - 1))
+        return None
+
+    def _pin(
+        self, op_id: str, needed: Sequence[tuple[KvGroup, int, bytes]], staged: list[StagedBlock]
+    ) -> int | None:
+        """Pin ``needed`` into ``staged``; the token where it had to stop, or ``None`` if all went in."""
+        copies = self._directory.pin(op_id, [key for _, _, key in needed])
+        for (group, block, key), copy in zip(needed, copies, strict=True):
+            page: int | None = copy.pages[0]
+            if copy.tier is not Tier.DRAM:
+                page = self._page_for(op_id, key, group, block)
+            if page is None:
+                return block * group.block_tokens
+            staged.append(StagedBlock(key, group.index, block, copy, page))
+        return None
+
+    def _page_for(self, op_id: str, key: bytes, group: KvGroup, block: int) -> int | None:
+        if self._directory.is_present_or_pending(key, Tier.DRAM):
+            return None
+        pages = self._directory.reserve(op_id, key, Tier.DRAM, self._object_bytes[group.index], block)
+        return None if pages is None else pages[0]
+
+    def release(self, op_id: str) -> None:
+        """Give up everything that ``op_id`` holds: pins and pages that were not published."""
+        self._directory.abort_owner(op_id)
+        self._directory.unpin(op_id)
+
+    def load_blocks(
+        self, match: StagedMatch, tokens: int, hbm_blocks: Sequence[Sequence[int]]
+    ) -> tuple[BlockCopy, ...]:
+        """The copies that load the first ``tokens`` of ``match`` into the request's block tables.
+
+        ``hbm_blocks`` holds, per group, the request's *whole* block list, so that a position is never
+        guessed from what was appended.  Raises ``StateError`` when more is asked for than was staged, or a
+        block table is too short.
+        """
+        windowed = any(group.reach is not None or group.chunk is not None for group in self._groups)
+        if tokens > match.tokens or (tokens < match.tokens and windowed):
+            raise StateError(f"op {match.op_id}: vLLM wants {tokens} external tokens, {match.tokens} were promised")
+        end = match.start + tokens
+        return tuple(
+            self._load_block(block, hbm_blocks[block.group], match.op_id)
+            for block in match.blocks
+            if (block.index + 1) * self._groups[block.group].block_tokens <= end
+        )
+
+    @staticmethod
+    def _load_block(block: StagedBlock, table: Sequence[int], op_id: str) -> BlockCopy:
+        if block.index >= len(table):
+            raise StateError(
+                f"op {op_id}: block {block.index} of group {block.group} lies beyond its table of {len(table)} blocks"
+            )
+        from_ssd = block.source.tier is Tier.SSD
+        return BlockCopy(
+            key=block.key,
+            group=block.group,
+            hbm_block=table[block.index],
+            dram_page=block.dram_page,
+            ssd_slot=block.source.pages[0] if from_ssd else -1,
+            checksums=block.source.checksum,
+        )

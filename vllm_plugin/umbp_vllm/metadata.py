@@ -1,0 +1,83 @@
+"""What crosses between vLLM's scheduler process and its workers, and back.
+
+Leader to worker: one :class:`StepMetadata` per engine step, drained exactly once, its size in
+proportion to what changed.  Worker to leader: one :class:`WorkerReport`, merged over the ranks by
+vLLM's own output aggregator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import msgspec
+from umbp_core.ops import LeaderTransferRequest, OpResult
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+
+from umbp_vllm.compat import KVConnectorHandshakeMetadata, KVConnectorWorkerMetadata
+
+PROTOCOL_VERSION = 1
+"""Raised whenever the meaning of a field below changes; a leader refuses workers of another version."""
+
+
+class RankHello(msgspec.Struct, frozen=True):
+    """What one worker tells the leader once, before the first op.
+
+    ``world_rank`` is ``pp_rank * tp_size + tp_rank``.  ``writer_rank`` is the world rank whose arena and
+    slab this rank uses: its own, or the first TP rank's where all TP ranks hold the same KV.  Pages
+    and slots are counted in objects; ``problem`` says why there are none although they were asked for.
+    """
+
+    version: int
+    world_rank: int
+    writer_rank: int
+    identity: bytes
+    layout: bytes
+    page_bytes: int
+    dram_pages: int
+    ssd_slots: int
+    slot_bytes: int
+    object_bytes: tuple[int, ...]
+    problem: str = ""
+
+
+@dataclass
+class HandshakeHello(KVConnectorHandshakeMetadata):
+    """The hello in the form that vLLM's handshake carries."""
+
+    hello: RankHello
+
+
+@dataclass
+class StepMetadata(KVConnectorMetadata):
+    """The leader's instructions for one engine step.
+
+    ``iteration`` grows by exactly one per step.  ``ops`` start in this step at the earliest.  ``cancels``
+    are op ids whose request is gone.  ``refused_loads`` are loads that vLLM waits for but that the
+    leader could not plan: request id and the HBM blocks that therefore hold nothing.
+    """
+
+    iteration: int
+    ops: list[LeaderTransferRequest] = field(default_factory=list)
+    cancels: list[str] = field(default_factory=list)
+    refused_loads: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+
+
+@dataclass
+class WorkerReport(KVConnectorWorkerMetadata):
+    """Results, ops that left the quarantine, and hellos, by world rank."""
+
+    results: dict[int, list[OpResult]] = field(default_factory=dict)
+    released: dict[int, list[str]] = field(default_factory=dict)
+    hellos: dict[int, RankHello] = field(default_factory=dict)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """The report of both; called by vLLM once per further rank."""
+        if not isinstance(other, WorkerReport):
+            return self
+        merged = WorkerReport(hellos={**self.hellos, **other.hellos})
+        for report in (self, other):
+            for rank, results in report.results.items():
+                merged.results.setdefault(rank, []).extend(results)
+            for rank, released in report.released.items():
+                merged.released.setdefault(rank, []).extend(released)
+        return merged

@@ -1,0 +1,255 @@
+"""The leader's pool: the directory of one node, its catalogue, and the planners that use them.
+
+Opened when every worker has said hello, because pages, slots and object sizes are the workers' to tell.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from umbp_connectors.config import UmbpConfig
+from umbp_connectors.leader.demotions import DemotionQueue
+from umbp_connectors.leader.ledger import OpLedger, Verdict
+from umbp_connectors.leader.ssd import SsdCatalogue, open_ssd_catalogue
+from umbp_connectors.plugins import PluginHost
+from umbp_core.directory import Directory, EventKind, TierSpace
+from umbp_core.errors import ConfigError
+from umbp_core.ops import LeaderTransferRequest
+from umbp_core.pages import PageAllocator
+from umbp_core.ports import Clock
+from umbp_core.tiers import Tier
+
+from umbp_vllm.events import EventLog
+from umbp_vllm.groups import KvGroup
+from umbp_vllm.hbm import HeldBlocks
+from umbp_vllm.loads import LoadPlanner, LoadPolicy
+from umbp_vllm.matching import Matcher
+from umbp_vllm.metadata import PROTOCOL_VERSION, RankHello
+from umbp_vllm.stats import UmbpStats
+from umbp_vllm.stores import StorePlanner, StorePolicy
+
+logger = logging.getLogger("vllm.umbp.pool")
+
+
+@dataclass(frozen=True, slots=True)
+class LeaderSetup:
+    """What is known before the workers speak.
+
+    ``identity`` is the digest of the namespace; ``folder`` the name of this engine's folder below
+    ``config.ssd_dir``.  ``share_loads`` needs vLLM's own prefix cache.  ``persistent`` is False where block
+    hashes would mean something else after a restart.
+    """
+
+    config: UmbpConfig
+    plugins: PluginHost
+    groups: tuple[KvGroup, ...]
+    alignment: int
+    ranks: int
+    identity: bytes
+    folder: str
+    share_loads: bool
+    persistent: bool
+    kv_events: bool
+
+    @property
+    def lookup_timeout_s(self) -> float:
+        """How long a request may wait for an answer."""
+        return self.config.lookup_timeout_ms / 1000
+
+
+@dataclass(slots=True)
+class LeaderPool:
+    """The parts of an open pool.  Scheduler thread only."""
+
+    directory: Directory
+    catalogue: SsdCatalogue | None
+    ledger: OpLedger
+    loads: LoadPlanner
+    stores: StorePlanner
+    demotions: DemotionQueue | None
+    events: EventLog
+    held: HeldBlocks
+    stats: UmbpStats
+    plugins: PluginHost
+
+    @property
+    def has_work(self) -> bool:
+        """Whether an op is in flight, or a demotion waits."""
+        return bool(len(self.ledger)) or (self.demotions is not None and bool(len(self.demotions)))
+
+    def objects(self, tier: Tier) -> int:
+        """Published objects in ``tier``; 0 when there is no such tier."""
+        return self.directory.stats(tier).objects if tier is Tier.DRAM or self.catalogue is not None else 0
+
+    def plan_demotions(self) -> list[LeaderTransferRequest]:
+        """The demotions to send with this step."""
+        return self.demotions.plan() if self.demotions is not None else []
+
+    def demotion_ended(self, verdict: Verdict) -> None:
+        """Take the end of a demotion."""
+        if self.demotions is None:
+            return
+        self.demotions.ended(verdict.op, verdict.failed)
+        for reason in verdict.reasons:
+            self.stats.add("vllm:umbp_failed_blocks", len(verdict.failed), "demote", reason)
+
+    def release(self, op_id: str) -> None:
+        """``op_id`` ended on all ranks and none touches its memory: give back all it owns."""
+        self.directory.abort_owner(op_id)
+        self.directory.unpin(op_id)
+        self.held.release(op_id)
+
+    def settle(self) -> None:
+        """Tell the catalogue, the event stream and the plug-ins what changed in the directory."""
+        events = self.directory.drain_events()
+        if not events:
+            return
+        for event in events:
+            added = event.kind is EventKind.ADDED
+            name = "vllm:umbp_stored_blocks" if added else "vllm:umbp_evicted_blocks"
+            self.stats.add(name, 1, event.tier.name.lower())
+            self.events.changed(event.key, event.tier, added=added)
+        for (tier, added), run in groupby(events, key=lambda event: (event.tier, event.kind is EventKind.ADDED)):
+            keys = [event.key for event in run]
+            self.plugins.blocks_changed(keys if added else [], [] if added else keys, tier)
+        if self.catalogue is not None:
+            self.catalogue.follow(events)
+
+    def reset(self) -> None:
+        """Unpublish everything; ops in flight end without publishing."""
+        self.stores.void_in_flight()
+        self.loads.void_in_flight()
+        if self.demotions is not None:
+            self.demotions.void()
+        for tier in (Tier.DRAM, Tier.SSD) if self.catalogue is not None else (Tier.DRAM,):
+            self.directory.clear(tier)
+        self.settle()
+
+    def close(self) -> None:
+        """Flush and close the catalogue; idempotent, bounded in time."""
+        self.settle()
+        if self.catalogue is not None:
+            self.catalogue.close()
+
+
+def open_pool(
+    setup: LeaderSetup, hellos: Sequence[RankHello], clock: Clock, held: HeldBlocks, stats: UmbpStats
+) -> LeaderPool:
+    """Build the pool from what the workers said, in world-rank order.
+
+    Raises ``ConfigError`` when the workers cannot work together or have no memory to offer.
+    """
+    _check(setup, hellos)
+    pages = min(hello.dram_pages for hello in hellos)
+    catalogue = _open_catalogue(setup, hellos)
+    directory = _directory(setup, hellos, pages, catalogue)
+    restored = catalogue.restore(directory) if catalogue is not None else 0
+    ledger = OpLedger([hello.writer_rank for hello in hellos])
+    events = EventLog(setup.groups, enabled=setup.kv_events)
+    config = setup.config
+    object_bytes = tuple(max(sizes) for sizes in zip(*(hello.object_bytes for hello in hellos), strict=True))
+    matcher = Matcher(directory, setup.groups, setup.alignment, object_bytes)
+    demotions = None
+    if catalogue is not None:
+        demotions = DemotionQueue(
+            directory, clock, limit=config.max_pending_demotions, timeout_s=config.store_timeout_s
+        )
+    loads = LoadPlanner(
+        directory,
+        matcher,
+        setup.groups,
+        LoadPolicy(
+            timeout_s=config.load_timeout_s,
+            share_timeout_s=config.share_load_timeout_ms / 1000,
+            min_blocks=config.min_load_blocks,
+            share=setup.share_loads,
+        ),
+        stats,
+    )
+    stores = StorePlanner(
+        directory,
+        setup.groups,
+        object_bytes,
+        StorePolicy(config.store_timeout_s, config.max_pending_stores, config.store_decode_blocks),
+        held,
+        ledger,
+        demotions,
+        events,
+        stats,
+    )
+    _announce(hellos, pages, catalogue, restored)
+    return LeaderPool(
+        directory, catalogue, ledger, loads, stores, demotions, events, held, stats, setup.plugins
+    )
+
+
+def _check(setup: LeaderSetup, hellos: Sequence[RankHello]) -> None:
+    for hello in hellos:
+        if hello.version != PROTOCOL_VERSION:
+            raise ConfigError(
+                f"worker {hello.world_rank} speaks umbp protocol {hello.version}, the scheduler {PROTOCOL_VERSION}; "
+                "install the same umbp-connectors everywhere"
+            )
+        if hello.identity != setup.identity:
+            raise ConfigError(
+                f"worker {hello.world_rank} serves another model or configuration than the scheduler; "
+                "start all ranks with the same arguments and environment"
+            )
+        if hello.dram_pages < 1:
+            raise ConfigError(f"worker {hello.world_rank} has no DRAM pages: {hello.problem or 'dram_capacity is small'}")
+
+
+def _open_catalogue(setup: LeaderSetup, hellos: Sequence[RankHello]) -> SsdCatalogue | None:
+    """The SSD catalogue, or ``None``, with one sentence in the log, where SSD cannot be used."""
+    if setup.config.ssd_dir is None or setup.config.ssd_enabled is False:
+        return None
+    if not setup.persistent:
+        logger.warning("umbp: the SSD tier is off, because block hashes would differ after a restart")
+        return None
+    without = [hello for hello in hellos if hello.ssd_slots < 1]
+    if without:
+        logger.warning("umbp: the SSD tier is off: %s", without[0].problem or "ssd_capacity is too small for one block")
+        return None
+    return open_ssd_catalogue(
+        setup.config.ssd_dir,
+        setup.folder,
+        layouts=tuple(hello.layout for hello in hellos),
+        slots=min(hello.ssd_slots for hello in hellos),
+        slot_bytes=tuple(hello.slot_bytes for hello in hellos),
+    )
+
+
+def _directory(
+    setup: LeaderSetup, hellos: Sequence[RankHello], pages: int, catalogue: SsdCatalogue | None
+) -> Directory:
+    page_bytes = max(hello.page_bytes for hello in hellos)
+    policy = setup.plugins.make_eviction
+    spaces = [
+        TierSpace(Tier.DRAM, PageAllocator(page_bytes, [pages * page_bytes]), policy(setup.config.eviction_policy))
+    ]
+    if catalogue is not None:
+        spaces.append(
+            TierSpace(
+                Tier.SSD,
+                PageAllocator(page_bytes, [catalogue.slots * page_bytes]),
+                policy(setup.config.eviction_policy),
+            )
+        )
+    return Directory(spaces)
+
+
+def _announce(
+    hellos: Sequence[RankHello], pages: int, catalogue: SsdCatalogue | None, restored: int
+) -> None:
+    writers = [hello for hello in hellos if hello.writer_rank == hello.world_rank]
+    dram = pages * sum(hello.page_bytes for hello in writers)
+    ssd = "no SSD tier (set ssd_dir to keep KV over restarts)"
+    if catalogue is not None:
+        slots = catalogue.slots * sum(hello.slot_bytes for hello in writers)
+        ssd = f"SSD tier of {slots / 2**30:.2f} GiB with {restored} blocks from before"
+    logger.info(
+        "umbp: pool open for %d rank(s): DRAM tier of %.2f GiB (%d blocks), %s", len(hellos), dram / 2**30, pages, ssd
+    )

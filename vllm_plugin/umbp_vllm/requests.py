@@ -1,0 +1,60 @@
+"""What the leader knows about one request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from umbp_core.slot_table import LIFE, LifeEvent
+from umbp_core.slots import Slot
+
+from umbp_vllm.groups import KvGroup
+from umbp_vllm.matching import RequestKeys, StagedMatch
+
+NEVER = 1 << 62
+"""A token count that no request reaches."""
+
+
+@dataclass(slots=True)
+class RequestState:
+    """One live request: vLLM's own object, its slot, and how far it was looked at.
+
+    ``evaluated`` counts, per group, the blocks for which storing was decided.  ``next_event`` is the number
+    of computed tokens at which the leader must look at the request again; below it a step costs
+    one comparison.  ``loading`` is the id of the load in flight, ``shared_keys`` what others may wait for,
+    ``local_tokens`` what vLLM held itself when it last asked.
+    """
+
+    request: Any
+    keys: RequestKeys
+    slot: Slot
+    evaluated: list[int]
+    next_event: int = 0
+    staged: StagedMatch | None = None
+    loading: str | None = None
+    shared_keys: tuple[bytes, ...] = ()
+    may_load: bool = True
+    asked_since: float | None = None
+    local_tokens: int = 0
+    hit_tokens: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, request: Any, slot: Slot, groups: Sequence[KvGroup]) -> RequestState:
+        """A state for a request that vLLM has just received."""
+        return cls(request, RequestKeys(request, groups), slot, [0] * len(groups))
+
+    def look_again(self, groups: Sequence[KvGroup], tokens: int) -> None:
+        """Set ``next_event``: the next block boundary, or the first decoded token, beyond ``tokens``."""
+        boundary = min(
+            (self.evaluated[group.index] + 1) * group.block_tokens + group.volatile_tail for group in groups
+        )
+        first_decode = self.request.num_prompt_tokens + 1
+        self.next_event = min(boundary, first_decode) if tokens < first_decode else boundary
+
+    def preempted(self) -> None:
+        """vLLM took the request's HBM blocks: everything about them is decided anew."""
+        if LifeEvent.PREEMPT in LIFE[self.slot.life]:
+            self.slot.preempted()
+        self.evaluated = [0] * len(self.evaluated)
+        self.next_event = 0

@@ -1,0 +1,222 @@
+"""Builds the two halves from vLLM's configuration: everything that happens once, at start."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from umbp_connectors.config import UmbpConfig, resolve
+from umbp_connectors.hookspecs import DramTierSpec
+from umbp_connectors.plugins import PluginHost, create_manager
+from umbp_connectors.pool.folder import RankSlab, open_rank_slab
+from umbp_connectors.transfer.engine import TransferEngine
+from umbp_core.errors import ConfigError, TierUnavailable
+from umbp_core.ids import Identity, digest_of
+from umbp_core.scheduler import Limits
+
+from umbp_vllm import compat
+from umbp_vllm.copiers import make_copier
+from umbp_vllm.groups import kv_groups
+from umbp_vllm.hashing import hash_stability
+from umbp_vllm.layout_groups import geometry_of
+from umbp_vllm.layout import kv_is_replicated, layout_digest
+from umbp_vllm.leader import Leader
+from umbp_vllm.metadata import PROTOCOL_VERSION, RankHello
+from umbp_vllm.namespace import namespace_of, rank_scope
+from umbp_vllm.pool import LeaderSetup
+from umbp_vllm.sharing import OpenSlab, share_arena, share_slab
+from umbp_vllm.worker import Worker
+
+logger = logging.getLogger("vllm.umbp.setup")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What both halves know from the configuration alone."""
+
+    config: UmbpConfig
+    plugins: PluginHost
+
+
+def settings_of(vllm_config: Any) -> Settings:
+    """Resolve our configuration and make vLLM recompute blocks whose load failed.
+
+    vLLM reads its failure policy after it has created the connector, from the same object, and its
+    default is to fail the request.  Raises ``ConfigError`` for a bad configuration, which stops the start.
+    """
+    transfer = vllm_config.kv_transfer_config
+    config = resolve(extra=transfer.kv_connector_extra_config).config
+    transfer.kv_load_failure_policy = config.load_failure_policy
+    notice = compat.version_notice(compat.vllm_version())
+    if notice is not None:
+        logger.warning("%s", notice)
+    return Settings(config, create_manager(config))
+
+
+def make_leader(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> Leader:
+    """The scheduler half.  Raises ``ConfigError`` for models whose KV cannot be kept per block."""
+    parallel = vllm_config.parallel_config
+    _refuse_context_parallel(parallel)
+    groups = kv_groups(kv_cache_config, compat.hash_tokens(vllm_config, kv_cache_config))
+    stability = hash_stability(vllm_config, os.environ)
+    if not stability.stable:
+        logger.warning("umbp: %s", stability.advice)
+    namespace, _ = namespace_of(vllm_config, kv_cache_config, settings.config.namespace)
+    setup = LeaderSetup(
+        config=settings.config,
+        plugins=settings.plugins,
+        groups=groups,
+        alignment=math.lcm(*(group.block_tokens for group in groups)),
+        ranks=parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
+        identity=_identity(namespace),
+        folder=_folder(namespace, parallel),
+        share_loads=bool(vllm_config.cache_config.enable_prefix_caching),
+        persistent=stability.stable,
+        kv_events=_kv_events(vllm_config),
+    )
+    return Leader(setup, time.monotonic)
+
+
+def make_worker(vllm_config: Any, kv_cache_config: Any, settings: Settings, kv_caches: dict[str, Any]) -> Worker:
+    """This rank's half, with its arena, slab and transfer engine running."""
+    parallel = vllm_config.parallel_config
+    tp_size = parallel.tensor_parallel_size
+    tp_rank, pp_rank = parallel.rank % tp_size, parallel.rank // tp_size
+    world_rank = pp_rank * tp_size + tp_rank
+    geometry = geometry_of(kv_cache_config, kv_caches)
+    namespace, _ = namespace_of(vllm_config, kv_cache_config, settings.config.namespace)
+    layout = layout_digest(kv_cache_config, geometry)
+    replicated = kv_is_replicated(kv_cache_config, geometry, tp_size)
+    plan = _RankPlan(settings, geometry.page_bytes, tp_size, parallel.pipeline_parallel_size)
+    arena, shared = plan.open_arena(tp_rank, replicated=replicated)
+    writer_rank = pp_rank * tp_size if shared else world_rank
+    slab, problem = _rank_slab(settings.config, _folder(namespace, parallel), writer_rank, layout, plan, tp_rank, shared)
+    object_bytes = tuple(geometry.object_bytes(group.index) for group in geometry.groups)
+    copier = make_copier(geometry, arena)
+    copier.open()
+    config = settings.config
+    engine = TransferEngine(
+        copier=copier,
+        arena=arena,
+        slab=slab.slab if slab is not None else None,
+        identity=Identity(namespace, layout, rank_scope(vllm_config, tp_rank, pp_rank, shared)),
+        world_rank=world_rank,
+        object_bytes=dict(enumerate(object_bytes)),
+        limits=Limits(config.max_concurrent_loads, config.max_concurrent_stores, config.max_concurrent_demotions),
+        clock=time.monotonic,
+        io_threads=config.io_threads,
+        observer=settings.plugins,
+    )
+    engine.start()
+    hello = RankHello(
+        version=PROTOCOL_VERSION,
+        world_rank=world_rank,
+        writer_rank=writer_rank,
+        identity=_identity(namespace),
+        layout=layout,
+        page_bytes=arena.page_bytes,
+        dram_pages=arena.pages,
+        ssd_slots=slab.slab.slots if slab is not None else 0,
+        slot_bytes=slab.slab.slot_bytes if slab is not None else 0,
+        object_bytes=object_bytes,
+        problem=problem,
+    )
+    return Worker(hello, engine, copier, [copier, arena, *([slab] if slab else [])], writes=writer_rank == world_rank)
+
+
+@dataclass(frozen=True, slots=True)
+class _RankPlan:
+    """How this rank's share of the capacities is cut into pages and slots."""
+
+    settings: Settings
+    page_bytes: int
+    tp_size: int
+    pp_size: int
+
+    def pages(self, ranks: int) -> int:
+        """Pages of one of ``ranks`` equal shares of the DRAM capacity."""
+        capacity = self.settings.config.dram_capacity
+        pages = capacity // ranks // self.page_bytes
+        if pages < 1:
+            raise ConfigError(
+                f"dram_capacity of {capacity} bytes over {ranks} rank(s) holds not even one KV block "
+                f"of {self.page_bytes} bytes; set at least dram_capacity={ranks * self.page_bytes}"
+            )
+        return pages
+
+    def open_arena(self, tp_rank: int, *, replicated: bool) -> tuple[Any, bool]:
+        """This rank's arena, and whether all TP ranks of its stage share one (they hold the same KV)."""
+        if replicated:
+            shared = share_arena(tp_rank, lambda: self._opened(self.pages(self.pp_size)))
+            if shared is not None:
+                return shared, True
+        return self._opened(self.pages(self.tp_size * self.pp_size)), False
+
+    def _opened(self, pages: int) -> Any:
+        arena = self.settings.plugins.make_dram_tier(DramTierSpec(self.page_bytes, pages))
+        arena.open()
+        return arena
+
+
+def _rank_slab(
+    config: UmbpConfig, folder: str, writer_rank: int, layout: bytes, plan: _RankPlan, tp_rank: int, shared: bool
+) -> tuple[OpenSlab | None, str]:
+    """This rank's slab file: its own, or, where ranks share, the writer's opened for reading."""
+    owned: RankSlab | None = None
+    problem = ""
+    if not shared or tp_rank == 0:
+        owned, problem = _open_slab(config, folder, writer_rank, layout, plan, shared=shared)
+    return share_slab(owned, problem) if shared else (owned, problem)
+
+
+def _open_slab(
+    config: UmbpConfig, folder: str, rank: int, layout: bytes, plan: _RankPlan, *, shared: bool
+) -> tuple[RankSlab | None, str]:
+    """The slab that world rank ``rank`` writes, or ``None`` and the sentence that says why there is none."""
+    if config.ssd_dir is None or config.ssd_enabled is False:
+        return None, ""
+    try:
+        slab = open_rank_slab(
+            config.ssd_dir,
+            folder,
+            rank,
+            layout,
+            slot_bytes=plan.page_bytes,
+            capacity_bytes=config.ssd_capacity,
+            ranks=plan.pp_size if shared else plan.tp_size * plan.pp_size,
+            direct_io=config.ssd_direct_io,
+        )
+    except TierUnavailable as error:
+        return None, str(error)
+    return slab, ""
+
+
+def _identity(namespace: str) -> bytes:
+    return digest_of({"namespace": namespace})
+
+
+def _folder(namespace: str, parallel: Any) -> str:
+    """This engine's folder below the SSD folder; data-parallel engines have one each."""
+    if parallel.data_parallel_size == 1:
+        return namespace
+    return f"{namespace}-dp{parallel.data_parallel_rank}of{parallel.data_parallel_size}"
+
+
+def _kv_events(vllm_config: Any) -> bool:
+    events = vllm_config.kv_events_config
+    return events is not None and bool(events.enable_kv_cache_events)
+
+
+def _refuse_context_parallel(parallel: Any) -> None:
+    sizes = [
+        compat.optional(parallel, name, 1) for name in ("decode_context_parallel_size", "prefill_context_parallel_size")
+    ]
+    if any(size > 1 for size in sizes):
+        raise ConfigError(
+            "umbp does not support context parallelism yet; start without --decode-context-parallel-size and "
+            "--prefill-context-parallel-size, or without --kv-connector umbp"
+        )

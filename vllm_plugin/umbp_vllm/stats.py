@@ -1,0 +1,93 @@
+"""Connector statistics through vLLM's own channels: the periodic log line and its Prometheus registry.
+
+Counters are kept as one flat ``dict[str, float]`` (``name|label|label``), so that they cross process
+borders as plain data and add up by key.  The leader alone counts: it sees every rank's results.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from umbp_core.ops import Direction
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+SEPARATOR = "|"
+
+METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "vllm:umbp_lookups": ("Prefix lookups that vLLM made.", ()),
+    "vllm:umbp_lookup_tokens": ("Tokens that lookups asked for beyond vLLM's own prefix cache.", ()),
+    "vllm:umbp_hit_tokens": ("Tokens that loads were started for, by the tier that held them.", ("tier",)),
+    "vllm:umbp_lookup_waits": ("Lookups answered 'not yet', by cause.", ("cause",)),
+    "vllm:umbp_ops": ("Transfers that ended, by direction and status.", ("direction", "status")),
+    "vllm:umbp_bytes": ("Bytes moved over all ranks, by direction.", ("direction",)),
+    "vllm:umbp_op_seconds": ("Seconds spent in transfers (slowest rank), by direction.", ("direction",)),
+    "vllm:umbp_failed_blocks": ("Blocks that did not arrive, by direction and reason.", ("direction", "reason")),
+    "vllm:umbp_stored_blocks": ("Blocks published, by tier.", ("tier",)),
+    "vllm:umbp_evicted_blocks": ("Blocks that left a tier, by tier.", ("tier",)),
+    "vllm:umbp_dropped_stores": ("Blocks not stored, by reason.", ("reason",)),
+    "vllm:umbp_degraded": ("Times that the connector gave up a part of its service, by reason.", ("reason",)),
+}
+"""Every counter: help text and label names (vLLM's ``model_name`` and ``engine`` come first)."""
+
+
+class UmbpStats(KVConnectorStats):
+    """Counters since the last report."""
+
+    def reset(self) -> None:
+        """Start from zero."""
+        self.data = {}
+
+    def add(self, name: str, amount: float, *labels: str) -> None:
+        """Add ``amount`` to counter ``name`` with ``labels`` in the order of :data:`METRICS`."""
+        key = SEPARATOR.join((name, *labels))
+        self.data[key] = self.data.get(key, 0) + amount
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        """Add ``other``'s counters to these."""
+        for key, amount in other.data.items():
+            self.data[key] = self.data.get(key, 0) + amount
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """What vLLM's log line shows."""
+        short = {
+            key.removeprefix("vllm:umbp_").replace(SEPARATOR, "."): round(amount, 4)
+            for key, amount in sorted(self.data.items())
+        }
+        for direction in Direction:
+            name = direction.name.lower()
+            seconds = self.data.get(SEPARATOR.join(("vllm:umbp_op_seconds", name)), 0)
+            moved = self.data.get(SEPARATOR.join(("vllm:umbp_bytes", name)), 0)
+            if seconds:
+                short[f"{name}_GB_per_s"] = round(moved / seconds / 1e9, 2)
+        return short
+
+    def is_empty(self) -> bool:
+        """Whether nothing was counted."""
+        return not self.data
+
+
+class UmbpPromMetrics(KVConnectorPromMetrics):
+    """Feeds :data:`METRICS` into the Prometheus registry of vLLM's API server."""
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._counters = {
+            name: self._counter_cls(name=name, documentation=text, labelnames=[*labelnames, *labels])
+            for name, (text, labels) in METRICS.items()
+        }
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Add one report of engine ``engine_idx``; unknown names (another version's) are ignored."""
+        engine_labels = self.per_engine_labelvalues[engine_idx]
+        for key, amount in transfer_stats_data.items():
+            name, *labels = key.split(SEPARATOR)
+            counter = self._counters.get(name)
+            if counter is not None and len(labels) == len(METRICS[name][1]):
+                counter.labels(*engine_labels, *labels).inc(amount)

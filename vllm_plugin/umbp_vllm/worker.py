@@ -1,0 +1,154 @@
+"""The worker half of the connector: one per rank, in the rank's process.
+
+It decides nothing.  It hands the leader's ops to the transfer engine, tells vLLM which loads ended (each
+exactly once, and only loads it was given), and carries the results back to the leader.  The calls come on
+the forward thread and never wait for memory, disk or device; the one exception is an idle step, in
+which there is nothing to compute and a load is on its way (see :meth:`Worker.poll`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from umbp_connectors.transfer.engine import TransferEngine
+from umbp_core.errors import UmbpError
+from umbp_core.ops import Direction, LeaderTransferRequest, OpResult, OpStatus
+from umbp_core.ports import DeviceCopier
+
+from umbp_vllm.metadata import RankHello, StepMetadata, WorkerReport
+
+IDLE_WAIT_S = 0.002
+"""How long a step without any token waits for a load: it would otherwise only be repeated."""
+
+
+@dataclass(slots=True)
+class LoadOutcome:
+    """What vLLM must hear about loads after one step.
+
+    ``ended`` are request ids whose load ended, well or not; ``failed`` those of them that failed;
+    ``bad_blocks`` the HBM blocks that hold nothing because of it.
+    """
+
+    ended: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
+    bad_blocks: set[int] = field(default_factory=set)
+
+
+class Closable(Protocol):
+    """What a worker closes when it ends."""
+
+    def close(self) -> None:
+        """Give everything back; idempotent."""
+        ...
+
+
+class Worker:
+    """Runs the leader's ops on one rank.
+
+    ``resources`` are closed after the engine, in this order.  ``writes`` is False on a rank that shares another one's arena and slab: there, stores and demotions are
+    the other rank's work and count as done.
+    """
+
+    def __init__(
+        self,
+        hello: RankHello,
+        engine: TransferEngine,
+        copier: DeviceCopier,
+        resources: Sequence[Closable] = (),
+        *,
+        writes: bool,
+    ) -> None:
+        self.hello = hello
+        self.engine = engine
+        self._copier = copier
+        self._resources = resources
+        self._writes = writes
+        self._hello_sent = False
+        self._loads: dict[str, LeaderTransferRequest] = {}
+        self._results: list[OpResult] = []
+        self._refused: list[tuple[str, tuple[int, ...]]] = []
+
+    def step(self, metadata: StepMetadata) -> None:
+        """The step's forward pass is launched: what it computes may be stored, what waits may be loaded.
+
+        Loads start behind the same fence, so that nothing that the step reads or clears is overwritten early.
+        """
+        self.engine.begin_iteration(metadata.iteration)
+        self.engine.end_iteration(metadata.iteration, self._copier.fence())
+        self._submit(metadata)
+
+    def _submit(self, metadata: StepMetadata) -> None:
+        self._refused += metadata.refused_loads
+        for op in metadata.ops:
+            if op.direction is Direction.LOAD:
+                self._loads[op.op_id] = op
+        mine = [op for op in metadata.ops if self._writes or op.direction is Direction.LOAD]
+        self._results += [_not_mine(op) for op in metadata.ops if not self._writes and op.direction is not Direction.LOAD]
+        try:
+            self.engine.submit(mine)
+        except UmbpError as error:
+            self._results += [_failed(op, type(error).__name__) for op in mine]
+        self.engine.cancel(metadata.cancels)
+
+    def poll(self, *, idle: bool) -> LoadOutcome:
+        """What ended since the last call.
+
+        In an idle step (no tokens scheduled) with loads in flight this waits up to :data:`IDLE_WAIT_S` for the
+        first of them, on an event: vLLM would only repeat the step, and with the scheduler in the same process
+        that repetition would take the interpreter away from the threads that move the bytes.
+        """
+        outcome = LoadOutcome()
+        if idle and self._loads and not self._results and not self._refused:
+            self.engine.wait(list(self._loads), IDLE_WAIT_S)
+        self._results += self.engine.poll()
+        for result in self._results:
+            op = self._loads.pop(result.op_id, None)
+            if op is not None:
+                _add_load(outcome, op, result)
+        for request_id, blocks in self._refused:
+            outcome.ended.add(request_id)
+            outcome.failed.add(request_id)
+            outcome.bad_blocks.update(blocks)
+        self._refused = []
+        return outcome
+
+    def take_report(self) -> WorkerReport | None:
+        """Results, releases and (once) the hello for the leader; ``None`` when there is nothing to say."""
+        rank = self.hello.world_rank
+        report = WorkerReport()
+        if self._results:
+            report.results[rank], self._results = self._results, []
+        released = self.engine.take_released()
+        if released:
+            report.released[rank] = released
+        if not self._hello_sent:
+            self._hello_sent = True
+            report.hellos[rank] = self.hello
+        return report if report.results or report.released or report.hellos else None
+
+    def close(self, timeout_s: float) -> None:
+        """End everything within ``timeout_s``; idempotent."""
+        self.engine.close(timeout_s)
+        for resource in self._resources:
+            resource.close()
+
+
+def _add_load(outcome: LoadOutcome, op: LeaderTransferRequest, result: OpResult) -> None:
+    outcome.ended.add(op.request_id)
+    if result.status is OpStatus.DONE:
+        return
+    outcome.failed.add(op.request_id)
+    indexes: Iterable[int] = result.failed or range(len(op.blocks))
+    outcome.bad_blocks.update(op.blocks[index].hbm_block for index in indexes)
+
+
+def _failed(op: LeaderTransferRequest, reason: str) -> OpResult:
+    return OpResult(
+        op.op_id, op.request_id, op.direction, OpStatus.FAILED, failed=tuple(range(len(op.blocks))), reason=reason
+    )
+
+
+def _not_mine(op: LeaderTransferRequest) -> OpResult:
+    return OpResult(op.op_id, op.request_id, op.direction, OpStatus.DONE)
