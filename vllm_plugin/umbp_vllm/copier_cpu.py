@@ -19,7 +19,7 @@ import numpy as np
 
 from umbp_core.errors import TransferError
 from umbp_vllm.copy_plan import Numbers, PageArena, PieceTable, checked_batch, reject_repeats
-from umbp_vllm.layout import KvGeometry
+from umbp_vllm.geometry import KvGeometry
 
 _log = logging.getLogger(__name__)
 

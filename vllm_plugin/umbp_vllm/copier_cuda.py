@@ -14,7 +14,7 @@ import torch
 
 from umbp_core.errors import StateError, TransferError
 from umbp_vllm.copy_plan import Numbers, PageArena, checked_batch, reject_repeats
-from umbp_vllm.layout import KvGeometry
+from umbp_vllm.geometry import KvGeometry
 from umbp_vllm.pinning import MAX_SLICE_BYTES, ArenaPinner
 from umbp_vllm.staging import StagedCopies
 

@@ -10,7 +10,7 @@ from umbp_core.ports import DeviceCopier
 from umbp_vllm.copier_cpu import CpuCopier
 from umbp_vllm.copier_cuda import CudaCopier
 from umbp_vllm.copy_plan import PageArena
-from umbp_vllm.layout import KvGeometry
+from umbp_vllm.geometry import KvGeometry
 
 
 class Copier(DeviceCopier, Protocol):

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from umbp_core.errors import TransferError
-from umbp_vllm.geometry import GroupGeometry
-from umbp_vllm.layout import KvGeometry
+from umbp_vllm.geometry import GroupGeometry, KvGeometry
 
 Numbers = npt.NDArray[np.int64]
 

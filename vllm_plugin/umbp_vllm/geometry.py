@@ -7,10 +7,16 @@ KV (the copiers, their tests, the benchmarks) works on these patterns and on raw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+
+from umbp_core.errors import ConfigError
+
+ARENA_ALIGNMENT = 4096
+"""Arena pages are multiples of this many bytes: what direct I/O and huge pages ask for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +98,60 @@ class GroupGeometry:
     def object_bytes(self) -> int:
         """Bytes of one block of this group over all layers of this rank; 0 without layers."""
         return sum(region.nbytes for region in self.regions)
+
+
+@dataclass(frozen=True)
+class KvGeometry:
+    """The KV cache of one rank as raw bytes.
+
+    ``storages`` are flat ``uint8`` tensors over the engine's own allocations; holding them keeps that memory
+    alive.  Groups may share bytes: a block id belongs to one group at a time.  Immutable; any thread.
+    """
+
+    num_blocks: int
+    groups: tuple[GroupGeometry, ...]
+    storages: tuple[torch.Tensor, ...]
+    layout_name: str = ""
+
+    def __post_init__(self) -> None:
+        for group in self.groups:
+            for region in group.regions:
+                self._check(group, region)
+
+    @classmethod
+    def from_config(cls, kv_cache_config: Any, kv_caches: Mapping[str, torch.Tensor]) -> KvGeometry:
+        """The geometry of ``kv_caches`` as vLLM registers them, laid out as its ``kv_cache_config`` says.
+
+        Raises ``ConfigError`` when a group cannot be kept per block, or when configuration and tensors
+        contradict each other.
+        """
+        from umbp_vllm.layout_groups import geometry_of  # the only part that needs the engine
+
+        return geometry_of(kv_cache_config, kv_caches)
+
+    def _check(self, group: GroupGeometry, region: Region) -> None:
+        room = self.storages[region.storage].numel()
+        smallest = min(region.offset, region.piece_stride, region.block_stride, region.piece_bytes - 1)
+        if smallest < 0 or region.pieces < 1 or region.end(self.num_blocks) > room:
+            raise ConfigError(
+                f"KV group {group.index}: {region} does not fit its allocation of {room} bytes with {self.num_blocks} "
+                "blocks; this KV layout is not understood, start the engine without umbp and report its version"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """The device that holds the KV cache."""
+        return self.storages[0].device
+
+    def object_bytes(self, group: int) -> int:
+        """Bytes of one object of KV group ``group``."""
+        return self.groups[group].object_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        """The arena page that holds an object of any group: the largest object, rounded up to 4096."""
+        largest = max(group.object_bytes for group in self.groups)
+        return max(1, -(-largest // ARENA_ALIGNMENT)) * ARENA_ALIGNMENT
 
 
 def flat_storage(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,14 +10,15 @@ Which bytes belong to a block: the *unpadded* page of each layer.  vLLM never re
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
 from umbp_core.errors import ConfigError
-from umbp_vllm.geometry import GroupGeometry, Region, flat_storage, merged
+from umbp_vllm import compat
+from umbp_vllm.geometry import GroupGeometry, KvGeometry, Region, flat_storage, merged
 from umbp_vllm.layout_views import block_dimension, page_order, view_regions
 
 KINDS: Mapping[str, str] = {
@@ -33,9 +34,17 @@ NO_LAYERS = "no_layers"
 """Kind of a group that has no layer on this pipeline stage."""
 
 
-def declared(instance: Any) -> dict[str, Any]:
-    """The fields that this version of vLLM declares on one of its dataclasses, with their values."""
-    return {field.name: instance.__dict__[field.name] for field in dataclasses.fields(instance)}
+def geometry_of(kv_cache_config: Any, kv_caches: Mapping[str, torch.Tensor]) -> KvGeometry:
+    """See :meth:`umbp_vllm.geometry.KvGeometry.from_config`."""
+    if not kv_caches or not kv_cache_config.kv_cache_tensors:
+        raise ConfigError("vLLM registered no KV cache; start this model without --kv-connector umbp")
+    storages = Storages(kv_caches)
+    groups = tuple(
+        group_geometry(index, group, kv_cache_config, storages)
+        for index, group in enumerate(kv_cache_config.kv_cache_groups)
+    )
+    layout_name = compat.kv_cache_layout(kv_cache_config) or ""
+    return KvGeometry(int(kv_cache_config.num_blocks), groups, storages.flat(), layout_name)
 
 
 class Storages:
@@ -77,50 +86,34 @@ def group_geometry(index: int, group: Any, config: Any, storages: Storages) -> G
 
     Raises ``ConfigError`` when the group cannot be kept per block or its layout is not understood.
     """
-    fields = declared(group)
-    if fields.get("host_resident", False) or not fields.get("enable_kv_transfer", True):
+    if compat.optional(group, "host_resident", False) or index not in compat.transfer_group_ids(config):
         raise ConfigError(
             f"KV group {index} is kept by vLLM in host memory or rebuilt by it (HiSparse), so umbp cannot hold its "
             "blocks; start this model without --kv-connector umbp"
         )
+    place = _PLACERS[_source(config)]
+    num_blocks = int(config.num_blocks)
     names = set(group.layer_names)
-    regions: list[Region] = []
-    layers: list[str] = []
-    orders: list[tuple[tuple[int, int], ...]] = []
-    for tensor in config.kv_cache_tensors:
-        for placed in _placed_layers(tensor, names):
-            spec = layer_spec(group.kv_cache_spec, placed[0])
-            kind_of(index, spec)
-            regions.extend(_tensor_regions(tensor, placed, spec, int(config.num_blocks), storages))
-            layers.extend(placed)
-            orders.append(_page_order(tensor, storages.view(placed[0]), int(config.num_blocks)))
-    kinds = sorted({kind_of(index, layer_spec(group.kv_cache_spec, layer)) for layer in layers})
+    parts = [
+        part
+        for tensor in config.kv_cache_tensors
+        for part in place(tensor, names, _PageSpecs(index, group.kv_cache_spec), num_blocks, storages)
+    ]
     return GroupGeometry(
         index=index,
-        kind="+".join(kinds) or NO_LAYERS,
+        kind="+".join(sorted({part.kind for part in parts})) or NO_LAYERS,
         block_tokens=int(group.kv_cache_spec.block_size),
-        layers=tuple(layers),
-        regions=merged(regions),
-        page_orders=tuple(orders),
+        layers=tuple(layer for part in parts for layer in part.layers),
+        regions=merged([region for part in parts for region in part.regions]),
+        page_orders=tuple(part.page_order for part in parts),
     )
 
 
-def _page_order(tensor: Any, view: torch.Tensor, num_blocks: int) -> tuple[tuple[int, int], ...]:
-    """From 0.29 on every registered view is ``[B, H, N, C]``; before, the block dimension has to be found."""
-    blocks = 0 if "layer_stride" in declared(tensor) else block_dimension(view, num_blocks)
-    return page_order(view, blocks, num_blocks)
-
-
-def _placed_layers(tensor: Any, names: set[str]) -> list[tuple[str, ...]]:
-    """The layers of ``tensor`` that belong to one group, in runs that share strides.
-
-    From 0.29 on a tensor places layers of a single group; in 0.28 it is shared by one layer of each group.
-    """
-    fields = declared(tensor)
-    if "layers" in fields:
-        layers = tuple(tensor.layers)
-        return [layers] if layers and layers[0] in names else []
-    return [(layer,) for layer in tensor.shared_by if layer in names]
+def _source(config: Any) -> compat.GeometrySource:
+    try:
+        return compat.geometry_source(config)
+    except TypeError as error:
+        raise ConfigError(str(error)) from error
 
 
 def layer_spec(group_spec: Any, layer: str) -> Any:
@@ -130,28 +123,47 @@ def layer_spec(group_spec: Any, layer: str) -> Any:
     return group_spec
 
 
-def kind_of(group: int, spec: Any) -> str:
-    """The kind of attention whose pages ``spec`` describes.  Raises ``ConfigError`` for kinds with other state."""
-    name = type(spec).__name__
-    if name not in KINDS:
-        raise ConfigError(
-            f"KV group {group} is a {name}, whose state is not a list of blocks per token (Mamba, linear and cross "
-            "attention are such); umbp keeps full, MLA, sliding-window and chunked-local attention. "
-            "Start this model without --kv-connector umbp."
-        )
-    return KINDS[name]
+@dataclass(frozen=True, slots=True)
+class _PageSpecs:
+    """What a group's spec says about the pages of its layers."""
+
+    group: int
+    spec: Any
+
+    def kind(self, layer: str) -> str:
+        name = type(layer_spec(self.spec, layer)).__name__
+        if name not in KINDS:
+            raise ConfigError(
+                f"KV group {self.group} is a {name}, whose state is not a list of blocks per token (Mamba, linear and "
+                "cross attention are such); umbp keeps full, MLA, sliding-window and chunked-local attention. "
+                "Start this model without --kv-connector umbp."
+            )
+        return KINDS[name]
+
+    def page_bytes(self, layer: str) -> int:
+        return int(layer_spec(self.spec, layer).real_page_size_bytes)
+
+    def is_padded(self, layer: str) -> bool:
+        return int(layer_spec(self.spec, layer).page_size_bytes) != self.page_bytes(layer)
 
 
-def _tensor_regions(tensor: Any, layers: Sequence[str], spec: Any, num_blocks: int, storages: Storages) -> list[Region]:
-    """The regions of ``layers``, which ``tensor`` places, in order."""
-    page = int(spec.real_page_size_bytes)
-    if "layer_stride" not in declared(tensor):
-        places = [storages.place(layer) for layer in layers]
-        return [
-            region
-            for layer, (storage, _) in zip(layers, places, strict=True)
-            for region in view_regions(storages.view(layer), storage, num_blocks, page)
-        ]
+class _Part(NamedTuple):
+    """Layers of one group that one ``KVCacheTensor`` places."""
+
+    kind: str
+    layers: tuple[str, ...]
+    regions: list[Region]
+    page_order: tuple[tuple[int, int], ...]
+
+
+def _place_by_strides(
+    tensor: Any, names: set[str], specs: _PageSpecs, num_blocks: int, storages: Storages
+) -> list[_Part]:
+    """0.29 and later: a tensor places layers of a single group, and says where."""
+    layers = tuple(tensor.layers)
+    if not layers or layers[0] not in names:
+        return []
+    kind = specs.kind(layers[0])
     places = [storages.place(layer) for layer in layers]
     for number, (layer, (_, start)) in enumerate(zip(layers, places, strict=True)):
         expected = tensor.offset + number * tensor.layer_stride
@@ -160,23 +172,48 @@ def _tensor_regions(tensor: Any, layers: Sequence[str], spec: Any, num_blocks: i
                 f"layer {layer!r} starts at byte {start} of its allocation but vLLM's configuration says {expected}; "
                 "this KV layout is not understood, start the engine without umbp and report its version"
             )
-    return _strided_regions(tensor, places, page, int(spec.page_size_bytes), num_blocks)
+    regions = _strided_regions(tensor, places, specs, num_blocks)
+    # Every registered view is [B, H, N, C].
+    return [_Part(kind, layers, regions, page_order(storages.view(layers[0]), 0, num_blocks))]
+
+
+def _place_by_views(
+    tensor: Any, names: set[str], specs: _PageSpecs, num_blocks: int, storages: Storages
+) -> list[_Part]:
+    """0.28: a tensor is shared by one layer of each group, and only the registered views know the strides."""
+    parts = []
+    for layer in tensor.shared_by:
+        if layer in names:
+            kind = specs.kind(layer)
+            view = storages.view(layer)
+            storage, _ = storages.place(layer)
+            regions = view_regions(view, storage, num_blocks, specs.page_bytes(layer))
+            order = page_order(view, block_dimension(view, num_blocks), num_blocks)
+            parts.append(_Part(kind, (layer,), regions, order))
+    return parts
 
 
 def _strided_regions(
-    tensor: Any, places: Sequence[tuple[int, int]], page: int, padded: int, num_blocks: int
+    tensor: Any, places: Sequence[tuple[int, int]], specs: _PageSpecs, num_blocks: int
 ) -> list[Region]:
-    """The regions of one ``KVCacheTensor`` from its own strides; ``page`` is unpadded, ``padded`` is not."""
+    """The regions of one ``KVCacheTensor`` from its own strides."""
+    page, padded = specs.page_bytes(tensor.layers[0]), specs.is_padded(tensor.layers[0])
     count, block, layer = len(places), int(tensor.block_stride), int(tensor.layer_stride)
     if block < page:
         # Heads lie outside blocks (LHBNC): the page is cut into head slices, num_blocks apart.
         slices, rest = divmod(page, block)
-        if rest or padded != page:
+        if rest or padded:
             raise ConfigError(f"pages of {page} bytes cannot consist of slices {block} bytes apart; layout unknown")
         return [Region(storage, start, slices, num_blocks * block, block, block) for storage, start in places]
     if count > 1 and layer < page:
         # Heads lie outside layers but inside blocks (BHLNC): all layers of a block are one run.
-        if padded != page or count * page > block:
+        if padded or count * page > block:
             raise ConfigError(f"{count} interleaved pages of {page} bytes do not fill blocks {block} bytes apart")
         return [Region(places[0][0], places[0][1], 1, count * page, block, count * page)]
     return [Region(storage, start, 1, page, block, page) for storage, start in places]
+
+
+_PLACERS: Mapping[compat.GeometrySource, Callable[[Any, set[str], _PageSpecs, int, Storages], list[_Part]]] = {
+    compat.GeometrySource.STRIDES: _place_by_strides,
+    compat.GeometrySource.SHARED_BY: _place_by_views,
+}

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from umbp_vllm.copy_plan import Numbers, page_runs
-from umbp_vllm.geometry import GroupGeometry, Region
-from umbp_vllm.layout import KvGeometry
+from umbp_vllm.geometry import GroupGeometry, KvGeometry, Region
 
 _WORDS: tuple[tuple[int, torch.dtype], ...] = (
     (8, torch.int64),
