@@ -1,0 +1,180 @@
+"""The SSD tier's folder: who owns what in it.
+
+::
+
+    <ssd_dir>/
+      umbp.lock                          held while files are counted, made or removed
+      <namespace, 16 hex digits>/
+        LOCK                             held by the leader that owns the catalogue
+        identity.json                    whose objects these are, and how many bytes a start has claimed
+        catalogue-<digest, 12>.sqlite
+        rank<k>/
+          LOCK                           held by the worker that owns the slab
+          slab-<layout digest, 12>.bin
+
+Workers start before their leader and in other processes.  Each calls :func:`open_rank_slab`: it locks its rank's
+folder, so that a second engine on the same namespace is turned away before it can touch a byte, and claims the
+namespace's whole budget, so that an engine that starts at the same moment counts it.  The leader then takes the
+namespace's own lock (:class:`NamespaceFolder`) and makes the catalogue there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from umbp_connectors.pool.capacity import (
+    CapacityPlan,
+    catalogue_allowance,
+    namespace_dir,
+    our_files,
+    plan_capacity,
+    read_identity,
+    slab_path,
+    write_identity,
+)
+from umbp_connectors.pool.catalogue import Catalogue
+from umbp_connectors.pool.locks import FolderLock, unusable
+from umbp_connectors.pool.slab import SlabFile
+from umbp_core.errors import TierUnavailable
+
+__all__ = [
+    "CapacityPlan",
+    "FolderLock",
+    "NamespaceFolder",
+    "RankSlab",
+    "catalogue_allowance",
+    "namespace_dir",
+    "open_rank_slab",
+    "plan_capacity",
+    "slab_path",
+]
+
+
+@dataclass(slots=True)
+class RankSlab:
+    """One worker's share of the SSD tier: its slab, open, and the lock on its folder."""
+
+    slab: SlabFile
+    lock: FolderLock
+
+    @property
+    def slots(self) -> int:
+        """How many objects fit; the leader uses the smallest number over all ranks."""
+        return self.slab.slots
+
+    def close(self) -> None:
+        """Close the slab, then let the folder go; idempotent."""
+        self.slab.close()
+        self.lock.release()
+
+
+def open_rank_slab(
+    ssd_dir: str | os.PathLike[str],
+    namespace: str,
+    rank: int,
+    layout_digest: bytes,
+    slot_bytes: int,
+    capacity_bytes: int,
+    ranks: int = 1,
+    direct_io: bool = True,
+) -> RankSlab:
+    """Lock rank ``rank``'s folder and open its slab with as many slots as fit.  Called once by each worker.
+
+    ``capacity_bytes`` bounds everything of ours below ``ssd_dir``, for all ``ranks`` that share it together.
+    Raises ``TierUnavailable`` with one sentence: folder not creatable, read-only, not a folder, held by another
+    engine, disk full, or no room for a single object.
+    """
+    path = slab_path(ssd_dir, namespace, rank, layout_digest)
+    lock = FolderLock(path.parent)
+    with contextlib.ExitStack() as undo:
+        with _exclusively(Path(ssd_dir)):
+            _make_dir(path.parent.parent)
+            _make_dir(path.parent)
+            lock.acquire()
+            undo.callback(lock.release)
+            plan = plan_capacity(ssd_dir, namespace, rank, layout_digest, slot_bytes, capacity_bytes, ranks)
+            for holding in plan.remove:
+                holding.remove()
+            write_identity(path.parent.parent, namespace, plan.claimed_bytes)
+        if plan.slots < 1:
+            raise TierUnavailable(
+                f"{ssd_dir}: an SSD capacity of {capacity_bytes} bytes has no room for one object of "
+                f"{slot_bytes} bytes on each of {ranks} ranks ({plan.others_bytes} bytes are taken by others); "
+                "set a larger SSD capacity"
+            )
+        slab = SlabFile(path, slot_bytes, plan.slots, direct_io)
+        slab.open()
+        undo.pop_all()
+    return RankSlab(slab, lock)
+
+
+class NamespaceFolder:
+    """The leader's side of a namespace's folder: its lock and its catalogue."""
+
+    def __init__(self, ssd_dir: str | os.PathLike[str], namespace: str) -> None:
+        self._ssd_dir = Path(ssd_dir)
+        self._namespace = namespace
+        self.path = namespace_dir(ssd_dir, namespace)
+        self._lock = FolderLock(self.path)
+
+    def open(self) -> None:
+        """Make the folder if it is missing, and lock it.
+
+        Raises ``TierUnavailable`` when another engine holds it or the folder cannot be used.
+        """
+        with _exclusively(self._ssd_dir):
+            _make_dir(self.path)
+            self._lock.acquire()
+            if read_identity(self.path) is None:
+                write_identity(self.path, self._namespace, 0)
+
+    def catalogue(self, digest: bytes, identity: bytes, ranks: int, slots: int, slot_bytes: int = 0) -> Catalogue:
+        """The catalogue (not open yet) of the layout with this ``digest``, kept within its allowance.
+
+        Catalogues of other layouts stay while they are a third of the allowance at most; beyond that the least
+        recently used go.  Raises ``TierUnavailable`` when the folder cannot be read.
+        """
+        allowance = catalogue_allowance(slots, ranks)
+        name = f"catalogue-{digest.hex()[:12]}.sqlite"
+        old = sorted(
+            (found.st_mtime, path, found.st_size)
+            for path, found in our_files(self.path)
+            if path.name.startswith("catalogue-") and not path.name.startswith(name)
+        )
+        kept = sum(size for _, _, size in old)
+        for _, path, size in old:
+            if kept > allowance // 3:
+                path.unlink(missing_ok=True)
+                kept -= size
+        return Catalogue(
+            self.path / name, identity, ranks, slots=slots, slot_bytes=slot_bytes, max_bytes=allowance - kept
+        )
+
+    def close(self) -> None:
+        """Let the folder go; idempotent."""
+        self._lock.release()
+
+
+@contextlib.contextmanager
+def _exclusively(ssd_dir: Path) -> Iterator[None]:
+    """Nobody else counts, makes or removes files below ``ssd_dir`` meanwhile; turns ``OSError`` into a sentence."""
+    _make_dir(ssd_dir, parents=True)
+    lock = FolderLock(ssd_dir, "umbp.lock")
+    lock.acquire(wait=True)
+    try:
+        yield
+    except OSError as error:
+        raise unusable(ssd_dir, error) from error
+    finally:
+        lock.release()
+
+
+def _make_dir(path: Path, parents: bool = False) -> None:
+    try:
+        path.mkdir(mode=0o700, parents=parents, exist_ok=True)
+    except OSError as error:
+        raise unusable(path, error) from error
