@@ -5,27 +5,15 @@ from __future__ import annotations
 from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.hookspecs import DramTierSpec, SsdTierSpec, hookimpl
 from umbp_connectors.tier_ports import DramTier, SsdTier
+from umbp_core.errors import ConfigError
 from umbp_core.eviction import POLICIES, EvictionPolicy
 from umbp_core.scheduler import Limits, TransferScheduler
 
 
 @hookimpl(trylast=True)
 def umbp_make_tier(config: UmbpConfig, spec: DramTierSpec | SsdTierSpec) -> DramTier | SsdTier:
-    """An arena of shared memory, or a slab file."""
-    if isinstance(spec, DramTierSpec):
-        from umbp_connectors.pool.arena import Arena
-
-        return Arena(
-            spec.page_bytes,
-            spec.pages,
-            spec.staging_pages,
-            huge_pages=config.dram_use_hugepages,
-            numa_node=config.dram_numa_node,
-            prefault=config.dram_prefault,
-        )
-    from umbp_connectors.pool.slab import SlabFile
-
-    return SlabFile(spec.path, spec.slot_bytes, spec.slots, direct_io=config.ssd_direct_io)
+    """An arena of shared memory, or a slab file below ``ssd_dir``."""
+    return _dram_tier(config, spec) if isinstance(spec, DramTierSpec) else _ssd_tier(config, spec)
 
 
 @hookimpl(trylast=True)
@@ -38,3 +26,35 @@ def umbp_make_eviction(name: str) -> EvictionPolicy | None:
 def umbp_make_scheduler(limits: Limits) -> TransferScheduler:
     """The core's scheduler."""
     return TransferScheduler(limits)
+
+
+def _dram_tier(config: UmbpConfig, spec: DramTierSpec) -> DramTier:
+    from umbp_connectors.pool.arena import Arena
+
+    arena = Arena(
+        spec.page_bytes,
+        spec.pages,
+        spec.staging_pages,
+        huge_pages=config.dram_use_hugepages,
+        numa_node=config.dram_numa_node,
+        prefault=config.dram_prefault,
+    )
+    arena.open()
+    return arena
+
+
+def _ssd_tier(config: UmbpConfig, spec: SsdTierSpec) -> SsdTier:
+    from umbp_connectors.pool.folder import open_rank_slab
+
+    if config.ssd_dir is None:
+        raise ConfigError("an SSD tier needs a folder: set ssd_dir")
+    return open_rank_slab(
+        config.ssd_dir,
+        spec.namespace,
+        spec.rank,
+        spec.layout,
+        spec.slot_bytes,
+        config.ssd_capacity,
+        spec.ranks,
+        config.ssd_direct_io,
+    )

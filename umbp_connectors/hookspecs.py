@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pluggy
 
@@ -38,11 +37,17 @@ class DramTierSpec:
 
 @dataclass(frozen=True, slots=True)
 class SsdTierSpec:
-    """An SSD tier that is wanted: ``slots`` slots of ``slot_bytes`` (a multiple of 4096) at ``path``."""
+    """An SSD tier that is wanted: slots of ``slot_bytes`` (a multiple of 4096), as many as the capacity allows.
 
-    path: Path
+    ``namespace`` and ``layout`` (SHA-256) say whose objects they are; bytes of others must not be touched beyond what
+    the capacity asks for.  ``rank`` is the world rank, ``ranks`` how many share ``config.ssd_capacity``.
+    """
+
+    namespace: str
+    layout: bytes
     slot_bytes: int
-    slots: int
+    rank: int = 0
+    ranks: int = 1
 
 
 @hookspec(firstresult=True)
@@ -50,11 +55,11 @@ def umbp_make_tier(config: UmbpConfig, spec: DramTierSpec | SsdTierSpec) -> Dram
     """Make the memory or the file behind one tier of one rank.
 
     Called: once per rank and tier, when an engine has told its KV layout.
-    Returns: a closed tier of the kind that ``spec`` asks for (``DramTier`` or ``SsdTier`` in
-    ``umbp_connectors.tier_ports``), or ``None`` to leave it to the next plug-in.  The caller opens and closes it.
+    Returns: an open tier of the kind that ``spec`` asks for (``DramTier`` or ``SsdTier`` in
+    ``umbp_connectors.tier_ports``), which the caller closes; ``None`` leaves it to the next plug-in.
     Thread & process: main thread of the rank's worker process.
-    Failure: an ``UmbpError`` means that this tier cannot be had and stops the search; the rank goes on without it.
-    Anything else counts as ``None``.
+    Failure: an ``UmbpError`` means that the tier cannot be had and ends the search: without DRAM the start stops,
+    without SSD the service goes on.  Anything else counts as ``None``.
     """
 
 
@@ -63,7 +68,7 @@ def umbp_make_client(config: UmbpConfig) -> PoolClient | None:
     """Make a client of the pool: put, get and exists for batches of objects that are given as buffers.
 
     Called: once per process that uses the pool without an engine's leader (benchmarks, tools, storage backends).
-    Returns: a closed client for ``config.mode``, or ``None`` to leave it to the next plug-in.
+    Returns: a client for ``config.mode``, or ``None`` to leave it to the next plug-in.
     Thread & process: the caller's.
     Failure: an ``UmbpError`` reaches the caller with its message.  Anything else counts as ``None``.
     """

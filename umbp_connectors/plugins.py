@@ -104,15 +104,15 @@ class PluginHost:
             raise
 
     def make_dram_tier(self, spec: hookspecs.DramTierSpec) -> DramTier:
-        """The memory behind the DRAM tier of one rank, not yet open.  Raises ``UmbpError``."""
+        """The memory behind the DRAM tier of one rank, open.  Raises ``UmbpError``."""
         return cast(DramTier, self._first(self._hook.umbp_make_tier, "a DRAM tier", config=self.config, spec=spec))
 
     def make_ssd_tier(self, spec: hookspecs.SsdTierSpec) -> SsdTier:
-        """The file behind the SSD tier of one rank, not yet open.  Raises ``UmbpError``."""
+        """The file behind the SSD tier of one rank, open.  Raises ``UmbpError``."""
         return cast(SsdTier, self._first(self._hook.umbp_make_tier, "an SSD tier", config=self.config, spec=spec))
 
     def make_client(self) -> PoolClient:
-        """A client of the pool, not yet open.  Raises ``UmbpError``."""
+        """A client of the pool.  Raises ``UmbpError``."""
         what = f"a client for mode {self.config.mode!r}"
         return cast(PoolClient, self._first(self._hook.umbp_make_client, what, config=self.config))
 

@@ -3,53 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class DramTier(Protocol):
-    """Pages of shared memory by number.  Views may be used by any thread."""
+    """Pages of shared memory by number, open.  Views may be used by any thread."""
 
     page_bytes: int
     pages: int
     staging_pages: int
 
-    def open(self) -> None:
-        """Get the memory.  Raises ``TierUnavailable`` or ``ConfigError`` when it cannot be had."""
-        ...
-
-    def close(self) -> None:
-        """Give the memory back; idempotent."""
+    @property
+    def array(self) -> Any:
+        """All pages as a numpy array of uint8, shape (pages + staging_pages, page_bytes), writable, no copy."""
         ...
 
     def page(self, index: int, nbytes: int | None = None) -> memoryview:
         """The first ``nbytes`` of page ``index`` (all of it by default), writable, no copy."""
         ...
 
+    def close(self) -> None:
+        """Give the memory back; idempotent."""
+        ...
 
-class SsdTier(Protocol):
+
+class Slots(Protocol):
     """Slots of a file by number.  Any thread; the GIL is released while bytes move."""
 
     slot_bytes: int
     slots: int
 
-    def open(self, read_only: bool = False) -> None:
-        """Get the space.  Raises ``TierUnavailable`` when it cannot be had."""
+    def read_into(self, slot: int, view: Any, /) -> None:
+        """Fill the buffer ``view`` from the start of ``slot``.  Raises an ``UmbpError``."""
         ...
 
-    def read_into(self, slot: int, view: memoryview, /) -> None:
-        """Fill ``view`` from the start of ``slot``.  Raises an ``UmbpError``."""
-        ...
-
-    def write_from(self, slot: int, view: memoryview, /) -> None:
-        """Write ``view`` to the start of ``slot``.  Raises an ``UmbpError``."""
+    def write_from(self, slot: int, view: Any, /) -> None:
+        """Write the buffer ``view`` to the start of ``slot``.  Raises an ``UmbpError``."""
         ...
 
     def sync(self) -> None:
         """Return when everything written before is durable."""
         ...
 
+
+class SsdTier(Protocol):
+    """One rank's share of the SSD tier, open and locked against a second owner."""
+
+    @property
+    def slab(self) -> Slots:
+        """The slots."""
+        ...
+
+    @property
+    def slots(self) -> int:
+        """How many objects fit."""
+        ...
+
     def close(self) -> None:
-        """Close the file; idempotent."""
+        """Close the file and let the folder go; idempotent."""
         ...
 
 
