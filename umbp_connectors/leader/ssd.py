@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from umbp_connectors.pool.catalogue import Catalogue, CatalogueRow
-from umbp_connectors.pool.folder import NamespaceFolder, catalogue_allowance
+from umbp_connectors.pool.folder import NamespaceFolder
 from umbp_core.directory import Directory, DirectoryEvent, EventKind
 from umbp_core.errors import StateError, TierUnavailable
 from umbp_core.tiers import Tier
@@ -75,16 +75,9 @@ def open_ssd_catalogue(
     """
     identity = hashlib.sha256(b"".join(layouts)).digest()
     folder = NamespaceFolder(ssd_dir, namespace)
-    catalogue = Catalogue(
-        folder.catalogue(identity),
-        identity,
-        len(layouts),
-        slots=slots,
-        slot_bytes=max(slot_bytes),
-        max_bytes=catalogue_allowance(slots, len(layouts)),
-    )
     try:
         folder.open()
+        catalogue = folder.catalogue(identity, identity, len(layouts), slots, max(slot_bytes))
         rows = catalogue.open()
     except TierUnavailable as error:
         folder.close()
