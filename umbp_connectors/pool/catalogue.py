@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from umbp_connectors.pool import catalogue_files
 from umbp_connectors.pool.pending import Batch, PendingWords
 from umbp_core.errors import StateError, TierUnavailable
 from umbp_core.ops import CHECKSUM_BYTES
@@ -29,7 +30,6 @@ _PAGE_BYTES = 4096
 _CHECKPOINT_PAGES = 128
 _LEAST_PAGES = 16
 """An empty catalogue needs five."""
-_SUFFIXES = ("", "-wal", "-shm")
 
 _SCHEMA = (
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID",
@@ -112,7 +112,12 @@ class Catalogue:
     @property
     def bytes_used(self) -> int:
         """Bytes on disk: the file, its log and an earlier file that was moved aside."""
-        return sum(path.stat().st_size for path in self.path.parent.glob(f"{self.path.name}*") if path.is_file())
+        return catalogue_files.bytes_of(self.path)
+
+    @property
+    def _spare(self) -> int:
+        """Bytes that other catalogues, and what was moved aside, may take."""
+        return self._max_bytes // 3 if self._max_bytes else 1 << 62
 
     def open(self) -> list[CatalogueRow]:
         """Open or create the file, start the writer, and return the rows, least recently recorded first.
@@ -123,13 +128,15 @@ class Catalogue:
         """
         if self._connection is not None:
             raise StateError(f"{self.path} is already open")
+        if not self.path.parent.is_dir():
+            raise self._unavailable(FileNotFoundError(f"{self.path.parent} is not a folder"))
         try:
             rows = self._read()
         except (sqlite3.Error, _Mismatch) as error:
             self._abandon()
             if not self.path.exists() or "locked" in str(error):
                 raise self._unavailable(error) from error
-            self._move_aside(error)
+            catalogue_files.move_aside(self.path, error, self._spare)
             rows = self._read_fresh()
         self._closing = False
         self._thread = threading.Thread(target=self._write_behind, name="umbp-catalogue", daemon=True)
@@ -234,15 +241,15 @@ class Catalogue:
         return connection
 
     def _bound(self, connection: sqlite3.Connection) -> None:
-        """Keep the file so small that with its log and what was moved aside it stays within ``max_bytes``.
+        """Keep the file so small that with its log and the other catalogues it stays within ``max_bytes``.
 
         The log holds at most what one checkpoint interval and one transaction write, the latter no more than the file.
         """
         if not self._max_bytes:
             return
-        aside = sum(path.stat().st_size for path in self._asides())
+        kept = catalogue_files.prune(self.path, self._spare)
         log = _CHECKPOINT_PAGES * _PAGE_BYTES
-        pages = max(_LEAST_PAGES, (self._max_bytes - aside - log) // 2 // _PAGE_BYTES)
+        pages = max(_LEAST_PAGES, (self._max_bytes - kept - log) // 2 // _PAGE_BYTES)
         (used,) = connection.execute("PRAGMA page_count").fetchone()
         if used > pages:
             connection.execute("VACUUM")
@@ -268,35 +275,6 @@ class Catalogue:
 
     def _is_sound(self, row: CatalogueRow) -> bool:
         return 0 <= row.slot < self._slots and row.nbytes > 0 and len(row.checksums) == self._ranks * CHECKSUM_BYTES
-
-    def _asides(self) -> list[Path]:
-        """Files that were moved aside earlier, logs included."""
-        return list(self.path.parent.glob(f"{self.path.name}.corrupt-*"))
-
-    def _move_aside(self, why: Exception) -> None:
-        """Keep what cannot be read for whoever wants to look at it: the latest only, and only if it is small."""
-        numbers = [int(name) for old in self._asides() if (name := old.name.rpartition(".corrupt-")[2]).isdigit()]
-        aside = f"{self.path.name}.corrupt-{max(numbers, default=-1) + 1}"
-        try:
-            for old in self._asides():
-                old.unlink()
-            keep = not self._max_bytes or self.bytes_used <= self._max_bytes // 3
-            for suffix in _SUFFIXES:
-                part = self.path.with_name(self.path.name + suffix)
-                if part.exists() and keep:
-                    part.rename(part.with_name(aside + suffix))
-                elif part.exists():
-                    part.unlink()
-        except OSError as error:
-            raise TierUnavailable(
-                f"{self.path} cannot be read ({why}) nor moved aside ({error.strerror}); remove it"
-            ) from error
-        logger.warning(
-            "%s cannot be used (%s) and was %s; the SSD tier starts empty",
-            self.path,
-            why,
-            f"moved to {aside}" if keep else "removed",
-        )
 
     def _abandon(self) -> None:
         connection, self._connection = self._connection, None

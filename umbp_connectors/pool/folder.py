@@ -30,7 +30,6 @@ from umbp_connectors.pool.capacity import (
     CapacityPlan,
     catalogue_allowance,
     namespace_dir,
-    our_files,
     plan_capacity,
     read_identity,
     slab_path,
@@ -133,25 +132,14 @@ class NamespaceFolder:
                 write_identity(self.path, self._namespace, 0)
 
     def catalogue(self, digest: bytes, identity: bytes, ranks: int, slots: int, slot_bytes: int = 0) -> Catalogue:
-        """The catalogue (not open yet) of the layout with this ``digest``, kept within its allowance.
-
-        Catalogues of other layouts stay while they are a third of the allowance at most; beyond that the least
-        recently used go.  Raises ``TierUnavailable`` when the folder cannot be read.
-        """
-        allowance = catalogue_allowance(slots, ranks)
-        name = f"catalogue-{digest.hex()[:12]}.sqlite"
-        old = sorted(
-            (found.st_mtime, path, found.st_size)
-            for path, found in our_files(self.path)
-            if path.name.startswith("catalogue-") and not path.name.startswith(name)
-        )
-        kept = sum(size for _, _, size in old)
-        for _, path, size in old:
-            if kept > allowance // 3:
-                path.unlink(missing_ok=True)
-                kept -= size
+        """The catalogue of the layout with this ``digest``, not open yet, bounded by its allowance."""
         return Catalogue(
-            self.path / name, identity, ranks, slots=slots, slot_bytes=slot_bytes, max_bytes=allowance - kept
+            self.path / f"catalogue-{digest.hex()[:12]}.sqlite",
+            identity,
+            ranks,
+            slots=slots,
+            slot_bytes=slot_bytes,
+            max_bytes=catalogue_allowance(slots, ranks),
         )
 
     def close(self) -> None:
