@@ -1,0 +1,121 @@
+"""The command ``umbp``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from umbp_connectors import doctor as examination
+from umbp_connectors._version import __version__
+from umbp_connectors.config import ResolvedConfig, resolve
+from umbp_core.errors import ConfigError, UmbpError
+
+app = typer.Typer(
+    name="umbp",
+    help="A KV-cache pool for vLLM and SGLang: configuration and diagnosis.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ExtraOption = Annotated[
+    str, typer.Option("--extra", metavar="JSON", help="The engine's extra-config (kv_connector_extra_config).")
+]
+FileOption = Annotated[
+    Path | None, typer.Option("--file", metavar="PATH", help="A TOML file instead of the one that UMBP_CONFIG names.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+_STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold red"}
+
+
+@app.command()
+def config(extra: ExtraOption = "", file: FileOption = None, as_json: JsonOption = False) -> None:
+    """Print every key, its value and where the value came from."""
+    resolved = resolve(_extra(extra), file=file)
+    if as_json:
+        print(json.dumps(_as_json(resolved), indent=2))
+        return
+    table = Table("key", "value", "from", box=box.SIMPLE, pad_edge=False)
+    values = resolved.config.model_dump(mode="json")
+    for key, origin in resolved.origins.items():
+        style = "dim" if origin == "default" else "bold"
+        table.add_row(key, escape(_shown(values[key])), escape(origin), style=style)
+    Console(soft_wrap=True).print(table)
+
+
+@app.command()
+def doctor(extra: ExtraOption = "", file: FileOption = None, as_json: JsonOption = False) -> None:
+    """Say which engines are installed, what is live in them, what does not suit, and what to do about it.
+
+    Exits with 1 when there is a problem, with 0 otherwise.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    findings = []
+    for finding in examination.examine(_extra(extra), os.environ, str(file) if file else None):
+        findings.append(finding)
+        if not as_json:
+            style = _STYLES[finding.status.value]
+            console.print(f"[{style}]{finding.status.value:>8}[/]  {escape(finding.topic)}: {escape(finding.found)}")
+            if finding.advice:
+                console.print(f"{'':>8}  -> {escape(finding.advice)}", style="italic")
+    if as_json:
+        print(json.dumps([finding.as_dict() for finding in findings], indent=2))
+    problems = sum(finding.status is examination.Status.PROBLEM for finding in findings)
+    if not as_json:
+        console.print("[green]no problems[/]" if not problems else f"[bold red]{problems} problem(s)[/]")
+    raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def main() -> None:
+    """Entry point of the console script: an error of ours is one sentence and exit code 2."""
+    try:
+        app()
+    except UmbpError as error:
+        print(f"umbp: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _extra(text: str) -> dict[str, Any]:
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--extra is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError('--extra is not a JSON object, such as \'{"dram_capacity": "8GiB"}\'')
+    return value
+
+
+def _as_json(resolved: ResolvedConfig) -> dict[str, dict[str, Any]]:
+    values = resolved.config.model_dump(mode="json")
+    return {key: {"value": values[key], "origin": origin} for key, origin in resolved.origins.items()}
+
+
+def _shown(value: object) -> str:
+    """``value`` as one would write it; a whole number of MiB with its unit."""
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "all"
+    if isinstance(value, int) and value >= 1 << 20:
+        return f"{value >> 30}GiB" if value % (1 << 30) == 0 else f"{value / 2**20:.4g}MiB ({value})"
+    return str(value)

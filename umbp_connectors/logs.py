@@ -1,0 +1,21 @@
+"""Where our log lines go inside an engine."""
+
+from __future__ import annotations
+
+import logging
+
+PACKAGES = ("umbp_core", "umbp_connectors", "umbp_vllm", "umbp_sglang")
+
+
+def join(parent: str, level: str) -> None:
+    """Send what our packages log through the handlers of the engine's logger ``parent``, from ``level`` on.
+
+    An engine configures its own logger and leaves the root alone, so that without this our lines would be
+    lost below "warning" and unformatted above.  Idempotent; call it once per process, after the engine's set-up.
+    """
+    handlers = logging.getLogger(parent).handlers
+    for name in PACKAGES:
+        logger = logging.getLogger(name)
+        logger.setLevel(level.upper())
+        logger.handlers = list(handlers)
+        logger.propagate = not handlers
