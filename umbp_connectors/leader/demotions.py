@@ -82,7 +82,7 @@ class DemotionQueue:
 
     def _next_op(self, most: int) -> LeaderTransferRequest | None:
         op_id = self._new_op_id()
-        blocks = []
+        blocks: list[BlockCopy] = []
         while self._waiting and len(blocks) < most:
             key, group, depth = self._waiting.popleft()
             block = self._plan_block(op_id, key, group, depth)

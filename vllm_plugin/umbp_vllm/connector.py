@@ -14,7 +14,13 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from umbp_vllm import compat
-from umbp_vllm.compat import CacheHitSource, KVConnectorBase_V1, KVConnectorRole, KVConnectorTransferResults, SupportsHMA
+from umbp_vllm.compat import (
+    CacheHitSource,
+    KVConnectorBase_V1,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    SupportsHMA,
+)
 from umbp_vllm.leader import Leader
 from umbp_vllm.metadata import HandshakeHello, StepMetadata, WorkerReport
 from umbp_vllm.setup import make_leader, make_worker, settings_of
@@ -35,8 +41,8 @@ def _guarded(default: Callable[[], Any]) -> Callable[[Callable[..., T]], Callabl
         def call(self: UmbpConnector, *args: Any, **kwargs: Any) -> T:
             try:
                 return method(self, *args, **kwargs)
-            except Exception:
-                self._failed(method.__name__)
+            except Exception as error:  # noqa: BLE001 - the engine boundary: nothing of ours may reach the engine
+                self._failed(method.__name__, error)
                 return default()  # type: ignore[no-any-return]
 
         return call
@@ -44,7 +50,7 @@ def _guarded(default: Callable[[], Any]) -> Callable[[Callable[..., T]], Callabl
     return wrap
 
 
-class UmbpConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
     """vLLM's KV connector ``umbp``: KV blocks live on in DRAM and SSD and come back by their hash."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any = None) -> None:
@@ -60,12 +66,12 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if role == KVConnectorRole.SCHEDULER:
             self._leader = make_leader(vllm_config, kv_cache_config, self._settings)
 
-    def _failed(self, place: str) -> None:
+    def _failed(self, place: str, error: Exception) -> None:
         self._failures[place] = self._failures.get(place, 0) + 1
         if self._leader is not None:
             self._leader.stats.add("vllm:umbp_degraded", 1, f"internal_{place}")
         if self._failures[place] == 1:
-            logger.exception("umbp: %s failed; the engine goes on without this answer (logged once)", place)
+            logger.error("umbp: %s failed; the engine goes on without this answer (logged once)", place, exc_info=error)
 
     # ---- properties of the connector -----------------------------------------------------------------
 
@@ -126,8 +132,8 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Blocks exist; a promised load starts.  One that cannot start is reported as failed, never forgotten."""
         try:
             self.leader.allocated(request, blocks.get_block_ids(), num_external_tokens)
-        except Exception:
-            self._failed("update_state_after_alloc")
+        except Exception as error:  # noqa: BLE001 - the engine boundary, as above
+            self._failed("update_state_after_alloc", error)
             if num_external_tokens:
                 self.leader.refuse_load(request, blocks.get_block_ids())
 
@@ -160,7 +166,7 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self.leader.finished(request)
         return False, None
 
-    @_guarded(lambda: {})
+    @_guarded(dict)
     def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
         """Which tier the external hit came from (0.32 and later)."""
         if CacheHitSource is None:
@@ -228,7 +234,7 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._worker is not None:
             self._worker.step(self._get_connector_metadata())
 
-    @_guarded(lambda: KVConnectorTransferResults())
+    @_guarded(KVConnectorTransferResults)
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         """Loads that ended, and which of them failed.  Nothing is ever reported as sent."""
         if self._worker is None:
@@ -250,7 +256,7 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Failed loads are named by request where block ids are ambiguous: with several KV groups."""
         return len(self._cache_config.kv_cache_groups) > 1
 
-    @_guarded(lambda: set())
+    @_guarded(set)
     def get_block_ids_with_load_errors(self) -> set[int]:
         """HBM blocks of failed loads, for models with one KV group."""
         blocks, self._outcome.bad_blocks = self._outcome.bad_blocks, set()

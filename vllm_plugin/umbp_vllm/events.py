@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from umbp_core.tiers import Tier
 from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVCacheEvent
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
+from umbp_core.tiers import Tier
 from umbp_vllm.groups import KvGroup
 
 MEDIA = {Tier.DRAM: "CPU", Tier.SSD: "STORAGE"}

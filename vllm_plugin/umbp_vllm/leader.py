@@ -17,7 +17,6 @@ from umbp_core.ops import Direction, LeaderTransferRequest, OpResult
 from umbp_core.ports import Clock
 from umbp_core.slots import SlotTable
 from umbp_core.tiers import Tier
-
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.hbm import BlockTables, HeldBlocks
 from umbp_vllm.metadata import RankHello, StepMetadata, WorkerReport
@@ -90,7 +89,7 @@ class Leader:
         self._requests[request.request_id] = RequestState.of(request, slot, self._groups)
 
     def match(self, request: Any, computed: int) -> tuple[int | None, bool]:
-        """vLLM's ``get_num_new_matched_tokens``: tokens beyond ``computed``, and whether they load in the background."""
+        """Answer ``get_num_new_matched_tokens``: tokens beyond ``computed``, and whether they load asynchronously."""
         state = self._requests.get(request.request_id)
         if state is None:
             return 0, False
@@ -115,7 +114,7 @@ class Leader:
         return 0
 
     def allocated(self, request: Any, tables: Sequence[Sequence[int]], external_tokens: int) -> None:
-        """vLLM's ``update_state_after_alloc``: HBM blocks exist now; start the load if one was promised."""
+        """Take ``update_state_after_alloc``: HBM blocks exist now; start the load if one was promised."""
         state = self._requests.get(request.request_id)
         self.tables.set(request.request_id, tables)
         if state is None or self._pool is None:
@@ -130,7 +129,7 @@ class Leader:
         self._send(op)
 
     def refuse_load(self, request: Any, tables: Sequence[Sequence[int]]) -> None:
-        """vLLM waits for a load that cannot be planned: have the workers report it as failed."""
+        """The engine waits for a load that cannot be planned: have the workers report it as failed."""
         state = self._requests.get(request.request_id)
         local = state.local_tokens if state is not None else 0
         if state is not None:
@@ -280,7 +279,7 @@ class Leader:
     # ---- the end of a request ------------------------------------------------------------------------
 
     def finished(self, request: Any) -> None:
-        """vLLM is done with the request (or aborts it).  Its blocks that are full and not stored yet go now.
+        """The engine is done with the request (or aborts it).  Its blocks that are full and not stored yet go now.
 
         Blocks under a store are held by reference, so vLLM may free the request at once.
         """

@@ -10,7 +10,6 @@ from umbp_core.directory import Directory
 from umbp_core.errors import StateError
 from umbp_core.ops import Direction, LeaderTransferRequest, OpStatus
 from umbp_core.tiers import Tier
-
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.matching import Matcher, StagedMatch
 from umbp_vllm.requests import RequestState
@@ -66,9 +65,7 @@ class LoadPlanner:
         """
         request = state.request
         if state.staged is not None and state.staged.start == start:
-            state.staged = StagedMatch(
-                state.staged.op_id, start, state.staged.end, state.staged.blocks, now
-            )
+            state.staged = StagedMatch(state.staged.op_id, start, state.staged.end, state.staged.blocks, now)
             return state.staged.tokens
         self.unstage(state)
         if not state.may_load or not state.slot.may_match:
@@ -113,11 +110,11 @@ class LoadPlanner:
         for state in [s for s in self._staged.values() if s.staged and now - s.staged.since > STAGED_FOR_S]:
             self.unstage(state)
 
-    def load(
-        self, state: RequestState, tokens: int, tables: Sequence[Sequence[int]]
-    ) -> LeaderTransferRequest:
-        """The op that loads ``tokens`` of the staged match.  Raises ``StateError`` and gives the match up when
-        vLLM asks for what was not promised."""
+    def load(self, state: RequestState, tokens: int, tables: Sequence[Sequence[int]]) -> LeaderTransferRequest:
+        """The op that loads ``tokens`` of the staged match.
+
+        Raises ``StateError`` and gives the match up when vLLM asks for what was not promised.
+        """
         match = state.staged
         if match is None:
             raise StateError(f"request {state.request.request_id}: {tokens} external tokens without a staged match")
@@ -152,7 +149,7 @@ class LoadPlanner:
         return {tier: count for tier, count in split.items() if count}
 
     def promoted(self, state: RequestState) -> None:
-        """vLLM has taken the loaded blocks over (or the request is gone): nobody needs to wait any more."""
+        """The engine has taken the loaded blocks over (or the request is gone): nobody needs to wait any more."""
         for key in state.shared_keys:
             if self._loading.get(key) == state.request.request_id:
                 del self._loading[key]

@@ -16,7 +16,6 @@ from umbp_core.directory import Copy, Directory
 from umbp_core.errors import StateError
 from umbp_core.ops import BlockCopy
 from umbp_core.tiers import Tier
-
 from umbp_vllm.groups import KvGroup
 
 
@@ -169,9 +168,7 @@ class Matcher:
             end = self.longest(keys, start, min(short, end - 1))
         return None
 
-    def _pin(
-        self, op_id: str, needed: Sequence[tuple[KvGroup, int, bytes]], staged: list[StagedBlock]
-    ) -> int | None:
+    def _pin(self, op_id: str, needed: Sequence[tuple[KvGroup, int, bytes]], staged: list[StagedBlock]) -> int | None:
         """Pin ``needed`` into ``staged``; the token where it had to stop, or ``None`` if all went in."""
         copies = self._directory.pin(op_id, [key for _, _, key in needed])
         for (group, block, key), copy in zip(needed, copies, strict=True):

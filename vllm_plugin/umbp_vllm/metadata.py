@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import msgspec
-from umbp_core.ops import LeaderTransferRequest, OpResult
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
+from umbp_core.ops import LeaderTransferRequest, OpResult
 from umbp_vllm.compat import KVConnectorHandshakeMetadata, KVConnectorWorkerMetadata
 
 PROTOCOL_VERSION = 1

@@ -21,7 +21,6 @@ from umbp_core.ops import LeaderTransferRequest
 from umbp_core.pages import PageAllocator
 from umbp_core.ports import Clock
 from umbp_core.tiers import Tier
-
 from umbp_vllm.events import EventLog
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.hbm import HeldBlocks
@@ -181,9 +180,7 @@ def open_pool(
         stats,
     )
     _announce(hellos, pages, catalogue, restored)
-    return LeaderPool(
-        directory, catalogue, ledger, loads, stores, demotions, events, held, stats, setup.plugins
-    )
+    return LeaderPool(directory, catalogue, ledger, loads, stores, demotions, events, held, stats, setup.plugins)
 
 
 def _check(setup: LeaderSetup, hellos: Sequence[RankHello]) -> None:
@@ -199,7 +196,9 @@ def _check(setup: LeaderSetup, hellos: Sequence[RankHello]) -> None:
                 "start all ranks with the same arguments and environment"
             )
         if hello.dram_pages < 1:
-            raise ConfigError(f"worker {hello.world_rank} has no DRAM pages: {hello.problem or 'dram_capacity is small'}")
+            raise ConfigError(
+                f"worker {hello.world_rank} has no DRAM pages: {hello.problem or 'dram_capacity is small'}"
+            )
 
 
 def _open_catalogue(setup: LeaderSetup, hellos: Sequence[RankHello]) -> SsdCatalogue | None:
@@ -241,9 +240,7 @@ def _directory(
     return Directory(spaces)
 
 
-def _announce(
-    hellos: Sequence[RankHello], pages: int, catalogue: SsdCatalogue | None, restored: int
-) -> None:
+def _announce(hellos: Sequence[RankHello], pages: int, catalogue: SsdCatalogue | None, restored: int) -> None:
     writers = [hello for hello in hellos if hello.writer_rank == hello.world_rank]
     dram = pages * sum(hello.page_bytes for hello in writers)
     ssd = "no SSD tier (set ssd_dir to keep KV over restarts)"

@@ -8,7 +8,6 @@ from typing import Any
 
 from umbp_core.slot_table import LIFE, LifeEvent
 from umbp_core.slots import Slot
-
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.matching import RequestKeys, StagedMatch
 
@@ -46,14 +45,12 @@ class RequestState:
 
     def look_again(self, groups: Sequence[KvGroup], tokens: int) -> None:
         """Set ``next_event``: the next block boundary, or the first decoded token, beyond ``tokens``."""
-        boundary = min(
-            (self.evaluated[group.index] + 1) * group.block_tokens + group.volatile_tail for group in groups
-        )
+        boundary = min((self.evaluated[group.index] + 1) * group.block_tokens + group.volatile_tail for group in groups)
         first_decode = self.request.num_prompt_tokens + 1
         self.next_event = min(boundary, first_decode) if tokens < first_decode else boundary
 
     def preempted(self) -> None:
-        """vLLM took the request's HBM blocks: everything about them is decided anew."""
+        """The engine took the request's HBM blocks: everything about them is decided anew."""
         if LifeEvent.PREEMPT in LIFE[self.slot.life]:
             self.slot.preempted()
         self.evaluated = [0] * len(self.evaluated)

@@ -7,28 +7,28 @@ import math
 import os
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from umbp_connectors.config import UmbpConfig, resolve
-from umbp_connectors.hookspecs import DramTierSpec
+from umbp_connectors.hookspecs import DramTierSpec, SsdTierSpec
 from umbp_connectors.plugins import PluginHost, create_manager
-from umbp_connectors.pool.folder import RankSlab, open_rank_slab
+from umbp_connectors.tier_ports import DramTier, SsdTier
 from umbp_connectors.transfer.engine import TransferEngine
-from umbp_core.errors import ConfigError, TierUnavailable
+from umbp_core.errors import ConfigError, UmbpError
 from umbp_core.ids import Identity, digest_of
 from umbp_core.scheduler import Limits
-
 from umbp_vllm import compat
 from umbp_vllm.copiers import make_copier
+from umbp_vllm.copy_plan import PageArena
 from umbp_vllm.groups import kv_groups
 from umbp_vllm.hashing import hash_stability
-from umbp_vllm.layout_groups import geometry_of
 from umbp_vllm.layout import kv_is_replicated, layout_digest
+from umbp_vllm.layout_groups import geometry_of
 from umbp_vllm.leader import Leader
 from umbp_vllm.metadata import PROTOCOL_VERSION, RankHello
 from umbp_vllm.namespace import namespace_of, rank_scope
 from umbp_vllm.pool import LeaderSetup
-from umbp_vllm.sharing import OpenSlab, share_arena, share_slab
+from umbp_vllm.sharing import SharedSlab, share_arena, share_slab
 from umbp_vllm.worker import Worker
 
 logger = logging.getLogger("vllm.umbp.setup")
@@ -94,9 +94,17 @@ def make_worker(vllm_config: Any, kv_cache_config: Any, settings: Settings, kv_c
     plan = _RankPlan(settings, geometry.page_bytes, tp_size, parallel.pipeline_parallel_size)
     arena, shared = plan.open_arena(tp_rank, replicated=replicated)
     writer_rank = pp_rank * tp_size if shared else world_rank
-    slab, problem = _rank_slab(settings.config, _folder(namespace, parallel), writer_rank, layout, plan, tp_rank, shared)
+    writes = writer_rank == world_rank
+    spec = SsdTierSpec(
+        namespace=_folder(namespace, parallel),
+        layout=layout,
+        slot_bytes=geometry.page_bytes,
+        rank=writer_rank,
+        ranks=parallel.pipeline_parallel_size if shared else tp_size * parallel.pipeline_parallel_size,
+    )
+    slab, problem = _rank_slab(settings, spec, shared=shared, writes=writes)
     object_bytes = tuple(geometry.object_bytes(group.index) for group in geometry.groups)
-    copier = make_copier(geometry, arena)
+    copier = make_copier(geometry, cast(PageArena, arena))
     copier.open()
     config = settings.config
     engine = TransferEngine(
@@ -125,7 +133,7 @@ def make_worker(vllm_config: Any, kv_cache_config: Any, settings: Settings, kv_c
         object_bytes=object_bytes,
         problem=problem,
     )
-    return Worker(hello, engine, copier, [copier, arena, *([slab] if slab else [])], writes=writer_rank == world_rank)
+    return Worker(hello, engine, copier, [copier, arena, *([slab] if slab else [])], writes=writes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +156,7 @@ class _RankPlan:
             )
         return pages
 
-    def open_arena(self, tp_rank: int, *, replicated: bool) -> tuple[Any, bool]:
+    def open_arena(self, tp_rank: int, *, replicated: bool) -> tuple[DramTier, bool]:
         """This rank's arena, and whether all TP ranks of its stage share one (they hold the same KV)."""
         if replicated:
             shared = share_arena(tp_rank, lambda: self._opened(self.pages(self.pp_size)))
@@ -156,43 +164,27 @@ class _RankPlan:
                 return shared, True
         return self._opened(self.pages(self.tp_size * self.pp_size)), False
 
-    def _opened(self, pages: int) -> Any:
-        arena = self.settings.plugins.make_dram_tier(DramTierSpec(self.page_bytes, pages))
-        arena.open()
-        return arena
+    def _opened(self, pages: int) -> DramTier:
+        return self.settings.plugins.make_dram_tier(DramTierSpec(self.page_bytes, pages))
 
 
 def _rank_slab(
-    config: UmbpConfig, folder: str, writer_rank: int, layout: bytes, plan: _RankPlan, tp_rank: int, shared: bool
-) -> tuple[OpenSlab | None, str]:
-    """This rank's slab file: its own, or, where ranks share, the writer's opened for reading."""
-    owned: RankSlab | None = None
-    problem = ""
-    if not shared or tp_rank == 0:
-        owned, problem = _open_slab(config, folder, writer_rank, layout, plan, shared=shared)
-    return share_slab(owned, problem) if shared else (owned, problem)
+    settings: Settings, spec: SsdTierSpec, *, shared: bool, writes: bool
+) -> tuple[SsdTier | SharedSlab | None, str]:
+    """This rank's slots: its own, or, where ranks share, the writer's opened for reading.
 
-
-def _open_slab(
-    config: UmbpConfig, folder: str, rank: int, layout: bytes, plan: _RankPlan, *, shared: bool
-) -> tuple[RankSlab | None, str]:
-    """The slab that world rank ``rank`` writes, or ``None`` and the sentence that says why there is none."""
-    if config.ssd_dir is None or config.ssd_enabled is False:
+    ``None`` comes with the sentence that says why there are none; it is empty when none were asked for.
+    """
+    if settings.config.ssd_dir is None or settings.config.ssd_enabled is False:
         return None, ""
-    try:
-        slab = open_rank_slab(
-            config.ssd_dir,
-            folder,
-            rank,
-            layout,
-            slot_bytes=plan.page_bytes,
-            capacity_bytes=config.ssd_capacity,
-            ranks=plan.pp_size if shared else plan.tp_size * plan.pp_size,
-            direct_io=config.ssd_direct_io,
-        )
-    except TierUnavailable as error:
-        return None, str(error)
-    return slab, ""
+    owned: SsdTier | None = None
+    problem = ""
+    if writes:
+        try:
+            owned = settings.plugins.make_ssd_tier(spec)
+        except UmbpError as error:
+            problem = str(error)
+    return share_slab(owned, problem) if shared else (owned, problem)
 
 
 def _identity(namespace: str) -> bytes:

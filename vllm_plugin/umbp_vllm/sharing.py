@@ -1,8 +1,8 @@
 """One arena and one slab for all tensor-parallel ranks that hold the same KV (MLA).
 
 The first rank opens and writes them; the others map the very same memory through ``/proc`` and read the
-same file.  An SSD load is then read by every rank into the same page: the same bytes, whoever is last.  Either all of them can, or
-none shares: a mixture would leave ranks without copies.
+same file.  An SSD load is then read by every rank into the same page: the same bytes, whoever is last.
+Either all of them can, or none shares: a mixture would leave ranks without copies.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vllm.distributed import parallel_state
+
 from umbp_connectors.pool.arena import Arena
 from umbp_connectors.pool.folder import RankSlab
 from umbp_connectors.pool.slab import SlabFile
+from umbp_connectors.tier_ports import DramTier, SsdTier
 from umbp_core.errors import TierUnavailable
-from vllm.distributed import parallel_state
 
 logger = logging.getLogger("vllm.umbp.sharing")
 
@@ -33,16 +35,13 @@ class SharedSlab:
         self.slab.close()
 
 
-OpenSlab = RankSlab | SharedSlab
-
-
-def share_slab(owned: RankSlab | None, problem: str) -> tuple[OpenSlab | None, str]:
+def share_slab(owned: SsdTier | None, problem: str) -> tuple[SsdTier | SharedSlab | None, str]:
     """The writer's slab on every TP rank: its own on the first one, opened for reading on the others.
 
     Collective.  Without a slab on the first rank, ``None`` and the first rank's sentence everywhere.
     """
     group: Any = parallel_state.get_tp_group()
-    offer = (str(owned.slab.path), owned.slab.slot_bytes, owned.slab.slots) if owned is not None else None
+    offer = (str(owned.slab.path), owned.slab.slot_bytes, owned.slots) if isinstance(owned, RankSlab) else None
     offer, problem = group.broadcast_object((offer, problem), src=0)
     if owned is not None or offer is None:
         return owned, problem
@@ -54,7 +53,7 @@ def share_slab(owned: RankSlab | None, problem: str) -> tuple[OpenSlab | None, s
     return SharedSlab(slab), ""
 
 
-def share_arena(tp_rank: int, open_arena: Callable[[], Any]) -> Arena | None:
+def share_arena(tp_rank: int, open_arena: Callable[[], DramTier]) -> DramTier | None:
     """The arena of the first TP rank, mapped here; ``None`` on every rank when one of them cannot map it.
 
     Collective: every TP rank calls it at the same point of its start.  ``None`` as well where vLLM has no
@@ -63,7 +62,7 @@ def share_arena(tp_rank: int, open_arena: Callable[[], Any]) -> Arena | None:
     if not parallel_state.model_parallel_is_initialized():
         return None
     group: Any = parallel_state.get_tp_group()
-    arena = open_arena() if tp_rank == 0 else None
+    arena: DramTier | None = open_arena() if tp_rank == 0 else None
     offer = (os.getpid(), arena.fd, arena.page_bytes, arena.pages) if isinstance(arena, Arena) else None
     offer = group.broadcast_object(offer, src=0)
     if arena is None and offer is not None:

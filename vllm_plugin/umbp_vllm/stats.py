@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from umbp_core.ops import Direction
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+from umbp_core.ops import Direction
 
 SEPARATOR = "|"
 
@@ -35,7 +36,7 @@ class UmbpStats(KVConnectorStats):
 
     def reset(self) -> None:
         """Start from zero."""
-        self.data = {}
+        self.data: dict[str, float] = {}
 
     def add(self, name: str, amount: float, *labels: str) -> None:
         """Add ``amount`` to counter ``name`` with ``labels`` in the order of :data:`METRICS`."""

@@ -11,7 +11,6 @@ from umbp_connectors.leader.ledger import OpLedger, Verdict
 from umbp_core.directory import Directory
 from umbp_core.ops import BlockCopy, Direction, LeaderTransferRequest, Requirement, RequirementKind
 from umbp_core.tiers import Tier
-
 from umbp_vllm.events import EventLog
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.hbm import NULL_BLOCK, HeldBlocks

@@ -16,7 +16,6 @@ from umbp_connectors.transfer.engine import TransferEngine
 from umbp_core.errors import UmbpError
 from umbp_core.ops import Direction, LeaderTransferRequest, OpResult, OpStatus
 from umbp_core.ports import DeviceCopier
-
 from umbp_vllm.metadata import RankHello, StepMetadata, WorkerReport
 
 IDLE_WAIT_S = 0.002
@@ -47,8 +46,8 @@ class Closable(Protocol):
 class Worker:
     """Runs the leader's ops on one rank.
 
-    ``resources`` are closed after the engine, in this order.  ``writes`` is False on a rank that shares another one's arena and slab: there, stores and demotions are
-    the other rank's work and count as done.
+    ``resources`` are closed after the engine, in this order.  ``writes`` is False on a rank that shares
+    another one's arena and slab: there, stores and demotions are the other rank's work and count as done.
     """
 
     def __init__(
@@ -85,7 +84,9 @@ class Worker:
             if op.direction is Direction.LOAD:
                 self._loads[op.op_id] = op
         mine = [op for op in metadata.ops if self._writes or op.direction is Direction.LOAD]
-        self._results += [_not_mine(op) for op in metadata.ops if not self._writes and op.direction is not Direction.LOAD]
+        self._results += [
+            _not_mine(op) for op in metadata.ops if not self._writes and op.direction is not Direction.LOAD
+        ]
         try:
             self.engine.submit(mine)
         except UmbpError as error:
