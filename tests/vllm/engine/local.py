@@ -1,0 +1,203 @@
+"""A real vLLM engine inside the test's process, with or without the pool, and what tests look at in it."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from umbp_core.ids import block_key
+from umbp_core.tiers import Tier
+from umbp_vllm.connector import UmbpConnector
+from umbp_vllm.leader import Leader
+from umbp_vllm.worker import Worker
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.lora.request import LoRARequest
+
+BLOCK = 32
+"""Tokens per block of the tests' engines; the smallest that vLLM's CPU attention has."""
+
+ENGINE_ARGUMENTS: dict[str, Any] = {
+    "enforce_eager": True,
+    "dtype": "float32",
+    "block_size": BLOCK,
+    "max_model_len": 1024,
+    "max_num_seqs": 8,
+    "num_gpu_blocks_override": 128,
+    "enable_prefix_caching": True,
+    "disable_log_stats": False,
+}
+
+DEFAULTS: dict[str, Any] = {"dram_capacity": "64MiB", "ssd_capacity": "256MiB", "dram_prefault": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request: a prompt in token ids, and what is not default about its sampling."""
+
+    prompt: Sequence[int]
+    max_tokens: int = 12
+    n: int = 1
+    cache_salt: str | None = None
+    adapter: str | None = None
+    """Folder of a LoRA adapter."""
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+    def parameters(self) -> SamplingParams:
+        """Greedy unless told otherwise, always the full length, ids only."""
+        settings = {"temperature": 0.0, "ignore_eos": True, "detokenize": False, **self.sampling}
+        return SamplingParams(max_tokens=self.max_tokens, n=self.n, **settings)
+
+    def input(self) -> dict[str, Any]:
+        """In the form of ``LLM.generate``."""
+        salt = {} if self.cache_salt is None else {"cache_salt": self.cache_salt}
+        return {"prompt_token_ids": list(self.prompt), **salt}
+
+    def lora(self) -> LoRARequest | None:
+        """The adapter in vLLM's form."""
+        return None if self.adapter is None else LoRARequest(Path(self.adapter).name, 1, self.adapter)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The tokens of every parallel sample, and how many prompt tokens were not computed."""
+
+    samples: tuple[tuple[int, ...], ...]
+    cached: int
+    finish_reason: str | None = "length"
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The only sample's tokens."""
+        (only,) = self.samples
+        return only
+
+
+def pool(ssd_dir: Path | None = None, **extra: Any) -> dict[str, Any]:
+    """A ``kv_transfer_config`` for ``umbp`` with small tiers; ``extra`` are keys of our configuration."""
+    settings = {**DEFAULTS, **extra}
+    if ssd_dir is not None:
+        settings["ssd_dir"] = str(ssd_dir)
+    return {"kv_connector": "umbp", "kv_role": "kv_both", "kv_connector_extra_config": settings}
+
+
+class Engine:
+    """An engine in this process.  One at a time: vLLM's distributed state is the process's."""
+
+    def __init__(self, model: Path, **arguments: Any) -> None:
+        self.model = model
+        self.llm = LLM(str(model), **{**ENGINE_ARGUMENTS, **arguments})
+        self._numbers = iter(range(1 << 30))
+
+    # ---- requests ------------------------------------------------------------------------------------
+
+    def ask(self, *asks: Ask) -> list[Reply]:
+        """Run all of ``asks`` together and return their replies in order."""
+        outputs = self.llm.generate(
+            [ask.input() for ask in asks],
+            [ask.parameters() for ask in asks],
+            lora_request=[ask.lora() for ask in asks] if any(ask.adapter for ask in asks) else None,
+            use_tqdm=False,
+        )
+        return [_reply(output) for output in outputs]
+
+    def ask_one(self, ask: Ask) -> Reply:
+        """Run one request alone."""
+        return self.ask(ask)[0]
+
+    def add(self, ask: Ask) -> str:
+        """Add a request without running it; returns its id."""
+        request_id = f"test-{next(self._numbers)}"
+        self.llm.llm_engine.add_request(request_id, ask.input(), ask.parameters(), lora_request=ask.lora())
+        return request_id
+
+    def step(self) -> dict[str, Reply]:
+        """One engine step; the requests that it ended."""
+        return {output.request_id: _reply(output) for output in self.llm.llm_engine.step() if output.finished}
+
+    def run(self, timeout: float = 60.0) -> dict[str, Reply]:
+        """Step until no request is left."""
+        replies: dict[str, Reply] = {}
+        deadline = time.monotonic() + timeout
+        while self.llm.llm_engine.has_unfinished_requests():
+            replies |= self.step()
+            assert time.monotonic() < deadline, "requests are still unfinished"
+        return replies
+
+    def abort(self, request_id: str) -> None:
+        """Abort a request."""
+        self.llm.llm_engine.abort_request([request_id])
+
+    # ---- the pool ------------------------------------------------------------------------------------
+
+    def drain(self, timeout: float = 30.0) -> None:
+        """Step until the connector has nothing in flight, as an idle engine would."""
+        deadline = time.monotonic() + timeout
+        while self.connector.has_pending_push_work():
+            self.llm.llm_engine.step()
+            assert time.monotonic() < deadline, "the connector still has work in flight"
+
+    def forget(self) -> None:
+        """Wait for the stores, then empty vLLM's own prefix cache, so that the next hit is the pool's."""
+        self.drain()
+        assert self.llm.reset_prefix_cache(), "blocks are still referenced although nothing runs"
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of vLLM's metrics of this name that carry ``labels``, since the engine started."""
+        return sum(
+            metric.value
+            for metric in self.llm.get_metrics()
+            if metric.name == name and labels.items() <= metric.labels.items()
+        )
+
+    def external_tokens(self) -> float:
+        """Prompt tokens that vLLM says it took from the connector."""
+        return self.metric("vllm:external_prefix_cache_hits")
+
+    @property
+    def core(self) -> Any:
+        """vLLM's ``EngineCore``."""
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
+    def connector(self) -> UmbpConnector:
+        """The scheduler role's connector."""
+        return self.core.scheduler.connector
+
+    @property
+    def leader(self) -> Leader:
+        """The scheduler half."""
+        return self.connector.leader
+
+    @property
+    def worker(self) -> Worker:
+        """The only rank's worker half."""
+        return get_kv_transfer_group()._worker
+
+    def close(self) -> None:
+        """Shut down cleanly; the process can have another engine afterwards."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def engine(model: Path, **arguments: Any) -> Iterator[Engine]:
+    """An engine that is closed at the end."""
+    opened = Engine(model, **arguments)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def _reply(output: Any) -> Reply:
+    samples = tuple(tuple(sample.token_ids) for sample in sorted(output.outputs, key=lambda sample: sample.index))
+    return Reply(samples, output.num_cached_tokens or 0, output.outputs[0].finish_reason)
