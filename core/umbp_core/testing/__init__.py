@@ -1,1 +1,15 @@
-"""Fakes, plain models and hypothesis machines for the core's contracts; third parties may reuse them."""
+"""Test kit: plain models, hypothesis machines and fakes that third parties may reuse.
+
+Only this package may import hypothesis; install it to use the machines (extra ``[dev]``).  A machine drives a
+real part and a plain model side by side and compares them after every step.  Subclass it to test a part of your
+own, and give its ``TestCase`` to the test runner::
+
+    class MyPolicyMachine(EvictionPolicyMachine):
+        def new_policy(self) -> EvictionPolicy:
+            return MyPolicy()
+
+        def new_model(self) -> EvictionPolicy:
+            return MySlowButObviousPolicy()
+
+    TestMyPolicy = MyPolicyMachine.TestCase
+"""

@@ -1,0 +1,394 @@
+"""Hypothesis machines of pages, leases, eviction policies and the directory, each beside its plain model.
+
+``PageMachine``, ``LeaseMachine`` and ``DirectoryMachine`` compare every answer.  ``EvictionPolicyMachine`` and
+``DirectoryMachine`` take any policy: override ``new_policy`` and ``new_model``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from umbp_core.directory import Copy, Directory, DirectoryEvent, TierSpace
+from umbp_core.errors import CapacityError, StateError, UnknownOwner
+from umbp_core.eviction import EvictionPolicy, LruPolicy
+from umbp_core.leases import LeaseTable
+from umbp_core.pages import PageAllocator
+from umbp_core.testing.models_directory import (
+    PENDING,
+    PUBLISHED,
+    DirectoryModel,
+    LeaseModel,
+    LruModel,
+    ModelCopy,
+    PageModel,
+)
+from umbp_core.tiers import Tier, TierSet
+
+KEYS = tuple(bytes([letter]) * 4 for letter in b"abcdefgh")
+OWNERS = ("op-1", "op-2", "op-3")
+PAGE_BYTES = 100
+TIER_BYTES = {Tier.DRAM: (250, 99, 300), Tier.SSD: (400,)}
+"""Buffers of each tier; 2 + 0 + 3 pages of DRAM and 4 of SSD."""
+
+keys = st.sampled_from(KEYS)
+key_lists = st.lists(keys, max_size=6)
+owners = st.sampled_from(OWNERS)
+tiers = st.sampled_from(tuple(TIER_BYTES))
+sizes = st.integers(1, 2 * PAGE_BYTES) | st.integers(1, 6 * PAGE_BYTES)
+depths = st.integers(0, 4)
+checksums = st.binary(min_size=2, max_size=2)
+seconds = st.integers(0, 20).map(float)
+
+
+def refused(error: type[Exception], call: Callable[..., object], *arguments: object) -> bool:
+    """Whether ``call`` raises ``error``; anything else that it raises goes on."""
+    try:
+        call(*arguments)
+    except error:
+        return True
+    return False
+
+
+class PageMachine(RuleBasedStateMachine):
+    """``PageAllocator`` over a few small buffers."""
+
+    buffer_bytes = (450, 0, 90, 300, 700)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocator = PageAllocator(PAGE_BYTES, self.buffer_bytes)
+        self.model = PageModel(PAGE_BYTES, self.buffer_bytes)
+
+    @rule(nbytes=st.integers(1, 16 * PAGE_BYTES))
+    def allocate(self, nbytes: int) -> None:
+        """All or nothing, free pages only, in the best shape there is."""
+        count = self.model.pages_for(nbytes)
+        shape = self.model.expected_shape(count)
+        pages = self.allocator.allocate(nbytes)
+        if shape is None:
+            assert pages is None
+            return
+        assert pages is not None
+        assert len(pages) == count
+        assert self.model.can_claim(pages)
+        assert self.model.shape_of(pages) == shape
+        self.model.used |= set(pages)
+
+    @rule(pages=st.lists(st.integers(-3, 20), max_size=8))
+    def free(self, pages: list[int]) -> None:
+        """Counts what was used; the rest is left alone."""
+        assert self.allocator.free(pages) == self.model.free(pages)
+
+    @rule(pages=st.lists(st.integers(-1, 16), max_size=4))
+    def claim(self, pages: list[int]) -> None:
+        """Takes exactly these pages, or none."""
+        if self.model.can_claim(pages):
+            self.allocator.claim(pages)
+            self.model.used |= set(pages)
+        else:
+            assert refused(StateError, self.allocator.claim, pages)
+
+    @invariant()
+    def counts_agree(self) -> None:
+        """No page is lost or counted twice."""
+        assert self.allocator.total_pages == self.model.total
+        assert self.allocator.free_pages == self.model.total - len(self.model.used)
+
+
+class LeaseMachine(RuleBasedStateMachine):
+    """``LeaseTable`` under a clock that jumps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = LeaseTable()
+        self.model = LeaseModel()
+        self.now = 0.0
+
+    @rule(owner=owners, granted=key_lists, wait=seconds)
+    def grant(self, owner: str, granted: list[bytes], wait: float) -> None:
+        """Keys add up, the later deadline counts."""
+        self.table.grant(owner, granted, self.now + wait)
+        self.model.grant(owner, granted, self.now + wait)
+
+    @rule(owner=owners, wait=seconds)
+    def renew(self, owner: str, wait: float) -> None:
+        """Only what is still held can be renewed."""
+        held = self.model.renew(owner, self.now + wait)
+        assert refused(UnknownOwner, self.table.renew, owner, self.now + wait) is not held
+
+    @rule(owner=owners)
+    def release(self, owner: str) -> None:
+        """Gives the owner's keys, once."""
+        assert self.table.release(owner) == self.model.release(owner)
+
+    @rule(wait=seconds)
+    def expire(self, wait: float) -> None:
+        """Ends exactly what is due."""
+        self.now += wait
+        assert self.table.expire(self.now) == self.model.expire(self.now)
+
+    @invariant()
+    def protection_agrees(self) -> None:
+        """A key is protected while any owner has it."""
+        assert len(self.table) == len(self.model.deadlines)
+        assert [self.table.is_leased(key) for key in KEYS] == [self.model.is_leased(key) for key in KEYS]
+
+
+class EvictionPolicyMachine(RuleBasedStateMachine):
+    """Any eviction policy; without a model of your own, only the promises of every policy are checked."""
+
+    def new_policy(self) -> EvictionPolicy:
+        """The policy under test."""
+        return LruPolicy()
+
+    def new_model(self) -> EvictionPolicy | None:
+        """A plain policy with the same order, or ``None``."""
+        return LruModel()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy = self.new_policy()
+        self.model = self.new_model()
+        self.tracked: set[bytes] = set()
+
+    def _each(self) -> list[EvictionPolicy]:
+        return [policy for policy in (self.policy, self.model) if policy is not None]
+
+    @rule(key=keys, depth=depths)
+    def added(self, key: bytes, depth: int) -> None:
+        """A new key, or a known one again."""
+        for policy in self._each():
+            policy.added(key, depth)
+        self.tracked.add(key)
+
+    @rule(key=keys)
+    def touched(self, key: bytes) -> None:
+        """Any key, known or not."""
+        for policy in self._each():
+            policy.touched(key)
+
+    @rule(key=keys)
+    def removed(self, key: bytes) -> None:
+        """Any key, known or not."""
+        for policy in self._each():
+            policy.removed(key)
+        self.tracked.discard(key)
+
+    @invariant()
+    def every_key_once(self) -> None:
+        """Victims are the known keys, each once, in the model's order."""
+        victims = list(self.policy.victims())
+        assert sorted(victims) == sorted(self.tracked)
+        if self.model is not None:
+            assert victims == list(self.model.victims())
+
+
+class DirectoryMachine(RuleBasedStateMachine):
+    """``Directory`` over two tiers, with concurrent owners; pages, answers, statistics and events are compared."""
+
+    def new_policy(self) -> EvictionPolicy:
+        """The policy of each tier."""
+        return LruPolicy()
+
+    def new_model(self) -> EvictionPolicy:
+        """A policy with the same order; a second instance of your own will do."""
+        return LruModel()
+
+    @initialize(stored=st.lists(st.tuples(keys, depths), max_size=2 * len(KEYS)))
+    def start(self, stored: list[tuple[bytes, int]]) -> None:
+        """A node that is in use already, often full."""
+        spaces = [
+            TierSpace(tier, PageAllocator(PAGE_BYTES, sizes), self.new_policy()) for tier, sizes in TIER_BYTES.items()
+        ]
+        self.directory = Directory(spaces)
+        self.model = DirectoryModel(PAGE_BYTES, dict(TIER_BYTES), self.new_model)
+        self.now = 0.0
+        for key, depth in stored:
+            for tier in TIER_BYTES:
+                self._store(OWNERS[0], key, tier, PAGE_BYTES, depth)
+
+    def _reserve(self, owner: str, key: bytes, tier: Tier, nbytes: int, depth: int) -> ModelCopy | None:
+        known = self.model.find(key, tier, PENDING, PUBLISHED) is not None
+        assert self.directory.is_present_or_pending(key, tier) is known
+        if not known and not self.model.fits(tier, nbytes):
+            assert refused(CapacityError, self.directory.reserve, owner, key, tier, nbytes, depth)
+            return None
+        pages = self.directory.reserve(owner, key, tier, nbytes, depth)
+        if known or not self.model.make_room(tier, nbytes):
+            assert pages is None
+            return None
+        assert pages is not None
+        assert (len(pages) - 1) * PAGE_BYTES < nbytes <= len(pages) * PAGE_BYTES
+        copy = ModelCopy(key, tier, pages, nbytes, depth, PENDING, owner)
+        self.model.add(copy)
+        return copy
+
+    def _commit(self, copy: ModelCopy, checksum: bytes) -> None:
+        self.directory.commit(copy.owner, copy.key, copy.tier, checksum)
+        self.model.publish(copy, checksum)
+
+    def _store(self, owner: str, key: bytes, tier: Tier, nbytes: int, depth: int) -> None:
+        copy = self._reserve(owner, key, tier, nbytes, depth)
+        if copy is not None:
+            self._commit(copy, key[:2])
+
+    @rule(owner=owners, key=keys, tier=tiers, nbytes=sizes, depth=depths)
+    def reserve(self, owner: str, key: bytes, tier: Tier, nbytes: int, depth: int) -> None:
+        """Refused, too large, no room, or pages that nobody else has."""
+        self._reserve(owner, key, tier, nbytes, depth)
+
+    @rule(owner=owners, key=keys, tier=tiers, nbytes=sizes, depth=depths)
+    def store(self, owner: str, key: bytes, tier: Tier, nbytes: int, depth: int) -> None:
+        """The same, and readable at once if there was room."""
+        self._store(owner, key, tier, nbytes, depth)
+
+    @precondition(lambda self: self.model.in_state(PENDING))
+    @rule(data=st.data(), checksum=checksums)
+    def commit(self, data: st.DataObject, checksum: bytes) -> None:
+        """What is being written becomes readable."""
+        copy = data.draw(st.sampled_from(self.model.in_state(PENDING)))
+        self._commit(copy, checksum)
+
+    @precondition(lambda self: self.model.in_state(PENDING))
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        """What is being written is given up."""
+        copy = data.draw(st.sampled_from(self.model.in_state(PENDING)))
+        self.directory.abort(copy.owner, copy.key, copy.tier)
+        self.model.abort([copy])
+
+    @rule(owner=owners, key=keys, tier=tiers)
+    def settle_for_a_stranger(self, owner: str, key: bytes, tier: Tier) -> None:
+        """Only the owner of a reservation can end it."""
+        copy = self.model.find(key, tier, PENDING)
+        if copy is None or copy.owner != owner:
+            assert refused(UnknownOwner, self.directory.commit, owner, key, tier, b"")
+            assert refused(UnknownOwner, self.directory.abort, owner, key, tier)
+
+    @rule(owner=owners)
+    def abort_owner(self, owner: str) -> None:
+        """All of an owner's reservations, none of its pins."""
+        self.directory.abort_owner(owner)
+        self.model.abort([copy for copy in self.model.in_state(PENDING) if copy.owner == owner])
+
+    @rule(owner=owners, pinned=key_lists, tier=st.none() | tiers)
+    def pin(self, owner: str, pinned: list[bytes], tier: Tier | None) -> None:
+        """The asked tier's copies, or the fastest ones; all or nothing."""
+        copies = []
+        for key in pinned:
+            where = TierSet.fastest(self.model.tiers_of(key)) if tier is None else tier
+            copies.append(None if where is None else self.model.find(key, where, PUBLISHED))
+        found = [copy for copy in copies if copy is not None]
+        if len(found) < len(copies):
+            assert refused(UnknownOwner, self.directory.pin, owner, pinned, tier)
+            return
+        assert self.directory.pin(owner, pinned, tier) == [_copy_of(copy) for copy in found]
+        for copy in found:
+            copy.pinned_by.append(owner)
+
+    @rule(owner=owners)
+    def unpin(self, owner: str) -> None:
+        """All of an owner's pins, however often it is said."""
+        self.directory.unpin(owner)
+        self.model.unpin(owner)
+
+    @rule(touched=key_lists)
+    def touch(self, touched: list[bytes]) -> None:
+        """The head of the chain becomes the most recent."""
+        self.directory.touch(touched)
+        for key in reversed(touched):
+            for policy in self.model.policies.values():
+                policy.touched(key)
+
+    @rule(owner=owners, leased=key_lists, wait=seconds)
+    def lease(self, owner: str, leased: list[bytes], wait: float) -> None:
+        """Only what is there can be leased; all or nothing."""
+        if all(self.model.tiers_of(key) for key in leased):
+            self.directory.lease(owner, leased, self.now + wait)
+            self.model.leases.grant(owner, leased, self.now + wait)
+        else:
+            assert refused(UnknownOwner, self.directory.lease, owner, leased, self.now + wait)
+
+    @rule(owner=owners)
+    def release(self, owner: str) -> None:
+        """An owner's lease, however often it is said."""
+        self.directory.release(owner)
+        self.model.leases.release(owner)
+
+    @rule(wait=seconds)
+    def expire(self, wait: float) -> None:
+        """What is due, counted by owner."""
+        self.now += wait
+        assert self.directory.expire(self.now) == len(self.model.leases.expire(self.now))
+
+    @rule(key=keys, tier=tiers)
+    def drop(self, key: bytes, tier: Tier) -> None:
+        """Bad bytes go at once."""
+        copy = self.model.find(key, tier, PUBLISHED)
+        assert self.directory.drop(key, tier) is (copy is not None)
+        if copy is not None:
+            self.model.unpublish(copy)
+
+    @rule(tier=tiers)
+    def clear(self, tier: Tier) -> None:
+        """Everything that is not leased."""
+        assert self.directory.clear(tier) == self.model.clear(tier)
+
+    @rule(key=keys, tier=tiers, pages=st.lists(st.integers(-1, 5), max_size=3), nbytes=sizes, depth=depths)
+    def restore(self, key: bytes, tier: Tier, pages: list[int], nbytes: int, depth: int) -> None:
+        """Exactly these pages, or nothing."""
+        free = set(range(self.model.total[tier])) - set(self.model.used_pages(tier))
+        fits = (len(pages) - 1) * PAGE_BYTES < nbytes <= len(pages) * PAGE_BYTES
+        known = self.model.find(key, tier, PENDING, PUBLISHED) is not None
+        if known or not fits or len(free & set(pages)) < len(pages):
+            assert refused(StateError, self.directory.restore, key, tier, pages, nbytes, b"r", depth)
+            return
+        self.directory.restore(key, tier, pages, nbytes, b"r", depth)
+        self.model.add(ModelCopy(key, tier, tuple(pages), nbytes, depth, PUBLISHED, checksum=b"r"))
+
+    @rule()
+    def drain_events(self) -> None:
+        """In order, and each once."""
+        expected = [DirectoryEvent(kind, copy.key, *_copy_of(copy)) for kind, copy in self.model.events]
+        self.model.events = []
+        assert self.directory.drain_events() == expected
+
+    @invariant()
+    def answers_agree(self) -> None:
+        """Lookups see exactly what is published."""
+        masks = [self.model.tiers_of(key) for key in KEYS]
+        assert [self.directory.tiers_of(key) for key in KEYS] == masks
+        assert [self.directory.fastest(key) for key in KEYS] == [TierSet.fastest(mask) for mask in masks]
+        assert self.directory.contains_many(KEYS) == [bool(mask) for mask in masks]
+        assert self.directory.count_prefix(KEYS) == [*masks, 0].index(0)
+        for key in KEYS:
+            for tier in TIER_BYTES:
+                copy = self.model.find(key, tier, PUBLISHED)
+                assert self.directory.copy(key, tier) == (None if copy is None else _copy_of(copy))
+
+    @invariant()
+    def pages_are_conserved(self) -> None:
+        """L8: every page belongs to at most one copy, and no more is used than there is."""
+        for tier in TIER_BYTES:
+            used = self.model.used_pages(tier)
+            assert len(set(used)) == len(used)
+            assert self.directory.stats(tier) == self.model.stats(tier)
+
+    def teardown(self) -> None:
+        """When everything is let go of, everything is free."""
+        self.drain_events()
+        for owner in OWNERS:
+            self.unpin(owner)
+            self.abort_owner(owner)
+            self.release(owner)
+        for tier in TIER_BYTES:
+            self.clear(tier)
+            assert self.directory.stats(tier).free_pages == self.model.total[tier]
+        self.drain_events()
+
+
+def _copy_of(copy: ModelCopy) -> Copy:
+    return Copy(copy.tier, copy.pages, copy.nbytes, copy.checksum, copy.depth)

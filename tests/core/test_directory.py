@@ -1,0 +1,400 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from umbp_core.directory import Copy, Directory, DirectoryEvent, EventKind, TierSpace
+from umbp_core.errors import CapacityError, StateError, UnknownOwner
+from umbp_core.eviction import LruPolicy, PrefixAwareLruPolicy
+from umbp_core.pages import PageAllocator
+from umbp_core.tiers import Tier, TierSet
+
+PAGE = 100
+A, B, C, D = (bytes([letter]) * 36 for letter in b"abcd")
+
+
+def directory(dram: int = 4, ssd: int = 4) -> Directory:
+    return Directory(
+        [
+            TierSpace(Tier.DRAM, PageAllocator(PAGE, [PAGE * dram]), LruPolicy()),
+            TierSpace(Tier.SSD, PageAllocator(PAGE, [PAGE * ssd]), LruPolicy()),
+        ]
+    )
+
+
+def put(node: Directory, *keys: bytes, tier: Tier = Tier.DRAM, nbytes: int = PAGE) -> None:
+    for key in keys:
+        assert node.reserve("writer", key, tier, nbytes) is not None
+        node.commit("writer", key, tier, b"sum-" + key[:1])
+
+
+def readable(node: Directory) -> list[bytes]:
+    return [key for key in (A, B, C, D) if node.tiers_of(key)]
+
+
+def test_nothing_is_readable_before_it_is_committed() -> None:
+    """L2."""
+    node = directory()
+    pages = node.reserve("op", A, Tier.DRAM, 150, depth=7)
+    assert readable(node) == []
+    assert node.copy(A, Tier.DRAM) is None
+    assert node.drain_events() == []
+    node.commit("op", A, Tier.DRAM, b"sum")
+    assert pages is not None
+    assert node.copy(A, Tier.DRAM) == Copy(Tier.DRAM, pages, 150, b"sum", 7)
+    assert node.drain_events() == [DirectoryEvent(EventKind.ADDED, A, Tier.DRAM, pages, 150, b"sum", 7)]
+    assert node.drain_events() == []
+
+
+def test_lookups_count_any_tier_and_stop_at_the_first_gap() -> None:
+    node = directory()
+    put(node, A, C)
+    put(node, B, tier=Tier.SSD)
+    assert node.count_prefix([A, B, C, D, A]) == 3
+    assert node.count_prefix([D, A]) == 0
+    assert node.count_prefix([A, B]) == 2
+    assert node.count_prefix([]) == 0
+    assert node.contains_many([D, A, B]) == [False, True, True]
+
+
+def test_copies_in_several_tiers_are_independent() -> None:
+    node = directory()
+    put(node, A)
+    put(node, A, tier=Tier.SSD)
+    assert node.tiers_of(A) == TierSet.of(Tier.DRAM, Tier.SSD)
+    assert node.fastest(A) is Tier.DRAM
+    assert node.drop(A, Tier.DRAM)
+    assert node.fastest(A) is Tier.SSD
+    assert node.copy(A, Tier.SSD) is not None
+    assert node.drop(A, Tier.SSD)
+    assert node.fastest(A) is None
+    assert node.tiers_of(A) == TierSet.EMPTY
+
+
+def test_what_is_there_or_on_its_way_is_not_reserved_again() -> None:
+    node = directory()
+    node.reserve("one", A, Tier.DRAM, PAGE)
+    assert node.reserve("two", A, Tier.DRAM, PAGE) is None
+    assert node.is_present_or_pending(A, Tier.DRAM)
+    assert not node.is_present_or_pending(A, Tier.SSD)
+    node.commit("one", A, Tier.DRAM, b"")
+    assert node.reserve("two", A, Tier.DRAM, PAGE) is None
+    assert node.stats(Tier.DRAM).free_pages == 3
+    assert node.reserve("two", A, Tier.SSD, PAGE) is not None
+
+
+def test_no_room_is_told_apart_from_being_there() -> None:
+    node = directory(dram=1)
+    node.reserve("one", A, Tier.DRAM, PAGE)
+    assert node.reserve("two", B, Tier.DRAM, PAGE) is None
+    assert not node.is_present_or_pending(B, Tier.DRAM)
+
+
+def test_a_full_tier_evicts_just_enough_of_the_least_recently_used() -> None:
+    node = directory()
+    put(node, A, B, C, D)
+    node.touch([A])
+    node.drain_events()
+    assert node.reserve("op", b"e", Tier.DRAM, 2 * PAGE) is not None
+    assert readable(node) == [A, D]
+    assert [(event.kind, event.key) for event in node.drain_events()] == [
+        (EventKind.REMOVED, B),
+        (EventKind.REMOVED, C),
+    ]
+
+
+def test_a_touched_chain_loses_its_end_first() -> None:
+    node = directory(dram=3)
+    put(node, A, B, C)
+    node.touch([A, B, C])
+    put(node, D)
+    assert readable(node) == [A, B, D]
+
+
+def test_touching_keeps_all_copies_of_an_object() -> None:
+    node = directory(dram=2, ssd=2)
+    for tier in (Tier.DRAM, Tier.SSD):
+        put(node, A, B, tier=tier)
+    node.touch([A, D])
+    for tier in (Tier.DRAM, Tier.SSD):
+        put(node, C, tier=tier)
+        assert node.copy(A, tier) is not None
+        assert node.copy(B, tier) is None
+
+
+def test_each_tier_evicts_by_its_own_policy() -> None:
+    allocator = PageAllocator(PAGE, [3 * PAGE])
+    node = Directory([TierSpace(Tier.DRAM, allocator, PrefixAwareLruPolicy(candidate_window=3))])
+    for key, depth in ((A, 0), (B, 2), (C, 1)):
+        node.reserve("op", key, Tier.DRAM, PAGE, depth)
+        node.commit("op", key, Tier.DRAM, b"")
+    put(node, D)
+    assert readable(node) == [A, C, D]
+
+
+def test_pinned_and_leased_objects_are_never_evicted() -> None:
+    """L8."""
+    node = directory(dram=3)
+    put(node, A, B, C)
+    node.pin("reader", [A])
+    node.lease("router", [B], deadline=10.0)
+    put(node, D)
+    assert readable(node) == [A, B, D]
+    node.pin("reader", [D])
+    assert node.reserve("op", C, Tier.DRAM, PAGE) is None
+    assert node.expire(9.0) == 0
+    assert node.expire(10.0) == 1
+    assert node.reserve("op", C, Tier.DRAM, PAGE) is not None
+    assert readable(node) == [A, D]
+
+
+def test_nothing_is_evicted_for_an_object_that_still_would_not_fit() -> None:
+    """L8."""
+    node = directory(dram=3)
+    put(node, A, B, C)
+    node.lease("router", [A, B], deadline=10.0)
+    assert node.reserve("op", D, Tier.DRAM, 2 * PAGE) is None
+    node.pin("reader", [A, B])
+    assert node.reserve("op", D, Tier.DRAM, 2 * PAGE) is None
+    assert readable(node) == [A, B, C]
+
+
+def test_what_was_passed_over_counts_as_used() -> None:
+    node = directory(dram=3)
+    put(node, A, B, C)
+    node.pin("reader", [A])
+    put(node, D)
+    node.unpin("reader")
+    assert readable(node) == [A, C, D]
+    put(node, B)
+    assert readable(node) == [A, B, D]
+
+
+def test_an_object_larger_than_the_tier_is_an_error_and_evicts_nothing() -> None:
+    node = directory(dram=2)
+    put(node, A)
+    with pytest.raises(CapacityError, match="needs 3 pages, DRAM has 2"):
+        node.reserve("op", B, Tier.DRAM, 2 * PAGE + 1)
+    assert readable(node) == [A]
+    assert not node.is_present_or_pending(B, Tier.DRAM)
+
+
+def test_pins_of_several_owners_are_counted() -> None:
+    node = directory(dram=1)
+    put(node, A)
+    assert [copy.tier for copy in node.pin("one", [A, A])] == [Tier.DRAM, Tier.DRAM]
+    node.pin("two", [A])
+    assert node.stats(Tier.DRAM).pinned == 1
+    node.unpin("one")
+    node.unpin("one")
+    assert node.reserve("op", B, Tier.DRAM, PAGE) is None
+    node.unpin("two")
+    assert node.stats(Tier.DRAM).pinned == 0
+    assert node.reserve("op", B, Tier.DRAM, PAGE) is not None
+
+
+def test_a_pin_takes_the_fastest_copy_or_the_one_asked_for() -> None:
+    node = directory()
+    put(node, A, tier=Tier.SSD)
+    assert node.pin("reader", [A])[0].tier is Tier.SSD
+    put(node, A)
+    assert node.pin("reader", [A])[0].tier is Tier.DRAM
+    assert node.pin("reader", [A], tier=Tier.SSD)[0].tier is Tier.SSD
+
+
+@pytest.mark.parametrize(("tier", "place"), [(None, "any tier"), (Tier.SSD, "SSD"), (Tier.HBM, "HBM")])
+def test_a_pin_is_all_or_nothing(tier: Tier | None, place: str) -> None:
+    node = directory()
+    put(node, A, B)
+    put(node, A, tier=Tier.SSD)
+    wanted = [A, D] if tier is None else [A, B]
+    with pytest.raises(UnknownOwner, match=place):
+        node.pin("reader", wanted, tier)
+    assert node.stats(Tier.DRAM).pinned == node.stats(Tier.SSD).pinned == 0
+
+
+def test_a_pin_of_nothing_is_nothing() -> None:
+    node = directory()
+    assert node.pin("reader", []) == []
+    node.unpin("reader")
+
+
+def test_dropping_a_pinned_copy_hides_it_at_once_and_frees_it_at_the_last_unpin() -> None:
+    node = directory(dram=2)
+    put(node, A)
+    node.pin("one", [A])
+    node.pin("two", [A])
+    node.drain_events()
+    assert node.drop(A, Tier.DRAM)
+    assert readable(node) == []
+    assert [event.kind for event in node.drain_events()] == [EventKind.REMOVED]
+    node.unpin("one")
+    assert node.stats(Tier.DRAM).free_pages == 1
+    node.unpin("two")
+    assert node.stats(Tier.DRAM).free_pages == 2
+    assert node.drain_events() == []
+
+
+def test_a_new_copy_does_not_inherit_the_pins_of_the_dropped_one() -> None:
+    node = directory(dram=2)
+    put(node, A)
+    (old,) = node.pin("reader", [A])
+    node.drop(A, Tier.DRAM)
+    put(node, A)
+    new = node.copy(A, Tier.DRAM)
+    assert new is not None
+    assert new.pages != old.pages
+    put(node, B)
+    assert readable(node) == [B]
+    node.unpin("reader")
+    assert node.stats(Tier.DRAM).free_pages == 1
+
+
+def test_dropping_what_is_not_there_is_harmless() -> None:
+    node = directory()
+    node.reserve("op", A, Tier.DRAM, PAGE)
+    assert not node.drop(A, Tier.DRAM)
+    assert node.stats(Tier.DRAM).reserved == 1
+    assert node.drain_events() == []
+
+
+def test_clear_leaves_leased_objects_and_hides_pinned_ones() -> None:
+    node = directory()
+    put(node, A, B, C)
+    put(node, A, tier=Tier.SSD)
+    node.reserve("op", D, Tier.DRAM, PAGE)
+    node.pin("reader", [B])
+    node.lease("router", [C], deadline=10.0)
+    assert node.clear(Tier.DRAM) == 2
+    assert readable(node) == [A, C]
+    assert node.stats(Tier.DRAM).free_pages == 1
+    node.unpin("reader")
+    assert node.stats(Tier.DRAM).free_pages == 2
+    node.commit("op", D, Tier.DRAM, b"")
+    assert readable(node) == [A, C, D]
+
+
+def test_bad_bytes_are_dropped_in_spite_of_a_lease() -> None:
+    """L1 before L8: a lease promises that an object is not evicted, not that bad bytes are served."""
+    node = directory(dram=1)
+    put(node, A)
+    node.lease("router", [A], deadline=10.0)
+    assert node.drop(A, Tier.DRAM)
+    put(node, A)
+    assert node.reserve("op", B, Tier.DRAM, PAGE) is None
+
+
+def test_a_lease_covers_copies_that_are_written_later() -> None:
+    node = directory(ssd=1)
+    put(node, A)
+    node.lease("router", [A], deadline=10.0)
+    put(node, A, tier=Tier.SSD)
+    assert node.reserve("op", B, Tier.SSD, PAGE) is None
+    node.release("router")
+    node.release("router")
+    assert node.reserve("op", B, Tier.SSD, PAGE) is not None
+
+
+def test_a_lease_is_all_or_nothing() -> None:
+    node = directory(dram=1)
+    put(node, A)
+    with pytest.raises(UnknownOwner, match="router cannot lease it"):
+        node.lease("router", [A, B], deadline=10.0)
+    assert node.reserve("op", C, Tier.DRAM, PAGE) is not None
+
+
+@pytest.mark.parametrize("owner", ["other", "op"])
+def test_only_its_owner_can_settle_a_reservation(owner: str) -> None:
+    node = directory()
+    node.reserve("op", A, Tier.DRAM, PAGE)
+    key, tier = (A, Tier.DRAM) if owner == "other" else (A, Tier.SSD)
+    with pytest.raises(UnknownOwner, match="holds no reservation"):
+        node.commit(owner, key, tier, b"")
+    with pytest.raises(UnknownOwner, match="holds no reservation"):
+        node.abort(owner, key, tier)
+    assert node.stats(Tier.DRAM).reserved == 1
+    assert node.drain_events() == []
+
+
+def test_a_reservation_is_settled_once() -> None:
+    node = directory()
+    put(node, A)
+    with pytest.raises(UnknownOwner):
+        node.commit("writer", A, Tier.DRAM, b"")
+    with pytest.raises(UnknownOwner):
+        node.abort("writer", A, Tier.DRAM)
+    assert readable(node) == [A]
+
+
+def test_aborting_frees_only_what_was_not_published() -> None:
+    node = directory()
+    put(node, A)
+    for key, tier in ((B, Tier.DRAM), (B, Tier.SSD), (C, Tier.DRAM)):
+        node.reserve("writer", key, tier, PAGE)
+    node.reserve("other", D, Tier.DRAM, PAGE)
+    node.abort("writer", C, Tier.DRAM)
+    assert node.stats(Tier.DRAM).reserved == 2
+    node.abort_owner("writer")
+    node.abort_owner("writer")
+    assert readable(node) == [A]
+    assert (node.stats(Tier.DRAM).reserved, node.stats(Tier.DRAM).free_pages) == (1, 2)
+    assert node.stats(Tier.SSD).free_pages == 4
+
+
+def test_a_restored_copy_is_like_any_other() -> None:
+    node = directory()
+    node.restore(A, Tier.SSD, [2, 0], 150, b"sum", depth=3)
+    assert node.copy(A, Tier.SSD) == Copy(Tier.SSD, (2, 0), 150, b"sum", 3)
+    assert node.drain_events() == [DirectoryEvent(EventKind.ADDED, A, Tier.SSD, (2, 0), 150, b"sum", 3)]
+    assert node.reserve("op", B, Tier.SSD, 3 * PAGE) is not None
+    assert readable(node) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "pages", "nbytes"),
+    [(A, [1], PAGE), (C, [1], PAGE), (B, [0], PAGE), (B, [4], PAGE), (B, [1, 1], 150), (B, [1], 150), (B, [], 0)],
+    ids=["published", "pending", "taken", "no such page", "page named twice", "too few pages", "no bytes"],
+)
+def test_a_record_that_does_not_fit_is_refused_and_changes_nothing(key: bytes, pages: list[int], nbytes: int) -> None:
+    """L9: the caller drops the record and goes on."""
+    node = directory()
+    node.restore(A, Tier.SSD, [0], PAGE, b"")
+    node.reserve("op", C, Tier.SSD, PAGE)
+    before = node.stats(Tier.SSD)
+    node.drain_events()
+    with pytest.raises(StateError):
+        node.restore(key, Tier.SSD, pages, nbytes, b"")
+    assert node.stats(Tier.SSD) == before
+    assert readable(node) == [A]
+    assert node.drain_events() == []
+
+
+def test_a_tier_that_is_not_configured_is_empty_and_cannot_be_changed() -> None:
+    node = Directory([TierSpace(Tier.DRAM, PageAllocator(PAGE, [PAGE]), LruPolicy())])
+    assert node.copy(A, Tier.SSD) is None
+    assert not node.is_present_or_pending(A, Tier.SSD)
+    changes: list[Callable[[], object]] = [
+        lambda: node.reserve("op", A, Tier.SSD, PAGE),
+        lambda: node.commit("op", A, Tier.SSD, b""),
+        lambda: node.drop(A, Tier.SSD),
+        lambda: node.clear(Tier.SSD),
+        lambda: node.restore(A, Tier.SSD, [0], PAGE, b""),
+        lambda: node.stats(Tier.SSD),
+    ]
+    for change in changes:
+        with pytest.raises(StateError, match=r"not part of this directory \(DRAM\)"):
+            change()
+
+
+def test_a_tier_has_one_space() -> None:
+    space = TierSpace(Tier.DRAM, PageAllocator(PAGE, [PAGE]), LruPolicy())
+    with pytest.raises(StateError, match="named twice"):
+        Directory([space, space])
+
+
+def test_an_object_of_no_bytes_is_refused() -> None:
+    node = directory()
+    with pytest.raises(StateError, match="0 bytes"):
+        node.reserve("op", A, Tier.DRAM, 0)
+    assert not node.is_present_or_pending(A, Tier.DRAM)
