@@ -91,7 +91,7 @@ class Leader:
     def match(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """Answer ``get_num_new_matched_tokens``: tokens beyond ``computed``, and whether they load asynchronously."""
         state = self._requests.get(request.request_id)
-        if state is None:
+        if state is None or not self._setup.may_load:
             return 0, False
         now = self._clock()
         if self._pool is None:
@@ -229,7 +229,7 @@ class Leader:
         self._next_event[request_id] = state.next_event
 
     def _store(self, state: RequestState, computed: int) -> None:
-        if self._pool is None or not state.slot.may_store:
+        if self._pool is None or not self._setup.may_store or not state.slot.may_store:
             return
         tables = self.tables.of(state.request.request_id)
         for op in self._pool.stores.plan(state, computed, self._iteration, tables):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from umbp_connectors.leader.ledger import Verdict
 from umbp_core.directory import Directory
@@ -65,20 +65,21 @@ class LoadPlanner:
         """
         request = state.request
         if state.staged is not None and state.staged.start == start:
-            state.staged = StagedMatch(state.staged.op_id, start, state.staged.end, state.staged.blocks, now)
+            state.staged = replace(state.staged, since=now)
             return state.staged.tokens
         self.unstage(state)
         if not state.may_load or not state.slot.may_match:
             return 0
-        self._stats.add("vllm:umbp_lookups", 1)
-        self._stats.add("vllm:umbp_lookup_tokens", request.num_tokens - start)
         end = self._matcher.longest(state.keys, start, request.num_tokens)
-        if end - start < self._policy.min_blocks * min(group.block_tokens for group in self._groups):
-            return 0
         if self._must_wait(state, start, end, now):
             self._stats.add("vllm:umbp_lookup_waits", 1, "shared_load")
             return None
         state.asked_since = None
+        self._stats.add("vllm:umbp_lookups", 1)
+        self._stats.add("vllm:umbp_lookup_tokens", request.num_tokens - start)
+        self._matcher.touch(state.keys, end)
+        if end - start < self._policy.min_blocks * min(group.block_tokens for group in self._groups):
+            return 0
         match = self._matcher.stage(state.keys, start, end, now)
         if match is None:
             return 0
@@ -130,7 +131,6 @@ class LoadPlanner:
         state.shared_keys = tuple(block.key for block in blocks)
         for key in state.shared_keys:
             self._loading.setdefault(key, state.request.request_id)
-        self._directory.touch(state.shared_keys)
         self._in_flight.add(match.op_id)
         state.hit_tokens = self._by_tier(match, tokens)
         for tier, count in state.hit_tokens.items():

@@ -186,6 +186,11 @@ class Matcher:
         pages = self._directory.reserve(op_id, key, Tier.DRAM, self._object_bytes[group.index], block)
         return None if pages is None else pages[0]
 
+    def touch(self, keys: RequestKeys, end: int) -> None:
+        """The first ``end`` tokens are being used, whoever gives them: what the engine holds itself counts too."""
+        for group in self._groups:
+            self._directory.touch(keys.of(group)[: end // group.block_tokens])
+
     def release(self, op_id: str) -> None:
         """Give up everything that ``op_id`` holds: pins and pages that were not published."""
         self._directory.abort_owner(op_id)

@@ -39,7 +39,7 @@ class LeaderSetup:
 
     ``identity`` is the digest of the namespace; ``folder`` the name of this engine's folder below
     ``config.ssd_dir``.  ``share_loads`` needs vLLM's own prefix cache.  ``persistent`` is False where block
-    hashes would mean something else after a restart.
+    hashes would mean something else after a restart.  ``may_load`` and ``may_store`` follow vLLM's ``kv_role``.
     """
 
     config: UmbpConfig
@@ -52,6 +52,8 @@ class LeaderSetup:
     share_loads: bool
     persistent: bool
     kv_events: bool
+    may_load: bool = True
+    may_store: bool = True
 
     @property
     def lookup_timeout_s(self) -> float:

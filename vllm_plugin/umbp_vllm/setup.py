@@ -77,6 +77,8 @@ def make_leader(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> L
         share_loads=bool(vllm_config.cache_config.enable_prefix_caching),
         persistent=stability.stable,
         kv_events=_kv_events(vllm_config),
+        may_load=bool(vllm_config.kv_transfer_config.is_kv_consumer),
+        may_store=bool(vllm_config.kv_transfer_config.is_kv_producer),
     )
     return Leader(setup, time.monotonic)
 
