@@ -7,4 +7,4 @@ from hypothesis import settings
 from umbp_core.testing.machines_transfer import SchedulerMachine
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+TestScheduler.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)

@@ -7,4 +7,4 @@ from hypothesis import settings
 from umbp_core.testing.machines_slots import SlotMachine
 
 TestSlots = SlotMachine.TestCase
-TestSlots.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestSlots.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
