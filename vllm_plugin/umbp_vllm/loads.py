@@ -10,6 +10,7 @@ from umbp_core.directory import Directory
 from umbp_core.errors import StateError
 from umbp_core.ops import Direction, LeaderTransferRequest, OpStatus
 from umbp_core.tiers import Tier
+from umbp_vllm.events import EventLog
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.matching import Matcher, StagedMatch
 from umbp_vllm.requests import RequestState
@@ -41,12 +42,14 @@ class LoadPlanner:
         matcher: Matcher,
         groups: Sequence[KvGroup],
         policy: LoadPolicy,
+        events: EventLog,
         stats: UmbpStats,
     ) -> None:
         self._directory = directory
         self._matcher = matcher
         self._groups = groups
         self._policy = policy
+        self._events = events
         self._stats = stats
         self._staged: dict[str, RequestState] = {}
         self._loading: dict[bytes, str] = {}
@@ -132,6 +135,8 @@ class LoadPlanner:
         for key in state.shared_keys:
             self._loading.setdefault(key, state.request.request_id)
         self._in_flight.add(match.op_id)
+        for staged in match.blocks:
+            self._events.remember(state.request, self._groups[staged.group], staged.index, staged.key)
         state.hit_tokens = self._by_tier(match, tokens)
         for tier, count in state.hit_tokens.items():
             self._stats.add("vllm:umbp_hit_tokens", count, tier)

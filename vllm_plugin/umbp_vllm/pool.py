@@ -168,6 +168,7 @@ def open_pool(
             min_blocks=config.min_load_blocks,
             share=setup.share_loads,
         ),
+        events,
         stats,
     )
     stores = StorePlanner(
