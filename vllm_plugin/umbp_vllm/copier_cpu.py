@@ -13,7 +13,8 @@ import ctypes
 import errno
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import numpy as np
 
@@ -23,15 +24,20 @@ from umbp_vllm.geometry import KvGeometry
 
 _log = logging.getLogger(__name__)
 
-_MAX_PIECES = 1024
+MAX_PIECES = 1024
 """IOV_MAX: pieces per system call."""
-_MAX_BYTES = 1 << 30
+MAX_BYTES = 1 << 30
 """Bytes per system call; the kernel cuts silently at 2 GiB."""
+
 _FORBIDDEN = (errno.EPERM, errno.ENOSYS, errno.EACCES)
 """What a container's system-call filter answers."""
 
+VectorRead = Callable[[int, int, int, int, int, int], int]
+"""``process_vm_readv(pid, local vectors, count, remote vectors, count, flags)``, with ``ctypes`` errno."""
 
-def _bind_process_vm_readv() -> ctypes._FuncPointer | None:
+
+def process_vm_readv() -> VectorRead | None:
+    """The C library's function; ``None`` where it has none.  Calls through it let go of the GIL."""
     library = ctypes.CDLL(None, use_errno=True)
     try:
         function = library.process_vm_readv
@@ -40,7 +46,7 @@ def _bind_process_vm_readv() -> ctypes._FuncPointer | None:
     function.restype = ctypes.c_ssize_t
     number, vector, count = ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong
     function.argtypes = (number, vector, count, vector, count, count)
-    return function
+    return cast("VectorRead", function)
 
 
 class BatchMove:
@@ -50,27 +56,22 @@ class BatchMove:
     one warning says so.
     """
 
-    def __init__(self) -> None:
-        self._vector_read = _bind_process_vm_readv()
+    def __init__(self, vector_read: VectorRead | None) -> None:
+        self._vector_read = vector_read
 
     def __call__(self, destinations: Numbers, sources: Numbers, lengths: Numbers) -> None:
         """Copy ``lengths[i]`` bytes from ``sources[i]`` to ``destinations[i]`` for every ``i``.
 
         The addresses must be valid and the pieces must not overlap.  Raises ``TransferError``.
         """
-        if self._vector_read is None:
-            _move_one_by_one(destinations, sources, lengths)
-            return
-        for first, last in _calls(lengths):
+        for first, last in system_calls(lengths):
             part = slice(first, last)
-            if not self._read(destinations[part], sources[part], lengths[part]):
+            function = self._vector_read
+            if function is None or not self._read(function, destinations[part], sources[part], lengths[part]):
                 _move_one_by_one(destinations[part], sources[part], lengths[part])
 
-    def _read(self, destinations: Numbers, sources: Numbers, lengths: Numbers) -> bool:
+    def _read(self, function: VectorRead, destinations: Numbers, sources: Numbers, lengths: Numbers) -> bool:
         """One system call; false when it is forbidden here."""
-        function = self._vector_read
-        if function is None:
-            return False
         local = np.stack((destinations, lengths), axis=1)
         remote = np.stack((sources, lengths), axis=1)
         count = lengths.size
@@ -79,28 +80,36 @@ class BatchMove:
             return True
         error = ctypes.get_errno()
         if moved < 0 and error in _FORBIDDEN:
-            self._vector_read = None
+            self._forbidden(error)
+            return False
+        reason = os.strerror(error) if moved < 0 else f"only {moved} of {int(lengths.sum())} bytes were moved"
+        raise TransferError(f"copying {count} KV pieces failed: {reason}; their destinations hold garbage")
+
+    def _forbidden(self, error: int) -> None:
+        already, self._vector_read = self._vector_read is None, None
+        if not already:
             _log.warning(
                 "process_vm_readv is forbidden here (%s), so KV is copied piece by piece and competes more with the "
                 "engine's thread; allow that call in the container's seccomp profile for full speed",
                 os.strerror(error),
             )
-            return False
-        reason = os.strerror(error) if moved < 0 else f"only {moved} bytes were moved"
-        raise TransferError(f"copying {count} KV pieces failed: {reason}; their destinations hold garbage")
 
 
-def _calls(lengths: Numbers) -> list[tuple[int, int]]:
-    """Ranges of pieces that fit one system call each; a single piece is never cut."""
+def system_calls(
+    lengths: Numbers, max_pieces: int = MAX_PIECES, max_bytes: int = MAX_BYTES
+) -> Iterator[tuple[int, int]]:
+    """Ranges (first, one past the last) of pieces that go into one system call each.
+
+    A single piece is never cut, so a range of one piece may be longer than ``max_bytes``.
+    """
     ends = np.cumsum(lengths)
-    ranges, first = [], 0
+    first = 0
     while first < lengths.size:
         before = int(ends[first - 1]) if first else 0
-        fitting = int(np.searchsorted(ends, before + _MAX_BYTES, side="right"))
-        last = min(max(fitting, first + 1), first + _MAX_PIECES)
-        ranges.append((first, last))
+        fitting = int(np.searchsorted(ends, before + max_bytes, side="right"))
+        last = min(max(fitting, first + 1), first + max_pieces)
+        yield first, last
         first = last
-    return ranges
 
 
 def _move_one_by_one(destinations: Numbers, sources: Numbers, lengths: Numbers) -> None:
@@ -114,10 +123,10 @@ class CpuCopier:
     A step has ended when the forward thread says so, hence a fence is ``None`` and not looked at.  Any thread.
     """
 
-    def __init__(self, geometry: KvGeometry, arena: PageArena) -> None:
+    def __init__(self, geometry: KvGeometry, arena: PageArena, move: BatchMove | None = None) -> None:
         self._geometry = geometry
         self._arena = arena
-        self._move = BatchMove()
+        self._move = move or BatchMove(process_vm_readv())
         bases = [storage.data_ptr() for storage in geometry.storages]
         self._tables = [PieceTable.of(group, bases) for group in geometry.groups]
 

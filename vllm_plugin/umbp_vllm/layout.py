@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from fractions import Fraction
+import enum
 from typing import Any
 
 from umbp_core.ids import digest_of
@@ -70,11 +70,11 @@ def _describe_spec(spec: Any) -> dict[str, object]:
 
 
 def _plain(value: object) -> int | str:
-    """``value`` as JSON: enums and dtypes by name, fractions as text."""
-    if type(value) is int or type(value) is str:
-        return value
-    if isinstance(value, Fraction):
-        return f"{value.numerator}/{value.denominator}"
+    """``value`` as JSON: enums by name (their ``str`` differs between Pythons), fractions and dtypes as text."""
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, int):
+        return int(value)
     return str(value)
 
 

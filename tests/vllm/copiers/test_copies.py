@@ -1,0 +1,301 @@
+"""Gather and scatter against a copy byte by byte, on random geometries: the CPU copier and the staged copies."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from umbp_core.errors import TransferError
+from umbp_vllm.copier_cpu import BatchMove, CpuCopier, process_vm_readv
+from umbp_vllm.copy_plan import checked_batch
+from umbp_vllm.geometry import GroupGeometry, KvGeometry, Region, merged
+from umbp_vllm.staging import StagedCopies
+
+EXAMPLES = settings(max_examples=150, deadline=None)
+
+
+class Pages:
+    """An arena as the copiers see one."""
+
+    def __init__(self, pages: int, page_bytes: int) -> None:
+        self.array = np.zeros((pages, page_bytes), np.uint8)
+        self.address = self.array.ctypes.data
+
+
+class StagedCopier:
+    """``StagedCopies`` as a copier on the CPU: what the CUDA copier issues on its streams, without any."""
+
+    def __init__(self, geometry: KvGeometry, arena: Pages, rows: int = 2, slice_pages: int = 3) -> None:
+        self._geometry, self._arena = geometry, arena
+        self._staging = torch.zeros((rows, arena.array.shape[1]), dtype=torch.uint8)
+        self._copies = StagedCopies(geometry, torch.from_numpy(arena.array), slice_pages)
+
+    def gather(self, group: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
+        b, p = checked_batch(self._geometry, self._arena.array, group, blocks, pages)
+        self._copies.gather(group, b, p, torch.from_numpy(b), self._staging)
+
+    def scatter(self, group: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
+        b, p = checked_batch(self._geometry, self._arena.array, group, blocks, pages)
+        self._copies.scatter(group, b, p, torch.from_numpy(b), self._staging)
+
+
+COPIERS: dict[str, Callable[[KvGeometry, Pages], CpuCopier | StagedCopier]] = {
+    "one system call": CpuCopier,
+    "piece by piece": lambda geometry, arena: CpuCopier(geometry, arena, BatchMove(None)),
+    "staged": StagedCopier,
+}
+every_copier = pytest.mark.parametrize("make", COPIERS.values(), ids=COPIERS.keys())
+
+
+@st.composite
+def region_runs(draw: st.DrawFn, storage: int, offset: int, blocks: int) -> list[Region]:
+    """Layers of one shape in one of the engine's layouts, with padding between pages, layers and blocks."""
+    unit = draw(st.sampled_from([1, 2, 8, 64]))
+    layers = draw(st.integers(1, 4))
+    page = unit * draw(st.integers(1, 9))
+    pad = unit * draw(st.integers(0, 2))
+    if draw(st.booleans()):  # blocks outermost
+        layer_stride, block_stride = page + pad, layers * (page + pad) + unit * draw(st.integers(0, 2))
+    else:  # layers outermost
+        block_stride = page + pad
+        layer_stride = blocks * block_stride + pad
+    return [Region(storage, offset + i * layer_stride, 1, page, block_stride, page) for i in range(layers)]
+
+
+@st.composite
+def geometries(draw: st.DrawFn) -> KvGeometry:
+    """One to three groups over one or two storages; groups may lie over each other, pieces of a group do not."""
+    blocks = draw(st.integers(1, 6))
+    count = draw(st.integers(1, 2))
+    groups, sizes = [], [8] * count
+    for index in range(draw(st.integers(1, 3))):
+        used = [draw(st.sampled_from([0, 0, 8, 3])) for _ in range(count)]
+        regions: list[Region] = []
+        for _ in range(draw(st.integers(1, 3))):
+            storage = draw(st.integers(0, count - 1))
+            added = draw(region_runs(storage, used[storage], blocks))
+            used[storage] = max(region.end(blocks) for region in added)
+            regions += added
+        sizes = [max(size, end) for size, end in zip(sizes, used, strict=True)]
+        groups.append(GroupGeometry(index, "full_attention", 16, (), merged(regions)))
+    storages = tuple(torch.zeros(size + draw(st.integers(0, 5)), dtype=torch.uint8) for size in sizes)
+    return KvGeometry(blocks, tuple(groups), storages)
+
+
+@dataclass
+class Reference:
+    """What the copies must do, one byte after the other, on copies of all memory."""
+
+    geometry: KvGeometry
+    storages: list[np.ndarray]
+    pages: np.ndarray
+
+    @classmethod
+    def of(cls, geometry: KvGeometry, arena: Pages) -> Reference:
+        return cls(geometry, [storage.numpy().copy() for storage in geometry.storages], arena.array.copy())
+
+    def places(self, group: int, block: int) -> list[tuple[int, int]]:
+        """(storage, byte) of every byte of an object, in order."""
+        return [
+            (region.storage, region.offset + piece * region.piece_stride + block * region.block_stride + byte)
+            for region in self.geometry.groups[group].regions
+            for piece in range(region.pieces)
+            for byte in range(region.piece_bytes)
+        ]
+
+    def gather(self, group: int, blocks: Sequence[int], pages: Sequence[int]) -> None:
+        for block, page in zip(blocks, pages, strict=True):
+            for at, (storage, byte) in enumerate(self.places(group, block)):
+                self.pages[page, at] = self.storages[storage][byte]
+
+    def scatter(self, group: int, blocks: Sequence[int], pages: Sequence[int]) -> None:
+        for block, page in zip(blocks, pages, strict=True):
+            for at, (storage, byte) in enumerate(self.places(group, block)):
+                self.storages[storage][byte] = self.pages[page, at]
+
+    def check(self, arena: Pages) -> None:
+        for storage, expected in zip(self.geometry.storages, self.storages, strict=True):
+            np.testing.assert_array_equal(storage.numpy(), expected)
+        largest = max(group.object_bytes for group in self.geometry.groups)
+        np.testing.assert_array_equal(arena.array[:, :largest], self.pages[:, :largest])
+
+
+def fill(geometry: KvGeometry, arena: Pages, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    for storage in geometry.storages:
+        storage.numpy()[:] = random.integers(0, 256, storage.numel(), np.uint8)
+    largest = max(group.object_bytes for group in geometry.groups)
+    arena.array[:, :largest] = random.integers(0, 256, (arena.array.shape[0], largest), np.uint8)
+
+
+@every_copier
+@EXAMPLES
+@given(data=st.data(), geometry=geometries())
+def test_any_sequence_of_copies_moves_exactly_the_right_bytes(
+    make: Callable[[KvGeometry, Pages], CpuCopier | StagedCopier], data: st.DataObject, geometry: KvGeometry
+) -> None:
+    arena = Pages(data.draw(st.integers(1, 8)), geometry.page_bytes)
+    copier = make(geometry, arena)
+    fill(geometry, arena, data.draw(st.integers(0, 9)))
+    reference = Reference.of(geometry, arena)
+    for _ in range(data.draw(st.integers(1, 4))):
+        group = data.draw(st.integers(0, len(geometry.groups) - 1))
+        blocks = st.integers(0, geometry.num_blocks - 1)
+        pages = st.integers(0, arena.array.shape[0] - 1)
+        if data.draw(st.booleans()):
+            to = data.draw(st.lists(pages, unique=True))
+            sources = data.draw(st.lists(blocks, min_size=len(to), max_size=len(to)))
+            copier.gather(group, sources, to, None)
+            rest = {page: reference.pages[page].copy() for page in to}
+            reference.gather(group, sources, to)
+            size = geometry.object_bytes(group)
+            for page in rest:  # what follows the object in its own page is nobody's
+                reference.pages[page, size:] = arena.array[page, size:]
+        else:
+            to = data.draw(st.lists(blocks, unique=True))
+            sources = data.draw(st.lists(pages, min_size=len(to), max_size=len(to)))
+            copier.scatter(group, to, sources, None)
+            reference.scatter(group, to, sources)
+        reference.check(arena)
+
+
+def two_layers(blocks: int = 4, page: int = 64) -> KvGeometry:
+    regions = merged([Region(0, layer * blocks * page, 1, page, page, page) for layer in range(2)])
+    return KvGeometry(
+        blocks,
+        (GroupGeometry(0, "full_attention", 16, ("a", "b"), regions),),
+        (torch.zeros(2 * blocks * page, dtype=torch.uint8),),
+    )
+
+
+@pytest.mark.parametrize("direction", ["gather", "scatter"])
+@pytest.mark.parametrize(
+    ("group", "blocks", "pages", "message"),
+    [
+        (0, [0, 4], [0, 1], "block 4 does not exist"),
+        (0, [0, -1], [0, 1], "block -1 does not exist"),
+        (0, [0, 1], [0, 3], "arena page 3 does not exist"),
+        (0, [0, 1], [-1, 0], "arena page -1 does not exist"),
+        (0, [0, 1], [0], "2 blocks cannot be copied to or from 1 pages"),
+        (1, [0], [0], "KV group 1 does not exist"),
+        (-1, [0], [0], "KV group -1 does not exist"),
+    ],
+)
+def test_a_batch_with_a_wrong_number_moves_nothing(
+    direction: str, group: int, blocks: list[int], pages: list[int], message: str
+) -> None:
+    geometry = two_layers()
+    arena = Pages(3, geometry.page_bytes)
+    fill(geometry, arena, 1)
+    reference = Reference.of(geometry, arena)
+    copier = CpuCopier(geometry, arena)
+    move = {"gather": copier.gather, "scatter": copier.scatter}[direction]
+    with pytest.raises(TransferError, match=message):
+        move(group, blocks, pages, None)
+    reference.check(arena)
+
+
+def test_two_copies_to_one_place_are_refused_and_move_nothing() -> None:
+    geometry = two_layers()
+    arena = Pages(3, geometry.page_bytes)
+    fill(geometry, arena, 1)
+    reference = Reference.of(geometry, arena)
+    copier = CpuCopier(geometry, arena)
+    with pytest.raises(TransferError, match="arena page 2 is the destination of two"):
+        copier.gather(0, [0, 1], [2, 2], None)
+    with pytest.raises(TransferError, match="block 3 is the destination of two"):
+        copier.scatter(0, [3, 3], [0, 1], None)
+    reference.check(arena)
+
+
+def test_an_arena_with_smaller_pages_than_an_object_is_refused() -> None:
+    geometry = two_layers(page=64)
+    with pytest.raises(TransferError, match="128 bytes and a page 100"):
+        CpuCopier(geometry, Pages(3, 100)).gather(0, [0], [0], None)
+
+
+@every_copier
+def test_a_pipeline_stage_without_layers_of_a_group_moves_nothing_for_it(
+    make: Callable[[KvGeometry, Pages], CpuCopier | StagedCopier],
+) -> None:
+    with_layers = two_layers()
+    empty = GroupGeometry(1, "no_layers", 16, (), ())
+    geometry = KvGeometry(with_layers.num_blocks, (*with_layers.groups, empty), with_layers.storages)
+    arena = Pages(3, geometry.page_bytes)
+    fill(geometry, arena, 1)
+    reference = Reference.of(geometry, arena)
+    copier = make(geometry, arena)
+    copier.gather(1, [0, 1], [1, 2], None)
+    copier.scatter(1, [0, 1], [1, 2], None)
+    for storage, expected in zip(geometry.storages, reference.storages, strict=True):
+        np.testing.assert_array_equal(storage.numpy(), expected)
+    assert geometry.object_bytes(1) == 0
+
+
+class CountingRead:
+    """``process_vm_readv`` that notes how many pieces each call had, and may refuse or cut it."""
+
+    def __init__(self, *, error: int = 0, cut: int = 0) -> None:
+        self.pieces: list[int] = []
+        self._error, self._cut = error, cut
+        function = process_vm_readv()
+        assert function is not None
+        self._function = function
+
+    def __call__(self, pid: int, local: int, count: int, remote: int, remote_count: int, flags: int) -> int:
+        self.pieces.append(count)
+        if self._error:
+            ctypes.set_errno(self._error)
+            return -1
+        return self._function(pid, local, count, remote, remote_count, flags) - self._cut
+
+
+def test_a_batch_of_thousands_of_pieces_takes_a_few_system_calls() -> None:
+    geometry = two_layers(blocks=1500, page=24)
+    arena = Pages(1500, geometry.page_bytes)
+    fill(geometry, arena, 1)
+    reference = Reference.of(geometry, arena)
+    read = CountingRead()
+    everything = list(range(1500))
+    CpuCopier(geometry, arena, BatchMove(read)).gather(0, everything, everything[::-1], None)
+    reference.gather(0, everything, everything[::-1])
+    reference.check(arena)
+    assert read.pieces == [1024, 1024, 952]
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS])
+def test_where_the_system_call_is_forbidden_the_bytes_still_arrive(
+    error: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    geometry = two_layers()
+    arena = Pages(3, geometry.page_bytes)
+    fill(geometry, arena, 1)
+    reference = Reference.of(geometry, arena)
+    read = CountingRead(error=error)
+    copier = CpuCopier(geometry, arena, BatchMove(read))
+    copier.gather(0, [1, 2], [2, 0], None)
+    copier.gather(0, [3], [1], None)
+    reference.gather(0, [1, 2, 3], [2, 0, 1])
+    reference.check(arena)
+    assert len(read.pieces) == 1, "after the first refusal it must not be tried again"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "seccomp" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [(CountingRead(error=errno.EFAULT), "Bad address"), (CountingRead(cut=64), "only 192 of 256 bytes")],
+)
+def test_a_copy_that_fails_or_stops_half_way_is_an_error(read: CountingRead, message: str) -> None:
+    geometry = two_layers()
+    copier = CpuCopier(geometry, Pages(3, geometry.page_bytes), BatchMove(read))
+    with pytest.raises(TransferError, match=message):
+        copier.gather(0, [0, 1], [0, 1], None)
