@@ -104,7 +104,8 @@ def ssd(config: UmbpConfig) -> Iterator[Finding]:
         return
     kind = _file_system(parent)
     free, held = shutil.disk_usage(parent).free, _held_bytes(folder)
-    found = f"{folder} ({kind}): {readable(free)} free and {readable(held)} held, ssd_capacity is {readable(config.ssd_capacity)}"
+    room = f"{readable(free)} free and {readable(held)} held"
+    found = f"{folder} ({kind}): {room}, ssd_capacity is {readable(config.ssd_capacity)}"
     if free + held < config.ssd_capacity:
         yield Finding("SSD tier", Status.PROBLEM, found, f"set ssd_capacity to at most {readable((free + held) * 0.9)}")
     elif kind in _VOLATILE:

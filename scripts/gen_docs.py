@@ -1,0 +1,131 @@
+"""Rewrites the generated parts of docs/: configuration keys, hooks, command line.
+
+A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``.  ``--check`` changes nothing
+and fails when a page is not up to date; a test does the same.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+from pydantic import BeforeValidator
+from pydantic.fields import FieldInfo
+
+from umbp_connectors import hookspecs
+from umbp_connectors.cli import app
+from umbp_connectors.config_model import UmbpConfig, parse_size
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+_PART = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_PLAIN = {bool: "`true` or `false`", int: "number", float: "seconds", str: "text", Path: "path", tuple: "names"}
+
+
+def hooks() -> list[tuple[str, types.FunctionType]]:
+    """Every hook specification, in the order of the file."""
+    marked = [(name, value) for name, value in vars(hookspecs).items() if inspect.isfunction(value)]
+    return [(name, value) for name, value in marked if name.startswith("umbp_")]
+
+
+def signature(function: types.FunctionType) -> str:
+    """Name and argument names, as the pages show it."""
+    return f"{function.__name__}({', '.join(inspect.signature(function).parameters)})"
+
+
+def kind_of(field: FieldInfo) -> str:
+    """What a value of ``field`` looks like."""
+    if any(isinstance(m, BeforeValidator) and m.func is parse_size for m in field.metadata):
+        return "size"
+    return _kind(field.annotation)
+
+
+def _kind(annotation: object) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _kind(arguments[0])
+    if origin in (types.UnionType, typing.Union):
+        return _kind(next(a for a in arguments if a is not type(None)))
+    if origin is typing.Literal:
+        return ", ".join(f"`{choice}`" for choice in arguments)
+    return _PLAIN[typing.cast("type", origin or annotation)]
+
+
+def default_of(field: FieldInfo) -> str:
+    """The default as one would write it."""
+    value = field.default
+    if value is None or value in ((), ""):
+        return ""
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if kind_of(field) == "size":
+        return f"`{value >> 30}GiB`"
+    return f"`{value}`"
+
+
+def configuration_keys() -> str:
+    """One row per key."""
+    rows = ["| key | environment | value | default | meaning |", "|---|---|---|---|---|"]
+    for key, field in UmbpConfig.model_fields.items():
+        name = UmbpConfig.env_name(key)
+        rows.append(f"| `{key}` | `{name}` | {kind_of(field)} | {default_of(field)} | {field.description} |")
+    return "\n".join(rows)
+
+
+def hook_pages() -> str:
+    """One section per hook."""
+    parts = []
+    for _, function in hooks():
+        text = inspect.cleandoc(function.__doc__ or "").replace("``", "`")
+        for section in ("Called", "Returns", "Thread & process", "Failure"):
+            text = re.sub(rf"^{section}: ", f"- **{section}**: ", text, flags=re.MULTILINE)
+        parts.append(f"### `{signature(function)}`\n\n{text}\n")
+    return "\n".join(parts)
+
+
+def command_line() -> str:
+    """One section per command."""
+    group = typer.main.get_command(app)
+    parts = []
+    for name, command in sorted(typing.cast("typing.Any", group).commands.items()):
+        rows = "".join(f"| `{' '.join(p.opts)}` | {p.help} |\n" for p in command.params)
+        options = f"\n| option | meaning |\n|---|---|\n{rows}" if rows else ""
+        parts.append(f"### `umbp {name}`\n\n{inspect.cleandoc(command.help or '')}\n{options}")
+    return "\n".join(parts)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "configuration-keys": configuration_keys,
+    "hooks": hook_pages,
+    "command-line": command_line,
+}
+
+
+def rewritten(text: str) -> str:
+    """``text`` with its generated parts up to date.  Raises ``KeyError`` for a part that nobody generates."""
+    return _PART.sub(lambda m: f"{m[1]}\n{PARTS[m['name']]().strip()}\n\n{m[3]}", text)
+
+
+def main() -> int:
+    """Rewrite, or with ``--check`` compare; 1 when something was out of date."""
+    check = "--check" in sys.argv[1:]
+    stale = []
+    for page in sorted(DOCS.rglob("*.md")):
+        before = page.read_text(encoding="utf-8")
+        after = rewritten(before)
+        if before != after:
+            stale.append(page.name)
+            if not check:
+                page.write_text(after, encoding="utf-8")
+    if stale:
+        print(f"{'out of date' if check else 'rewritten'}: {', '.join(stale)}")
+    return 1 if stale and check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
