@@ -97,8 +97,11 @@ def plan_capacity(
     slot_bytes: int,
     capacity_bytes: int,
     ranks: int = 1,
+    own_catalogue: bool = False,
 ) -> CapacityPlan:
     """Share out ``capacity_bytes`` over the ``ranks`` that use ``ssd_dir`` together; reads it and changes nothing.
+
+    The ranks share one catalogue, unless each has its ``own_catalogue`` in its rank's folder.
 
     What others hold stays while it leaves half of the capacity; beyond that, what nobody uses goes, least recently
     used first.  A rank's other layouts are treated the same within its share.  The ranks of one start come to the
@@ -111,9 +114,10 @@ def plan_capacity(
     share = claimed // ranks
     current = slab_path(ssd_dir, namespace, rank, layout_digest)
     stale_remove, stale_bytes = _make_room(_stale_slabs(current), share)
-    fixed = catalogue_allowance(0, ranks)
-    per_slot = catalogue_allowance(1, ranks) - fixed
-    slots = (share - stale_bytes - -(-fixed // ranks)) // (slot_bytes + -(-per_slot // ranks))
+    catalogued, sharing = (1, 1) if own_catalogue else (ranks, ranks)
+    fixed = catalogue_allowance(0, catalogued)
+    per_slot = slot_bytes + -(-(catalogue_allowance(1, catalogued) - fixed) // sharing)
+    slots = (share - stale_bytes - -(-fixed // sharing)) // per_slot
     return CapacityPlan(max(0, slots), (*remove, *stale_remove), claimed, others_bytes)
 
 

@@ -22,9 +22,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from umbp_connectors.pool.capacity import (
     CapacityPlan,
@@ -36,12 +39,13 @@ from umbp_connectors.pool.capacity import (
     write_identity,
 )
 from umbp_connectors.pool.catalogue import Catalogue
-from umbp_connectors.pool.locks import FolderLock, unusable
+from umbp_connectors.pool.locks import FolderInUse, FolderLock, unusable
 from umbp_connectors.pool.slab import SlabFile
 from umbp_core.errors import TierUnavailable
 
 __all__ = [
     "CapacityPlan",
+    "FolderInUse",
     "FolderLock",
     "NamespaceFolder",
     "RankSlab",
@@ -51,6 +55,13 @@ __all__ = [
     "plan_capacity",
     "slab_path",
 ]
+
+
+Result = TypeVar("Result")
+
+PATIENCE_S = 5.0
+"""How long a start waits for the folder of an engine that may be ending."""
+_RETRY_S = 0.2
 
 
 @dataclass(slots=True)
@@ -80,25 +91,38 @@ def open_rank_slab(
     capacity_bytes: int,
     ranks: int = 1,
     direct_io: bool = True,
+    *,
+    own_catalogue: bool = False,
+    patience_s: float = PATIENCE_S,
 ) -> RankSlab:
     """Lock rank ``rank``'s folder and open its slab with as many slots as fit.  Called once by each worker.
 
-    ``capacity_bytes`` bounds everything of ours below ``ssd_dir``, for all ``ranks`` that share it together.
+    ``capacity_bytes`` bounds everything of ours below ``ssd_dir``, for all ``ranks`` that share it together.  With
+    ``own_catalogue`` the caller keeps a catalogue of this rank alone in the folder of the slab.  A folder that is in
+    use gets ``patience_s`` seconds to become free: a killed engine's last process may still be on its way out.
+
     Raises ``TierUnavailable`` with one sentence: folder not creatable, read-only, not a folder, held by another
     engine, disk full, or no room for a single object.
     """
     path = slab_path(ssd_dir, namespace, rank, layout_digest)
     lock = FolderLock(path.parent)
-    with contextlib.ExitStack() as undo:
+
+    def claim() -> CapacityPlan:
         with _exclusively(Path(ssd_dir)):
             _make_dir(path.parent.parent)
             _make_dir(path.parent)
             lock.acquire()
-            undo.callback(lock.release)
-            plan = plan_capacity(ssd_dir, namespace, rank, layout_digest, slot_bytes, capacity_bytes, ranks)
+            plan = plan_capacity(
+                ssd_dir, namespace, rank, layout_digest, slot_bytes, capacity_bytes, ranks, own_catalogue
+            )
             for holding in plan.remove:
                 holding.remove()
             write_identity(path.parent.parent, namespace, plan.claimed_bytes)
+            return plan
+
+    with contextlib.ExitStack() as undo:
+        undo.callback(lock.release)
+        plan = _patiently(claim, patience_s)
         if plan.slots < 1:
             raise TierUnavailable(
                 f"{ssd_dir}: an SSD capacity of {capacity_bytes} bytes has no room for one object of "
@@ -120,16 +144,12 @@ class NamespaceFolder:
         self.path = namespace_dir(ssd_dir, namespace)
         self._lock = FolderLock(self.path)
 
-    def open(self) -> None:
-        """Make the folder if it is missing, and lock it.
+    def open(self, patience_s: float = PATIENCE_S) -> None:
+        """Make the folder if it is missing, and lock it; waits up to ``patience_s`` seconds for whoever holds it.
 
         Raises ``TierUnavailable`` when another engine holds it or the folder cannot be used.
         """
-        with _exclusively(self._ssd_dir):
-            _make_dir(self.path)
-            self._lock.acquire()
-            if read_identity(self.path) is None:
-                write_identity(self.path, self._namespace, 0)
+        _patiently(self._claim, patience_s)
 
     def catalogue(self, digest: bytes, identity: bytes, ranks: int, slots: int, slot_bytes: int = 0) -> Catalogue:
         """The catalogue of the layout with this ``digest``, not open yet, bounded by its allowance."""
@@ -145,6 +165,26 @@ class NamespaceFolder:
     def close(self) -> None:
         """Let the folder go; idempotent."""
         self._lock.release()
+
+    def _claim(self) -> None:
+        with _exclusively(self._ssd_dir):
+            _make_dir(self.path)
+            self._lock.acquire()
+            if read_identity(self.path) is None:
+                write_identity(self.path, self._namespace, 0)
+
+
+def _patiently(claim: Callable[[], Result], patience_s: float) -> Result:
+    """``claim()``, again every 0.2 s while another process holds the folder, for ``patience_s`` seconds."""
+    pause = threading.Event()
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return claim()
+        except FolderInUse:
+            if time.monotonic() >= deadline:
+                raise
+        pause.wait(_RETRY_S)
 
 
 @contextlib.contextmanager

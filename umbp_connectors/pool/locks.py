@@ -10,6 +10,10 @@ from pathlib import Path
 from umbp_core.errors import TierUnavailable
 
 
+class FolderInUse(TierUnavailable):
+    """Another process holds the folder."""
+
+
 class FolderLock:
     """An exclusive lock on a folder: ``flock`` on a file in it.  The kernel releases it when the holder dies."""
 
@@ -25,8 +29,8 @@ class FolderLock:
     def acquire(self, wait: bool = False) -> None:
         """Take the lock; does nothing when held.
 
-        With ``wait`` it waits for the holder to let go.  Otherwise raises ``TierUnavailable`` when another holds it
-        (naming its pid); also when the lock file cannot be made.
+        With ``wait`` it waits for the holder to let go, otherwise raises ``FolderInUse`` (naming its pid).
+        Raises ``TierUnavailable`` when the lock file cannot be made.
         """
         if self._fd >= 0:
             return
@@ -43,7 +47,7 @@ class FolderLock:
             os.close(fd)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise unusable(self.path.parent, error) from error
-            raise TierUnavailable(
+            raise FolderInUse(
                 f"{self.path.parent} is in use by process {holder or 'unknown'}: a second engine with the same model "
                 "needs an SSD folder of its own; this one goes on without an SSD tier"
             ) from error

@@ -1,0 +1,164 @@
+"""The directory of a pool that lives in one process: behind a lock, with a catalogue that follows it."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from umbp_connectors.pool.catalogue import Catalogue, CatalogueRow
+from umbp_connectors.pool.outcomes import PutStatus
+from umbp_core.directory import Copy, Directory, EventKind, TierSpace, TierStats
+from umbp_core.errors import StateError
+from umbp_core.eviction import POLICIES
+from umbp_core.pages import PageAllocator
+from umbp_core.tiers import Tier
+
+
+class Wanted(NamedTuple):
+    """An object that somebody wants to write: its key, size and place in its prefix chain."""
+
+    key: bytes
+    nbytes: int
+    depth: int
+
+
+class Books:
+    """A :class:`Directory` for several threads.  Every call is short; none touches a byte of an object or the disk.
+
+    An object takes one page in each tier.  Owners are the caller's strings (:meth:`new_owner`).
+    """
+
+    def __init__(self, page_bytes: int, dram_pages: int, eviction: str) -> None:
+        self._page_bytes = page_bytes
+        self._eviction = eviction
+        self._dram = self._space(Tier.DRAM, dram_pages)
+        self._directory = Directory([self._dram])
+        self._lock = threading.Lock()
+        self._catalogue: Catalogue | None = None
+        self._numbers = itertools.count()
+
+    def add_ssd(self, slots: int, catalogue: Catalogue, rows: Iterable[CatalogueRow]) -> int:
+        """Manage ``slots`` slots too and restore ``rows`` into them; returns how many.  Before any other call.
+
+        Rows that contradict each other or the tier's size are forgotten.
+        """
+        self._directory = Directory([self._dram, self._space(Tier.SSD, slots)])
+        self._catalogue = catalogue
+        restored = 0
+        bad = []
+        for row in rows:
+            try:
+                self._directory.restore(row.key, Tier.SSD, (row.slot,), row.nbytes, row.checksums, row.depth)
+                restored += 1
+            except StateError:
+                bad.append(row.key)
+        catalogue.forget(bad)
+        self._directory.drain_events()
+        return restored
+
+    def new_owner(self) -> str:
+        """An owner that nobody else uses."""
+        return f"local-{next(self._numbers)}"
+
+    def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
+        """For each of ``keys`` whether it can be read from some tier."""
+        with self._lock:
+            return self._directory.contains_many(keys)
+
+    def count_prefix(self, keys: Sequence[bytes]) -> int:
+        """How many of ``keys`` from the first on can be read."""
+        with self._lock:
+            return self._directory.count_prefix(keys)
+
+    def reserve_new(self, owner: str, wanted: Sequence[Wanted]) -> list[int | PutStatus]:
+        """A page of DRAM for each object that the pool has nowhere, else why there is none; evicts."""
+        places: list[int | PutStatus] = []
+        with self._lock:
+            directory = self._directory
+            for key, nbytes, depth in wanted:
+                if directory.tiers_of(key):
+                    places.append(PutStatus.PRESENT)
+                elif pages := directory.reserve(owner, key, Tier.DRAM, nbytes, depth):
+                    places.append(pages[0])
+                else:
+                    pending = directory.is_present_or_pending(key, Tier.DRAM)
+                    places.append(PutStatus.PRESENT if pending else PutStatus.NO_ROOM)
+            self._follow()
+        return places
+
+    def reserve(self, owner: str, wanted: Wanted, tier: Tier) -> int | None:
+        """A page of ``tier`` for one more copy; ``None`` when there is no room or a copy already; evicts."""
+        with self._lock:
+            pages = self._directory.reserve(owner, wanted.key, tier, wanted.nbytes, wanted.depth)
+            self._follow()
+        return pages[0] if pages else None
+
+    def settle(self, owner: str, written: Iterable[tuple[bytes, bytes | None]], tier: Tier) -> None:
+        """Publish what ``owner`` wrote, given (key, checksum); without a checksum the reservation is given up."""
+        with self._lock:
+            for key, checksum in written:
+                if checksum is None:
+                    self._directory.abort(owner, key, tier)
+                else:
+                    self._directory.commit(owner, key, tier, checksum)
+            self._follow()
+
+    def pin(self, owner: str, keys: Sequence[bytes], tier: Tier | None = None, use: bool = True) -> list[Copy | None]:
+        """Pin the fastest copy (or that in ``tier``) of each key that has one; with ``use`` it counts as used now."""
+        with self._lock:
+            directory = self._directory
+            if tier is None:
+                found = [key for key in keys if directory.tiers_of(key)]
+            else:
+                found = [key for key in keys if directory.copy(key, tier)]
+            if use:
+                directory.touch(found)
+            copies = dict(zip(found, directory.pin(owner, found, tier), strict=True))
+        return [copies.get(key) for key in keys]
+
+    def unpin(self, owner: str) -> None:
+        """End all pins of ``owner``."""
+        with self._lock:
+            self._directory.unpin(owner)
+
+    def drop(self, key: bytes, tier: Tier, seen: Copy) -> None:
+        """Forget the copy of ``key`` in ``tier`` if it is still the one that was ``seen``: its bytes are bad."""
+        with self._lock:
+            if self._directory.copy(key, tier) == seen:
+                self._directory.drop(key, tier)
+                self._follow()
+
+    def clear(self) -> int:
+        """Forget everything that is published; returns how many copies."""
+        with self._lock:
+            tiers = (Tier.DRAM, Tier.SSD) if self._catalogue is not None else (Tier.DRAM,)
+            gone = sum(self._directory.clear(tier) for tier in tiers)
+            self._follow()
+        return gone
+
+    def stats(self, tier: Tier) -> TierStats | None:
+        """Counts of ``tier``; ``None`` when the pool has no such tier."""
+        with self._lock:
+            if tier is Tier.SSD and self._catalogue is None:
+                return None
+            return self._directory.stats(tier)
+
+    def _space(self, tier: Tier, pages: int) -> TierSpace:
+        allocator = PageAllocator(self._page_bytes, [pages * self._page_bytes])
+        return TierSpace(tier, allocator, POLICIES[self._eviction]())
+
+    def _follow(self) -> None:
+        """Tell the catalogue, in order, what changed on SSD.  Called with the lock held."""
+        events = self._directory.drain_events()
+        catalogue = self._catalogue
+        if catalogue is None:
+            return
+        for kind, key, tier, pages, nbytes, checksum, depth in events:
+            if tier is not Tier.SSD:
+                continue
+            if kind is EventKind.ADDED:
+                catalogue.record([CatalogueRow(key, pages[0], nbytes, checksum, depth)])
+            else:
+                catalogue.forget([key])

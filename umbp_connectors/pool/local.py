@@ -1,0 +1,273 @@
+"""A whole pool in one process: put, get and exists for batches of objects given as buffers."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from umbp_connectors.pool.arena import Arena
+from umbp_connectors.pool.batches import BatchMover
+from umbp_connectors.pool.books import Books
+from umbp_connectors.pool.buffers import ReadableBuffer, WritableBuffer, as_bytes, round_up
+from umbp_connectors.pool.capacity import catalogue_allowance
+from umbp_connectors.pool.catalogue import Catalogue
+from umbp_connectors.pool.demoter import Demoter
+from umbp_connectors.pool.folder import PATIENCE_S, RankSlab, open_rank_slab
+from umbp_connectors.pool.outcomes import GetStatus, PoolCounters, PutStatus
+from umbp_connectors.pool.slab import ALIGNMENT
+from umbp_core.directory import TierStats
+from umbp_core.errors import ConfigError, StateError, TierUnavailable, TransferError
+from umbp_core.ids import Identity
+from umbp_core.tiers import Tier
+
+__all__ = ["GetStatus", "LocalPool", "LocalPoolConfig", "PoolCounters", "PutStatus"]
+
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPoolConfig:
+    """Sizes in bytes.  Without ``ssd_dir`` there is no SSD tier.
+
+    ``object_bytes`` is the largest object; each takes one page of that size, rounded up to 4096.  ``ssd_capacity``
+    bounds what all ``ranks`` together keep below ``ssd_dir``; ``rank`` is this process's among them.
+    """
+
+    object_bytes: int
+    dram_bytes: int
+    ssd_dir: Path | None = None
+    ssd_capacity: int = 0
+    rank: int = 0
+    ranks: int = 1
+    eviction: str = "lru"
+    copy_threads: int = 2
+    io_threads: int = 4
+    demote_threads: int = 2
+    huge_pages: bool = False
+    numa_node: int = -1
+    prefault: bool = True
+    direct_io: bool = True
+    patience_s: float = PATIENCE_S
+
+
+@dataclass(frozen=True, slots=True)
+class _Ssd:
+    rank: RankSlab
+    catalogue: Catalogue
+    demoter: Demoter
+    restored: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What an open pool consists of."""
+
+    arena: Arena
+    books: Books
+    mover: BatchMover
+    ssd: _Ssd | None
+
+
+class LocalPool:
+    """Objects of one rank over a DRAM arena and, if configured, a slab file that survives a restart.
+
+    Every object is stored with an xxh3-128 of its identity and bytes and verified whenever it is read, from DRAM too.
+    What is stored in DRAM is copied to SSD in the background; what is read from SSD comes back to DRAM.  Bytes move
+    once each way, without the GIL.  Any thread may call, after :meth:`open`.
+    """
+
+    def __init__(self, identity: Identity, config: LocalPoolConfig) -> None:
+        self._identity = identity
+        self._config = config
+        self._parts: _Parts | None = None
+        self._state = threading.Condition()
+        self._calls = 0
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes that an object takes in each tier."""
+        return round_up(self._config.object_bytes, ALIGNMENT)
+
+    def open(self) -> None:
+        """Map the arena, take the SSD folder and restore what an earlier life left there.
+
+        An SSD folder that cannot be used costs one warning: the pool works without it.  Raises ``ConfigError`` when
+        the DRAM size does not fit an object or the machine.
+        """
+        if self._parts is not None:
+            raise StateError("this pool is already open")
+        config = self._config
+        pages = config.dram_bytes // self.page_bytes if self.page_bytes else 0
+        if pages < 1:
+            raise ConfigError(
+                f"a DRAM tier of {config.dram_bytes} bytes does not hold one object of {config.object_bytes} bytes; "
+                "set a larger DRAM size"
+            )
+        arena = Arena(self.page_bytes, pages, 0, config.huge_pages, config.numa_node, config.prefault)
+        with contextlib.ExitStack() as undo:
+            arena.open()
+            undo.callback(arena.close)
+            books = Books(self.page_bytes, pages, config.eviction)
+            mover = BatchMover(books, arena, self._identity.digest, config.copy_threads, config.io_threads)
+            ssd = self._open_ssd(books, arena)
+            if ssd is not None:
+                mover.use_ssd(ssd.rank.slab, ssd.demoter)
+            undo.pop_all()
+        self._parts = _Parts(arena, books, mover, ssd)
+
+    def put(
+        self, keys: Sequence[bytes], buffers: Sequence[ReadableBuffer], depths: Sequence[int] | None = None
+    ) -> list[PutStatus]:
+        """Store ``buffers[i]`` under block key ``keys[i]``, for all ``i``.
+
+        ``depths`` are the blocks' places in their prefix chains, for eviction.  An object can be read when the call
+        returns.  Raises ``StateError`` when the pool is closed, ``ValueError`` when the arguments do not match.
+        """
+        views = [as_bytes(buffer) for buffer in buffers]
+        places = depths if depths is not None else [0] * len(keys)
+        if not len(keys) == len(views) == len(places):
+            raise ValueError(f"{len(keys)} keys, {len(views)} buffers and {len(places)} depths do not match")
+        with self._using() as parts:
+            return parts.mover.put(keys, views, places)
+
+    def get(self, keys: Sequence[bytes], buffers: Sequence[WritableBuffer]) -> list[GetStatus]:
+        """Fill ``buffers[i]``, whose size must be the object's, with the object under ``keys[i]``, for all ``i``.
+
+        Raises ``StateError`` when the pool is closed, ``ValueError`` when the arguments do not match.
+        """
+        views = [as_bytes(buffer) for buffer in buffers]
+        if len(keys) != len(views) or not all(view.flags.writeable for view in views):
+            raise ValueError(f"{len(keys)} keys need as many buffers that can be written, got {len(views)}")
+        with self._using() as parts:
+            return parts.mover.get(keys, views)
+
+    def exists(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which of ``keys`` can be read now.  Never waits for the disk.  Raises ``StateError`` when closed."""
+        return self._opened().books.contains_many(keys)
+
+    def count_prefix(self, keys: Sequence[bytes]) -> int:
+        """How many of ``keys``, from the first on and without a gap, can be read now."""
+        return self._opened().books.count_prefix(keys)
+
+    def clear(self) -> int:
+        """Forget every object; returns how many copies there were.  Those being read or written stay for that long."""
+        with self._using() as parts:
+            return parts.books.clear()
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until what was stored is on SSD and would be found after a restart, for at most ``timeout`` seconds.
+
+        True when it is; false when time ran out or the disk refused something.  Without an SSD tier: true.
+        """
+        with self._using() as parts:
+            ssd = parts.ssd
+            if ssd is None:
+                return True
+            if not ssd.demoter.drain(timeout):
+                return False
+            try:
+                ssd.rank.slab.sync()
+            except (TransferError, TierUnavailable) as error:
+                logger.warning("%s", error)
+                return False
+            return ssd.catalogue.flush(timeout)
+
+    def counters(self) -> PoolCounters:
+        """What happened so far."""
+        parts = self._opened()
+        ssd = parts.ssd
+        return PoolCounters(
+            puts={status: parts.mover.puts[status] for status in PutStatus},
+            gets={status: parts.mover.gets[status] for status in GetStatus},
+            restored=ssd.restored if ssd else 0,
+            demoted=ssd.demoter.demoted if ssd else 0,
+            demotions_failed=ssd.demoter.failed if ssd else 0,
+        )
+
+    def stats(self, tier: Tier) -> TierStats | None:
+        """How full ``tier`` is; ``None`` when the pool has no such tier."""
+        return self._opened().books.stats(tier)
+
+    def close(self, timeout: float = CLOSE_TIMEOUT_S) -> None:
+        """Wait for the calls under way, write what is still to be demoted, give everything back; idempotent.
+
+        Demotions get ``timeout`` seconds; what is not written then is not there after a restart.
+        """
+        with self._state:
+            parts, self._parts = self._parts, None
+            self._state.wait_for(lambda: self._calls == 0)
+        if parts is None:
+            return
+        parts.mover.close()
+        if parts.ssd is not None:
+            parts.ssd.demoter.close(timeout)
+            parts.ssd.catalogue.close(timeout)
+            parts.ssd.rank.close()
+        parts.arena.close()
+
+    def _open_ssd(self, books: Books, arena: Arena) -> _Ssd | None:
+        config = self._config
+        if config.ssd_dir is None:
+            return None
+        with contextlib.ExitStack() as undo:
+            try:
+                rank = open_rank_slab(
+                    config.ssd_dir,
+                    self._identity.namespace,
+                    config.rank,
+                    self._identity.layout,
+                    self.page_bytes,
+                    config.ssd_capacity,
+                    config.ranks,
+                    config.direct_io,
+                    own_catalogue=True,
+                    patience_s=config.patience_s,
+                )
+                undo.callback(rank.close)
+                catalogue = self._catalogue(rank)
+                rows = catalogue.open()
+            except TierUnavailable as error:
+                logger.warning("the SSD tier is off: %s", error)
+                return None
+            restored = books.add_ssd(rank.slots, catalogue, rows)
+            demoter = Demoter(books, arena, rank.slab, config.demote_threads)
+            demoter.start()
+            undo.pop_all()
+        return _Ssd(rank, catalogue, demoter, restored)
+
+    def _catalogue(self, rank: RankSlab) -> Catalogue:
+        digest = self._identity.digest
+        path = rank.slab.path.with_name(f"catalogue-{digest.hex()[:12]}.sqlite")
+        return Catalogue(
+            path,
+            digest,
+            1,
+            slots=rank.slots,
+            slot_bytes=self.page_bytes,
+            max_bytes=catalogue_allowance(rank.slots, 1),
+        )
+
+    def _opened(self) -> _Parts:
+        parts = self._parts
+        if parts is None:
+            raise StateError("this pool is not open")
+        return parts
+
+    @contextlib.contextmanager
+    def _using(self) -> Iterator[_Parts]:
+        """The parts, kept from being closed meanwhile."""
+        with self._state:
+            parts = self._opened()
+            self._calls += 1
+        try:
+            yield parts
+        finally:
+            with self._state:
+                self._calls -= 1
+                self._state.notify_all()
