@@ -13,6 +13,7 @@ Map of the package:
 ``pages``       page bitmap allocator
 ``leases``      promises not to evict, with a deadline
 ``eviction``    LRU and prefix-aware LRU
+``copies``      one tier's copies: the directory's bookkeeping and vocabulary
 ``directory``   which object is in which page of which tier: the only owner of a node's metadata
 ``ops``         transfer operations and their messages
 ``slot_table``  the slot's two state machines, as data

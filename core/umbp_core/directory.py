@@ -93,7 +93,10 @@ class Directory:
         )
 
     def drain_events(self) -> list[DirectoryEvent]:
-        """What became or stopped being readable since the last call, in order."""
+        """What became or stopped being readable since the last call, in order.
+
+        Events are kept until they are drained, so a caller drains regularly, whether it uses them or not.
+        """
         events = self._events
         self._events = []
         return events
@@ -218,6 +221,7 @@ class Directory:
     ) -> None:
         """Publish a copy that an earlier life left in ``pages``, with an event like any other.
 
+        It counts as used now: restore what was used longest ago first.
         Raises ``StateError``, with nothing changed, when ``key`` is published or being written in ``tier``, when the
         pages are taken or do not exist, or when their number does not fit ``nbytes``.
         """

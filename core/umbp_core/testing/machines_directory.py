@@ -226,14 +226,11 @@ class DirectoryMachine(RuleBasedStateMachine):
         self.model.add(copy)
         return copy
 
-    def _commit(self, copy: ModelCopy, checksum: bytes) -> None:
-        self.directory.commit(copy.owner, copy.key, copy.tier, checksum)
-        self.model.publish(copy, checksum)
-
     def _store(self, owner: str, key: bytes, tier: Tier, nbytes: int, depth: int) -> None:
         copy = self._reserve(owner, key, tier, nbytes, depth)
         if copy is not None:
-            self._commit(copy, key[:2])
+            self.directory.commit(owner, key, tier, b"st")
+            self.model.publish(copy, b"st")
 
     @rule(owner=owners, key=keys, tier=tiers, nbytes=sizes, depth=depths)
     def reserve(self, owner: str, key: bytes, tier: Tier, nbytes: int, depth: int) -> None:
@@ -250,7 +247,8 @@ class DirectoryMachine(RuleBasedStateMachine):
     def commit(self, data: st.DataObject, checksum: bytes) -> None:
         """What is being written becomes readable."""
         copy = data.draw(st.sampled_from(self.model.in_state(PENDING)))
-        self._commit(copy, checksum)
+        self.directory.commit(copy.owner, copy.key, copy.tier, checksum)
+        self.model.publish(copy, checksum)
 
     @precondition(lambda self: self.model.in_state(PENDING))
     @rule(data=st.data())
@@ -260,11 +258,11 @@ class DirectoryMachine(RuleBasedStateMachine):
         self.directory.abort(copy.owner, copy.key, copy.tier)
         self.model.abort([copy])
 
-    @rule(owner=owners, key=keys, tier=tiers)
-    def settle_for_a_stranger(self, owner: str, key: bytes, tier: Tier) -> None:
+    @rule(key=keys, tier=tiers)
+    def settle_for_a_stranger(self, key: bytes, tier: Tier) -> None:
         """Only the owner of a reservation can end it."""
         copy = self.model.find(key, tier, PENDING)
-        if copy is None or copy.owner != owner:
+        for owner in {*OWNERS, "nobody"} - {copy.owner if copy else ""}:
             assert refused(UnknownOwner, self.directory.commit, owner, key, tier, b"")
             assert refused(UnknownOwner, self.directory.abort, owner, key, tier)
 
@@ -274,9 +272,14 @@ class DirectoryMachine(RuleBasedStateMachine):
         self.directory.abort_owner(owner)
         self.model.abort([copy for copy in self.model.in_state(PENDING) if copy.owner == owner])
 
-    @rule(owner=owners, pinned=key_lists, tier=st.none() | tiers)
-    def pin(self, owner: str, pinned: list[bytes], tier: Tier | None) -> None:
+    def _mostly_there(self, data: st.DataObject, strays: list[bytes]) -> list[bytes]:
+        there = [key for key in KEYS if self.model.tiers_of(key)]
+        return strays + (data.draw(st.lists(st.sampled_from(there), max_size=4)) if there else [])
+
+    @rule(owner=owners, data=st.data(), strays=st.lists(keys, max_size=1), tier=st.none() | tiers)
+    def pin(self, owner: str, data: st.DataObject, strays: list[bytes], tier: Tier | None) -> None:
         """The asked tier's copies, or the fastest ones; all or nothing."""
+        pinned = self._mostly_there(data, strays)
         copies = []
         for key in pinned:
             where = TierSet.fastest(self.model.tiers_of(key)) if tier is None else tier
@@ -303,9 +306,10 @@ class DirectoryMachine(RuleBasedStateMachine):
             for policy in self.model.policies.values():
                 policy.touched(key)
 
-    @rule(owner=owners, leased=key_lists, wait=seconds)
-    def lease(self, owner: str, leased: list[bytes], wait: float) -> None:
+    @rule(owner=owners, data=st.data(), strays=st.lists(keys, max_size=1), wait=seconds)
+    def lease(self, owner: str, data: st.DataObject, strays: list[bytes], wait: float) -> None:
         """Only what is there can be leased; all or nothing."""
+        leased = self._mostly_there(data, strays)
         if all(self.model.tiers_of(key) for key in leased):
             self.directory.lease(owner, leased, self.now + wait)
             self.model.leases.grant(owner, leased, self.now + wait)
