@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from umbp_connectors.config_model import UmbpConfig
-from umbp_connectors.hookspecs import DramTierSpec, SsdTierSpec, hookimpl
-from umbp_connectors.tier_ports import DramTier, SsdTier
+from umbp_connectors.hookspecs import ClientSpec, DramTierSpec, SsdTierSpec, hookimpl
+from umbp_connectors.tier_ports import DramTier, PoolClient, SsdTier
 from umbp_core.errors import ConfigError
 from umbp_core.eviction import POLICIES, EvictionPolicy
 from umbp_core.scheduler import Limits, TransferScheduler
@@ -14,6 +14,12 @@ from umbp_core.scheduler import Limits, TransferScheduler
 def umbp_make_tier(config: UmbpConfig, spec: DramTierSpec | SsdTierSpec) -> DramTier | SsdTier:
     """An arena of shared memory, or a slab file below ``ssd_dir``."""
     return _dram_tier(config, spec) if isinstance(spec, DramTierSpec) else _ssd_tier(config, spec)
+
+
+@hookimpl(trylast=True)
+def umbp_make_client(config: UmbpConfig, spec: ClientSpec) -> PoolClient | None:
+    """A pool in this process, for mode ``local``."""
+    return _local_pool(config, spec) if config.mode == "local" else None
 
 
 @hookimpl(trylast=True)
@@ -58,3 +64,28 @@ def _ssd_tier(config: UmbpConfig, spec: SsdTierSpec) -> SsdTier:
         spec.ranks,
         config.ssd_direct_io,
     )
+
+
+def _local_pool(config: UmbpConfig, spec: ClientSpec) -> PoolClient:
+    from umbp_connectors.pool.local import LocalPool, LocalPoolConfig
+
+    pool = LocalPool(
+        spec.identity,
+        LocalPoolConfig(
+            object_bytes=spec.object_bytes,
+            dram_bytes=config.dram_capacity // spec.ranks,
+            ssd_dir=config.ssd_dir if config.ssd_active else None,
+            ssd_capacity=config.ssd_capacity,
+            rank=spec.rank,
+            ranks=spec.ranks,
+            eviction=config.eviction_policy,
+            io_threads=config.io_threads,
+            demote_threads=config.max_concurrent_demotions,
+            huge_pages=config.dram_use_hugepages,
+            numa_node=config.dram_numa_node,
+            prefault=config.dram_prefault,
+            direct_io=config.ssd_direct_io,
+        ),
+    )
+    pool.open()
+    return pool

@@ -18,6 +18,7 @@ import pluggy
 from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.tier_ports import DramTier, PoolClient, SsdTier
 from umbp_core.eviction import EvictionPolicy
+from umbp_core.ids import Identity
 from umbp_core.scheduler import Limits, TransferScheduler
 from umbp_core.tiers import Tier
 
@@ -50,6 +51,19 @@ class SsdTierSpec:
     ranks: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class ClientSpec:
+    """A client that is wanted: for objects of at most ``object_bytes`` under ``identity``.
+
+    ``rank`` is the world rank, ``ranks`` how many share the configured capacities.
+    """
+
+    identity: Identity
+    object_bytes: int
+    rank: int = 0
+    ranks: int = 1
+
+
 @hookspec(firstresult=True)
 def umbp_make_tier(config: UmbpConfig, spec: DramTierSpec | SsdTierSpec) -> DramTier | SsdTier | None:
     """Make the memory or the file behind one tier of one rank.
@@ -64,11 +78,11 @@ def umbp_make_tier(config: UmbpConfig, spec: DramTierSpec | SsdTierSpec) -> Dram
 
 
 @hookspec(firstresult=True)
-def umbp_make_client(config: UmbpConfig) -> PoolClient | None:
-    """Make a client of the pool: put, get and exists for batches of objects that are given as buffers.
+def umbp_make_client(config: UmbpConfig, spec: ClientSpec) -> PoolClient | None:
+    """Make a client of the pool, for put, get and exists with batches of objects that are given as buffers.
 
     Called: once per process that uses the pool without an engine's leader (benchmarks, tools, storage backends).
-    Returns: a client for ``config.mode``, or ``None`` to leave it to the next plug-in.
+    Returns: an open client for ``config.mode``, which the caller closes; ``None`` leaves it to the next plug-in.
     Thread & process: the caller's.
     Failure: an ``UmbpError`` reaches the caller with its message.  Anything else counts as ``None``.
     """

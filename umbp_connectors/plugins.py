@@ -82,7 +82,7 @@ class PluginHost:
         """Import and register one entry point; ``False``, with one warning, when that fails."""
         try:
             self.register(entry.load(), name)
-        except Exception as error:  # noqa: BLE001 - hook call site: a plug-in's import may raise anything
+        except Exception as error:  # hook call site: a plug-in's import may raise anything
             self._failed(name, "load", error)
             return False
         return True
@@ -111,10 +111,10 @@ class PluginHost:
         """The file behind the SSD tier of one rank, open.  Raises ``UmbpError``."""
         return cast(SsdTier, self._first(self._hook.umbp_make_tier, "an SSD tier", config=self.config, spec=spec))
 
-    def make_client(self) -> PoolClient:
-        """A client of the pool.  Raises ``UmbpError``."""
+    def make_client(self, spec: hookspecs.ClientSpec) -> PoolClient:
+        """A client of the pool, open.  Raises ``UmbpError``."""
         what = f"a client for mode {self.config.mode!r}"
-        return cast(PoolClient, self._first(self._hook.umbp_make_client, what, config=self.config))
+        return cast(PoolClient, self._first(self._hook.umbp_make_client, what, config=self.config, spec=spec))
 
     def make_eviction(self, name: str) -> EvictionPolicy:
         """A fresh eviction policy called ``name``.  Raises ``ConfigError`` when nobody offers it."""
@@ -155,7 +155,7 @@ class PluginHost:
                 made = _call(impl, arguments)
             except UmbpError:
                 raise
-            except Exception as error:  # noqa: BLE001 - hook call site: a plug-in may raise anything
+            except Exception as error:  # hook call site: a plug-in may raise anything
                 self._failed(impl.plugin_name, hook.name, error)
                 continue
             if made is not None:
@@ -166,7 +166,7 @@ class PluginHost:
         for impl in reversed(hook.get_hookimpls()):  # in the order in which pluggy asks
             try:
                 _call(impl, arguments)
-            except Exception as error:  # noqa: BLE001 - hook call site: a plug-in may raise anything
+            except Exception as error:  # hook call site: a plug-in may raise anything
                 self._failed(impl.plugin_name, hook.name, error)
 
     def _implementations_of(self, plugin: object) -> list[pluggy.HookImpl]:

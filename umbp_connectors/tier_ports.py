@@ -65,10 +65,18 @@ class SsdTier(Protocol):
 
 
 class PoolClient(Protocol):
-    """Put, get and exists for batches of objects given as buffers."""
+    """Put, get and exists for batches of objects given as buffers, open.  Any thread."""
+
+    def put(self, keys: Sequence[bytes], buffers: Sequence[Any], depths: Sequence[int] | None = None) -> Sequence[Any]:
+        """Store ``buffers[i]`` under block key ``keys[i]``; the answers say how each went."""
+        ...
+
+    def get(self, keys: Sequence[bytes], buffers: Sequence[Any]) -> Sequence[Any]:
+        """Fill ``buffers[i]`` with the object under ``keys[i]``; the answers say how each went."""
+        ...
 
     def exists(self, keys: Sequence[bytes]) -> list[bool]:
-        """Which of ``keys`` can be had now."""
+        """Which of ``keys`` can be read now."""
         ...
 
     def close(self) -> None:

@@ -59,16 +59,18 @@ class TransferEngine:
         io_threads: int = 4,
         observer: PoolObserver | None = None,
         hash_threads: int = 2,
+        scheduler: TransferScheduler | None = None,
     ) -> None:
         """``object_bytes`` maps every KV group to the exact size of its objects on this rank.
 
         ``arena`` has pages, and ``slab`` slots, of a multiple of 4096 bytes that hold the largest object;
-        ``slab`` is None on a worker without an SSD tier.  Starts nothing.
+        ``slab`` is None on a worker without an SSD tier.  ``scheduler`` is a fresh one that brings its own limits.
+        Starts nothing.
         """
         self._copier = copier
         self._clock = clock
         self._observer = observer
-        self._scheduler = TransferScheduler(limits)
+        self._scheduler = scheduler if scheduler is not None else TransferScheduler(limits)
         self._tools = Tools(
             copier=copier,
             pages=arena,

@@ -116,10 +116,12 @@ def make_worker(vllm_config: Any, kv_cache_config: Any, settings: Settings, kv_c
         identity=Identity(namespace, layout, rank_scope(vllm_config, tp_rank, pp_rank, shared)),
         world_rank=world_rank,
         object_bytes=dict(enumerate(object_bytes)),
-        limits=Limits(config.max_concurrent_loads, config.max_concurrent_stores, config.max_concurrent_demotions),
         clock=time.monotonic,
         io_threads=config.io_threads,
         observer=settings.plugins,
+        scheduler=settings.plugins.make_scheduler(
+            Limits(config.max_concurrent_loads, config.max_concurrent_stores, config.max_concurrent_demotions)
+        ),
     )
     engine.start()
     hello = RankHello(

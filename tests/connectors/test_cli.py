@@ -1,0 +1,105 @@
+"""The command ``umbp``, through its own door."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from umbp_connectors import __version__, cli
+from umbp_connectors.config import KEYS
+from umbp_connectors.doctor import Finding, Status
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UMBP_IO_THREADS", "9")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["umbp", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+def test_config_prints_every_key_with_value_and_origin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "config", "--extra", '{"dram_capacity": "16GiB"}') == 0
+    rows = {line.split()[0]: line.split(None, 2)[1:] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert set(KEYS) <= set(rows)
+    assert (
+        rows["dram_capacity"] == ["16GiB", "engine extra-config "] or "engine extra-config" in rows["dram_capacity"][1]
+    )
+    assert "environment UMBP_IO_THREADS" in rows["io_threads"][1]
+    assert rows["ssd_capacity"][0] == "32GiB"
+
+
+def test_config_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "umbp.toml"
+    path.write_text('ssd_dir = "/ssd"\nplugins = ["a"]\n', encoding="utf-8")
+    assert run(monkeypatch, "config", "--json", "--file", str(path)) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert list(told) == list(KEYS)
+    assert told["ssd_dir"] == {"value": "/ssd", "origin": f"file {path}"}
+    assert told["plugins"]["value"] == ["a"]
+    assert told["io_threads"] == {"value": 9, "origin": "environment UMBP_IO_THREADS"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["config", "--extra", '{"dram_capcity": 1}'], "did you mean 'dram_capacity'?"),
+        (["config", "--extra", "{"], "--extra is not JSON"),
+        (["config", "--extra", "[1]"], "--extra is not a JSON object"),
+        (["config", "--file", "/no/such/file.toml"], "/no/such/file.toml cannot be read"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+) -> None:
+    assert run(monkeypatch, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("umbp: ")
+    assert sentence in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(Status.OK, 0), (Status.NOTE, 0), (Status.WARNING, 0), (Status.PROBLEM, 1)]
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_doctor_says_what_was_found_and_ends_with_1_on_a_problem(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: Status, code: int, as_json: bool
+) -> None:
+    finding = Finding("disk", status, "found [this]", "do that")
+    monkeypatch.setattr(cli.examination, "examine", lambda extra, env, file: iter([finding]))
+    assert run(monkeypatch, "doctor", *(["--json"] if as_json else [])) == code
+    out = capsys.readouterr().out
+    if as_json:
+        expected = {"topic": "disk", "status": status.value, "found": "found [this]", "advice": "do that"}
+        assert json.loads(out) == [expected]
+    else:
+        assert f"{status.value}  disk: found [this]" in out
+        assert "-> do that" in out
+
+
+def test_doctor_gets_what_the_engine_would_get(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    seen = []
+    monkeypatch.setattr(cli.examination, "examine", lambda *arguments: seen.append(arguments) or iter([]))
+    assert run(monkeypatch, "doctor", "--extra", '{"io_threads": 2}', "--file", str(tmp_path / "x.toml")) == 0
+    extra, env, file = seen[0]
+    assert extra == {"io_threads": 2}
+    assert env["UMBP_IO_THREADS"] == "9"
+    assert file == str(tmp_path / "x.toml")
+    assert "no problems" in capsys.readouterr().out
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "version") == 0
+    assert capsys.readouterr().out.strip() == __version__
