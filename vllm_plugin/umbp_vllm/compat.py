@@ -108,21 +108,6 @@ class GeometrySource(enum.Enum):
     """``KVCacheTensor(size, shared_by, offset, block_stride)``, one tensor per place; 0.28."""
 
 
-@dataclass(frozen=True)
-class LayerPlace:
-    """Where one layer's blocks lie: block ``b`` starts ``offset + b * block_stride`` bytes into ``storage``.
-
-    ``storage`` numbers the backing allocations of ``size`` bytes: places with equal numbers are in the same
-    one.
-    """
-
-    layer: str
-    storage: int
-    size: int
-    offset: int
-    block_stride: int
-
-
 def geometry_source(kv_cache_config: Any) -> GeometrySource:
     """Which form ``kv_cache_config.kv_cache_tensors`` has.
 
@@ -142,38 +127,6 @@ def geometry_source(kv_cache_config: Any) -> GeometrySource:
     )
 
 
-def layer_places(kv_cache_config: Any) -> list[LayerPlace]:
-    """The place of every layer, from either form; layers that alias the same bytes each have their own entry.
-
-    In the stride form all tensors lie in one allocation (those on the host in a second one).  In the form of
-    0.28 packed tensors (``block_stride`` > 0) share one, and every other tensor is an allocation of its own whose
-    blocks follow each other.
-    """
-    if geometry_source(kv_cache_config) is GeometrySource.STRIDES:
-        return [
-            LayerPlace(
-                name,
-                int(optional(tensor, "host_resident", False)),
-                tensor.size,
-                tensor.offset + index * tensor.layer_stride,
-                tensor.block_stride,
-            )
-            for tensor in kv_cache_config.kv_cache_tensors
-            for index, name in enumerate(tensor.layers)
-        ]
-    return [
-        LayerPlace(
-            name,
-            0 if tensor.block_stride else 1 + number,
-            tensor.size,
-            tensor.offset,
-            tensor.block_stride or tensor.size // kv_cache_config.num_blocks,
-        )
-        for number, tensor in enumerate(kv_cache_config.kv_cache_tensors)
-        for name in tensor.shared_by
-    ]
-
-
 def kv_tp_replicas(kv_cache_config: Any) -> int:
     """Consecutive TP ranks with identical KV as vLLM counts them; 1 where it does not say (before 0.31)."""
     return int(optional(kv_cache_config, "kv_tp_replicas", 1))
@@ -189,12 +142,6 @@ def transfer_group_ids(kv_cache_config: Any) -> tuple[int, ...]:
     """Indices of the KV groups that take part in transfers; all of them where vLLM does not say (0.28)."""
     every = tuple(range(len(kv_cache_config.kv_cache_groups)))
     return tuple(optional(kv_cache_config, "transfer_group_ids", every))
-
-
-def commit_of(hf_config: Any) -> str | None:
-    """The commit of the model repository that the Hugging Face config was read from, if known."""
-    commit = optional(hf_config, "_commit_hash")
-    return None if commit is None else str(commit)
 
 
 def is_idle(forward_context: Any) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import hashlib
+import importlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,9 @@ SCHEMA = 1
 
 _CONFIG_FILES = ("config.json", "params.json", "hf_quant_config.json")
 _WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
+_CACHED_FILES = ("config.json", "params.json", "model.safetensors.index.json", "model.safetensors")
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SNAPSHOT = re.compile(r"models--(?P<repository>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/?$")
 _SAMPLE_BYTES = 4096
 _SAMPLES = 512
 _WORKER_KV_DTYPES = frozenset({"auto", "fp8", "fp8_e4m3", "fp8_ds_mla", "nvfp4_ds_mla"})
@@ -45,16 +49,17 @@ def namespace_of(
     of the weights when the model is a local path; what cannot be read counts as absent.
     """
     env = os.environ if env is None else env
+    model = _model(vllm_config)
     description: dict[str, object] = {
         "schema": SCHEMA,
         "user": extra,
-        "model": _model(vllm_config),
+        "model": model,
         "cache": _cache(vllm_config, kv_cache_config),
         "hashing": describe_hashing(vllm_config, env, version),
         "parallel": _parallel(vllm_config.parallel_config),
         "draft": _draft(compat.optional(vllm_config, "speculative_config")),
     }
-    return f"{_slug(vllm_config.model_config.model)}-{digest_of(description).hex()[:32]}", description
+    return f"{_slug(str(model['name']))}-{digest_of(description).hex()[:32]}", description
 
 
 def rank_scope(vllm_config: Any, tp_rank: int, pp_rank: int, replicated: bool, pcp_rank: int = 0) -> RankScope:
@@ -83,11 +88,8 @@ def _model(vllm_config: Any) -> dict[str, object]:
     model = vllm_config.model_config
     multimodal = compat.optional(model, "multimodal_config")
     return {
-        "name": model.model,
+        **_origin(model.model, model.revision),
         "weights_from": compat.optional(model, "model_weights", "") or "",
-        "revision": model.revision or "",
-        "commit": compat.commit_of(compat.optional(model, "hf_config")) or "",
-        "files": _files(model.model),
         "dummy": compat.optional(compat.optional(vllm_config, "load_config"), "load_format") == "dummy",
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": _plain(model.quantization),
@@ -150,14 +152,41 @@ def _draft(speculative: Any | None) -> dict[str, object] | None:
     """The draft model, whose layers' KV lies in the same blocks; ``None`` without speculative decoding."""
     if speculative is None:
         return None
-    model = compat.optional(speculative, "model") or ""
     return {
+        **_origin(compat.optional(speculative, "model") or "", compat.optional(speculative, "revision")),
         "method": _plain(compat.optional(speculative, "method")),
-        "name": model,
-        "revision": compat.optional(speculative, "revision") or "",
         "quantization": _plain(compat.optional(speculative, "quantization")),
-        "files": _files(model) if model else None,
     }
+
+
+def _origin(model: str, revision: str | None) -> dict[str, object]:
+    """Where weights come from: a hub's repository at a commit, a local path with its files, or only a name.
+
+    A snapshot in the Hugging Face cache is its repository, because vLLM names it by path when it is offline and
+    by repository when it is not.  A branch such as ``main`` counts by the commit that the cache holds for it.
+    """
+    snapshot = _SNAPSHOT.search(model)
+    name = snapshot["repository"].replace("--", "/") if snapshot else model
+    commit = snapshot["commit"] if snapshot else _cached_commit(model, revision)
+    return {
+        "name": name,
+        "commit": commit,
+        "revision": "" if commit else revision or "",
+        "files": None if commit else _files(model),
+    }
+
+
+def _cached_commit(model: str, revision: str | None) -> str:
+    """The commit of a hub's repository, if a file of it is in the Hugging Face cache, else an empty text."""
+    if not _REPOSITORY.fullmatch(model) or Path(model).exists():
+        return ""
+    hub = importlib.import_module("huggingface_hub")
+    for file in _CACHED_FILES:
+        path = hub.try_to_load_from_cache(model, file, revision=revision)
+        found = _SNAPSHOT.search(str(Path(path).parent)) if isinstance(path, str) else None
+        if found is not None:
+            return found["commit"]
+    return ""
 
 
 def _files(model: str) -> dict[str, str] | None:
@@ -167,6 +196,8 @@ def _files(model: str) -> dict[str, str] | None:
     are noticed without reading all of them.  Times do not count: a copy is the same model.
     """
     root = Path(model)
+    if not model:
+        return None
     if root.is_file():
         return {"config": "", "weights": _digest(_weights([root]))}
     if not root.is_dir():
