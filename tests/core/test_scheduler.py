@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 
 import pytest
 
@@ -18,7 +19,6 @@ from umbp_core.ops import (
     WorkerTransferRequest,
 )
 from umbp_core.scheduler import Limits, TransferScheduler
-
 
 NONE = Requirement()
 
@@ -371,6 +371,12 @@ class TestEnding:
         scheduler.submit(leader("a"), 6.0)
         assert (scheduler.pending(), scheduler.poll(6.0)) == (0, [])
 
+    def test_a_lone_half_does_not_live_longer_by_coming_again(self) -> None:
+        scheduler = TransferScheduler(Limits(orphan_timeout_s=5.0))
+        scheduler.enqueue(half_of(leader("a")), 0.0)
+        scheduler.enqueue(half_of(leader("a")), 4.0)
+        assert scheduler.next_deadline() == 5.0
+
     def test_the_leaders_deadline_replaces_that_of_the_lone_half(self) -> None:
         scheduler = TransferScheduler(Limits(orphan_timeout_s=5.0))
         scheduler.enqueue(half_of(leader("a")), 0.0)
@@ -425,6 +431,29 @@ class TestMemory:
         assert len(scheduler.take_results()) == 5_000
         assert (scheduler.pending(), scheduler.dump(), scheduler.next_deadline()) == (0, [], None)
         assert scheduler.poll(0.0) == []
+
+    def test_a_long_life_takes_no_more_memory_than_a_short_one(self) -> None:
+        scheduler = TransferScheduler(Limits(remember=100))
+
+        def live(start: int, end: int) -> None:
+            for number in range(start, end):
+                requirement = Requirement(RequirementKind.ITERATION_COMPLETE, number)
+                pair(scheduler, leader(f"op{number}", Direction.STORE, requirement, f"request{number}"), now=0.0)
+                if number % 2:
+                    scheduler.end_iteration(number)
+                    execute(scheduler)
+                else:
+                    scheduler.cancel_request(f"request{number}")
+                scheduler.take_results()
+
+        live(0, 500)
+        tracemalloc.start()
+        live(500, 1000)
+        before = tracemalloc.get_traced_memory()[0]
+        live(1000, 3000)
+        growth = tracemalloc.get_traced_memory()[0] - before
+        tracemalloc.stop()
+        assert growth < 50_000, "2000 ops that ended left something behind"
 
     def test_replays_are_recognised_as_long_as_promised(self) -> None:
         scheduler = TransferScheduler(Limits(remember=2))

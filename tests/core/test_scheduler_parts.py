@@ -119,6 +119,14 @@ class TestProgress:
         progress.end_iteration(3)
         assert progress.holds(requirement)
 
+    @pytest.mark.parametrize("requirement", [at(BY_NAME, 3, name="model.1"), at(BY_INDEX, 3, index=1)])
+    def test_a_layer_of_the_last_iteration_does_not_count(self, requirement: Requirement) -> None:
+        progress = Progress()
+        progress.begin_iteration(2)
+        progress.layer_done("model.1", 1)
+        progress.begin_iteration(3)
+        assert not progress.wait("op", requirement)
+
     @pytest.mark.parametrize("requirement", [at(BY_NAME, 3, name="no such layer"), at(BY_INDEX, 3, index=99)])
     def test_a_layer_that_never_ends_is_met_by_its_iteration(self, requirement: Requirement) -> None:
         progress = Progress()
