@@ -82,7 +82,7 @@ class PluginHost:
         """Import and register one entry point; ``False``, with one warning, when that fails."""
         try:
             self.register(entry.load(), name)
-        except Exception as error:  # hook call site: a plug-in's import may raise anything
+        except Exception as error:  # noqa: BLE001 - hook call site: a plug-in's import may raise anything
             self._failed(name, "load", error)
             return False
         return True
@@ -155,7 +155,7 @@ class PluginHost:
                 made = _call(impl, arguments)
             except UmbpError:
                 raise
-            except Exception as error:  # hook call site: a plug-in may raise anything
+            except Exception as error:  # noqa: BLE001 - hook call site: a plug-in may raise anything
                 self._failed(impl.plugin_name, hook.name, error)
                 continue
             if made is not None:
@@ -166,7 +166,7 @@ class PluginHost:
         for impl in reversed(hook.get_hookimpls()):  # in the order in which pluggy asks
             try:
                 _call(impl, arguments)
-            except Exception as error:  # hook call site: a plug-in may raise anything
+            except Exception as error:  # noqa: BLE001 - hook call site: a plug-in may raise anything
                 self._failed(impl.plugin_name, hook.name, error)
 
     def _implementations_of(self, plugin: object) -> list[pluggy.HookImpl]:
