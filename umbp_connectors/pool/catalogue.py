@@ -144,7 +144,10 @@ class Catalogue:
         return rows
 
     def record(self, rows: Iterable[CatalogueRow]) -> None:
-        """These objects are in these slots now.  Any thread; does not wait for the disk."""
+        """These objects are in these slots now, whose earlier ones are forgotten already.
+
+        Any thread; does not wait for the disk.
+        """
         with self._changed:
             for row in rows:
                 self._check(row)
