@@ -219,8 +219,11 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
         return HandshakeHello(self._worker.hello) if self._worker is not None else None
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Note whether the step computes anything; its ops start in :meth:`wait_for_save`, behind its fence."""
-        self._idle = forward_context is None or compat.is_idle(forward_context)
+        """Note whether the step computes anything; its ops start in :meth:`wait_for_save`, behind its fence.
+
+        Model runner V2 calls this outside of any forward context, but says what it scheduled when it did.
+        """
+        self._idle = "scheduler_output" not in kwargs and (forward_context is None or compat.is_idle(forward_context))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing: loads end before their request is scheduled."""

@@ -37,6 +37,8 @@ class Leader:
         self._slots = SlotTable()
         self._requests: dict[str, RequestState] = {}
         self._next_event: dict[str, int] = {}
+        self._former: dict[str, RequestState] = {}
+        self._lives = 0
         self._scheduled: set[str] = set()
         self._hellos: dict[int, RankHello] = {}
         self._pool: LeaderPool | None = None
@@ -85,8 +87,14 @@ class Leader:
 
     def on_new_request(self, request: Any) -> None:
         """A request arrived; its lookup needs nothing but memory, so there is nothing to start early."""
-        slot = self._slots.create(request.request_id)
-        self._requests[request.request_id] = RequestState.of(request, slot, self._groups)
+        request_id = request.request_id
+        former = self._requests.get(request_id)
+        if former is not None:
+            # An earlier request of this id is over, its last stores are not: they end on the earlier slot.
+            self._former.update(dict.fromkeys(former.slot.ops, former))
+        self._lives += 1
+        slot = self._slots.create(f"{request_id}#{self._lives}")
+        self._requests[request_id] = RequestState.of(request, slot, self._groups)
 
     def match(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """Answer ``get_num_new_matched_tokens``: tokens beyond ``computed``, and whether they load asynchronously."""
@@ -260,7 +268,7 @@ class Leader:
         self.stats.add("vllm:umbp_ops", 1, direction, verdict.status.value)
         self.stats.add("vllm:umbp_bytes", verdict.moved_bytes, direction)
         self.stats.add("vllm:umbp_op_seconds", verdict.seconds, direction)
-        state = self._requests.get(verdict.op.request_id)
+        state = self._former.pop(verdict.op.op_id, None) or self._requests.get(verdict.op.request_id)
         self._ended[verdict.op.direction](pool, verdict, state)
         if not verdict.quarantined:
             pool.release(verdict.op.op_id)
@@ -298,10 +306,12 @@ class Leader:
         self._retire(state)
 
     def _retire(self, state: RequestState) -> None:
-        if state.slot.is_finished:
-            request_id = state.request.request_id
-            self._slots.remove(request_id)
-            self._requests.pop(request_id, None)
+        if not state.slot.is_finished:
+            return
+        self._slots.remove(state.slot.request_id)
+        request_id = state.request.request_id
+        if self._requests.get(request_id) is state:
+            del self._requests[request_id]
             self.tables.forget(request_id)
 
     # ---- what vLLM asks about us ---------------------------------------------------------------------
@@ -317,7 +327,7 @@ class Leader:
     @property
     def live_requests(self) -> int:
         """Requests that are not over, or whose ops are not."""
-        return len(self._requests)
+        return len(self._slots)
 
     def reset_cache(self) -> bool:
         """Empty the pool; what is on its way is not published.  True: nothing old can be matched any more."""

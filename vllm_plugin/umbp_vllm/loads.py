@@ -124,12 +124,12 @@ class LoadPlanner:
             raise StateError(f"request {state.request.request_id}: {tokens} external tokens without a staged match")
         try:
             blocks = self._matcher.load_blocks(match, tokens, tables)
+            state.slot.begin_onboard(match.op_id)
         except StateError:
             self.unstage(state)
             raise
         state.staged = None
         self._staged.pop(state.request.request_id, None)
-        state.slot.begin_onboard(match.op_id)
         state.loading = match.op_id
         state.shared_keys = tuple(block.key for block in blocks)
         for key in state.shared_keys:

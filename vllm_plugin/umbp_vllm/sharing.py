@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from vllm.distributed import parallel_state
 
 from umbp_connectors.pool.arena import Arena
@@ -70,7 +71,8 @@ def share_arena(tp_rank: int, open_arena: Callable[[], DramTier]) -> DramTier | 
             arena = Arena.attach(*offer)
         except TierUnavailable as error:
             logger.warning("umbp: every rank keeps its own copy of the KV: %s", error)
-    mapped = [group.broadcast_object(arena is not None, src=rank) for rank in range(group.world_size)]
+    mapped: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(mapped, arena is not None, group=group.cpu_group)
     if offer is not None and all(mapped):
         return arena
     if arena is not None:
