@@ -55,7 +55,7 @@ class _Lane:
         done = torch.cuda.Event(blocking=True)
         with torch.cuda.device(self._device):
             try:
-                with self._lock, torch.cuda.stream(self._stream):
+                with self._lock, torch.cuda.stream(self._stream), torch.inference_mode():
                     index = torch.from_numpy(blocks).to(self._device)
                     if isinstance(fence, torch.cuda.Event):
                         self._stream.wait_event(fence)

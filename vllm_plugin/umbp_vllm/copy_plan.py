@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from umbp_core.errors import TransferError
-from umbp_vllm.geometry import GroupGeometry, KvGeometry
+from umbp_vllm.geometry import KvGeometry
 
 Numbers = npt.NDArray[np.int64]
 
@@ -38,18 +37,13 @@ def checked_batch(
 ) -> tuple[Numbers, Numbers]:
     """``blocks`` and ``pages`` as arrays.
 
-    Raises ``TransferError`` when the group does not exist, the lengths differ, a number is out of range or
-    an object is larger than a page; a batch that fails here has moved nothing.
+    Raises ``TransferError`` when the group does not exist, the lengths differ or a number is out of range; a batch
+    that fails here has moved nothing.
     """
     if not 0 <= group < len(geometry.groups):
         raise TransferError(f"KV group {group} does not exist; this rank has {len(geometry.groups)}")
     if len(blocks) != len(pages):
         raise TransferError(f"{len(blocks)} blocks cannot be copied to or from {len(pages)} pages; nothing was moved")
-    if geometry.object_bytes(group) > arena.shape[1]:
-        raise TransferError(
-            f"an object of KV group {group} has {geometry.object_bytes(group)} bytes and a page {arena.shape[1]}; "
-            "the arena was made for another layout"
-        )
     return (
         _in_range("block", blocks, geometry.num_blocks),
         _in_range("arena page", pages, arena.shape[0]),
@@ -70,41 +64,6 @@ def reject_repeats(what: str, destinations: Numbers) -> None:
     repeated = ordered[1:][ordered[1:] == ordered[:-1]]
     if repeated.size:
         raise TransferError(f"{what} {int(repeated[0])} is the destination of two copies of a batch; nothing was moved")
-
-
-@dataclass(frozen=True)
-class PieceTable:
-    """All pieces of one group's blocks as arrays of equal length, in the object's order.
-
-    Piece ``i`` of block ``b`` lies at ``starts[i] + b * block_strides[i]`` and at ``in_object[i]`` of the object.
-    """
-
-    starts: Numbers
-    block_strides: Numbers
-    lengths: Numbers
-    in_object: Numbers
-
-    @classmethod
-    def of(cls, group: GroupGeometry, bases: Sequence[int]) -> PieceTable:
-        """The table of ``group`` where storage ``s`` begins at address ``bases[s]``."""
-        starts, strides, lengths = [], [], []
-        for region in group.regions:
-            first = bases[region.storage] + region.offset
-            starts.append(first + np.arange(region.pieces, dtype=np.int64) * region.piece_stride)
-            strides.append(np.full(region.pieces, region.block_stride, dtype=np.int64))
-            lengths.append(np.full(region.pieces, region.piece_bytes, dtype=np.int64))
-        empty = [np.zeros(0, dtype=np.int64)]
-        sizes = np.concatenate(lengths or empty)
-        ends = np.cumsum(sizes)
-        return cls(np.concatenate(starts or empty), np.concatenate(strides or empty), sizes, ends - sizes)
-
-    def addresses(self, blocks: Numbers) -> Numbers:
-        """Addresses of all pieces of ``blocks``, block by block, flat."""
-        return (blocks[:, None] * self.block_strides + self.starts).reshape(-1)
-
-    def page_addresses(self, pages: Numbers, page_bytes: int, arena_address: int) -> Numbers:
-        """Addresses of the same pieces inside arena ``pages``, page by page, flat."""
-        return (arena_address + pages[:, None] * page_bytes + self.in_object).reshape(-1)
 
 
 def page_runs(pages: Numbers, slice_pages: int) -> Iterator[tuple[int, int, int]]:

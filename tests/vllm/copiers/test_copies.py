@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from umbp_core.errors import TransferError
-from umbp_vllm.copier_cpu import BatchMove, CpuCopier, process_vm_readv
+from umbp_core.errors import ConfigError, StateError, TransferError
+from umbp_vllm.copier_cpu import SERIAL_WORDS, CpuCopier
 from umbp_vllm.copy_plan import checked_batch
 from umbp_vllm.geometry import GroupGeometry, KvGeometry, Region, merged
 from umbp_vllm.staging import StagedCopies
@@ -47,9 +48,14 @@ class StagedCopier:
         self._copies.scatter(group, b, p, torch.from_numpy(b), self._staging)
 
 
+def opened(geometry: KvGeometry, arena: Pages) -> CpuCopier:
+    copier = CpuCopier(geometry, arena)
+    copier.open()
+    return copier
+
+
 COPIERS: dict[str, Callable[[KvGeometry, Pages], CpuCopier | StagedCopier]] = {
-    "one system call": CpuCopier,
-    "piece by piece": lambda geometry, arena: CpuCopier(geometry, arena, BatchMove(None)),
+    "cpu": opened,
     "staged": StagedCopier,
 }
 every_copier = pytest.mark.parametrize("make", COPIERS.values(), ids=COPIERS.keys())
@@ -196,7 +202,7 @@ def test_a_batch_with_a_wrong_number_moves_nothing(
     arena = Pages(3, geometry.page_bytes)
     fill(geometry, arena, 1)
     reference = Reference.of(geometry, arena)
-    copier = CpuCopier(geometry, arena)
+    copier = opened(geometry, arena)
     move = {"gather": copier.gather, "scatter": copier.scatter}[direction]
     with pytest.raises(TransferError, match=message):
         move(group, blocks, pages, None)
@@ -208,7 +214,7 @@ def test_two_copies_to_one_place_are_refused_and_move_nothing() -> None:
     arena = Pages(3, geometry.page_bytes)
     fill(geometry, arena, 1)
     reference = Reference.of(geometry, arena)
-    copier = CpuCopier(geometry, arena)
+    copier = opened(geometry, arena)
     with pytest.raises(TransferError, match="arena page 2 is the destination of two"):
         copier.gather(0, [0, 1], [2, 2], None)
     with pytest.raises(TransferError, match="block 3 is the destination of two"):
@@ -218,8 +224,22 @@ def test_two_copies_to_one_place_are_refused_and_move_nothing() -> None:
 
 def test_an_arena_with_smaller_pages_than_an_object_is_refused() -> None:
     geometry = two_layers(page=64)
-    with pytest.raises(TransferError, match="128 bytes and a page 100"):
-        CpuCopier(geometry, Pages(3, 100)).gather(0, [0], [0], None)
+    with pytest.raises(ConfigError, match="128 bytes and an arena page 100"):
+        CpuCopier(geometry, Pages(3, 100)).open()
+
+
+def test_a_copier_copies_only_between_open_and_close() -> None:
+    geometry = two_layers()
+    arena = Pages(3, geometry.page_bytes)
+    copier = CpuCopier(geometry, arena)
+    with pytest.raises(StateError, match="not open"):
+        copier.gather(0, [0], [0], None)
+    copier.open()
+    copier.gather(0, [0], [0], None)
+    copier.close()
+    copier.close()
+    with pytest.raises(StateError, match="not open"):
+        copier.scatter(0, [0], [0], None)
 
 
 @every_copier
@@ -240,62 +260,93 @@ def test_a_pipeline_stage_without_layers_of_a_group_moves_nothing_for_it(
     assert geometry.object_bytes(1) == 0
 
 
-class CountingRead:
-    """``process_vm_readv`` that notes how many pieces each call had, and may refuse or cut it."""
-
-    def __init__(self, *, error: int = 0, cut: int = 0) -> None:
-        self.pieces: list[int] = []
-        self._error, self._cut = error, cut
-        function = process_vm_readv()
-        assert function is not None
-        self._function = function
-
-    def __call__(self, pid: int, local: int, count: int, remote: int, remote_count: int, flags: int) -> int:
-        self.pieces.append(count)
-        if self._error:
-            ctypes.set_errno(self._error)
-            return -1
-        return self._function(pid, local, count, remote, remote_count, flags) - self._cut
-
-
-def test_a_batch_of_thousands_of_pieces_takes_a_few_system_calls() -> None:
-    geometry = two_layers(blocks=1500, page=24)
-    arena = Pages(1500, geometry.page_bytes)
-    fill(geometry, arena, 1)
-    reference = Reference.of(geometry, arena)
-    read = CountingRead()
-    everything = list(range(1500))
-    CpuCopier(geometry, arena, BatchMove(read)).gather(0, everything, everything[::-1], None)
-    reference.gather(0, everything, everything[::-1])
-    reference.check(arena)
-    assert read.pieces == [1024, 1024, 952]
-
-
-@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS])
-def test_where_the_system_call_is_forbidden_the_bytes_still_arrive(
-    error: int, caplog: pytest.LogCaptureFixture
+@every_copier
+@pytest.mark.parametrize("layers", [1, 3])
+def test_pieces_longer_than_torch_copies_in_one_thread(
+    make: Callable[[KvGeometry, Pages], CpuCopier | StagedCopier], layers: int
 ) -> None:
-    geometry = two_layers()
-    arena = Pages(3, geometry.page_bytes)
-    fill(geometry, arena, 1)
-    reference = Reference.of(geometry, arena)
-    read = CountingRead(error=error)
-    copier = CpuCopier(geometry, arena, BatchMove(read))
-    copier.gather(0, [1, 2], [2, 0], None)
-    copier.gather(0, [3], [1], None)
-    reference.gather(0, [1, 2, 3], [2, 0, 1])
-    reference.check(arena)
-    assert len(read.pieces) == 1, "after the first refusal it must not be tried again"
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "seccomp" in caplog.text
+    page = 8 * SERIAL_WORDS + 24
+    regions = merged([Region(0, layer * (page + 8), 1, page, layers * (page + 8), page) for layer in range(layers)])
+    storage = torch.zeros(3 * layers * (page + 8), dtype=torch.uint8)
+    geometry = KvGeometry(3, (GroupGeometry(0, "mla", 16, (), regions),), (storage,))
+    arena = Pages(2, geometry.page_bytes)
+    fill(geometry, arena, 4)
+    objects = [storage.view(3, layers, page + 8)[block, :, :page].reshape(-1).numpy() for block in (2, 0)]
+    make(geometry, arena).gather(0, [2, 0], [0, 1], None)
+    for at, expected in enumerate(objects):
+        np.testing.assert_array_equal(arena.array[at, : layers * page], expected)
+    make(geometry, arena).scatter(0, [1, 2], [1, 0], None)
+    written = storage.view(3, layers, page + 8)[:, :, :page].reshape(3, -1).numpy()
+    np.testing.assert_array_equal(written[1], written[0])
+    np.testing.assert_array_equal(written[2], objects[0])
 
 
-@pytest.mark.parametrize(
-    ("read", "message"),
-    [(CountingRead(error=errno.EFAULT), "Bad address"), (CountingRead(cut=64), "only 192 of 256 bytes")],
-)
-def test_a_copy_that_fails_or_stops_half_way_is_an_error(read: CountingRead, message: str) -> None:
+COUNT_THREADS = """
+import threading
+from pathlib import Path
+import numpy as np, torch
+from umbp_vllm.copier_cpu import CpuCopier
+from umbp_vllm.geometry import GroupGeometry, KvGeometry, Region
+
+def threads():
+    return len(list(Path("/proc/self/task").iterdir()))
+
+class Pages:
+    array = np.zeros((4, 8 << 20), np.uint8)
+    address = array.ctypes.data
+
+(torch.ones(1 << 20) + 1).sum()  # the model's own pool
+regions = (Region(0, 0, 2, 4 << 20, 1 << 20, 1 << 20), Region(0, 8 << 20, 1, 4 << 20, 4 << 20, 4 << 20))
+storage = torch.zeros(32 << 20, dtype=torch.uint8)
+geometry = KvGeometry(4, (GroupGeometry(0, "mla", 16, (), regions),), (storage,))
+before, during = threads(), []
+
+def copy():
+    copier = CpuCopier(geometry, Pages())
+    copier.open()
+    copier.gather(0, [0, 1, 2, 3], [0, 1, 2, 3], None)
+    copier.scatter(0, [0, 1, 2, 3], [0, 1, 2, 3], None)
+    during.append(threads() - 1)
+    storage.view(torch.int64).copy_(torch.ones(4 << 20, dtype=torch.int64))
+    during.append(threads() - 1)
+
+thread = threading.Thread(target=copy)
+thread.start()
+thread.join(60)
+print(*[count - before for count in during])
+"""
+
+
+def test_copying_in_a_transfer_thread_starts_no_pool_of_threads() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT_THREADS],
+        env={**os.environ, "OMP_NUM_THREADS": "4", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    by_copier, by_one_large_copy = map(int, done.stdout.split())
+    assert by_copier == 0
+    assert by_one_large_copy > 0 or os.cpu_count() == 1, "the large copy shows that a pool would have been noticed"
+
+
+def test_inference_tensors_can_be_written_from_a_thread_outside_of_inference_mode() -> None:
+    with torch.inference_mode():
+        geometry = two_layers()
+        arena = Pages(1, geometry.page_bytes)
+        copier = opened(geometry, arena)
+    arena.array[:] = 7
+    copier.scatter(0, [1], [0], None)
+    assert geometry.storages[0].sum() == 7 * geometry.object_bytes(0)
+
+
+def test_a_copier_that_torch_refuses_reports_a_failed_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("out of luck")
+
     geometry = two_layers()
-    copier = CpuCopier(geometry, Pages(3, geometry.page_bytes), BatchMove(read))
-    with pytest.raises(TransferError, match=message):
-        copier.gather(0, [0, 1], [0, 1], None)
+    copier = opened(geometry, Pages(1, geometry.page_bytes))
+    monkeypatch.setattr(torch, "_foreach_copy_", refuse)
+    with pytest.raises(TransferError, match="copying 1 pieces of KV failed: out of luck"):
+        copier.gather(0, [1], [0], None)

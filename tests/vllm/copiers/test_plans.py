@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from umbp_core.errors import ConfigError
-from umbp_vllm.copier_cpu import CpuCopier, system_calls
+from umbp_vllm.block_views import word_of
+from umbp_vllm.copier_cpu import CpuCopier
 from umbp_vllm.copier_cuda import CudaCopier
 from umbp_vllm.copiers import COPIERS, make_copier
 from umbp_vllm.copy_plan import page_runs
 from umbp_vllm.geometry import GroupGeometry, KvGeometry, Region, merged
 from umbp_vllm.pinning import MAX_SLICE_BYTES, ArenaPinner, slices
-from umbp_vllm.staging import batch_parts, word_of
+from umbp_vllm.staging import batch_parts
 
 
 @given(st.lists(st.integers(0, 30)), st.integers(1, 10))
@@ -30,18 +31,6 @@ def test_runs_cover_the_batch_in_order_and_cross_no_border(pages: list[int], sli
         assert page // slice_pages == (page + count - 1) // slice_pages
     for (_, before, count), (_, after, _) in itertools.pairwise(runs):
         assert after != before + count or after % slice_pages == 0, "two runs that could have been one"
-
-
-@given(st.lists(st.integers(1, 50)), st.integers(1, 5), st.integers(1, 60))
-def test_system_calls_cover_all_pieces_within_both_limits(lengths: list[int], max_pieces: int, max_bytes: int) -> None:
-    calls = list(system_calls(np.asarray(lengths, np.int64), max_pieces, max_bytes))
-    assert [i for first, last in calls for i in range(first, last)] == list(range(len(lengths)))
-    for first, last in calls:
-        assert last - first <= max_pieces
-        assert last - first == 1 or sum(lengths[first:last]) <= max_bytes
-    for (first, last), (_, end) in itertools.pairwise(calls):
-        fuller = sum(lengths[first : last + 1]) > max_bytes or last - first == max_pieces
-        assert fuller or last == end, "a call was ended too early"
 
 
 @given(st.integers(0, 100), st.integers(1, 20))
@@ -96,8 +85,9 @@ def test_layers_at_equal_distances_become_one_region_and_touching_ones_one_piece
 )
 def test_the_word_is_the_widest_that_divides_every_number(offset: int, stride: int, size: int, word: int) -> None:
     group = GroupGeometry(0, "mla", 16, (), (Region(0, offset, 2, size, stride, size),))
-    assert word_of(group)[0] == word
-    assert word_of(group)[1].itemsize == word
+    assert word_of(group, 4096)[0] == word
+    assert word_of(group, 4096)[1].itemsize == word
+    assert word_of(group, 4097)[0] == 1
 
 
 class Driver:
