@@ -97,6 +97,12 @@ KVConnectorTransferResults: Any = optional(_base, "KVConnectorTransferResults", 
 """vLLM's own (0.30 and later) or a dataclass of the same three sets."""
 CacheHitSource: Any = _cache_hit_source()
 """vLLM's enum of hit sources (0.32 and later) or ``None``."""
+REPORTS_FAILED_REQUESTS = KVConnectorTransferResults is not _TransferResults
+"""Whether a failed load can be reported by request (0.30 and later).
+
+Before that only block ids can, and the scheduler cannot take those for a model with several KV groups: it unpacks
+the request's single block list and dies.  There no load may be promised at all.
+"""
 
 
 class GeometrySource(enum.Enum):
