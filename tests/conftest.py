@@ -3,6 +3,11 @@
 import importlib.util
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says more about what else the machine does than about the code.
+settings.register_profile("umbp", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile("umbp")
 
 
 def _has_device() -> bool:
