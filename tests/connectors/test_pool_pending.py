@@ -15,7 +15,7 @@ MOST = 4
 class PendingMachine(RuleBasedStateMachine):
     """A file in which a slot has one key: writing the queue must end where writing everything at once ends.
 
-    As the directory does, a slot's old key is forgotten before the slot is given to another, and so is a key's old slot.
+    As the directory does, a slot's old key is forgotten before the slot goes to another, and so is a key's old slot.
     """
 
     def __init__(self) -> None:

@@ -147,7 +147,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     path = tmp_path / "slab.bin"
-    with pytest.raises(TierUnavailable, match="No space left on device.*set a smaller SSD capacity"):
+    with pytest.raises(TierUnavailable, match=r"No space left on device.*set a smaller SSD capacity"):
         SlabFile(path, SLOT, 100).open()
     assert not path.exists()
 

@@ -79,14 +79,12 @@ class Holding:
 class CapacityPlan:
     """How many slots a rank gets.
 
-    ``remove`` has to go first.  ``claimed_bytes`` is what the whole namespace may use, ``others_bytes`` what counts
-    for others after that.
+    ``remove`` has to go first.  ``claimed_bytes`` is what all ranks of the namespace together may use then.
     """
 
     slots: int
     remove: tuple[Holding, ...]
     claimed_bytes: int
-    others_bytes: int
 
 
 def plan_capacity(
@@ -105,12 +103,10 @@ def plan_capacity(
 
     What others hold stays while it leaves half of the capacity; beyond that, what nobody uses goes, least recently
     used first.  A rank's other layouts are treated the same within its share.  The ranks of one start come to the
-    same number in whatever order they ask, since what they make meanwhile does not count.
+    same number in whatever order they ask: what they make does not count, and the first one's claim holds for all.
     """
     home = namespace_dir(ssd_dir, namespace)
-    others = [*_other_namespaces(Path(ssd_dir), home), *_surplus_ranks(home, ranks)]
-    remove, others_bytes = _make_room(others, capacity_bytes)
-    claimed = max(0, capacity_bytes - others_bytes)
+    remove, claimed = _claim(Path(ssd_dir), home, rank, ranks, capacity_bytes)
     share = claimed // ranks
     current = slab_path(ssd_dir, namespace, rank, layout_digest)
     stale_remove, stale_bytes = _make_room(_stale_slabs(current), share)
@@ -118,7 +114,7 @@ def plan_capacity(
     fixed = catalogue_allowance(0, catalogued)
     per_slot = slot_bytes + -(-(catalogue_allowance(1, catalogued) - fixed) // sharing)
     slots = (share - stale_bytes - -(-fixed // sharing)) // per_slot
-    return CapacityPlan(max(0, slots), (*remove, *stale_remove), claimed, others_bytes)
+    return CapacityPlan(max(0, slots), (*remove, *stale_remove), claimed)
 
 
 def our_files(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
@@ -152,6 +148,21 @@ def write_identity(home: Path, namespace: str, claimed_bytes: int) -> None:
     fresh.replace(home / IDENTITY_FILE)
 
 
+def _claim(ssd_dir: Path, home: Path, rank: int, ranks: int, capacity: int) -> tuple[list[Holding], int]:
+    """What has to go, and how many bytes the namespace at ``home`` may then use."""
+    identity = read_identity(home)
+    siblings = (path / "LOCK" for path in home.glob("rank*") if path.name != f"rank{rank}")
+    if identity is not None and any(is_locked(lock) for lock in siblings):
+        return [], min(_claimed(identity), capacity)
+    remove, taken = _make_room([*_other_namespaces(ssd_dir, home), *_surplus_ranks(home, ranks)], capacity)
+    return remove, max(0, capacity - taken)
+
+
+def _claimed(identity: dict[str, object]) -> int:
+    claimed = identity.get("claimed_bytes")
+    return claimed if isinstance(claimed, int) else 0
+
+
 def _make_room(holdings: Iterable[Holding], capacity: int) -> tuple[list[Holding], int]:
     """What has to go so that half of ``capacity`` is left, and what the others then count for."""
     held = sorted(holdings, key=lambda unit: (unit.last_used, unit.path))
@@ -172,8 +183,7 @@ def _other_namespaces(ssd_dir: Path, home: Path) -> Iterator[Holding]:
             continue
         identity = read_identity(path)
         if identity is not None:
-            claimed = identity.get("claimed_bytes")
-            yield _folder(path, claimed if isinstance(claimed, int) else 0)
+            yield _folder(path, _claimed(identity))
 
 
 def _surplus_ranks(home: Path, ranks: int) -> Iterator[Holding]:

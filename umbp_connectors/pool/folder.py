@@ -126,8 +126,8 @@ def open_rank_slab(
         if plan.slots < 1:
             raise TierUnavailable(
                 f"{ssd_dir}: an SSD capacity of {capacity_bytes} bytes has no room for one object of "
-                f"{slot_bytes} bytes on each of {ranks} ranks ({plan.others_bytes} bytes are taken by others); "
-                "set a larger SSD capacity"
+                f"{slot_bytes} bytes on each of {ranks} ranks ({capacity_bytes - plan.claimed_bytes} bytes are taken "
+                "by others); set a larger SSD capacity"
             )
         slab = SlabFile(path, slot_bytes, plan.slots, direct_io)
         slab.open()
