@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from umbp_core.errors import UnknownOwner
 
 _SLACK = 32
+"""Stale heap entries that are tolerated whatever the number of owners."""
 
 
 @dataclass(slots=True)
@@ -96,7 +97,7 @@ class LeaseTable:
         return expired
 
     def _push(self, owner: str, deadline: float) -> None:
-        if len(self._heap) > 2 * len(self._leases) + _SLACK:
-            self._heap = [(lease.deadline, name) for name, lease in self._leases.items() if name != owner]
-            heapq.heapify(self._heap)
         heapq.heappush(self._heap, (deadline, owner))
+        if len(self._heap) > 2 * len(self._leases) + _SLACK:
+            self._heap = [(lease.deadline, name) for name, lease in self._leases.items()]
+            heapq.heapify(self._heap)

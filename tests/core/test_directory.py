@@ -104,6 +104,15 @@ def test_a_full_tier_evicts_just_enough_of_the_least_recently_used() -> None:
     ]
 
 
+def test_a_large_victim_makes_room_for_several_small_ones() -> None:
+    node = directory()
+    put(node, A, nbytes=3 * PAGE)
+    put(node, B)
+    assert node.reserve("op", C, Tier.DRAM, 2 * PAGE) is not None
+    assert readable(node) == [B]
+    assert node.stats(Tier.DRAM).free_pages == 1
+
+
 def test_a_touched_chain_loses_its_end_first() -> None:
     node = directory(dram=3)
     put(node, A, B, C)

@@ -42,16 +42,16 @@ class PrefixAwareDirectoryMachine(DirectoryMachine):
         return PrefixAwareLruModel(WINDOW)
 
 
-def sized(machine: type[RuleBasedStateMachine]) -> type[unittest.TestCase]:
-    """The test case of ``machine``, with a budget that keeps the whole file within ten seconds."""
-    machine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+def sized(machine: type[RuleBasedStateMachine], examples: int) -> type[unittest.TestCase]:
+    """The test case of ``machine`` with a budget of a second or two."""
+    machine.TestCase.settings = settings(max_examples=examples, stateful_step_count=40, deadline=None)
     return machine.TestCase
 
 
-TestPages = sized(PageMachine)
-TestLeases = sized(LeaseMachine)
-TestLru = sized(EvictionPolicyMachine)
-TestPrefixAwareLru = sized(PrefixAwarePolicyMachine)
-TestModelless = sized(ModellessPolicyMachine)
-TestDirectory = sized(DirectoryMachine)
-TestPrefixAwareDirectory = sized(PrefixAwareDirectoryMachine)
+TestPages = sized(PageMachine, 60)
+TestLeases = sized(LeaseMachine, 100)
+TestLru = sized(EvictionPolicyMachine, 60)
+TestPrefixAwareLru = sized(PrefixAwarePolicyMachine, 60)
+TestModelless = sized(ModellessPolicyMachine, 60)
+TestDirectory = sized(DirectoryMachine, 150)
+TestPrefixAwareDirectory = sized(PrefixAwareDirectoryMachine, 150)

@@ -43,6 +43,15 @@ def test_a_renewed_lease_outlives_its_first_deadline() -> None:
     assert leases.expire(30.0) == ["reader"]
 
 
+def test_a_grant_does_not_shorten_what_was_renewed() -> None:
+    leases = LeaseTable()
+    leases.grant("reader", [b"a"], deadline=10.0)
+    leases.renew("reader", 30.0)
+    leases.grant("reader", [b"b"], deadline=20.0)
+    assert leases.expire(29.0) == []
+    assert leases.is_leased(b"a")
+
+
 def test_what_expired_cannot_be_renewed_in_silence() -> None:
     leases = LeaseTable()
     leases.grant("reader", [b"a"], deadline=10.0)

@@ -27,7 +27,7 @@ from umbp_core.testing.models_directory import (
 )
 from umbp_core.tiers import Tier, TierSet
 
-KEYS = tuple(bytes([letter]) * 4 for letter in b"abcdefgh")
+KEYS = tuple(bytes([letter]) * 4 for letter in b"abcdef")
 OWNERS = ("op-1", "op-2", "op-3")
 PAGE_BYTES = 100
 TIER_BYTES = {Tier.DRAM: (250, 99, 300), Tier.SSD: (400,)}
@@ -41,6 +41,7 @@ sizes = st.integers(1, 2 * PAGE_BYTES) | st.integers(1, 6 * PAGE_BYTES)
 depths = st.integers(0, 4)
 checksums = st.binary(min_size=2, max_size=2)
 seconds = st.integers(0, 20).map(float)
+short_waits = st.integers(0, 5).map(float)
 
 
 def refused(error: type[Exception], call: Callable[..., object], *arguments: object) -> bool:
@@ -124,7 +125,7 @@ class LeaseMachine(RuleBasedStateMachine):
         """Gives the owner's keys, once."""
         assert self.table.release(owner) == self.model.release(owner)
 
-    @rule(wait=seconds)
+    @rule(wait=short_waits)
     def expire(self, wait: float) -> None:
         """Ends exactly what is due."""
         self.now += wait
@@ -322,7 +323,7 @@ class DirectoryMachine(RuleBasedStateMachine):
         self.directory.release(owner)
         self.model.leases.release(owner)
 
-    @rule(wait=seconds)
+    @rule(wait=short_waits)
     def expire(self, wait: float) -> None:
         """What is due, counted by owner."""
         self.now += wait
