@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from tests.vllm.harness import EngineSpec, Harness, broken
+from tests.vllm.harness.umbp import UmbpHarness
 
 MakeEngine = Callable[..., Harness]
+MakeUmbp = Callable[..., UmbpHarness]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,6 +26,21 @@ def make_engine() -> Iterator[MakeEngine]:
 
     def make(connector: str, **spec: Any) -> Harness:
         engine = Harness(EngineSpec(connector, **spec))
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.close(check=False)
+
+
+@pytest.fixture
+def make_umbp() -> Iterator[MakeUmbp]:
+    """A factory ``make(extra, **spec)`` for engines with the real connector; open ones are shut down unchecked."""
+    engines: list[UmbpHarness] = []
+
+    def make(extra: dict[str, Any] | None = None, **spec: Any) -> UmbpHarness:
+        engine = UmbpHarness(extra, **spec)
         engines.append(engine)
         return engine
 

@@ -34,6 +34,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "async": {"async_scheduling": True},
     "async lazy": {"async_scheduling": True, "lazy_execution": True, "extra": {"store_steps": 3, "load_steps": 3}},
     "async v2": {"async_scheduling": True, "v2_runner": True},
+    "deferred save": {"deferred_save": True, "draft_tokens": 2},
     "chunked": {"max_num_batched_tokens": 13, "max_num_seqs": 8},
     "drafts": {"draft_tokens": 3},
     "hybrid": {"groups": HYBRID},

@@ -68,7 +68,7 @@ class Harness:
         self.geometry = make_geometry(spec, self.config)
         worker_configs = [rank_config(self.config, rank) for rank in range(spec.world_size)]
         self.ranks = [
-            SimulatedRank(config, self.geometry.ranks[rank], rank, spec.v2_runner)
+            SimulatedRank(config, self.geometry.ranks[rank], rank, spec.v2_runner, spec.deferred_save)
             for rank, config in enumerate(worker_configs)
         ]
         self.scheduler = self._make_scheduler()
@@ -154,7 +154,7 @@ class Harness:
             ),
             None,
             cache_salt=salt,
-            lora_request=LoRARequest(lora, 1 + seed_of(lora) % 1000, f"lora/{lora}") if lora else None,
+            lora_request=self._lora(lora),
             mm_features=[
                 MultiModalFeatureSpec(
                     data=None,
@@ -177,6 +177,10 @@ class Harness:
         self.ledger.added(name)
         self.scheduler.add_request(request)
         return name
+
+    @staticmethod
+    def _lora(name: str | None) -> LoRARequest | None:
+        return LoRARequest(name, 1 + seed_of(name) % 1000, f"lora/{name}") if name else None
 
     def abort(self, *request_ids: str) -> None:
         """The client went away, noticed between two steps."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -80,13 +81,16 @@ class SimulatedRank:
     the V2 runner's ``ActiveKVConnector``.  What crosses a process border in a real engine is pickled here.
     """
 
-    def __init__(self, config: VllmConfig, kv_config: KVCacheConfig, rank: int, v2_runner: bool) -> None:
+    def __init__(
+        self, config: VllmConfig, kv_config: KVCacheConfig, rank: int, v2_runner: bool, deferred_save: bool = False
+    ) -> None:
         tp_size = config.parallel_config.tensor_parallel_size
         self.rank = rank
         self.coordinates = (rank // tp_size, rank % tp_size)
         self.config = config
         self.kv_config = kv_config
         self.v2_runner = v2_runner
+        self.deferred_save = deferred_save
         self.connector: KVConnectorBase_V1 = KVConnectorFactory.create_connector(
             config=config, role=KVConnectorRole.WORKER, kv_cache_config=kv_config
         )
@@ -119,24 +123,37 @@ class SimulatedRank:
         ``handle_preemptions``; ``forward`` reads and writes the KV of the scheduled tokens.
         """
         run = self._execute_v2 if self.v2_runner else self._execute_v1
-        with self._as_transfer_group(), set_forward_context(None, self.config):
+        with self._as_transfer_group():
             result = run(output, before_writes, forward)
         return pickle.loads(pickle.dumps(result))
+
+    def _forward_context(self, output: SchedulerOutput) -> AbstractContextManager[None]:
+        """As a runner sets it: with attention metadata exactly in steps that compute something."""
+        metadata = {layer.name: output for layer in self.layers} if output.total_num_scheduled_tokens else None
+        return set_forward_context(metadata, self.config)
 
     def _execute_v1(
         self, output: SchedulerOutput, before_writes: Callable[[SimulatedRank], None], forward: Callable[[], None]
     ) -> KVConnectorOutput:
         self.connector.handle_preemptions(output.kv_connector_metadata)
         before_writes(self)
-        with KVConnectorModelRunnerMixin._get_kv_connector_output(output) as result:
+        mixin = KVConnectorModelRunnerMixin
+        # With a draft model the save is finished only after the draft's own forward pass.
+        deferred = self.deferred_save and output.total_num_scheduled_tokens > 0
+        with (
+            self._forward_context(output),
+            mixin._get_kv_connector_output(output, defer_finalize=deferred) as result,
+        ):
             forward()
+        if deferred:
+            mixin.finalize_kv_connector()
         return result
 
     def _execute_v2(
         self, output: SchedulerOutput, before_writes: Callable[[SimulatedRank], None], forward: Callable[[], None]
     ) -> KVConnectorOutput:
-        # The V2 runner overwrites nothing between handle_preemptions and the forward pass, which pre_forward
-        # both contains; poison from a wrapper around the former.
+        # The V2 runner overwrites nothing between handle_preemptions and the forward pass, and pre_forward
+        # contains the former; so poison from a wrapper around it.
         original = self.connector.handle_preemptions
 
         def handle_preemptions(metadata: Any) -> None:
@@ -145,11 +162,17 @@ class SimulatedRank:
 
         self.connector.handle_preemptions = handle_preemptions  # type: ignore[method-assign]
         try:
-            self._active.pre_forward(output)
+            if not output.total_num_scheduled_tokens:
+                return self._active.no_forward(output).kv_connector_output or KVConnectorOutput()
+            with self._forward_context(output):
+                names = list(output.num_scheduled_tokens)
+                batch = SimpleNamespace(idx_mapping=None, req_ids=names, num_tokens=output.total_num_scheduled_tokens)
+                self._active.pre_forward(output, batch)
+                forward()
         finally:
             del self.connector.handle_preemptions
-        forward()
         self._active.finish_forward()
+        # Sampling, outside the forward context.
         return self._active.post_forward(output.finished_req_ids)
 
     def layers_of(self, group: int) -> list[Layer]:

@@ -15,6 +15,7 @@ import torch
 from vllm.config import (
     CacheConfig,
     DeviceConfig,
+    KVEventsConfig,
     KVTransferConfig,
     ModelConfig,
     ParallelConfig,
@@ -82,6 +83,8 @@ class EngineSpec:
     hash_algo: str = "sha256"
     v2_runner: bool = False
     """Model runner V2's convention: resumed requests arrive among the new ones."""
+    deferred_save: bool = False
+    """V1 runner with a draft model: ``wait_for_save`` comes after the step's results were collected."""
     async_scheduling: bool = False
     """Two batches in flight, scheduled by vLLM's ``AsyncScheduler``."""
     lazy_execution: bool = False
@@ -92,6 +95,7 @@ class EngineSpec:
     """Draft tokens per decode step (ngram style: no draft KV, some are rejected)."""
     engine_id: str = "engine"
     log_stats: bool = True
+    kv_events: bool = False
     module_path: str | None = None
 
     @property
@@ -179,6 +183,7 @@ def make_vllm_config(spec: EngineSpec) -> VllmConfig:
         device_config=DeviceConfig("cpu"),
         kv_transfer_config=_transfer_config(spec),
         speculative_config=speculative,
+        kv_events_config=KVEventsConfig(enable_kv_cache_events=spec.kv_events, publisher="null"),
     )
     # The CPU platform switches these off or to its own choice; the scheduler under test does not care.
     config.scheduler_config.async_scheduling = spec.async_scheduling

@@ -56,6 +56,9 @@ class Traffic:
             self.engine.reset_prefix_cache()
         elif chance < 0.36:
             self.engine.reset_prefix_cache(connector=True)
+        elif chance < 0.38:
+            self.engine.drain()
+            self.engine.reset_prefix_cache()
         self._step()
 
     def _step(self) -> None:

@@ -1,0 +1,60 @@
+"""Random traffic through the real connector in every engine configuration that the harness can simulate."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vllm.engine_free.conftest import MakeUmbp
+from tests.vllm.engine_free.test_harness import CONFIGURATIONS
+from tests.vllm.harness.traffic import Traffic
+
+NAMES = [name for name in CONFIGURATIONS if name not in {"sync", "slow"}]
+
+
+def configuration(name: str) -> dict[str, Any]:
+    """A configuration of the harness's own tests, without what only their connector understands."""
+    return {key: value for key, value in CONFIGURATIONS[name].items() if key != "extra"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_random_traffic(make_umbp: MakeUmbp, name: str) -> None:
+    engine = make_umbp(num_blocks=96, max_model_len=96, **configuration(name))
+    loaded = Traffic(engine, random.Random(name)).run(steps=150)
+    assert engine.check_stored() > 0
+    engine.close()
+    assert loaded > 0
+
+
+@pytest.mark.parametrize("name", ["plain", "tp2", "hybrid", "async", "v2 runner"])
+def test_random_traffic_with_an_ssd_tier(make_umbp: MakeUmbp, name: str, tmp_path: Path) -> None:
+    extra = {"ssd_dir": str(tmp_path), "ssd_capacity": "4MiB", "dram_capacity": "320KiB"}
+    engine = make_umbp(extra, num_blocks=96, max_model_len=96, **configuration(name))
+    traffic = Traffic(engine, random.Random(name))
+    traffic.run(steps=150)
+    engine.check_stored()
+    assert engine.stat("hit_tokens", "ssd") > 0
+    engine.close()
+
+
+@pytest.mark.parametrize("name", ["plain", "tp2", "pp2", "async lazy", "hybrid", "drafts"])
+def test_a_small_engine_that_preempts(make_umbp: MakeUmbp, name: str) -> None:
+    blocks = 60 if name == "hybrid" else 30
+    engine = make_umbp(num_blocks=blocks, max_model_len=96, **configuration(name))
+    traffic = Traffic(engine, random.Random(name), max_tokens=40)
+    traffic.run(steps=250)
+    engine.check_stored()
+    engine.close()
+    assert traffic.preemptions > 0
+
+
+def test_a_pool_smaller_than_the_working_set(make_umbp: MakeUmbp) -> None:
+    engine = make_umbp({"dram_capacity": "96KiB"}, num_blocks=64, max_model_len=96)
+    Traffic(engine, random.Random(7)).run(steps=300)
+    assert engine.pool.directory.stats(next(iter(engine.pool.directory._spaces))).total_pages == 24
+    assert engine.stat("evicted_blocks", "dram") > 100
+    engine.check_stored()
+    engine.close()
