@@ -8,17 +8,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown, get_kv_transfer_group
+from vllm.lora.request import LoRARequest
+from vllm.v1.request import Request
+
+from umbp_connectors.pool.arena import Arena
+from umbp_connectors.pool.slab import SlabFile
 from umbp_core.ids import block_key
+from umbp_core.ports import DeviceCopier
 from umbp_core.tiers import Tier
 from umbp_vllm.connector import UmbpConnector
 from umbp_vllm.leader import Leader
 from umbp_vllm.worker import Worker
-from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
-from vllm.distributed.kv_transfer import get_kv_transfer_group
-from vllm.lora.request import LoRARequest
 
 BLOCK = 32
 """Tokens per block of the tests' engines; the smallest that vLLM's CPU attention has."""
@@ -90,9 +96,17 @@ def pool(ssd_dir: Path | None = None, **extra: Any) -> dict[str, Any]:
 class Engine:
     """An engine in this process.  One at a time: vLLM's distributed state is the process's."""
 
+    _open: ClassVar[list[Path]] = []
+
     def __init__(self, model: Path, **arguments: Any) -> None:
+        assert not self._open, f"an engine for {self._open} is open; close it first"
         self.model = model
-        self.llm = LLM(str(model), **{**ENGINE_ARGUMENTS, **arguments})
+        self._open.append(model)
+        try:
+            self.llm = LLM(str(model), **{**ENGINE_ARGUMENTS, **arguments})
+        except BaseException:
+            self._cleared()
+            raise
         self._numbers = iter(range(1 << 30))
 
     # ---- requests ------------------------------------------------------------------------------------
@@ -134,6 +148,13 @@ class Engine:
         """Abort a request."""
         self.llm.llm_engine.abort_request([request_id])
 
+    def blocks_of(self, request_id: str) -> list[int]:
+        """The KV blocks of a request of a model with one KV group; empty until it is scheduled."""
+        for request in self.core.scheduler.requests.values():
+            if request.request_id.startswith(f"{request_id}-") and request.num_computed_tokens:
+                return list(self.core.scheduler.kv_cache_manager.get_block_ids(request.request_id)[0])
+        return []
+
     # ---- the pool ------------------------------------------------------------------------------------
 
     def drain(self, timeout: float = 30.0) -> None:
@@ -160,6 +181,52 @@ class Engine:
         """Prompt tokens that vLLM says it took from the connector."""
         return self.metric("vllm:external_prefix_cache_hits")
 
+    def pages_of(self, ask: Ask, tier: Tier = Tier.DRAM) -> list[int]:
+        """The pages (or slots) of ``tier`` that hold the full blocks of a prompt of a model with one KV group.
+
+        Stops at the first block that ``tier`` does not hold.
+        """
+        directory = self.leader.pool.directory
+        pages: list[int] = []
+        for block_hash in self.block_hashes(ask):
+            copy = directory.copy(block_key(block_hash, 0), tier)
+            if copy is None:
+                break
+            pages += copy.pages
+        return pages
+
+    def block_hashes(self, ask: Ask) -> list[bytes]:
+        """vLLM's own hashes of the full blocks of a prompt."""
+        hasher = self.core.request_block_hasher
+        request = Request("hashes", list(ask.prompt), ask.parameters(), None, block_hasher=hasher)
+        return list(request.block_hashes)
+
+    @property
+    def arena(self) -> Arena:
+        """The DRAM tier's memory."""
+        return self.worker.engine._tools.pages
+
+    @property
+    def slab(self) -> SlabFile:
+        """The SSD tier's file."""
+        return self.worker.engine._tools.slots
+
+    def slot_bytes(self, slot: int) -> bytes:
+        """The bytes of one SSD slot."""
+        buffer = bytearray(self.slab.slot_bytes)
+        self.slab.read_into(slot, memoryview(buffer))
+        return bytes(buffer)
+
+    @property
+    def copier(self) -> DeviceCopier:
+        """What moves bytes between KV blocks and arena pages."""
+        return self.worker.engine._copier
+
+    def kv_caches(self) -> dict[str, torch.Tensor]:
+        """Every layer's KV tensor, ``[block, head, token, content]``."""
+        layers = self.llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        return {name: layer.kv_cache for name, layer in layers.items() if hasattr(layer, "kv_cache")}
+
     @property
     def core(self) -> Any:
         """vLLM's ``EngineCore``."""
@@ -184,8 +251,13 @@ class Engine:
         """Shut down cleanly; the process can have another engine afterwards."""
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
+        self._cleared()
+
+    def _cleared(self) -> None:
         gc.collect()
         cleanup_dist_env_and_memory()
+        ensure_kv_transfer_shutdown()
+        self._open.clear()
 
 
 @contextmanager

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from tests.vllm.engine.local import Ask, Engine, Reply
+
+
+def children() -> multiprocessing.context.ForkServerContext:
+    """How the tests start processes with an engine: forked from a server that has imported vLLM once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.vllm.engine.local"])
+    return context
 
 
 class Oracle:
@@ -44,7 +50,7 @@ class Oracle:
             self._process.join()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = children()
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self._process.start()
@@ -52,7 +58,6 @@ class Oracle:
 
 
 def _serve(pipe: Connection) -> None:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     engine: Engine | None = None
     current: Any = None
     while True:
