@@ -21,6 +21,11 @@ ROLE = "kv_both"
 SIZE_KEY = "cpu_bytes_to_use"
 """The key of the connector's extra config that ``--kv-offloading-size`` becomes, as in vLLM's own offloading."""
 
+MULTI = "MultiConnector"
+"""vLLM's connector that asks several others."""
+POLICY_KEY = "load_failure_policy"
+"""The key of the connector's extra config that says what a failed load means for its request."""
+
 _MARK = "umbp_hook"
 _NATIVE = "native"
 _NEEDED = frozenset({"kv_transfer_config", "kv_offloading_backend", "kv_offloading_size"})
@@ -45,7 +50,7 @@ def install(arg_utils: Any) -> None:
     for cls in classes:
         _wrap(cls, "__init__", _accepting_connector)
     if not _is_hook(create_engine_config):
-        base.create_engine_config = _mark(_translating_offloading(create_engine_config))
+        base.create_engine_config = _mark(_translating(create_engine_config))
     if not _is_hook(add_cli_args):
         base.add_cli_args = staticmethod(_mark(cli_flags.extending(add_cli_args, arg_utils)))
 
@@ -113,6 +118,22 @@ def translate_offloading(args: Any) -> None:
     args.kv_offloading_size = None
 
 
+def let_children_recompute(args: Any) -> None:
+    """Make a failed load recomputed when umbp is a child of ``MultiConnector``, unless the child says ``fail``.
+
+    vLLM's default fails the request.  The scheduler reads the policy of the parent, and our connector, which sets
+    it where it stands alone, gets a configuration of its own there and does not reach it.
+    """
+    config = args.kv_transfer_config
+    if config is None or config.kv_connector != MULTI:
+        return
+    children = config.kv_connector_extra_config.get("connectors") or ()
+    ours = [child for child in children if child.get("kv_connector") == CONNECTOR]
+    wants_failure = any((child.get("kv_connector_extra_config") or {}).get(POLICY_KEY) == "fail" for child in ours)
+    if ours and not wants_failure and config.kv_load_failure_policy != "recompute":
+        args.kv_transfer_config = dataclasses.replace(config, kv_load_failure_policy="recompute")
+
+
 def _fields_of(config: Any) -> dict[str, Any]:
     return {field.name: vars(config)[field.name] for field in dataclasses.fields(config) if field.init}
 
@@ -127,10 +148,11 @@ def _accepting_connector(original: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
-def _translating_offloading(original: Callable[..., Any]) -> Callable[..., Any]:
+def _translating(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         translate_offloading(self)
+        let_children_recompute(self)
         return original(self, *args, **kwargs)
 
     return create_engine_config

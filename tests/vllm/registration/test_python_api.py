@@ -64,6 +64,12 @@ def test_the_factory_finds_the_class_also_below_multi_connector(answers: dict[st
     assert answers["multi"]["config"]["connector"] == "MultiConnector"
 
 
+def test_below_multi_connector_a_failed_load_is_recomputed_too(answers: dict[str, Any]) -> None:
+    # With umbp, with umbp that asks for failure, and without umbp; the user's own object is not changed.
+    assert answers["multi_policies"] == ["recompute", "fail", "fail"]
+    assert answers["multi_untouched"] == "fail"
+
+
 def test_no_import_hook_is_left_behind(answers: dict[str, Any]) -> None:
     assert answers["new_finders"] == []
 

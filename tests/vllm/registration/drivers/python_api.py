@@ -68,7 +68,23 @@ children = {
         {"kv_connector": "ExampleConnector", "kv_role": "kv_both"},
     ]
 }
+example = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+failing = {
+    "connectors": [
+        {"kv_connector": "umbp", "kv_role": "kv_both", "kv_connector_extra_config": {"load_failure_policy": "fail"}},
+        example,
+    ]
+}
+others = {"connectors": [example, example]}
 multi = KVTransferConfig(kv_connector="MultiConnector", kv_role="kv_both", kv_connector_extra_config=children)
+
+
+def policy(extra):
+    config = KVTransferConfig(kv_connector="MultiConnector", kv_role="kv_both", kv_connector_extra_config=extra)
+    used = EngineArgs(**COMMON, kv_transfer_config=config).create_engine_config().kv_transfer_config
+    return used.kv_load_failure_policy
+
+
 answers = {
     "llm": attempt(lambda: llm(kv_connector="umbp"), config=True),
     "llm_offloading": attempt(lambda: llm(kv_offloading_backend="umbp", kv_offloading_size=4), config=True),
@@ -108,4 +124,6 @@ if "umbp" in KVConnectorFactory._registry:
         )
     )
     answers["multi"] = attempt(lambda: EngineArgs(**COMMON, kv_transfer_config=multi), config=True)
+    answers["multi_policies"] = [policy(children), policy(failing), policy(others)]
+    answers["multi_untouched"] = multi.kv_load_failure_policy
 sys.stdout.write("\n" + json.dumps(answers) + "\n")
