@@ -118,6 +118,20 @@ def test_transactions_follow_the_ops() -> None:
     assert (slot.transaction, slot.life, dict(slot.ops)) == (Transaction.NONE, Life.INITIALIZED, {})
 
 
+def test_a_load_that_ends_before_the_stores_leaves_them_in_flight() -> None:
+    slot = preempted_while_storing()
+    slot.stage(16)
+    slot.begin_onboard("load")
+    slot.op_ended("load", OpStatus.DONE)
+    assert (slot.transaction, slot.life) == (Transaction.STORING, Life.INITIALIZED)
+    slot.scheduled(False)
+    slot.begin_store("store-2")
+    slot.op_ended("store", OpStatus.DONE)
+    assert slot.transaction is Transaction.STORING
+    slot.op_ended("store-2", OpStatus.DONE)
+    assert slot.transaction is Transaction.NONE
+
+
 def test_the_end_of_a_load_is_an_event_that_makes_the_slot_schedulable_again() -> None:
     slot = slot_in(Life.ONBOARDING)
     assert slot.staged_tokens == 32

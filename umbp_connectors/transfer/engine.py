@@ -230,9 +230,9 @@ class TransferEngine:
         """
         end = time.monotonic() + timeout
         with self._changed:
-            self._closing = True
+            again, self._closing = self._closing, True
             self._dispatch()
-            if self._started:
+            if self._started and not again:
                 self._changed.wait_for(self._is_idle, timeout * _DRAIN_SHARE)
             self._scheduler.abort()
             results = self._scheduler.take_results()

@@ -286,7 +286,9 @@ class LoadJob(Job):
             verify_object(self._object_key(index), data, expected)
 
     def _hand_over(self) -> None:
-        if self._op.blocks and len(self._failed) == len(self._op.blocks):
+        if not self._control.is_running(self._op.op_id):
+            self._finish(OpStatus.CANCELLED)
+        elif self._op.blocks and len(self._failed) == len(self._op.blocks):
             self._finish(OpStatus.FAILED)
         else:
             self._put(self._tools.device, self._scatter)
