@@ -117,9 +117,10 @@ class Directory:
         An owner may pin several times, also the same copy.  All or nothing: raises ``UnknownOwner`` when a key has
         no such copy (any more).
         """
+        masks = self._masks
         copies = []
         for key in keys:
-            where = self.fastest(key) if tier is None else tier
+            where = _FASTEST[masks.get(key, 0)] if tier is None else tier
             copy = None if where is None else self.copy(key, where)
             if copy is None:
                 place = "any tier" if tier is None else tier.name

@@ -94,9 +94,10 @@ def test_too_few_pages_change_nothing() -> None:
 def test_free_counts_what_was_really_in_use() -> None:
     pages = allocator(4)
     taken = take(pages, 2)
-    assert pages.free([*taken, *taken, 3, -1, 4]) == 2
+    pages.claim([3])
+    assert pages.free([*taken, *taken, 2, -1, 4]) == 2
     assert pages.free(taken) == 0
-    assert pages.free_pages == 4
+    assert pages.free_pages == 3
 
 
 @pytest.mark.parametrize("claimed", [[1], [0, 1], [2, 2], [4], [-1], [3, 99]])

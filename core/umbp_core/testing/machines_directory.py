@@ -198,15 +198,18 @@ class DirectoryMachine(RuleBasedStateMachine):
         """A policy with the same order; a second instance of your own will do."""
         return LruModel()
 
-    @initialize(stored=st.lists(st.tuples(keys, depths), max_size=2 * len(KEYS)))
-    def start(self, stored: list[tuple[bytes, int]]) -> None:
-        """A node that is in use already, often full."""
+    def __init__(self) -> None:
+        super().__init__()
         spaces = [
             TierSpace(tier, PageAllocator(PAGE_BYTES, sizes), self.new_policy()) for tier, sizes in TIER_BYTES.items()
         ]
         self.directory = Directory(spaces)
         self.model = DirectoryModel(PAGE_BYTES, dict(TIER_BYTES), self.new_model)
         self.now = 0.0
+
+    @initialize(stored=st.lists(st.tuples(keys, depths), max_size=2 * len(KEYS)))
+    def fill(self, stored: list[tuple[bytes, int]]) -> None:
+        """Begin with a node that is in use already, often full."""
         for key, depth in stored:
             for tier in TIER_BYTES:
                 self._store(OWNERS[0], key, tier, PAGE_BYTES, depth)
@@ -238,10 +241,11 @@ class DirectoryMachine(RuleBasedStateMachine):
         """Refused, too large, no room, or pages that nobody else has."""
         self._reserve(owner, key, tier, nbytes, depth)
 
-    @rule(owner=owners, key=keys, tier=tiers, nbytes=sizes, depth=depths)
-    def store(self, owner: str, key: bytes, tier: Tier, nbytes: int, depth: int) -> None:
-        """The same, and readable at once if there was room."""
-        self._store(owner, key, tier, nbytes, depth)
+    @rule(owner=owners, tier=tiers, stored=st.lists(st.tuples(keys, sizes, depths), min_size=1, max_size=6))
+    def store(self, owner: str, tier: Tier, stored: list[tuple[bytes, int, int]]) -> None:
+        """The same several times over, and readable at once where there was room."""
+        for key, nbytes, depth in stored:
+            self._store(owner, key, tier, nbytes, depth)
 
     @precondition(lambda self: self.model.in_state(PENDING))
     @rule(data=st.data(), checksum=checksums)
@@ -354,9 +358,9 @@ class DirectoryMachine(RuleBasedStateMachine):
         self.directory.restore(key, tier, pages, nbytes, b"r", depth)
         self.model.add(ModelCopy(key, tier, tuple(pages), nbytes, depth, PUBLISHED, checksum=b"r"))
 
-    @rule()
-    def drain_events(self) -> None:
-        """In order, and each once."""
+    @invariant()
+    def events_agree(self) -> None:
+        """What changed since the last step, in order and each once."""
         expected = [DirectoryEvent(kind, copy.key, *_copy_of(copy)) for kind, copy in self.model.events]
         self.model.events = []
         assert self.directory.drain_events() == expected
@@ -384,7 +388,6 @@ class DirectoryMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """When everything is let go of, everything is free."""
-        self.drain_events()
         for owner in OWNERS:
             self.unpin(owner)
             self.abort_owner(owner)
@@ -392,7 +395,6 @@ class DirectoryMachine(RuleBasedStateMachine):
         for tier in TIER_BYTES:
             self.clear(tier)
             assert self.directory.stats(tier).free_pages == self.model.total[tier]
-        self.drain_events()
 
 
 def _copy_of(copy: ModelCopy) -> Copy:
