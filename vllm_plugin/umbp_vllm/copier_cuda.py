@@ -1,8 +1,8 @@
 """The device copier for CUDA and ROCm GPUs (torch calls both ``cuda``).
 
 Loads and stores have a stream each.  A store waits *on the device* for the fence that the forward thread
-recorded, so it never reads a block before the step that writes it has ended (law L3), and no host thread of
-the engine ever waits.  Only the transfer thread that called waits, for its own copies alone.
+recorded, so it never reads a block before the step that writes it has ended (law L3), and no thread of the engine
+ever waits.  Only the transfer thread that called waits, for its own copies alone.
 """
 
 from __future__ import annotations
@@ -12,28 +12,19 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from umbp_core.errors import StateError, TransferError
+from umbp_core.errors import ConfigError, StateError, TransferError
 from umbp_vllm.copy_plan import Numbers, PageArena, checked_batch, reject_repeats
+from umbp_vllm.device_runtime import DeviceRuntime, TorchCuda
 from umbp_vllm.geometry import KvGeometry
 from umbp_vllm.pinning import MAX_SLICE_BYTES, ArenaPinner
 from umbp_vllm.staging import StagedCopies
 
 STAGING_BYTES = 64 << 20
-"""Device memory per direction; larger batches go in parts."""
+"""Device memory for both directions together; larger batches go in parts."""
+PIN_SLICE_BYTES = 256 << 20
+"""Host memory locked at a time: the driver holds up other calls of the process for some 50 ms meanwhile."""
 
 _Copies = Callable[[int, Numbers, Numbers, torch.Tensor, torch.Tensor], None]
-
-
-class CudaHost:
-    """The driver's calls that make host memory known to the GPU."""
-
-    def register(self, address: int, nbytes: int) -> int:
-        """``cudaHostRegister``; the GIL is free meanwhile."""
-        return int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0).value)
-
-    def unregister(self, address: int) -> int:
-        """``cudaHostUnregister``."""
-        return int(torch.cuda.cudart().cudaHostUnregister(address).value)
 
 
 class _Lane:
@@ -43,50 +34,49 @@ class _Lane:
     use of the staging rows.
     """
 
-    def __init__(self, device: torch.device, rows: int, row_bytes: int) -> None:
+    def __init__(self, runtime: DeviceRuntime, device: torch.device, rows: int, row_bytes: int) -> None:
+        self._runtime = runtime
         self._device = device
-        self._stream = torch.cuda.Stream(device=device)
+        self._stream = runtime.new_stream()
         self._lock = threading.Lock()
-        with torch.cuda.stream(self._stream):
+        with runtime.on(self._stream):
             self._staging = torch.zeros((rows, row_bytes), dtype=torch.uint8, device=device)
 
     def run(self, copies: _Copies, group: int, blocks: Numbers, pages: Numbers, fence: object) -> None:
         """Issue one batch after ``fence`` and wait until it has ended on the device."""
-        done = torch.cuda.Event(blocking=True)
-        with torch.cuda.device(self._device):
-            try:
-                with self._lock, torch.cuda.stream(self._stream), torch.inference_mode():
-                    index = torch.from_numpy(blocks).to(self._device)
-                    if isinstance(fence, torch.cuda.Event):
-                        self._stream.wait_event(fence)
-                    copies(group, blocks, pages, index, self._staging)
-                    done.record(self._stream)
-                done.synchronize()
-            except RuntimeError as error:
-                self._settle()
-                raise TransferError(
-                    f"copying {blocks.size} blocks of KV group {group} failed on the GPU: {error}"
-                ) from error
-
-    def _settle(self) -> None:
-        """Wait out what was issued before an error: its pages and blocks may be reused once we return."""
+        runtime, stream = self._runtime, self._stream
         try:
-            self._stream.synchronize()
-        except RuntimeError:
-            return
+            with self._lock, runtime.on(stream):
+                index = runtime.upload(torch.from_numpy(blocks))
+                if fence is not None:
+                    runtime.order_after(stream, fence)
+                copies(group, blocks, pages, index, self._staging)
+                done = runtime.mark(stream)
+            runtime.wait(done)
+        except RuntimeError as error:
+            self.drain()
+            raise TransferError(
+                f"copying {blocks.size} blocks of KV group {group} failed on the GPU: {error}"
+            ) from error
 
     def drain(self) -> None:
-        """Wait until nothing of this lane is under way."""
+        """Wait until nothing of this lane is under way: what its copies touch may be reused afterwards.
+
+        A device that reports an error here has stopped, which is as good.
+        """
         with self._lock:
-            self._settle()
+            try:
+                self._runtime.drain(self._stream)
+            except RuntimeError:
+                return
 
 
 class CudaCopier:
     """``DeviceCopier`` for a KV cache on a GPU; ``open`` before use, ``close`` before the arena is unmapped.
 
-    ``staging_bytes`` bounds the device memory per direction (at least one page each); ``pin_slice_bytes`` is the
-    unit in which the arena is locked, at most 16 GiB.  ``gather`` and ``scatter`` are for transfer threads, also
-    several at once; ``fence`` is for the forward thread.
+    ``staging_bytes`` bounds the device memory (at least one page per direction); ``pin_slice_bytes`` is the unit in
+    which the arena is locked, at most 16 GiB.  ``gather`` and ``scatter`` are for transfer threads, also several
+    at once; ``fence`` is for the forward thread.
     """
 
     def __init__(
@@ -95,27 +85,41 @@ class CudaCopier:
         arena: PageArena,
         *,
         staging_bytes: int = STAGING_BYTES,
-        pin_slice_bytes: int = 1 << 30,
+        pin_slice_bytes: int = PIN_SLICE_BYTES,
+        runtime: DeviceRuntime | None = None,
     ) -> None:
         self._geometry = geometry
         self._arena = arena
         self._staging_bytes = staging_bytes
         self._pin_slice_bytes = min(pin_slice_bytes, MAX_SLICE_BYTES)
+        self._runtime = runtime or TorchCuda(geometry.device)
         self._lanes: tuple[_Lane, _Lane] | None = None
         self._copies: StagedCopies | None = None
         self._pinner: ArenaPinner | None = None
 
     def open(self) -> None:
-        """Take streams and staging memory, and start locking the arena in the background."""
+        """Take streams and staging memory.
+
+        Locking the arena begins with the first copy, in the background, and not here: an engine captures its
+        graphs between the two, and a driver call from another thread would spoil a capture.  Does nothing when
+        already open.  Raises ``ConfigError`` when the GPU has no room for the staging memory.
+        """
+        if self._lanes is not None:
+            return
         array = self._arena.array
         page_bytes = array.shape[1]
         slice_pages = max(1, self._pin_slice_bytes // page_bytes)
-        rows = max(1, self._staging_bytes // page_bytes)
-        device = self._geometry.device
+        rows = max(1, self._staging_bytes // 2 // page_bytes)
+        try:
+            loads, stores = (_Lane(self._runtime, self._geometry.device, rows, page_bytes) for _ in range(2))
+        except RuntimeError as error:
+            raise ConfigError(
+                f"the GPU refuses {2 * rows * page_bytes} bytes of staging memory for umbp: {error}; lower "
+                "--gpu-memory-utilization"
+            ) from error
+        self._lanes = loads, stores
         self._copies = StagedCopies(self._geometry, torch.from_numpy(array), slice_pages)
-        self._lanes = (_Lane(device, rows, page_bytes), _Lane(device, rows, page_bytes))
-        self._pinner = ArenaPinner(CudaHost(), self._arena.address, array.nbytes, slice_pages * page_bytes)
-        self._pinner.start()
+        self._pinner = ArenaPinner(self._runtime, self._arena.address, array.nbytes, slice_pages * page_bytes)
 
     def close(self) -> None:
         """Wait for the copies under way, unlock the arena and free the staging memory.  Idempotent."""
@@ -134,9 +138,7 @@ class CudaCopier:
 
     def fence(self) -> object:
         """An event behind everything that is on the forward thread's current stream now."""
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._geometry.device))
-        return event
+        return self._runtime.mark_current()
 
     def gather(self, group: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
         """Copy ``blocks`` of KV ``group`` into arena ``pages`` after ``fence``.  Raises ``TransferError``."""
@@ -153,7 +155,8 @@ class CudaCopier:
         loads.run(copies.scatter, group, block_array, page_array, fence)
 
     def _opened(self) -> tuple[StagedCopies, tuple[_Lane, _Lane]]:
-        copies, lanes = self._copies, self._lanes
-        if copies is None or lanes is None:
+        copies, lanes, pinner = self._copies, self._lanes, self._pinner
+        if copies is None or lanes is None or pinner is None:
             raise StateError("this copier is not open: call open() before the first copy and none after close()")
+        pinner.start()
         return copies, lanes

@@ -48,6 +48,7 @@ class ArenaPinner:
         self._nbytes = nbytes
         self._slice_bytes = slice_bytes
         self._stop = threading.Event()
+        self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._pinned: list[int] = []
         self._pinned_bytes = 0
@@ -58,9 +59,11 @@ class ArenaPinner:
         return self._pinned_bytes
 
     def start(self) -> None:
-        """Begin locking; returns at once."""
-        self._thread = threading.Thread(target=self._run, name="umbp-pin-arena", daemon=True)
-        self._thread.start()
+        """Begin locking; returns at once.  Idempotent, any thread."""
+        with self._starting:
+            if self._thread is None and not self._stop.is_set():
+                self._thread = threading.Thread(target=self._run, name="umbp-pin-arena", daemon=True)
+                self._thread.start()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the thread has ended; false when it still works after ``timeout`` seconds."""
@@ -71,7 +74,8 @@ class ArenaPinner:
 
     def close(self) -> None:
         """Stop after the slice under way and unlock everything.  Idempotent."""
-        self._stop.set()
+        with self._starting:
+            self._stop.set()
         self.wait()
         while self._pinned:
             error = self._registrar.unregister(self._pinned.pop())
