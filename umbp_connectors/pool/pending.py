@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from itertools import islice
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 Row = TypeVar("Row")
 
 
-class Batch(NamedTuple, Generic[Row]):
+@dataclass(frozen=True)
+class Batch(Generic[Row]):
     """Words to write together; ``None`` means forget.  ``sealed`` batches of words are complete with it."""
 
     words: list[tuple[bytes, Row | None]]
