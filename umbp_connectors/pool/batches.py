@@ -33,13 +33,13 @@ _SHARE_BYTES = 1 << 20
 class BatchMover:
     """Put and get for one open pool.  Any number of threads may call at once.
 
-    ``prefix`` is the identity's digest, the first part of every object key.  A batch is split into shares for
-    ``copy_threads`` threads, of which the caller is one; loads from the slab run on ``io_threads`` others.
+    ``arena`` is open.  ``prefix`` is the identity's digest, the first part of every object key.  A batch is split into
+    shares for ``copy_threads`` threads, of which the caller is one; loads from the slab run on ``io_threads`` others.
     """
 
     def __init__(self, books: Books, arena: Arena, prefix: bytes, copy_threads: int, io_threads: int) -> None:
         self._books = books
-        self._arena = arena
+        self._pages = arena.array
         self._prefix = prefix
         self._slab: SlabFile | None = None
         self._demoter: Demoter | None = None
@@ -101,25 +101,17 @@ class BatchMover:
         return statuses
 
     def _put_chunk(self, keys: Sequence[bytes], views: Sequence[Bytes], depths: Sequence[int]) -> list[PutStatus]:
-        most = self._arena.page_bytes
-        fits = [0 < view.nbytes <= most for view in views]
-        fitting = zip(keys, views, depths, fits, strict=True)
         owner = self._books.new_owner()
-        places = self._books.reserve_new(
-            owner, [Wanted(key, view.nbytes, depth) for key, view, depth, fit in fitting if fit]
-        )
-        given = iter(places)
-        reserved = [next(given) if fit else PutStatus.TOO_LARGE for fit in fits]
-        written: dict[bytes, bytes | None] = {
-            key: None for key, place in zip(keys, reserved, strict=True) if not isinstance(place, PutStatus)
-        }
+        places = self._books.reserve_new(owner, keys, [view.nbytes for view in views], depths)
+        written: dict[bytes, bytes | None] = {}
         statuses: list[PutStatus] = []
         try:
-            for key, view, place in zip(keys, views, reserved, strict=True):
+            written = {key: None for key, place in zip(keys, places, strict=True) if not isinstance(place, PutStatus)}
+            for key, view, place in zip(keys, views, places, strict=True):
                 if isinstance(place, PutStatus):
                     statuses.append(place)
                     continue
-                target = self._arena.page_array(place, view.nbytes)
+                target = self._pages[place, : view.nbytes]
                 np.copyto(target, view)
                 written[key] = object_checksum(self._prefix + key, target)
                 statuses.append(PutStatus.STORED)
@@ -158,7 +150,7 @@ class BatchMover:
             return GetStatus.SIZE_MISMATCH
         if copy.tier is Tier.SSD:
             return GetStatus.SSD
-        np.copyto(view, self._arena.page_array(copy.pages[0], copy.nbytes))
+        np.copyto(view, self._pages[copy.pages[0], : copy.nbytes])
         # What was delivered is verified, not what lies in the page: a copy that goes wrong is found as well.
         if object_checksum(self._prefix + key, view) == copy.checksum:
             return GetStatus.DRAM
@@ -180,7 +172,7 @@ class BatchMover:
             if page is None:
                 slab.read_into(copy.pages[0], view)
             else:
-                whole = self._arena.page_array(page, round_up(copy.nbytes, ALIGNMENT))
+                whole = self._pages[page, : round_up(copy.nbytes, ALIGNMENT)]
                 slab.read_into(copy.pages[0], whole)
                 np.copyto(view, whole[: copy.nbytes])
             if object_checksum(self._prefix + key, view) == copy.checksum:

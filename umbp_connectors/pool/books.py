@@ -72,13 +72,17 @@ class Books:
         with self._lock:
             return self._directory.count_prefix(keys)
 
-    def reserve_new(self, owner: str, wanted: Sequence[Wanted]) -> list[int | PutStatus]:
-        """A page of DRAM for each object that the pool has nowhere, else why there is none; evicts."""
+    def reserve_new(
+        self, owner: str, keys: Sequence[bytes], sizes: Sequence[int], depths: Sequence[int]
+    ) -> list[int | PutStatus]:
+        """A page of DRAM for each object that fits one and that the pool has nowhere, else why not; evicts."""
         places: list[int | PutStatus] = []
         with self._lock:
             directory = self._directory
-            for key, nbytes, depth in wanted:
-                if directory.tiers_of(key):
+            for key, nbytes, depth in zip(keys, sizes, depths, strict=True):
+                if not 0 < nbytes <= self._page_bytes:
+                    places.append(PutStatus.TOO_LARGE)
+                elif directory.tiers_of(key):
                     places.append(PutStatus.PRESENT)
                 elif pages := directory.reserve(owner, key, Tier.DRAM, nbytes, depth):
                     places.append(pages[0])

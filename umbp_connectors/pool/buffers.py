@@ -18,6 +18,10 @@ WritableBuffer: TypeAlias = bytearray | memoryview | mmap.mmap | NDArray[Any]
 """Anything C-contiguous whose bytes can be written in place."""
 
 
+_UINT8 = np.dtype(np.uint8)
+_CLOSE = (1,)
+
+
 def round_up(nbytes: int, unit: int) -> int:
     """The smallest multiple of ``unit`` that is at least ``nbytes``."""
     return -(-nbytes // unit) * unit
@@ -35,6 +39,8 @@ def as_bytes(buffer: ReadableBuffer) -> Bytes:
     Raises ``ValueError`` when the memory is not C-contiguous.
     """
     if isinstance(buffer, np.ndarray):
+        if buffer.ndim == 1 and buffer.dtype == _UINT8 and buffer.strides == _CLOSE:
+            return buffer
         if not buffer.flags.c_contiguous:
             raise ValueError("the buffer is not contiguous; copy it into one piece first")
         return buffer.reshape(-1).view(np.uint8)

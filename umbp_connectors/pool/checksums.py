@@ -9,17 +9,21 @@ during ``update`` of 256 MiB), therefore transfer threads may verify side by sid
 
 from __future__ import annotations
 
+import numpy as np
 from xxhash import xxh3_128
 
-from umbp_connectors.pool.buffers import ReadableBuffer, as_bytes
+from umbp_connectors.pool.buffers import ReadableBuffer
 from umbp_core.errors import VerificationError
 from umbp_core.ops import CHECKSUM_BYTES
 
 
 def object_checksum(object_key: bytes, data: ReadableBuffer) -> bytes:
-    """The 16 bytes that vouch for ``data`` (C-contiguous, any length) under ``object_key``.  Any thread."""
+    """The 16 bytes that vouch for ``data`` (C-contiguous, any length) under ``object_key``.  Any thread.
+
+    Raises ``ValueError`` or ``BufferError`` when the memory is in pieces.
+    """
     hasher = xxh3_128(object_key)
-    hasher.update(as_bytes(data).data)
+    hasher.update(data.data if isinstance(data, np.ndarray) else data)
     return hasher.digest()
 
 

@@ -178,6 +178,10 @@ class LocalPool:
                 return False
             return ssd.catalogue.flush(timeout)
 
+    def wait_prefaulted(self, timeout: float) -> bool:
+        """Wait until the arena's pages are present, for at most ``timeout`` seconds; true when prefaulting ended."""
+        return self._opened().arena.wait_prefaulted(timeout)
+
     def counters(self) -> PoolCounters:
         """What happened so far."""
         parts = self._opened()

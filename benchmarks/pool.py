@@ -1,0 +1,301 @@
+"""Speed of the local pool against what the machine gives in the same run.
+
+``python benchmarks/pool.py [--quick] [--out FOLDER] [--ssd-dir FOLDER]``
+
+DRAM: put and get of batches of 128 objects, verification on, against the same copies by bare ``numpy.copyto`` with one
+thread and with as many threads as the pool has.  SSD: put until it is on the disk, and get of what is there only,
+against a loop of direct reads or writes of the same sizes with the same number of threads.  All ways take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import _report
+import numpy as np
+
+from umbp_connectors.pool.arena import Arena
+from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
+from umbp_core.ids import Identity, RankScope
+
+BATCH = 128
+SIZES = (64 << 10, 256 << 10, 1 << 20, 4 << 20)
+SSD_SIZES = (256 << 10, 1 << 20, 4 << 20)
+CACHE_BYTES = 192 << 20
+"""Batches are taken in turns from at least this much memory: no processor cache holds it."""
+TARGET_RATIO = 0.85
+TARGET_EXISTS_US = 30.0
+
+
+Batch = list[np.ndarray]
+
+
+class Memory:
+    """Objects of one size in memory that is present: some batches, taken in turns."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.batches = max(2, -(-CACHE_BYTES // (nbytes * BATCH)))
+        self.arena = Arena(nbytes, self.batches * BATCH, prefault=False)
+        self.arena.open()
+        self.arena.array[:] = np.random.default_rng(1).integers(0, 256, nbytes, dtype=np.uint8)
+        self.arena.array[:, :8] = np.arange(len(self.arena.array), dtype=np.uint64)[:, None].view(np.uint8)
+        self._turn = 0
+
+    def next(self) -> Batch:
+        """The next batch."""
+        first = self._turn % self.batches * BATCH
+        self._turn += 1
+        return list(self.arena.array[first : first + BATCH])
+
+
+class Keys:
+    """Block keys as vLLM makes them, 32 bytes and a group; a fresh batch each time."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def fresh(self) -> list[bytes]:
+        """Keys that were never used."""
+        self._next += BATCH
+        return [number.to_bytes(32, "big") + bytes(4) for number in range(self._next - BATCH, self._next)]
+
+
+def copy_all(executor: ThreadPoolExecutor, threads: int, targets: Batch, sources: Batch) -> None:
+    """Copy all ``sources``, split over ``threads`` threads: the ceiling."""
+
+    def share(number: int) -> None:
+        for target, source in zip(targets[number::threads], sources[number::threads], strict=True):
+            np.copyto(target, source)
+
+    list(executor.map(share, range(threads)))
+
+
+def open_pool(nbytes: int, pages: int, **options: object) -> LocalPool:
+    """A pool whose memory is present."""
+    config = LocalPoolConfig(nbytes, pages * nbytes, **options)  # type: ignore[arg-type]
+    pool = LocalPool(Identity("benchmark", bytes(32), RankScope()), config)
+    pool.open()
+    pool.wait_prefaulted(120)
+    return pool
+
+
+def dram(nbytes: int, count: int, threads: int) -> list[_report.Row]:
+    """Put and get of one size."""
+    sources, targets, plain = Memory(nbytes), Memory(nbytes), Memory(nbytes)
+    pool = open_pool(nbytes, sources.batches * BATCH, copy_threads=threads)
+    keys, stored = Keys(), []
+    executor = ThreadPoolExecutor(threads)
+    moved = nbytes * BATCH
+
+    def ceiling(workers: int) -> float:
+        into, out_of = plain.next(), sources.next()
+        return _report.rate(moved, lambda: copy_all(executor, workers, into, out_of))
+
+    def put() -> float:
+        stored.append(keys.fresh())
+        objects = sources.next()
+        figure, statuses = timed(moved, lambda: pool.put(stored[-1], objects))
+        check(statuses, PutStatus.STORED)
+        return figure
+
+    def get() -> float:
+        wanted = stored[len(stored) // 2 if len(stored) < sources.batches else -sources.batches // 2]
+        buffers = targets.next()
+        figure, statuses = timed(moved, lambda: pool.get(wanted, buffers))
+        check(statuses, GetStatus.DRAM)
+        return figure
+
+    figures = _report.rounds(
+        {"one": lambda: ceiling(1), "put": put, "all": lambda: ceiling(threads), "get": get}, count
+    )
+    pool.close()
+    executor.shutdown()
+    median = {name: statistics.median(values) for name, values in figures.items()}
+    return [
+        {
+            "object": _size(nbytes),
+            "what": what,
+            "GB/s": median[what],
+            "copy, 1 thread, GB/s": median["one"],
+            f"copy, {threads} threads, GB/s": median["all"],
+            "of 1 thread": _report.ratio(figures[what], figures["one"]),
+            f"of {threads} threads": _report.ratio(figures[what], figures["all"]),
+        }
+        for what in ("put", "get")
+    ]
+
+
+def exists(count: int) -> list[_report.Row]:
+    """Exists for a batch of keys, in microseconds per call."""
+    pool = open_pool(4096, 64 * BATCH)
+    keys = Keys()
+    batches = [keys.fresh() for _ in range(64)]
+    for batch in batches:
+        pool.put(batch, [bytes(8)] * BATCH)
+    times = []
+    for turn in range(200 * count):
+        # Keys that come over a socket or from an engine were never hashed before.
+        asked = [bytes(bytearray(key)) for key in batches[turn % 64]]
+        start = time.perf_counter()
+        found = pool.exists(asked)
+        times.append((time.perf_counter() - start) * 1e6)
+        check(found, True)
+    pool.close()
+    ordered = sorted(times)
+    return [
+        {
+            "keys": BATCH,
+            "p50 us": statistics.median(times),
+            "p99 us": ordered[len(ordered) * 99 // 100],
+            "target us": TARGET_EXISTS_US,
+        }
+    ]
+
+
+class DirectFile:
+    """A file like the pool's slab, read and written by a bare loop."""
+
+    def __init__(self, path: Path, nbytes: int, slots: int) -> None:
+        self._nbytes = nbytes
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
+        os.posix_fallocate(self._fd, 0, nbytes * slots)
+        self._buffers = [mmap.mmap(-1, nbytes) for _ in range(BATCH)]
+        for buffer in self._buffers:
+            buffer.write(os.urandom(4096) * (nbytes // 4096))
+
+    def run(self, executor: ThreadPoolExecutor, first: int, write: bool) -> None:
+        """A batch of slots from ``first`` on, split over the threads of ``executor``."""
+        move: Callable[..., int] = os.pwritev if write else os.preadv
+
+        def one(index: int) -> None:
+            if move(self._fd, [self._buffers[index]], (first + index) * self._nbytes) != self._nbytes:
+                raise OSError("a short transfer")
+
+        list(executor.map(one, range(BATCH)))
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+
+def ssd(nbytes: int, count: int, folder: Path) -> list[_report.Row]:
+    """Put until on disk, and get of what is on disk only."""
+    batches = 5
+    slots = batches * BATCH
+    sources, targets = Memory(nbytes), Memory(nbytes)
+    threads = LocalPoolConfig(1, 1)
+    capacity = (2 << 20) + slots * (nbytes + 1024)
+    pool = open_pool(nbytes, BATCH + BATCH // 4, ssd_dir=folder / "pool", ssd_capacity=capacity)
+    folder.mkdir(exist_ok=True)
+    bare = DirectFile(folder / "bare.bin", nbytes, slots)
+    writers, readers = ThreadPoolExecutor(threads.demote_threads), ThreadPoolExecutor(threads.io_threads)
+    keys, stored, turn = Keys(), [], [0]
+    moved = nbytes * BATCH
+
+    def first() -> int:
+        turn[0] += 1
+        return turn[0] % batches * BATCH
+
+    def put() -> float:
+        stored.append(keys.fresh())
+        objects = sources.next()
+
+        def work() -> list[PutStatus]:
+            statuses = pool.put(stored[-1], objects)
+            if not pool.flush(120):
+                raise OSError("the disk refused something")
+            return statuses
+
+        figure, statuses = timed(moved, work)
+        check(statuses, PutStatus.STORED)
+        return figure
+
+    def get() -> float:
+        buffers = targets.next()
+        figure, statuses = timed(moved, lambda: pool.get(stored[-3], buffers))
+        check(statuses, GetStatus.SSD)
+        return figure
+
+    for _ in range(batches):
+        put()
+        bare.run(writers, first(), write=True)
+    figures = _report.rounds(
+        {
+            "direct put": lambda: _report.rate(moved, lambda: bare.run(writers, first(), write=True)),
+            "put": put,
+            "direct get": lambda: _report.rate(moved, lambda: bare.run(readers, first(), write=False)),
+            "get": get,
+        },
+        count,
+    )
+    pool.close()
+    bare.close()
+    writers.shutdown()
+    readers.shutdown()
+    return [
+        {
+            "object": _size(nbytes),
+            "what": what,
+            "GB/s": statistics.median(figures[what]),
+            "direct I/O, GB/s": statistics.median(figures[f"direct {what}"]),
+            "of direct I/O": _report.ratio(figures[what], figures[f"direct {what}"]),
+        }
+        for what in ("put", "get")
+    ]
+
+
+def timed(moved: int, work: Callable[[], list[object]]) -> tuple[float, list[object]]:
+    """GB/s of ``work``, and what it returned."""
+    start = time.perf_counter()
+    result = work()
+    return moved / (time.perf_counter() - start) / 1e9, result
+
+
+def check(found: Sequence[object], expected: object) -> None:
+    """A benchmark of something that does not work is worth nothing."""
+    if any(each != expected for each in found):
+        raise SystemExit(f"expected {expected} throughout, got {set(found)}")
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes >> 10} KiB" if nbytes < 1 << 20 else f"{nbytes >> 20} MiB"
+
+
+def main() -> None:
+    """Run everything and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds, small objects only")
+    parser.add_argument("--threads", type=int, default=2, help="copy threads of the pool")
+    parser.add_argument("--out", type=Path, default=_report.OUT)
+    parser.add_argument("--ssd-dir", type=Path, default=None, help="a folder on the disk to measure")
+    arguments = parser.parse_args()
+    count = 3 if arguments.quick else 9
+    sizes, ssd_sizes = (SIZES[:2], SSD_SIZES[:1]) if arguments.quick else (SIZES, SSD_SIZES)
+    with tempfile.TemporaryDirectory(dir=arguments.ssd_dir, prefix="umbp-bench-") as folder:
+        sections = {
+            "DRAM, batches of 128": [row for nbytes in sizes for row in dram(nbytes, count, arguments.threads)],
+            "exists": exists(count),
+            "SSD, batches of 128": [
+                row for nbytes in ssd_sizes for row in ssd(nbytes, min(count, 5), Path(folder) / str(nbytes))
+            ],
+        }
+    notes = [
+        f"Targets: put and get {TARGET_RATIO} of the copy from 256 KiB on, exists {TARGET_EXISTS_US:.0f} us.",
+        "Medians of interleaved rounds; ratios are medians of each round's ratio.",
+        "The pool verifies every object (xxh3-128); the copies and the direct I/O it is compared with do not.",
+        "SSD put counts until the bytes are flushed to the device and catalogued; direct I/O does not flush.",
+    ]
+    print(_report.write("pool", "The local pool", sections, notes, arguments.out))
+
+
+if __name__ == "__main__":
+    main()
