@@ -90,6 +90,8 @@ class UmbpHarness(Harness):
         umbp_vllm.register()
         super().__init__(EngineSpec("umbp", extra={**EXTRA, **(extra or {})}, **spec), idle_seconds=0.0005)
         self.expects_internal_failures = False
+        self.rotten: set[bytes] = set()
+        """Keys that :meth:`corrupt` was used on; their bytes are not compared any more."""
         self.copiers = [self._gate(worker) for worker in self.workers]
         self._guard_allocations()
 
@@ -185,6 +187,7 @@ class UmbpHarness(Harness):
 
     def corrupt(self, rank: int, key: bytes, tier: Tier = Tier.DRAM) -> None:
         """Flip one bit of an object."""
+        self.rotten.add(key)
         copy = self.pool.directory.copy(key, tier)
         assert copy is not None, f"{key.hex()} is not in {tier.name}"
         tools = self.workers[rank].engine._tools
@@ -198,6 +201,11 @@ class UmbpHarness(Harness):
             slab.seek(-1, 1)
             slab.write(bytes([byte ^ 0x10]))
 
+    def idle_objects(self, tier: Tier) -> list[bytes]:
+        """Published objects of ``tier`` that no op reads at the moment, oldest first."""
+        state = self.pool.directory._spaces.get(tier)
+        return [key for key, copy in state.published.items() if copy.pages[0] not in state.pins] if state else []
+
     def check_stored(self) -> int:
         """Compare every published object of a known prefix, on every rank, with the model; returns how many."""
         wanted = dict(self._truths())
@@ -208,7 +216,7 @@ class UmbpHarness(Harness):
                 if tier is Tier.SSD and self.pool.catalogue is None:
                     continue
                 for key, (group, states) in wanted.items():
-                    if self.pool.directory.copy(key, tier) is None:
+                    if key in self.rotten or self.pool.directory.copy(key, tier) is None:
                         continue
                     own = [layer for layer in layers if layer.group == group]
                     offsets = np.arange(len(states))
