@@ -29,6 +29,7 @@ from umbp_core.ids import Identity, RankScope
 BATCH = 128
 SIZES = (64 << 10, 256 << 10, 1 << 20, 4 << 20)
 SSD_SIZES = (256 << 10, 1 << 20, 4 << 20)
+SSD_BATCHES = 5
 CACHE_BYTES = 192 << 20
 """Batches are taken in turns from at least this much memory: no processor cache holds it."""
 TARGET_RATIO = 0.85
@@ -187,60 +188,75 @@ class DirectFile:
         os.close(self._fd)
 
 
-def ssd(nbytes: int, count: int, folder: Path) -> list[_report.Row]:
-    """Put until on disk, and get of what is on disk only."""
-    batches = 5
-    slots = batches * BATCH
-    sources, targets = Memory(nbytes), Memory(nbytes)
-    threads = LocalPoolConfig(1, 1)
-    capacity = (2 << 20) + slots * (nbytes + 1024)
-    pool = open_pool(nbytes, BATCH + BATCH // 4, ssd_dir=folder / "pool", ssd_capacity=capacity)
-    folder.mkdir(exist_ok=True)
-    bare = DirectFile(folder / "bare.bin", nbytes, slots)
-    writers, readers = ThreadPoolExecutor(threads.demote_threads), ThreadPoolExecutor(threads.io_threads)
-    keys, stored, turn = Keys(), [], [0]
-    moved = nbytes * BATCH
+class SsdBench:
+    """The pool and a bare file on the same disk, with objects of one size."""
 
-    def first() -> int:
-        turn[0] += 1
-        return turn[0] % batches * BATCH
+    def __init__(self, nbytes: int, folder: Path) -> None:
+        folder.mkdir()
+        self._moved = nbytes * BATCH
+        self._sources, self._targets, self._keys = Memory(nbytes), Memory(nbytes), Keys()
+        self._stored: list[list[bytes]] = []
+        slots = SSD_BATCHES * BATCH
+        capacity = (2 << 20) + slots * (nbytes + 1024)
+        # DRAM holds one batch and a quarter: what was put two batches ago is on SSD only.
+        self._pool = open_pool(nbytes, BATCH + BATCH // 4, ssd_dir=folder / "pool", ssd_capacity=capacity)
+        self._bare = DirectFile(folder / "bare.bin", nbytes, slots)
+        threads = LocalPoolConfig(1, 1)
+        self._writers = ThreadPoolExecutor(threads.demote_threads)
+        self._readers = ThreadPoolExecutor(threads.io_threads)
+        self._turn = 0
+        for _ in range(SSD_BATCHES):
+            self.put()
+            self.direct(write=True)
 
-    def put() -> float:
-        stored.append(keys.fresh())
-        objects = sources.next()
+    def put(self) -> float:
+        """GB/s of a put until it is flushed to the disk and catalogued."""
+        self._stored.append(self._keys.fresh())
+        objects = self._sources.next()
 
-        def work() -> list[PutStatus]:
-            statuses = pool.put(stored[-1], objects)
-            if not pool.flush(120):
-                raise OSError("the disk refused something")
-            return statuses
+        def work() -> list[object]:
+            statuses = self._pool.put(self._stored[-1], objects)
+            if not self._pool.flush(120):
+                raise SystemExit("the disk refused something")
+            return list(statuses)
 
-        figure, statuses = timed(moved, work)
+        figure, statuses = timed(self._moved, work)
         check(statuses, PutStatus.STORED)
         return figure
 
-    def get() -> float:
-        buffers = targets.next()
-        figure, statuses = timed(moved, lambda: pool.get(stored[-3], buffers))
+    def get(self) -> float:
+        """GB/s of a get from SSD."""
+        buffers = self._targets.next()
+        figure, statuses = timed(self._moved, lambda: list(self._pool.get(self._stored[-3], buffers)))
         check(statuses, GetStatus.SSD)
         return figure
 
-    for _ in range(batches):
-        put()
-        bare.run(writers, first(), write=True)
-    figures = _report.rounds(
-        {
-            "direct put": lambda: _report.rate(moved, lambda: bare.run(writers, first(), write=True)),
-            "put": put,
-            "direct get": lambda: _report.rate(moved, lambda: bare.run(readers, first(), write=False)),
-            "get": get,
-        },
-        count,
-    )
-    pool.close()
-    bare.close()
-    writers.shutdown()
-    readers.shutdown()
+    def direct(self, write: bool) -> float:
+        """GB/s of a bare loop."""
+        self._turn += 1
+        first = self._turn % SSD_BATCHES * BATCH
+        executor = self._writers if write else self._readers
+        return _report.rate(self._moved, lambda: self._bare.run(executor, first, write))
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._pool.close()
+        self._bare.close()
+        self._writers.shutdown()
+        self._readers.shutdown()
+
+
+def ssd(nbytes: int, count: int, folder: Path) -> list[_report.Row]:
+    """Put until on disk, and get of what is on disk only."""
+    bench = SsdBench(nbytes, folder)
+    ways = {
+        "direct put": lambda: bench.direct(write=True),
+        "put": bench.put,
+        "direct get": lambda: bench.direct(write=False),
+        "get": bench.get,
+    }
+    figures = _report.rounds(ways, count)
+    bench.close()
     return [
         {
             "object": _size(nbytes),

@@ -286,6 +286,26 @@ def test_a_disk_that_refuses_costs_one_warning(
     assert len(_reopened(make, catalogue)) == SLOTS - catalogue.dropped
 
 
+def test_a_writer_that_dies_loses_rows_and_blocks_nobody(
+    make: Callable[..., Catalogue], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    catalogue = make()
+
+    def broken(batch: object) -> bool:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(catalogue, "_commit", broken)
+    catalogue.open()
+    catalogue.record([_row(b"a", 1)])
+    assert not catalogue.flush(60)
+    catalogue.record([_row(b"b", 2)])
+    catalogue.forget([b"a"])
+    assert catalogue.dropped == 1
+    assert not catalogue.flush(60)
+    assert "is not written any more" in caplog.text
+    catalogue.close()
+
+
 def test_close_writes_what_is_pending_and_may_be_repeated(make: Callable[..., Catalogue]) -> None:
     catalogue = make()
     catalogue.close()

@@ -332,6 +332,27 @@ def test_a_failed_start_leaves_the_folder_free(ssd: Path, monkeypatch: pytest.Mo
     open_rank_slab(ssd, "model", 0, LAYOUT, SLOT, CAPACITY, patience_s=0).close()
 
 
+def test_a_disk_that_is_full_by_now_does_not_hide_what_was_stored(
+    rank: Callable[..., RankSlab], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = rank()
+    first.slab.write_from(5, b"kept")
+    first.close()
+
+    def full(*_: object, **__: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        patch.setattr(Path, "write_text", full)
+        again = rank()
+        with pytest.raises(TierUnavailable, match="No space left"):
+            rank("another")
+    target = bytearray(4)
+    again.slab.read_into(5, target)
+    assert target == b"kept"
+
+
 @pytest.mark.parametrize("capacity", [0, SLOT, (1 << 20) + SLOT])
 def test_no_room_for_one_object(rank: Callable[..., RankSlab], capacity: int) -> None:
     with pytest.raises(TierUnavailable, match="no room for one object"):

@@ -262,6 +262,26 @@ def test_a_disk_that_refuses_writes_leaves_dram_working(
     assert (ssd.objects, ssd.reserved) == (0, 0)
 
 
+def test_a_mistake_of_ours_does_not_end_demotion(
+    make: Callable[..., LocalPool], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = make(slots=8, demote_threads=1)
+
+    def broken(*_: object) -> int:
+        raise RuntimeError("a mistake of ours")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", broken)
+        pool.put(_keys(1), _objects(1))
+        pool.flush(10)
+    assert "stays in DRAM only" in caplog.text
+    pool.put([b"next"], _objects(1))
+    assert pool.flush(10)
+    ssd = pool.stats(Tier.SSD)
+    assert ssd is not None
+    assert (ssd.objects, ssd.reserved, pool.counters().demotions_failed) == (1, 0, 1)
+
+
 def test_an_ssd_folder_that_cannot_be_used_costs_one_warning(
     make: Callable[..., LocalPool], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

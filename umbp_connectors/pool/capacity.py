@@ -141,11 +141,19 @@ def read_identity(home: Path) -> dict[str, object] | None:
 
 
 def write_identity(home: Path, namespace: str, claimed_bytes: int) -> None:
-    """Say whose folder ``home`` is and what it may grow to; also marks it as used now.  Raises ``OSError``."""
+    """Say whose folder ``home`` is and what it may grow to; also marks it as used now.
+
+    Raises ``OSError``, unless an earlier start said it already: a full disk must not keep an engine from what it has.
+    """
     text = json.dumps({"format": FORMAT, "namespace": namespace, "claimed_bytes": claimed_bytes}, indent=1)
     fresh = home / f"{IDENTITY_FILE}.new"
-    fresh.write_text(text + "\n", encoding="utf-8")
-    fresh.replace(home / IDENTITY_FILE)
+    try:
+        fresh.write_text(text + "\n", encoding="utf-8")
+        fresh.replace(home / IDENTITY_FILE)
+    except OSError as error:
+        if read_identity(home) is None:
+            raise
+        logger.warning("%s keeps what an earlier start wrote (%s)", home / IDENTITY_FILE, error.strerror)
 
 
 def _claim(ssd_dir: Path, home: Path, rank: int, ranks: int, capacity: int) -> tuple[list[Holding], int]:
@@ -178,7 +186,7 @@ def _make_room(holdings: Iterable[Holding], capacity: int) -> tuple[list[Holding
 
 
 def _other_namespaces(ssd_dir: Path, home: Path) -> Iterator[Holding]:
-    for path in ssd_dir.iterdir():
+    for path in ssd_dir.iterdir() if ssd_dir.is_dir() else ():
         if path == home or path.is_symlink() or not _NAMESPACE.fullmatch(path.name):
             continue
         identity = read_identity(path)

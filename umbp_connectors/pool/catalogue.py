@@ -99,6 +99,7 @@ class Catalogue:
         self._written = 0
         self._lost = False
         self._closing = False
+        self._broken = False
         self._use = 0
         self._dropped = 0
         self._warned = False
@@ -151,7 +152,7 @@ class Catalogue:
         with self._changed:
             for row in rows:
                 self._check(row)
-                if not self._pending.record(row.key, row):
+                if self._broken or not self._pending.record(row.key, row):
                     self._dropped += 1
                     self._lost = True
             self._changed.notify_all()
@@ -159,7 +160,7 @@ class Catalogue:
     def forget(self, keys: Iterable[bytes]) -> None:
         """These objects are not on SSD any more.  Any thread; does not wait for the disk."""
         with self._changed:
-            for key in keys:
+            for key in () if self._broken else keys:
                 self._pending.forget(key)
             self._changed.notify_all()
 
@@ -172,7 +173,7 @@ class Catalogue:
         with self._changed:
             target = self._sealed = self._pending.seal()
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._written >= target or self._thread is None, timeout)
+            self._changed.wait_for(lambda: self._written >= target or self._broken or self._thread is None, timeout)
             lost, self._lost = self._lost, False
             return self._written >= target and not lost
 
@@ -295,6 +296,15 @@ class Catalogue:
 
     def _write_behind(self) -> None:
         """Thread: commit what is pending in batches, until closed."""
+        try:
+            self._write_until_closed()
+        except Exception:
+            logger.exception("%s is not written any more; what is stored now is not found after a restart", self.path)
+            with self._changed:
+                self._broken = True
+                self._changed.notify_all()
+
+    def _write_until_closed(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._pending or self._closing or self._sealed > self._written)

@@ -104,6 +104,9 @@ class Demoter:
             except TransferError as error:
                 refused = True
                 logger.warning("object %s stays in DRAM only: %s", key.hex(), error)
+            except Exception:
+                refused = True
+                logger.exception("object %s stays in DRAM only", key.hex())
             finally:
                 with self._changed:
                     self._done += written

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 from pathlib import Path
 
 from umbp_core.errors import TierUnavailable
+
+_PID_BYTES = 10
 
 
 class FolderInUse(TierUnavailable):
@@ -40,8 +43,6 @@ class FolderLock:
             raise unusable(self.path.parent, error) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         except OSError as error:
             holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
             os.close(fd)
@@ -52,6 +53,9 @@ class FolderLock:
                 "needs an SSD folder of its own; this one goes on without an SSD tier"
             ) from error
         self._fd = fd
+        # Always as long, written in place: a full disk must not keep an engine from what it stored.
+        with contextlib.suppress(OSError):
+            os.pwrite(fd, f"{os.getpid():<{_PID_BYTES}}\n".encode(), 0)
 
     def release(self) -> None:
         """Give the lock back; idempotent.  The file stays, for removing it could race with the next holder."""
