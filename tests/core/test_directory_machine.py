@@ -8,12 +8,8 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine
 
 from umbp_core.eviction import EvictionPolicy, PrefixAwareLruPolicy
-from umbp_core.testing.machines_directory import (
-    DirectoryMachine,
-    EvictionPolicyMachine,
-    LeaseMachine,
-    PageMachine,
-)
+from umbp_core.testing.machines_directory import DirectoryMachine
+from umbp_core.testing.machines_pages import EvictionPolicyMachine, LeaseMachine, PageMachine
 from umbp_core.testing.models_directory import PrefixAwareLruModel
 
 WINDOW = 3
