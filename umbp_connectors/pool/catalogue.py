@@ -150,19 +150,21 @@ class Catalogue:
         Any thread; does not wait for the disk.
         """
         with self._changed:
+            idle = not self._pending
             for row in rows:
                 self._check(row)
                 if self._broken or not self._pending.record(row.key, row):
                     self._dropped += 1
                     self._lost = True
-            self._changed.notify_all()
+            self._wake(idle)
 
     def forget(self, keys: Iterable[bytes]) -> None:
         """These objects are not on SSD any more.  Any thread; does not wait for the disk."""
         with self._changed:
+            idle = not self._pending
             for key in () if self._broken else keys:
                 self._pending.forget(key)
-            self._changed.notify_all()
+            self._wake(idle)
 
     def flush(self, timeout: float) -> bool:
         """Wait until everything recorded and forgotten before is committed, for at most ``timeout`` seconds.
@@ -286,6 +288,11 @@ class Catalogue:
             connection.close()
 
     # -- writing
+
+    def _wake(self, idle: bool) -> None:
+        """Wake the writer when it has something to begin with or enough for a batch, not for every word between."""
+        if idle or len(self._pending) >= _BATCH_ROWS:
+            self._changed.notify_all()
 
     def _check(self, row: CatalogueRow) -> None:
         if not self._is_sound(row):
