@@ -8,14 +8,15 @@ PACKAGES = ("umbp_core", "umbp_connectors", "umbp_vllm", "umbp_sglang")
 
 
 def join(parent: str, level: str) -> None:
-    """Send what our packages log through the handlers of the engine's logger ``parent``, from ``level`` on.
+    """Send what our packages log through the handlers of the engine's logger ``parent`` too, from ``level`` on.
 
     An engine configures its own logger and leaves the root alone, so that without this our lines would be
-    lost below "warning" and unformatted above.  Idempotent; call it once per process, after the engine's set-up.
+    lost below "warning" and unformatted above.  ``level`` also holds for our loggers below ``parent``
+    (``<parent>.umbp``).  Idempotent; call it once per process, after the engine has set up its logging.
     """
-    handlers = logging.getLogger(parent).handlers
+    logging.getLogger(f"{parent}.umbp").setLevel(level.upper())
     for name in PACKAGES:
         logger = logging.getLogger(name)
         logger.setLevel(level.upper())
-        logger.handlers = list(handlers)
-        logger.propagate = not handlers
+        for handler in logging.getLogger(parent).handlers:
+            logger.addHandler(handler)

@@ -19,28 +19,29 @@ class _Kept(logging.Handler):
 
 @pytest.fixture
 def engine() -> Iterator[_Kept]:
-    """An engine's logger with a handler of its own; what the test changes is put back."""
-    names = [*logs.PACKAGES, "engine-of-test"]
-    before = [(logging.getLogger(n), logging.getLogger(n).level, logging.getLogger(n).propagate) for n in names]
+    """The handler of an engine's logger; what the test changes is put back."""
+    names = [*logs.PACKAGES, "engine-of-test", "engine-of-test.umbp"]
+    before = [(logging.getLogger(name), logging.getLogger(name).level) for name in names]
     kept = _Kept()
     logging.getLogger("engine-of-test").addHandler(kept)
     yield kept
-    for logger, level, propagate in before:
-        logger.handlers = []
+    for logger, level in before:
+        logger.removeHandler(kept)
         logger.setLevel(level)
-        logger.propagate = propagate
 
 
-def test_lines_reach_the_engines_handler_from_the_level_on(engine: _Kept) -> None:
+def test_lines_reach_the_engines_handler_once_and_from_the_level_on(engine: _Kept) -> None:
     for _ in range(2):
         logs.join("engine-of-test", "info")
     logging.getLogger("umbp_connectors.pool.arena").info("hello")
     logging.getLogger("umbp_connectors.pool.arena").debug("too quiet")
-    assert engine.lines == ["umbp_connectors.pool.arena: hello"]
+    logging.getLogger("engine-of-test.umbp.pool").info("from the adapter")
+    logging.getLogger("engine-of-test.umbp.pool").debug("too quiet")
+    assert engine.lines == ["umbp_connectors.pool.arena: hello", "engine-of-test.umbp.pool: from the adapter"]
 
 
-def test_without_a_handler_lines_go_to_the_root(engine: _Kept, caplog: pytest.LogCaptureFixture) -> None:
-    logs.join("engine-without-handlers", "debug")
+def test_the_root_still_hears_them(engine: _Kept, caplog: pytest.LogCaptureFixture) -> None:
+    logs.join("engine-of-test", "debug")
     logging.getLogger("umbp_core.x").debug("hello")
     assert "hello" in caplog.text
-    assert engine.lines == []
+    assert engine.lines == ["umbp_core.x: hello"]

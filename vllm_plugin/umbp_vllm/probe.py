@@ -7,6 +7,7 @@ because importing vLLM takes seconds and gigabytes.  Raises nothing but what imp
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 from typing import Any
@@ -24,30 +25,30 @@ def answer(live: bool, found: str, advice: str = "") -> dict[str, object]:
 def main() -> None:
     """Ask, and print."""
     arg_utils = importlib.import_module("vllm.engine.arg_utils")
+    early = _takes_keyword(arg_utils.EngineArgs)  # asked before anything loads the general plugins
     parser = importlib.import_module("vllm.utils.argparse_utils").FlexibleArgumentParser()
     options = arg_utils.AsyncEngineArgs.add_cli_args(parser)._option_string_actions
     factory = importlib.import_module("vllm.distributed.kv_transfer.kv_connector.factory").KVConnectorFactory
-    print(
-        json.dumps(
-            {
-                "connector umbp": _named(factory._registry, "umbp", "known to KVConnectorFactory"),
-                "--kv-connector": _flag("--kv-connector" in options),
-                "--kv-offloading-backend umbp": _flag("umbp" in (_choices(options, "--kv-offloading-backend"))),
-                "LLM(kv_connector=...)": _flag(_takes_keyword(arg_utils.EngineArgs)),
-            }
-        )
-    )
+    known = "umbp" in factory._registry
+    flags = {
+        "--kv-connector": "--kv-connector" in options,
+        "--kv-offloading-backend umbp": "umbp" in _choices(options, "--kv-offloading-backend"),
+        "LLM(kv_connector=...)": early,
+    }
+    print(json.dumps({"connector umbp": _connector(known)} | {name: _flag(flags[name], known) for name in flags}))
 
 
-def _named(registry: Any, name: str, found: str) -> dict[str, object]:
-    if name in registry:
-        return answer(True, found)
+def _connector(known: bool) -> dict[str, object]:
+    if known:
+        return answer(True, "known to KVConnectorFactory")
     return answer(False, "vLLM does not know it", "is umbp left out by VLLM_PLUGINS? VLLM_LOGGING_LEVEL=DEBUG says why")
 
 
-def _flag(live: bool) -> dict[str, object]:
+def _flag(live: bool, known: bool) -> dict[str, object]:
     if live:
         return answer(True, "live")
+    if not known:
+        return answer(False, "not there", "follows from the connector: see above")
     if not hooks_wanted(os.environ):
         return answer(False, f"switched off by {NO_CLI_HOOK}", f"unset it, or use {_JSON_FORM}")
     return answer(False, "this vLLM does not take it", f"use {_JSON_FORM}")
@@ -59,12 +60,7 @@ def _choices(options: Any, name: str) -> tuple[str, ...]:
 
 
 def _takes_keyword(engine_args: Any) -> bool:
-    """Whether the keyword is accepted; a model that does not exist is not looked at before that."""
-    try:
-        engine_args(model="umbp-probe", kv_connector="umbp")
-    except TypeError:
-        return False
-    return True
+    return "kv_connector" in inspect.signature(engine_args.__init__, follow_wrapped=False).parameters
 
 
 if __name__ == "__main__":

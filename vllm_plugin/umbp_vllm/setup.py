@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, cast
 
+from umbp_connectors import logs
 from umbp_connectors.config import UmbpConfig, resolve
 from umbp_connectors.hookspecs import DramTierSpec, SsdTierSpec
 from umbp_connectors.plugins import PluginHost, create_manager
@@ -50,6 +51,7 @@ def settings_of(vllm_config: Any) -> Settings:
     """
     transfer = vllm_config.kv_transfer_config
     config = resolve(extra=transfer.kv_connector_extra_config).config
+    logs.join("vllm", config.log_level)
     transfer.kv_load_failure_policy = config.load_failure_policy
     notice = compat.version_notice(compat.vllm_version())
     if notice is not None:
