@@ -8,6 +8,7 @@ before anything has imported ``vllm.engine.arg_utils`` (``from vllm import LLM``
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import logging
 import os
@@ -87,8 +88,10 @@ def _watch_decorator(module: ModuleType) -> None:
         return
 
     def dataclass(cls: Any = None, /, **options: Any) -> Any:
+        if cls is None:
+            return functools.partial(dataclass, **options)
         made = original(cls, **options)
-        if cls is not None and cls.__name__ == _LAST_CLASS:
+        if cls.__name__ == _LAST_CLASS:
             names["dataclass"] = original
             names[_LAST_CLASS] = made
             _patch(module)

@@ -217,9 +217,6 @@ def test_no_model_name_makes_a_folder_that_leads_elsewhere(model: str) -> None:
     assert name_of(engine(model)) not in {".", ".."}
 
 
-# ---- local models ----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def local(tmp_path: Path) -> Path:
     root = tmp_path / "model"
@@ -289,8 +286,6 @@ def test_a_local_draft_model_counts_by_its_files(local: Path) -> None:
     assert name_of(config) != before
 
 
-# ---- models of a hub --------------------------------------------------------------------------------------------
-
 COMMITS = ["0123456789abcdef" * 2 + "01234567", "fedcba9876543210" * 2 + "fedcba98"]
 
 
@@ -336,9 +331,6 @@ def test_a_repository_that_is_not_cached_counts_by_its_revision(hub: Path) -> No
     assert name_of(config) != name_of(engine("org/unknown"))
 
 
-# ---- processes -------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def processes(drive: Any, model_dir: Path) -> list[dict[str, Any]]:
     """Two processes with different hash randomization; the second also gets the first one's configuration."""
@@ -371,9 +363,6 @@ def test_the_installed_vllm_has_what_only_some_engines_are_asked_for() -> None:
 def test_the_installed_vllm_is_stable_by_default(processes: list[dict[str, Any]]) -> None:
     assert processes[0]["stable"]
     assert processes[0]["rank"] == RankScope().describe()
-
-
-# ---- ranks -----------------------------------------------------------------------------------------------------
 
 
 def parallel(tp: int, pp: int = 1, dcp: int = 1, pcp: int = 1) -> SimpleNamespace:

@@ -84,9 +84,6 @@ def test_installing_twice_wraps_once() -> None:
     assert module.EngineArgs.add_cli_args("parser without options") == "parser without options"
 
 
-# ---- parsers -------------------------------------------------------------------------------------------------
-
-
 def parser_with(*options: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(exit_on_error=False)
     for option in options:
@@ -125,9 +122,6 @@ def test_one_parse_knows_nothing_of_the_one_before() -> None:
     assert parser.parse_args(["--kv-offloading-backend", "native"]).kv_offloading_backend == "native"
 
 
-# ---- the early hook ------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A module name that stands for ``vllm.engine.arg_utils``; its source is ``target.py`` in ``tmp_path``."""
@@ -160,9 +154,10 @@ def takes_keyword(module: Any) -> bool:
 PROBES = {"before the import": "", "from within it": "from umbp_vllm import early; early.install()"}
 
 
+@pytest.mark.parametrize("decorator", ["@dataclass", "@dataclass(eq=True)"])
 @pytest.mark.parametrize("probe", PROBES.values(), ids=PROBES.keys())
-def test_classes_are_patched_as_soon_as_they_exist(probe: str, target: str, tmp_path: Path) -> None:
-    write(tmp_path, target, EXPECTED.format(probe=probe))
+def test_classes_are_patched_as_soon_as_they_exist(probe: str, decorator: str, target: str, tmp_path: Path) -> None:
+    write(tmp_path, target, EXPECTED.format(probe=probe).replace("@dataclass", decorator))
     if not probe:
         early.install()
     module = importlib.import_module(target)
