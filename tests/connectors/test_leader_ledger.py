@@ -19,7 +19,12 @@ def store(op_id: str, blocks: int = 2) -> LeaderTransferRequest:
 
 def done(op: LeaderTransferRequest, fill: int = 0) -> OpResult:
     return OpResult(
-        op.op_id, op.request_id, op.direction, OpStatus.DONE, checksums=bytes([fill]) * 16 * len(op.blocks), moved_bytes=8
+        op.op_id,
+        op.request_id,
+        op.direction,
+        OpStatus.DONE,
+        checksums=bytes([fill]) * 16 * len(op.blocks),
+        moved_bytes=8,
     )
 
 

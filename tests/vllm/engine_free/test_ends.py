@@ -7,12 +7,12 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from umbp_core.ops import Direction
-from umbp_vllm import connector
 from vllm.v1.request import RequestStatus
 
 from tests.vllm.engine_free.conftest import MakeUmbp
 from tests.vllm.harness.umbp import UmbpHarness
+from umbp_core.ops import Direction
+from umbp_vllm import connector
 
 
 def tokens(length: int, first: int = 0) -> list[int]:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from umbp_connectors.pool import folder
-from umbp_core.ops import Direction
-from umbp_core.tiers import Tier
 
 from tests.vllm.engine_free.conftest import MakeUmbp
 from tests.vllm.harness import GroupSpec
 from tests.vllm.harness.umbp import UmbpHarness
+from umbp_connectors.pool import folder
+from umbp_core.ops import Direction
+from umbp_core.tiers import Tier
 
 HYBRID = (GroupSpec("full"), GroupSpec("window", window=10))
 SSD = {"ssd_capacity": "4MiB"}

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from umbp_core.ops import Direction
-from umbp_core.tiers import Tier
 
 from tests.vllm.engine_free.conftest import MakeUmbp
 from tests.vllm.harness import GroupSpec
 from tests.vllm.harness.umbp import UmbpHarness
+from umbp_core.ops import Direction
+from umbp_core.tiers import Tier
 
 BLOCK = 4
 
