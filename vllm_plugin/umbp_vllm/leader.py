@@ -17,6 +17,7 @@ from umbp_core.ops import Direction, LeaderTransferRequest, OpResult
 from umbp_core.ports import Clock
 from umbp_core.slots import SlotTable
 from umbp_core.tiers import Tier
+from umbp_vllm import compat
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.hbm import BlockTables, HeldBlocks
 from umbp_vllm.metadata import RankHello, StepMetadata, WorkerReport
@@ -99,7 +100,7 @@ class Leader:
     def match(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """Answer ``get_num_new_matched_tokens``: tokens beyond ``computed``, and whether they load asynchronously."""
         state = self._requests.get(request.request_id)
-        if state is None or not self._setup.may_load:
+        if state is None or not self._setup.may_load or compat.skips_reading(request):
             return 0, False
         now = self._clock()
         if self._pool is None:

@@ -79,7 +79,7 @@ def make_leader(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> L
         share_loads=bool(vllm_config.cache_config.enable_prefix_caching),
         persistent=stability.stable,
         kv_events=_kv_events(vllm_config),
-        may_load=bool(vllm_config.kv_transfer_config.is_kv_consumer),
+        may_load=_may_load(vllm_config, len(groups)),
         may_store=bool(vllm_config.kv_transfer_config.is_kv_producer),
     )
     return Leader(setup, time.monotonic)
@@ -207,6 +207,17 @@ def _folder(namespace: str, parallel: Any) -> str:
 def _kv_events(vllm_config: Any) -> bool:
     events = vllm_config.kv_events_config
     return events is not None and bool(events.enable_kv_cache_events)
+
+
+def _may_load(vllm_config: Any, groups: int) -> bool:
+    if groups > 1 and not compat.REPORTS_FAILED_REQUESTS:
+        logger.warning(
+            "umbp only stores: this vLLM has no way to hear of a failed load in a model with %d KV groups; "
+            "use vLLM 0.30 or later to load as well",
+            groups,
+        )
+        return False
+    return bool(vllm_config.kv_transfer_config.is_kv_consumer)
 
 
 def _refuse_context_parallel(parallel: Any) -> None:
