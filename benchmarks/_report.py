@@ -69,7 +69,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _cell(value: object) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def write(name: str, title: str, sections: Mapping[str, Sequence[Row]], notes: Sequence[str], out: Path) -> str:

@@ -25,7 +25,9 @@ from umbp_core.tiers import Tier
 Status = TypeVar("Status")
 
 _CHUNK = 16
-"""Objects per visit to the books: their lock is held for some tens of microseconds."""
+"""Objects per visit to the books, at most: their lock is held for some tens of microseconds."""
+_CHUNK_BYTES = 4 << 20
+"""Bytes per visit, at most: what is stored can be read, and written to SSD, while the rest of its batch is copied."""
 _SHARE_BYTES = 1 << 20
 """From about here a second thread pays off."""
 
@@ -40,6 +42,7 @@ class BatchMover:
     def __init__(self, books: Books, arena: Arena, prefix: bytes, copy_threads: int, io_threads: int) -> None:
         self._books = books
         self._pages = arena.array
+        self._chunk = max(1, min(_CHUNK, _CHUNK_BYTES // arena.page_bytes))
         self._prefix = prefix
         self._slab: SlabFile | None = None
         self._demoter: Demoter | None = None
@@ -95,8 +98,8 @@ class BatchMover:
         self, keys: Sequence[bytes], views: Sequence[Bytes], depths: Sequence[int], start: int, stop: int
     ) -> list[PutStatus]:
         statuses: list[PutStatus] = []
-        for first in range(start, stop, _CHUNK):
-            part = slice(first, min(first + _CHUNK, stop))
+        for first in range(start, stop, self._chunk):
+            part = slice(first, min(first + self._chunk, stop))
             statuses += self._put_chunk(keys[part], views[part], depths[part])
         return statuses
 
@@ -128,8 +131,8 @@ class BatchMover:
         loads: list[tuple[int, Future[GetStatus]]] = []
         owner = self._books.new_owner()
         try:
-            for first in range(start, stop, _CHUNK):
-                part = slice(first, min(first + _CHUNK, stop))
+            for first in range(start, stop, self._chunk):
+                part = slice(first, min(first + self._chunk, stop))
                 copies = self._books.pin(owner, keys[part])
                 for key, view, copy in zip(keys[part], views[part], copies, strict=True):
                     if copy is not None and copy.tier is Tier.SSD and copy.nbytes == view.nbytes:
