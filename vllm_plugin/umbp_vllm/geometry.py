@@ -46,15 +46,27 @@ class Region:
 
 
 def merged(regions: Sequence[Region]) -> tuple[Region, ...]:
-    """The same bytes in the same order with as few pieces as possible.
+    """The same bytes in the same order with fewer regions and pieces.
 
-    Pieces that touch become one piece; a region that continues the one before it is joined to it.
+    Pieces that touch become one piece, a region that continues the one before it is joined to it, until
+    nothing is left to join.
     """
+    before, result = None, tuple(_dense(region) for region in regions)
+    while result != before:
+        before, result = result, _merged_once(result)
+    return result
+
+
+def _dense(region: Region) -> Region:
+    """``region`` with one piece where its pieces touch."""
+    if region.pieces > 1 and region.piece_stride != region.piece_bytes:
+        return region
+    return replace(region, pieces=1, piece_stride=region.nbytes, piece_bytes=region.nbytes)
+
+
+def _merged_once(regions: Sequence[Region]) -> tuple[Region, ...]:
     result: list[Region] = []
-    for given in regions:
-        region = given
-        if given.pieces == 1 or given.piece_stride == given.piece_bytes:
-            region = replace(given, pieces=1, piece_stride=given.nbytes, piece_bytes=given.nbytes)
+    for region in regions:
         joined = _joined(result[-1], region) if result else None
         if joined is None:
             result.append(region)
