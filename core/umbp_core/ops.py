@@ -105,7 +105,8 @@ class OpResult(msgspec.Struct, frozen=True, array_like=True):
     ``DONE``, this rank's 16 bytes per block, in order.  ``seconds`` runs from the start of the transfer and
     is 0 for one that never started.  ``reason`` is a short label for metrics.  ``quarantined`` is true when
     the op was ended by a deadline or a cancellation while this rank was still at work on it: its DRAM pages
-    must not be given away until the rank releases the op.  HBM is never touched after a result.
+    must not be given away until the rank releases the op.  HBM is not touched after a result (but for a copy
+    that hangs and was given up by a shutdown).
     """
 
     op_id: str

@@ -100,6 +100,44 @@ class TestCancel:
         (result,) = rig.results("op")
         assert (result.status, result.quarantined) == (OpStatus.DONE, False)
 
+    @pytest.mark.parametrize("direction", Direction)
+    def test_a_cancellation_right_before_the_first_byte_wins(
+        self, rig: Rig, direction: Direction, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        commit, before = rig.engine.commit, rig.hbm(1)
+
+        def lose_the_race(op_id: str) -> bool:
+            rig.engine.cancel([op_id])
+            return bool(commit(op_id))
+
+        monkeypatch.setattr(rig.engine, "commit", lose_the_race)
+        op = {
+            Direction.LOAD: dram_load(rig, "op", 1, 11),
+            Direction.STORE: store(rig, "op", page=10),
+            Direction.DEMOTE: rig.op("op", Direction.DEMOTE, [BlockCopy(b"a", 0, -1, 11, 9)]),
+        }[direction]
+        (result,) = rig.run(op)
+        assert (result.status, result.quarantined) == (OpStatus.CANCELLED, True)
+        assert rig.engine.close(PATIENCE)
+        assert (rig.hbm(1), rig.device.calls, rig.slots.data) == (before, [], {})
+        assert not rig.pages.array[10].any()
+        assert rig.engine.take_released() == ["op"]
+
+    def test_a_dropped_load_reads_no_further(self, make_rig: Any) -> None:
+        rig = make_rig(io_threads=1)
+        gate = rig.hold_io(lambda kind, slot: slot == 1)
+        reads: list[int] = []
+        hold = rig.slots.on_io
+        rig.slots.on_io = lambda kind, slot: (reads.append(slot), hold(kind, slot))
+        sources = [rig.put(b"k%d" % slot, 20 + slot, slot=slot) for slot in (1, 2)]
+        blocks = [BlockCopy(s.key, 0, s.ssd_slot, s.dram_page, s.ssd_slot, s.checksums) for s in sources]
+        rig.engine.submit([rig.op("load", Direction.LOAD, blocks)])
+        gate.wait_until_held()
+        rig.engine.cancel(["load"])
+        gate.open()
+        assert rig.engine.close(PATIENCE)
+        assert reads == [1]
+
     def test_a_cancelled_op_lets_the_next_one_start(self, make_rig: Any) -> None:
         rig = make_rig(limits=Limits(loads=1))
         gate = rig.hold_io()
@@ -161,7 +199,9 @@ class TestDeadlines:
 
     def test_an_iteration_that_never_ends_is_noticed_while_waiting(self, rig: Rig) -> None:
         rig.engine.submit([store(rig, "op", after=9, timeout_s=0.05)])
+        started = time.monotonic()
         assert rig.engine.wait(["op"], PATIENCE)
+        assert time.monotonic() - started < PATIENCE / 2
         (result,) = rig.engine.poll()
         assert (result.status, result.reason) == (OpStatus.EXPIRED, "deadline_waiting")
 
@@ -254,6 +294,17 @@ class TestClose:
         assert (rig.engine.poll(), len(rig.observer.ops)) == ([], 1)
         assert rig.engine.take_released() == ["load"]
 
+    def test_wakes_who_waits_for_a_copy_that_hangs(self, rig: Rig) -> None:
+        gate = rig.hold_copies()
+        rig.engine.submit([store(rig, "hangs")])
+        gate.wait_until_held()
+        woken: list[bool] = []
+        waiter = threading.Thread(target=lambda: woken.append(rig.engine.wait(["hangs"], PATIENCE)))
+        waiter.start()
+        assert not rig.engine.close(0.2)
+        waiter.join(PATIENCE / 2)
+        assert woken == [True]
+
     def test_refuses_what_comes_later(self, rig: Rig) -> None:
         rig.engine.close(PATIENCE)
         rig.engine.submit([store(rig, "late")])
@@ -263,7 +314,9 @@ class TestClose:
     def test_of_an_engine_that_never_started(self, make_rig: Any) -> None:
         rig = make_rig(start=False)
         rig.engine.submit([store(rig, "op")])
+        started = time.monotonic()
         assert rig.engine.close(PATIENCE)
+        assert time.monotonic() - started < PATIENCE / 2, "there is nobody to wait for"
         (result,) = rig.engine.poll()
         assert result.status is OpStatus.CANCELLED
         with pytest.raises(StateError, match="once"):

@@ -142,6 +142,30 @@ def test_a_write_that_fails_fails_the_demotion(rig: Rig, error: Exception) -> No
     assert (result.status, result.failed, result.reason) == (OpStatus.FAILED, (0, 1, 2), "io")
 
 
+def test_a_demotion_that_failed_writes_no_further(make_rig: Any) -> None:
+    rig = make_rig(io_threads=1)
+    rig.slots.on_io = fail_always(OSError(28, "No space left on device"))
+    tried: list[int] = []
+    fail = rig.slots.on_io
+    rig.slots.on_io = lambda kind, slot: (tried.append(slot), fail())
+    rig.run(rig.op("demote", Direction.DEMOTE, [BlockCopy(b"%d" % n, 0, -1, 10 + n, 5 + n) for n in range(3)]))
+    assert tried == [5]
+
+
+def test_a_load_of_which_nothing_is_good_does_not_wait_for_the_device(rig: Rig) -> None:
+    gate = rig.hold_copies()
+    rig.engine.submit([rig.op("store", Direction.STORE, [BlockCopy(b"a", 0, 1, 10)])])
+    gate.wait_until_held()
+    (result,) = rig.run(rig.op("load", Direction.LOAD, [BlockCopy(b"a", 0, 2, 11, -1, b"x" * 32)]))
+    assert (result.status, result.reason) == (OpStatus.FAILED, "verify")
+
+
+def test_a_bug_between_the_steps_fails_the_op(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rig.engine, "is_running", fail_always(ZeroDivisionError("bug")))
+    (result,) = rig.run(rig.op("load", Direction.LOAD, four_blocks(rig, ssd=True)))
+    assert (result.status, result.failed, result.reason) == (OpStatus.FAILED, (0, 1, 2, 3), "internal")
+
+
 @pytest.mark.parametrize("direction", [Direction.LOAD, Direction.DEMOTE])
 def test_a_worker_without_ssd_refuses_its_slots(make_rig: Any, direction: Direction) -> None:
     rig = make_rig(ssd=False)
