@@ -131,12 +131,29 @@ class UmbpMachine(RuleBasedStateMachine):
         copiers = self.running.copiers
         copiers[rank % len(copiers)].fails ^= {direction}
 
-    @rule(tier=st.sampled_from([Tier.DRAM, Tier.SSD]), which=st.integers(0, 200), rank=st.integers(0, 3))
-    def rot(self, tier: Tier, which: int, rank: int) -> None:
-        """One bit of an object that nobody reads at the moment."""
+    @rule(
+        tier=st.sampled_from([Tier.DRAM, Tier.SSD]),
+        which=st.integers(0, 200),
+        count=st.integers(1, 5),
+        rank=st.integers(0, 3),
+    )
+    def rot(self, tier: Tier, which: int, count: int, rank: int) -> None:
+        """One bit each of objects that nobody reads at the moment."""
         keys = self.running.idle_objects(tier)
-        if keys:
-            self.running.corrupt(rank % len(self.running.ranks), keys[which % len(keys)], tier)
+        for key in keys[which % len(keys) :][:count] if keys else ():
+            self.running.corrupt(rank % len(self.running.ranks), key, tier)
+
+    @precondition(lambda self: self.names)
+    @rule(back=st.integers(0, 5), only_ssd=st.booleans())
+    def ask_again(self, back: int, only_ssd: bool) -> None:
+        """An earlier prompt, which vLLM itself has forgotten: served by the pool."""
+        self._let_go()
+        self.running.drain()
+        self.running.reset_prefix_cache()
+        if only_ssd:
+            self.running.drop_from(Tier.DRAM)
+        asked = self.running.asked[self.names[max(0, len(self.names) - 1 - back)]]
+        self.names.append(self.running.add(asked.prompt + [7], 3, salt=asked.salt, lora=asked.lora))
 
     @precondition(lambda self: self.engine is not None)
     @rule()

@@ -117,7 +117,7 @@ def _model_folder() -> str:
         "num_key_value_heads": 4,
         "num_hidden_layers": 4,
         "vocab_size": VOCABULARY,
-        "max_position_embeddings": 8192,
+        "max_position_embeddings": 1 << 20,
         "torch_dtype": "bfloat16",
     }
     (folder / "config.json").write_text(json.dumps(config))

@@ -169,7 +169,8 @@ class UmbpHarness(Harness):
         """Make the pool forget a prompt, or everything, in one tier."""
         directory = self.pool.directory
         for key in [key for group in self.keys(tokens) for key in group] if tokens else list(directory._masks):
-            directory.drop(key, tier)
+            if tier is Tier.DRAM or self.pool.catalogue is not None:
+                directory.drop(key, tier)
         self.pool.settle()
 
     def object_bytes(self, rank: int, key: bytes, tier: Tier) -> npt.NDArray[np.uint8]:
