@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Final, TypeVar
 
+from umbp_connectors.transfer.failures import FailureLog
 from umbp_connectors.transfer.jobs import JOBS, Tools
 from umbp_connectors.transfer.lanes import Lanes
 from umbp_connectors.transfer.memory import PageMemory, SlotStore
@@ -18,6 +19,8 @@ from umbp_core.ports import Clock, DeviceCopier, PoolObserver
 from umbp_core.scheduler import Limits, TransferScheduler
 
 logger = logging.getLogger(__name__)
+
+_Half = TypeVar("_Half", LeaderTransferRequest, WorkerTransferRequest)
 
 _FENCES_KEPT: Final = 64
 """Iterations whose own fence is remembered; an op of an older one waits for a later fence, which is also right."""
@@ -82,6 +85,7 @@ class TransferEngine:
             io=Lanes("io", io_threads),
             hashing=Lanes("hash", hash_threads),
             hash_threads=hash_threads,
+            failures=FailureLog(clock),
         )
         self._changed = threading.Condition()
         self._fences: dict[int, object] = {}
@@ -107,32 +111,28 @@ class TransferEngine:
         """Take over ops.  Forward thread.
 
         With ``paired``, the channel that brought them stands for both halves; otherwise each waits for its
-        worker half (:meth:`enqueue`) unless it is immediate.  Repetitions change nothing.  After
-        :meth:`close` every op is reported as cancelled.  Raises ``StateError`` for an op that contradicts
-        what is known under its id; the ops before it are taken over.
+        worker half (:meth:`enqueue`) unless it is immediate.  Repetitions change nothing.  An op that
+        contradicts what is known under its id is logged and ignored; the first one has its result.  After
+        :meth:`close` every op is reported as cancelled.
         """
         if not self._has_fence:
             self._advance_fence(self._copier.fence())
         with self._changed:
             now = self._clock()
-            try:
-                for op in ops:
-                    self._scheduler.submit(op, now)
-                    if paired and not op.immediate:
-                        half = WorkerTransferRequest(op.op_id, op.request_id, op.direction)
-                        self._scheduler.enqueue(half, now)
-            finally:
-                self._dispatch()
+            for op in ops:
+                self._take(op, self._scheduler.submit, now)
+                if paired and not op.immediate:
+                    half = WorkerTransferRequest(op.op_id, op.request_id, op.direction)
+                    self._take(half, self._scheduler.enqueue, now)
+            self._dispatch()
 
     def enqueue(self, halves: Iterable[WorkerTransferRequest]) -> None:
-        """Worker halves of ops whose leader halves come over another channel.  Any thread; errors as submit."""
+        """Worker halves of ops whose leader halves come over another channel; as :meth:`submit`.  Any thread."""
         with self._changed:
             now = self._clock()
-            try:
-                for half in halves:
-                    self._scheduler.enqueue(half, now)
-            finally:
-                self._dispatch()
+            for half in halves:
+                self._take(half, self._scheduler.enqueue, now)
+            self._dispatch()
 
     def begin_iteration(self, n: int) -> None:
         """The forward pass of the leader's step ``n`` starts.  Forward thread."""
@@ -181,19 +181,20 @@ class TransferEngine:
         self._observe(results)
         return observed + results
 
-    def wait(self, op_ids: Iterable[str], timeout: float) -> bool:
-        """Block until the ops have ended, for at most ``timeout`` seconds; False when one has not.
+    def wait(self, op_ids: Iterable[str], timeout: float, first: bool = False) -> bool:
+        """Block until all ops have ended (or, with ``first``, one of them), for at most ``timeout`` seconds.
 
-        An op that ended touches HBM no more; its result still comes from :meth:`poll`.  Unknown ids have
-        ended.  Deadlines count meanwhile.
+        Returns whether they have.  An op that ended touches HBM no more; its result still comes from
+        :meth:`poll`.  Unknown ids have ended.  Deadlines count meanwhile.
         """
         with self._changed:
             waiting = list(op_ids)
+            enough = len(waiting) - 1 if first and waiting else 0
             end = self._clock() + timeout
             while True:
                 self._dispatch()
                 waiting = [op_id for op_id in waiting if not self._scheduler.has_ended(op_id)]
-                if not waiting:
+                if len(waiting) <= enough:
                     return True
                 now = self._clock()
                 if now >= end:
@@ -261,6 +262,13 @@ class TransferEngine:
         with self._changed:
             self._scheduler.finished(result, self._clock())
             self._dispatch()
+
+    @staticmethod
+    def _take(half: _Half, door: Callable[[_Half, float], None], now: float) -> None:
+        try:
+            door(half, now)
+        except StateError:
+            logger.exception("half of an op refused")
 
     def _dispatch(self) -> None:
         """Expire, start what may start, wake who waits.  With the lock held."""

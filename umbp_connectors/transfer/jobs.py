@@ -16,20 +16,18 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 from umbp_connectors.pool.buffers import round_up
 from umbp_connectors.pool.checksums import object_checksum, verify_object
+from umbp_connectors.transfer.failures import FailureLog
 from umbp_connectors.transfer.lanes import Lanes
 from umbp_connectors.transfer.memory import PageMemory, SlotStore
 from umbp_core.errors import TierUnavailable
 from umbp_core.ops import Direction, LeaderTransferRequest, OpResult, OpStatus
 from umbp_core.ports import DeviceCopier
-
-logger = logging.getLogger(__name__)
 
 Step = tuple[Lanes, Callable[[], None]]
 """Something to do, and the threads that do it."""
@@ -74,6 +72,7 @@ class Tools:
     io: Lanes
     hashing: Lanes
     hash_threads: int
+    failures: FailureLog
 
 
 class _Countdown:
@@ -99,6 +98,7 @@ class Job(abc.ABC):
         self._tools = tools
         self._control = control
         self._failed: dict[int, str] = {}
+        self._first_error: Exception | None = None
 
     @abc.abstractmethod
     def start(self) -> None:
@@ -125,18 +125,8 @@ class Job(abc.ABC):
         return True
 
     def _fail(self, indexes: Sequence[int], reason: str, error: Exception) -> None:
-        if not self._failed:
-            logger.warning(
-                "%s %s of request %s: %d of %d blocks failed (%s): %s: %s",
-                self._op.direction.name,
-                self._op.op_id,
-                self._op.request_id,
-                len(indexes),
-                len(self._op.blocks),
-                reason,
-                type(error).__name__,
-                error,
-            )
+        if self._first_error is None:
+            self._first_error = error
         for index in indexes:
             self._failed.setdefault(index, reason)
 
@@ -197,6 +187,8 @@ class Job(abc.ABC):
             failed = tuple(range(len(op.blocks)))
         moved_bytes = sum(self._tools.object_bytes[op.blocks[index].group] for index in moved)
         reason = next(iter(self._failed.values()), "")
+        if status is OpStatus.FAILED and self._first_error is not None:
+            self._tools.failures.failed(op, len(self._failed), reason, self._first_error)
         self._control.finished(
             OpResult(op.op_id, op.request_id, op.direction, status, failed, checksums, moved_bytes, reason=reason)
         )

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from umbp_connectors.transfer import Limits
-from umbp_core.ops import BlockCopy, Direction, OpStatus
+from umbp_core.ops import (
+    BlockCopy,
+    Direction,
+    LeaderTransferRequest,
+    OpStatus,
+    Requirement,
+    RequirementKind,
+    WorkerTransferRequest,
+)
 
 Rig = Any
 
@@ -131,8 +139,6 @@ class TestFences:
         assert [call.fence for call in rig.device.calls] == [1, "fence 7"]
 
     def test_a_layer_brings_its_fence(self, rig: Rig) -> None:
-        from umbp_core.ops import LeaderTransferRequest, Requirement, RequirementKind
-
         requirement = Requirement(RequirementKind.LAYER_NAME_COMPLETE, 2, "model.1")
         blocks = (BlockCopy(b"a", 0, 1, 10),)
         rig.engine.begin_iteration(2)
@@ -145,8 +151,6 @@ class TestFences:
 
 class TestHalves:
     def test_an_unpaired_op_waits_for_the_workers_half(self, rig: Rig) -> None:
-        from umbp_core.ops import WorkerTransferRequest
-
         op = rig.op("store", Direction.STORE, [BlockCopy(b"a", 0, 1, 10)])
         rig.engine.submit([op], paired=False)
         assert [line["phase"] for line in rig.engine.dump()] == ["HALF"]
@@ -160,3 +164,16 @@ class TestHalves:
         rig.results("store")
         rig.engine.submit([op])
         assert (rig.engine.pending(), rig.engine.poll(), len(rig.device.calls)) == (0, [], 1)
+
+    def test_a_half_that_contradicts_is_ignored_and_said(self, rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+        first = rig.op("store", Direction.STORE, [BlockCopy(b"a", 0, 1, 10)], after=1)
+        other = rig.op("store", Direction.STORE, [BlockCopy(b"b", 0, 2, 11)])
+        good = rig.op("good", Direction.STORE, [BlockCopy(b"c", 0, 3, 12)])
+        rig.engine.submit([first])
+        rig.engine.submit([other, good])
+        rig.engine.enqueue([WorkerTransferRequest("store", "another request", Direction.STORE)])
+        assert caplog.text.count("op store came again with different contents") == 2
+        rig.engine.end_iteration(1, "fence")
+        done = rig.results("store", "good")
+        assert [result.status for result in done] == [OpStatus.DONE, OpStatus.DONE]
+        assert {call.pages for call in rig.device.calls} == {(10,), (12,)}

@@ -221,6 +221,15 @@ class TestWait:
         gate.open()
         assert rig.engine.wait(["op"], PATIENCE)
 
+    def test_for_the_first_of_several(self, rig: Rig) -> None:
+        rig.engine.submit([store(rig, op_id, after=9) for op_id in ("a", "b", "c")])
+        assert not rig.engine.wait(["a", "b", "c"], 0.01, first=True)
+        rig.engine.cancel(["b"])
+        assert rig.engine.wait(["a", "b", "c"], PATIENCE, first=True)
+        assert not rig.engine.wait(["a", "c"], 0.01, first=True)
+        assert not rig.engine.wait(["a", "b"], 0.01)
+        assert rig.engine.wait([], 0.0, first=True)
+
     def test_another_thread_may_end_it(self, rig: Rig) -> None:
         rig.engine.submit([store(rig, "op", after=9)])
         other = threading.Thread(target=lambda: rig.engine.cancel(["op"]))

@@ -8,6 +8,7 @@ import pytest
 
 from umbp_core.errors import TierUnavailable, TransferError
 from umbp_core.ops import BlockCopy, Direction, OpStatus
+from umbp_core.testing.fakes import FakeClock
 
 Rig = Any
 
@@ -231,3 +232,40 @@ def test_the_observer_hears_of_every_op_once(rig: Rig) -> None:
         ("store", "failed", 0, "device"),
         ("load", "cancelled", 0, "cancelled"),
     ]
+
+
+class TestLog:
+    def test_one_line_per_op_with_all_that_is_needed(self, rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+        blocks = four_blocks(rig)
+        rig.pages.array[10:12, 0] ^= 1
+        rig.run(rig.op("load", Direction.LOAD, blocks))
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert "load load of request request: 2 of 4 blocks failed (verify): VerificationError" in record.getMessage()
+
+    def test_a_dead_disk_does_not_fill_it(self, make_rig: Any, caplog: pytest.LogCaptureFixture) -> None:
+        clock = FakeClock()
+        rig = make_rig(clock=clock)
+        rig.slots.on_io = fail_always(OSError(5, "Input/output error"))
+        demote = [BlockCopy(b"a", 0, -1, 1, 1)]
+        for number in range(20):
+            rig.run(rig.op(f"a{number}", Direction.DEMOTE, demote))
+        assert len(caplog.records) == 1
+        rig.run(rig.op("load", Direction.LOAD, four_blocks(rig, ssd=True)))
+        assert len(caplog.records) == 2, "another direction is another matter"
+        clock.advance(10.0)
+        rig.run(rig.op("later", Direction.DEMOTE, demote))
+        assert "19 more ops like this" in caplog.records[-1].getMessage()
+        clock.advance(10.0)
+        rig.run(rig.op("last", Direction.DEMOTE, demote))
+        assert "more ops like this" not in caplog.records[-1].getMessage()
+        assert len(caplog.records) == 4
+
+    def test_what_was_cancelled_is_no_failure(self, rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+        gate = rig.hold_io()
+        rig.engine.submit([rig.op("load", Direction.LOAD, [BlockCopy(b"a", 0, 1, 1, 1, b"x" * 32)])])
+        gate.wait_until_held()
+        rig.engine.cancel(["load"])
+        gate.open()
+        assert rig.engine.close(20.0)
+        assert caplog.records == []
