@@ -198,6 +198,48 @@ def test_huge_pages_fall_back_with_one_warning(
     arena.close()
 
 
+def test_huge_pages_round_the_mapping_up_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    create, flags = os.memfd_create, []
+
+    def pretend(name: str, flag: int) -> int:
+        flags.append(flag)
+        return create(name, flag & ~os.MFD_HUGETLB)
+
+    monkeypatch.setattr(os, "memfd_create", pretend)
+    arena = Arena(PAGE, 5, staging_pages=1, huge_pages=True)
+    arena.open()
+    unit = machine.meminfo("Hugepagesize")
+    assert len(flags) == 1
+    assert flags[0] & os.MFD_HUGETLB
+    assert os.fstat(arena.fd).st_size == unit
+    assert arena.array.shape == (6, PAGE)
+    assert arena.wait_prefaulted(60)
+    assert arena.progress == 1.0
+    other = Arena.attach(os.getpid(), arena.fd, PAGE, 5, 1)
+    other.page(5, 2)[:] = b"ok"
+    assert bytes(arena.page(5, 2)) == b"ok"
+    other.close()
+    arena.close()
+
+
+@pytest.mark.parametrize("number", [errno.EFAULT, errno.ENOMEM])
+def test_prefaulting_that_the_kernel_refuses_is_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    def refuse(address: int, nbytes: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(machine, "populate", refuse)
+    arena = Arena(32 << 20, pages=3)
+    with caplog.at_level(logging.WARNING):
+        arena.open()
+        assert arena.wait_prefaulted(60)
+    assert arena.progress == 0.0
+    assert len(caplog.records) == 1
+    assert os.strerror(number) in caplog.text
+    arena.close()
+
+
 def test_a_numa_node_that_is_there_is_silent(caplog: pytest.LogCaptureFixture) -> None:
     arena = Arena(PAGE, 4, numa_node=0)
     with caplog.at_level(logging.WARNING):

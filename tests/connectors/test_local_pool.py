@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,6 +79,38 @@ def test_every_kind_of_buffer_and_size(make: Callable[..., LocalPool], nbytes: i
     targets = [bytearray(nbytes), memoryview(bytearray(nbytes)), np.empty(nbytes, np.uint8), bytearray(nbytes)]
     assert pool.get(keys, targets) == [GetStatus.DRAM] * len(forms)
     assert all(bytes(target) == data for target in targets)
+
+
+def test_arrays_of_any_type_and_shape_are_their_bytes(make: Callable[..., LocalPool]) -> None:
+    pool = make()
+    data = np.arange(600, dtype=np.float32).reshape(20, 30)
+    assert pool.put([b"key"], [data]) == [PutStatus.STORED]
+    target = np.zeros((30, 20), dtype=np.int32)
+    assert pool.get([b"key"], [target]) == [GetStatus.DRAM]
+    assert target.tobytes() == data.tobytes()
+    with pytest.raises(ValueError, match="not contiguous"):
+        pool.put([b"other"], [data[:, ::2]])
+    column = np.zeros((4, 8), dtype=np.uint8)[:, 3]
+    with pytest.raises(ValueError, match="not contiguous"):
+        pool.get([b"key"], [column])
+
+
+def test_rows_that_make_no_sense_are_forgotten(make: Callable[..., LocalPool], tmp_path: Path) -> None:
+    pool = make(slots=8)
+    pool.put(_keys(2), _objects(2))
+    pool.close()
+    (path,) = (tmp_path / "ssd").rglob("catalogue-*.sqlite")
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.execute("UPDATE objects SET nbytes = ? WHERE slot = 0", (SIZE + 1,))
+        connection.execute("UPDATE objects SET checksums = ? WHERE slot = 1", (b"short",))
+        for key, nbytes, last_used in ((1, "many", 9), (2, 100, 1 << 62), (3, -1, 9)):
+            values = (bytes([key]), key + 1, nbytes, bytes(16), 0, last_used)
+            connection.execute("INSERT INTO objects VALUES (?, ?, ?, ?, ?, ?)", values)
+    connection.close()
+    again = make(slots=8)
+    assert again.exists(_keys(2)) == [False, False]
+    assert again.counters().restored == 0
 
 
 def test_the_first_writer_wins(make: Callable[..., LocalPool]) -> None:

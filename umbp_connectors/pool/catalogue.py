@@ -43,6 +43,13 @@ _SCHEMA = (
     ) WITHOUT ROWID""",
 )
 
+_NUMBERS = ("slot", "nbytes", "depth", "last_used")
+_TYPED = " AND ".join(
+    [f"typeof({column}) = 'blob'" for column in ("key", "checksums")]
+    + [f"typeof({column}) = 'integer' AND {column} BETWEEN 0 AND {1 << 60}" for column in _NUMBERS]
+)
+"""SQLite keeps any type in any column: a row is read only if its values are what they should be."""
+
 
 class CatalogueRow(NamedTuple):
     """An object on SSD: ``key`` is the block key, ``slot`` the same on every rank.
@@ -204,6 +211,7 @@ class Catalogue:
         if tables == 0:
             self._create(connection)
         self._verify(connection)
+        connection.execute(f"DELETE FROM objects WHERE NOT ({_TYPED})")
         rows: list[CatalogueRow] = []
         spoilt: list[tuple[bytes]] = []
         found = connection.execute(
