@@ -18,6 +18,8 @@ Map of the package:
 ``ops``         transfer operations and their messages
 ``slot_table``  the slot's two state machines, as data
 ``slots``       one request's life as the connector sees it
+``progress``    how far the forward pass is, and which ops wait for what of it
+``deadlines``   keys with a deadline
 ``scheduler``   rendezvous, requirements, concurrency tokens, completion of transfers
 ``testing``     fakes, plain models and hypothesis machines that third parties may reuse
 """
