@@ -35,6 +35,9 @@ from examples.serving import Answer, ServerFailed, VllmServer, cpu_environment, 
 GPU_TIE = 0.5
 """Nats between two candidates that 16-bit rounding may swap; the random model's best leads by about three."""
 
+WIDTH = 110
+"""Columns of the output where it is not a terminal."""
+
 COLD, ENGINE, DRAM, SSD = "cold", "engine prefix hit", "DRAM hit", "SSD hit after restart"
 CACHED = "vllm:prompt_tokens_cached_by_source"
 SOURCES = {COLD: None, ENGINE: "device", DRAM: "host", SSD: "disk"}
@@ -67,7 +70,7 @@ class Phase:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
     options = _parse(arguments)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     on_cpu = cpu_only()
     tie = 0.0 if on_cpu else GPU_TIE
     with tempfile.TemporaryDirectory(prefix="umbp-demo-") as folder:
@@ -172,9 +175,9 @@ def _progress(console: Console, steps: int) -> Iterator[Callable[[str], None]]:
 
 def _table(phases: Sequence[Phase], tokens: int, tie: float) -> Table:
     table = Table(title=f"Time to first token of a {tokens}-token prompt (median of {len(phases[0].answers)} prompts)")
-    table.add_column("phase")
-    for heading in ("tokens reused", "by vLLM's metrics", "TTFT", "ratio to cold", "same tokens"):
-        table.add_column(heading, justify="right")
+    table.add_column("phase", no_wrap=True)
+    for heading in ("tokens reused", "by vLLM's metrics, all prompts", "TTFT", "ratio to cold", "same tokens"):
+        table.add_column(heading, justify="right", no_wrap=True)
     cold = phases[0]
     for phase in phases:
         source = SOURCES[phase.name]

@@ -9,13 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.vllm.engine.local import Ask, Engine, Reply
-
-
-def children() -> multiprocessing.context.ForkServerContext:
-    """How the tests start processes with an engine: forked from a server that has imported vLLM once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.vllm.engine.local"])
-    return context
+from tests.vllm.engine.processes import children
 
 
 class Oracle:

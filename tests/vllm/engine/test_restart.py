@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.vllm.engine.local import Ask, Engine, engine, pool
-from tests.vllm.engine.oracle import Oracle, children
+from tests.vllm.engine.oracle import Oracle
+from tests.vllm.engine.processes import children, in_child
 from tests.vllm.models import prompt
 
 
@@ -49,10 +50,7 @@ def test_partial_ssd_hit_followed_by_more_prompt(llama: Path, oracle: Oracle, tm
 def test_ssd_hit_after_the_process_has_ended(llama: Path, oracle: Oracle, tmp_path: Path) -> None:
     asks = [Ask(prompt(200, seed=seed)) for seed in (30, 31)]
     right = [reply.tokens for reply in oracle.ask(llama, *asks)]
-    child = children().Process(target=_serve_and_stop, args=(llama, tmp_path, asks))
-    child.start()
-    child.join(120)
-    assert child.exitcode == 0
+    in_child(_serve_and_stop, llama, tmp_path, asks)
     with engine(llama, kv_transfer_config=pool(tmp_path)) as second:
         replies = [second.ask_one(ask) for ask in asks]
     assert [reply.tokens for reply in replies] == right
