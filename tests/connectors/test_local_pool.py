@@ -427,6 +427,30 @@ def test_close_waits_for_calls_under_way(make: Callable[..., LocalPool], monkeyp
     assert not closer.is_alive()
 
 
+def test_a_call_that_does_not_end_does_not_hold_up_a_close(
+    make: Callable[..., LocalPool], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = make(copy_threads=1)
+    inside, go_on = threading.Event(), threading.Event()
+    copy = np.copyto
+
+    def stuck(*arguments: object) -> None:
+        inside.set()
+        assert go_on.wait(60)
+        copy(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(np, "copyto", stuck)
+    statuses: list[PutStatus] = []
+    writer = threading.Thread(target=lambda: statuses.extend(pool.put([b"key"], [b"data"])))
+    writer.start()
+    assert inside.wait(60)
+    pool.close(timeout=0)
+    assert "calls are under way" in caplog.text
+    go_on.set()
+    writer.join(60)
+    assert statuses == [PutStatus.STORED], "its memory stayed valid for as long as it needed it"
+
+
 def test_many_threads_at_once_never_see_wrong_bytes(make: Callable[..., LocalPool]) -> None:
     pool = make(pages=12, slots=30)
     objects = _objects(64)

@@ -302,12 +302,12 @@ def test_close_waits_for_transfers_and_refuses_new_ones(slab: SlabFile, monkeypa
     assert inside.wait(60)
     waiting, wait_for = threading.Event(), slab._guard.wait_for
 
-    def announce(condition: Callable[[], bool]) -> bool:
+    def announce(condition: Callable[[], bool], timeout: float) -> bool:
         waiting.set()
-        return wait_for(condition)
+        return wait_for(condition, timeout)
 
     monkeypatch.setattr(slab._guard, "wait_for", announce)
-    closer = threading.Thread(target=slab.close)
+    closer = threading.Thread(target=slab.close, args=(60,))
     closer.start()
     assert waiting.wait(60)
     with pytest.raises(StateError, match="not open"):
@@ -318,6 +318,30 @@ def test_close_waits_for_transfers_and_refuses_new_ones(slab: SlabFile, monkeypa
     closer.join(60)
     assert not reader.is_alive()
     assert not closer.is_alive()
+
+
+def test_a_disk_that_does_not_answer_does_not_hold_up_a_close(
+    slab: SlabFile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+    read = os.preadv
+
+    def stuck(*arguments: object) -> int:
+        inside.set()
+        assert go_on.wait(60)
+        return read(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "preadv", stuck)
+    reader = threading.Thread(target=slab.read_into, args=(0, bytearray(8)))
+    reader.start()
+    assert inside.wait(60)
+    slab.close(timeout=0)
+    assert "the disk does not answer" in caplog.text
+    go_on.set()
+    reader.join(60)
+    slab.close()
+    with pytest.raises(StateError, match="not open"):
+        slab.sync()
 
 
 def test_many_threads_at_once(slab: SlabFile) -> None:

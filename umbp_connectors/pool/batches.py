@@ -72,10 +72,10 @@ class BatchMover:
             self.gets.update(statuses)
         return statuses
 
-    def close(self) -> None:
-        """End the threads; no call may be under way."""
-        self._copies.shutdown()
-        self._loads.shutdown()
+    def close(self, idle: bool) -> None:
+        """End the threads; unless ``idle``, without waiting for the calls under way."""
+        self._copies.shutdown(wait=idle)
+        self._loads.shutdown(wait=idle)
 
     def _shared(self, views: Sequence[Bytes], work: Callable[[int, int], list[Status]]) -> list[Status]:
         """``work`` on ranges that together are the whole batch, one range per thread; their results in order."""

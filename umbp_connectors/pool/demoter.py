@@ -14,6 +14,9 @@ from umbp_connectors.pool.slab import ALIGNMENT, SlabFile
 from umbp_core.errors import TierUnavailable, TransferError
 from umbp_core.tiers import Tier
 
+_LAST_WRITE_S = 5.0
+"""How long a thread gets for the write that it is in."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -76,7 +79,10 @@ class Demoter:
             return self._changed.wait_for(lambda: not self._queue and not self._busy, timeout)
 
     def close(self, timeout: float) -> None:
-        """Write what is queued for at most ``timeout`` seconds, drop the rest, end the threads; idempotent."""
+        """Write what is queued for at most ``timeout`` seconds, drop the rest, end the threads; idempotent.
+
+        A thread whose disk does not answer is left behind.
+        """
         self.drain(timeout)
         with self._changed:
             self._closing = True
@@ -84,7 +90,7 @@ class Demoter:
             self._changed.notify_all()
         for thread in self._threads:
             if thread.ident is not None:
-                thread.join()
+                thread.join(_LAST_WRITE_S)
 
     def _work(self) -> None:
         """Thread: one object at a time until closed."""

@@ -201,14 +201,16 @@ class LocalPool:
     def close(self, timeout: float = CLOSE_TIMEOUT_S) -> None:
         """Wait for the calls under way, write what is still to be demoted, give everything back; idempotent.
 
-        Demotions get ``timeout`` seconds; what is not written then is not there after a restart.
+        Each of these gets ``timeout`` seconds; what is not written then is not there after a restart.
         """
         with self._state:
             parts, self._parts = self._parts, None
-            self._state.wait_for(lambda: self._calls == 0)
+            idle = self._state.wait_for(lambda: self._calls == 0, timeout)
         if parts is None:
             return
-        parts.mover.close()
+        if not idle:
+            logger.warning("the pool is closed while calls are under way that do not end")
+        parts.mover.close(idle)
         if parts.ssd is not None:
             parts.ssd.demoter.close(timeout)
             parts.ssd.catalogue.close(timeout)

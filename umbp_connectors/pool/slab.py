@@ -116,11 +116,17 @@ class SlabFile:
         finally:
             self._leave()
 
-    def close(self) -> None:
-        """Wait for the transfers under way, then close; idempotent.  Later transfers raise ``StateError``."""
+    def close(self, timeout: float = 10.0) -> None:
+        """Wait for the transfers under way, then close; idempotent.  Later transfers raise ``StateError``.
+
+        A disk that does not answer within ``timeout`` seconds costs a warning and keeps the file open: its
+        descriptor must not be reused under a transfer.
+        """
         with self._guard:
             self._closing = True
-            self._guard.wait_for(lambda: self._in_flight == 0)
+            if not self._guard.wait_for(lambda: self._in_flight == 0, timeout):
+                logger.warning("%s stays open: the disk does not answer", self.path)
+                return
             fd, self._fd = self._fd, -1
             self._bounces.clear()
         if fd >= 0:
