@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from umbp_connectors.pool.arena import Arena
 from umbp_core.errors import ConfigError, StateError, TransferError
 from umbp_vllm.copier_cpu import SERIAL_WORDS, CpuCopier
 from umbp_vllm.copy_plan import checked_batch
@@ -350,3 +351,22 @@ def test_a_copier_that_torch_refuses_reports_a_failed_transfer(monkeypatch: pyte
     monkeypatch.setattr(torch, "_foreach_copy_", refuse)
     with pytest.raises(TransferError, match="copying 1 pieces of KV failed: out of luck"):
         copier.gather(0, [1], [0], None)
+
+
+def test_the_pools_own_arena_is_what_a_copier_takes() -> None:
+    geometry = two_layers()
+    arena = Arena(geometry.page_bytes, pages=2, staging_pages=1, prefault=False)
+    arena.open()
+    copier = CpuCopier(geometry, arena)
+    copier.open()
+    geometry.storages[0].copy_(torch.arange(geometry.storages[0].numel()))
+    copier.gather(0, [1, 3], [0, 2], None)
+    geometry.storages[0].zero_()
+    copier.scatter(0, [0, 2], [2, 0], None)
+    expected = np.concatenate([np.arange(start, start + 64) for start in (192, 448)]).astype(np.uint8)
+    assert bytes(arena.page(2, 128)) == expected.tobytes()
+    written = geometry.storages[0].view(2, 4, 64).transpose(0, 1).reshape(4, 128).numpy()
+    np.testing.assert_array_equal(written[0], expected)
+    assert not written[1].any()
+    copier.close()
+    arena.close()

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from umbp_core.errors import ConfigError
@@ -64,6 +64,8 @@ def bytes_of(regions: tuple[Region, ...] | list[Region], block: int) -> list[tup
     ]
 
 
+@example([Region(0, 0, 1, 8, 512, 8), Region(0, 24, 2, 16, 512, 8)])
+@example([Region(0, 0, 2, 8, 512, 8), Region(0, 24, 1, 8, 512, 8), Region(0, 32, 1, 8, 512, 8)])
 @given(apart())
 def test_merging_changes_no_byte_and_no_order_and_adds_no_piece(regions: list[Region]) -> None:
     result = merged(regions)
