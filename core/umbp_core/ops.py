@@ -56,7 +56,7 @@ class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
     """One block of an op; the same numbers are valid on every rank.
 
     ``hbm_block`` is -1 in a demotion.  ``dram_page`` is an arena page; in a load from SSD it is the page
-    that the bytes pass through and, when ``keep`` is true, stay in.  ``ssd_slot`` is -1 when SSD is not
+    that the bytes pass through and stay in.  ``ssd_slot`` is -1 when SSD is not
     involved.  ``checksums`` holds one xxh3-128 per rank in world-rank order (16 bytes each); it is empty
     in a store, whose checksums come back in :class:`OpResult`.
     """

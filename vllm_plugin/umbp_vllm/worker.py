@@ -8,6 +8,7 @@ which there is nothing to compute and a load is on its way (see :meth:`Worker.po
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,6 +18,8 @@ from umbp_core.errors import UmbpError
 from umbp_core.ops import Direction, LeaderTransferRequest, OpResult, OpStatus
 from umbp_core.ports import DeviceCopier
 from umbp_vllm.metadata import RankHello, StepMetadata, WorkerReport
+
+logger = logging.getLogger("vllm.umbp.worker")
 
 IDLE_WAIT_S = 0.002
 """How long a step without any token waits for a load: it would otherwise only be repeated."""
@@ -102,7 +105,7 @@ class Worker:
         """
         outcome = LoadOutcome()
         if idle and self._loads and not self._results and not self._refused:
-            self.engine.wait(list(self._loads), IDLE_WAIT_S)
+            self.engine.wait(self._loads, IDLE_WAIT_S, first=True)
         self._results += self.engine.poll()
         for result in self._results:
             op = self._loads.pop(result.op_id, None)
@@ -131,7 +134,9 @@ class Worker:
 
     def close(self, timeout_s: float) -> None:
         """End everything within ``timeout_s``; idempotent."""
-        self.engine.close(timeout_s)
+        if not self.engine.close(timeout_s):
+            logger.warning("umbp: a copy or a disk hangs; its memory stays mapped until the process ends")
+            return
         for resource in self._resources:
             resource.close()
 
