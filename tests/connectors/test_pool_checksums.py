@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from xxhash import xxh3_128_digest
 
-from umbp_connectors.pool.checksums import object_checksum, verify_object
+from umbp_connectors.pool.checksums import copy_checksummed, object_checksum, verify_object
 from umbp_core.errors import VerificationError
 
 
@@ -29,6 +29,14 @@ def test_every_kind_of_buffer_gives_the_same() -> None:
 def test_memory_in_pieces_is_refused() -> None:
     with pytest.raises((ValueError, BufferError), match="contiguous"):
         object_checksum(b"key", np.zeros((8, 8), dtype=np.uint8)[:, ::2])
+
+
+@pytest.mark.parametrize("nbytes", [1, 4096, (512 << 10) - 1, 512 << 10, (512 << 10) + 1, 3 << 20])
+def test_copying_gives_the_checksum_of_what_arrived(nbytes: int) -> None:
+    source = np.random.default_rng(nbytes).integers(0, 256, nbytes, dtype=np.uint8)
+    target = np.zeros_like(source)
+    assert copy_checksummed(b"key", target, source) == object_checksum(b"key", source)
+    assert np.array_equal(target, source)
 
 
 @given(st.binary(min_size=1, max_size=200), st.data())

@@ -9,12 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 from typing import TypeVar
 
-import numpy as np
-
 from umbp_connectors.pool.arena import Arena
 from umbp_connectors.pool.books import Books, Wanted
 from umbp_connectors.pool.buffers import Bytes, round_up
-from umbp_connectors.pool.checksums import object_checksum
+from umbp_connectors.pool.checksums import copy_checksummed, object_checksum
 from umbp_connectors.pool.demoter import Demoter
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_connectors.pool.slab import ALIGNMENT, SlabFile
@@ -24,9 +22,9 @@ from umbp_core.tiers import Tier
 
 Status = TypeVar("Status")
 
-_CHUNK = 16
+_CHUNK = 32
 """Objects per visit to the books, at most: their lock is held for some tens of microseconds."""
-_CHUNK_BYTES = 4 << 20
+_CHUNK_BYTES = 8 << 20
 """Bytes per visit, at most: what is stored can be read, and written to SSD, while the rest of its batch is copied."""
 _SHARE_BYTES = 1 << 20
 """From about here a second thread pays off."""
@@ -42,7 +40,8 @@ class BatchMover:
     def __init__(self, books: Books, arena: Arena, prefix: bytes, copy_threads: int, io_threads: int) -> None:
         self._books = books
         self._pages = arena.array
-        self._chunk = max(1, min(_CHUNK, _CHUNK_BYTES // arena.page_bytes))
+        # What is being written cannot be evicted: all threads together must not need the whole arena for it.
+        self._chunk = max(1, min(_CHUNK, _CHUNK_BYTES // arena.page_bytes, arena.pages // (2 * copy_threads)))
         self._prefix = prefix
         self._slab: SlabFile | None = None
         self._demoter: Demoter | None = None
@@ -115,8 +114,7 @@ class BatchMover:
                     statuses.append(place)
                     continue
                 target = self._pages[place, : view.nbytes]
-                np.copyto(target, view)
-                written[key] = object_checksum(self._prefix + key, target)
+                written[key] = copy_checksummed(self._prefix + key, target, view)
                 statuses.append(PutStatus.STORED)
         finally:
             self._books.settle(owner, written.items(), Tier.DRAM)
@@ -153,9 +151,8 @@ class BatchMover:
             return GetStatus.SIZE_MISMATCH
         if copy.tier is Tier.SSD:
             return GetStatus.SSD
-        np.copyto(view, self._pages[copy.pages[0], : copy.nbytes])
-        # What was delivered is verified, not what lies in the page: a copy that goes wrong is found as well.
-        if object_checksum(self._prefix + key, view) == copy.checksum:
+        page = self._pages[copy.pages[0], : copy.nbytes]
+        if copy_checksummed(self._prefix + key, view, page) == copy.checksum:
             return GetStatus.DRAM
         self._books.drop(key, Tier.DRAM, copy)
         (second,) = self._books.pin(owner, [key])
@@ -174,12 +171,13 @@ class BatchMover:
         try:
             if page is None:
                 slab.read_into(copy.pages[0], view)
+                found = object_checksum(self._prefix + key, view)
             else:
                 whole = self._pages[page, : round_up(copy.nbytes, ALIGNMENT)]
                 slab.read_into(copy.pages[0], whole)
-                np.copyto(view, whole[: copy.nbytes])
-            if object_checksum(self._prefix + key, view) == copy.checksum:
-                checksum = copy.checksum
+                found = copy_checksummed(self._prefix + key, view, whole[: copy.nbytes])
+            if found == copy.checksum:
+                checksum = found
         except (TransferError, TierUnavailable):
             checksum = None
         finally:
