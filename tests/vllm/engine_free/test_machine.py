@@ -76,12 +76,12 @@ class UmbpMachine(RuleBasedStateMachine):
 
     @rule(
         stem=st.sampled_from(STEMS),
-        head=st.integers(0, 70),
+        head=st.sampled_from([64, 1, 4, 9, 20, 31, 32, 45, 70]),
         tail=st.lists(st.integers(0, 900), max_size=6),
-        max_tokens=st.integers(1, 18),
+        max_tokens=st.sampled_from([6, 1, 3, 18]),
         salt=st.sampled_from([None, None, "tenant"]),
         lora=st.sampled_from([None, None, "adapter"]),
-        twins=st.sampled_from([1, 1, 3]),
+        twins=st.sampled_from([2, 1, 3]),
     )
     def add(
         self,
@@ -97,7 +97,7 @@ class UmbpMachine(RuleBasedStateMachine):
         for _ in range(twins):
             self.names.append(self.running.add(prompt, max_tokens, salt=salt, lora=lora))
 
-    @rule(count=st.integers(1, 6), patient=st.booleans())
+    @rule(count=st.sampled_from([5, 1, 2, 12, 30]), patient=st.booleans())
     def step(self, count: int, patient: bool) -> None:
         for _ in range(count):
             if not self.running.step() and patient:
@@ -154,6 +154,8 @@ class UmbpMachine(RuleBasedStateMachine):
             self.running.drop_from(Tier.DRAM)
         asked = self.running.asked[self.names[max(0, len(self.names) - 1 - back)]]
         self.names.append(self.running.add(asked.prompt + [7], 3, salt=asked.salt, lora=asked.lora))
+        for _ in range(4):
+            self.running.step()
 
     @precondition(lambda self: self.engine is not None)
     @rule()
@@ -164,16 +166,17 @@ class UmbpMachine(RuleBasedStateMachine):
         self.running.check_no_leak()
         self.running.check_stored()
 
-    @precondition(lambda self: "ssd_dir" in self.extra)
+    @precondition(lambda self: "ssd_dir" in self.extra and len(self.names) > 6)
     @rule()
     def restart(self) -> None:
         """A clean stop, and a new engine on the same folder."""
         self._let_go()
         rotten = self.running.rotten
         self.running.close()
+        asked = [self.running.asked[name].prompt for name in self.names[:4]]
         self.engine = UmbpHarness(self.extra, **self.spec)
         self.engine.rotten = rotten
-        self.names = []
+        self.names = [self.engine.add(prompt) for prompt in asked]
 
     def _let_go(self) -> None:
         for copier in self.running.copiers:
@@ -191,7 +194,7 @@ class UmbpMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            if self.engine is not None:
+            if self.engine is not None and self.engine.healthy:
                 self._let_go()
                 self.engine.drain()
                 self.engine.check_stored()

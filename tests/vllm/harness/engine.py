@@ -91,7 +91,8 @@ class Harness:
         """Output tokens per request, as the engine delivered them."""
         self.finish_reasons: dict[str, str] = {}
         self.steps = 0
-        self.events: list[Any] = []
+        self.healthy = True
+        """False after a step that raised."""
 
     def _make_scheduler(self) -> Scheduler:
         kind = AsyncScheduler if self.spec.async_scheduling else Scheduler
@@ -203,7 +204,16 @@ class Harness:
     # Stepping ------------------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """One turn of the engine's loop; whether any token was computed."""
+        """One turn of the engine's loop; whether any token was computed.
+
+        After an exception the engine is of no use any more: a batch may be scheduled and not processed.
+        """
+        self.healthy = False
+        executed = self._step()
+        self.healthy = True
+        return executed
+
+    def _step(self) -> bool:
         self.steps += 1
         executed = False
         depth = self.config.max_concurrent_batches
@@ -329,8 +339,15 @@ class Harness:
                 self.yield_to_transfers()
 
     def _describe(self) -> str:
-        requests = {name: request.status.name for name, request in self.scheduler.requests.items()}
-        return f"requests {requests}, pending push work {self.leader.has_pending_push_work()}"
+        requests = {
+            name: f"{request.status.name} {request.num_computed_tokens}/{request.num_tokens}"
+            for name, request in self.scheduler.requests.items()
+        }
+        free = self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+        return (
+            f"requests {requests}, {free} free blocks, {len(self._queue)} batches in flight, pending push work"
+            f" {self.leader.has_pending_push_work()}, pending block frees {self.leader.has_pending_block_frees()}"
+        )
 
     # The end -------------------------------------------------------------------------------------------
 
