@@ -71,14 +71,22 @@ def test_base_install_pulls_neither_an_engine_nor_torch(metadata: Message) -> No
         "msgspec",
         "numpy",
         "pluggy",
-        "prometheus-client",
-        "psutil",
         "pydantic",
         "rich",
         "tomli",
         "typer",
         "xxhash",
     }
+
+
+def test_base_dependencies_are_those_that_the_code_imports(metadata: Message, wheel: zipfile.ZipFile) -> None:
+    base = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    sources = [wheel.read(name).decode() for name in wheel.namelist() if name.endswith(".py")]
+    names = {re.split(r"[^\w.-]", line)[0].replace("-", "_") for line in base}
+    unused = {
+        name for name in names if not any(re.search(rf"^\s*(import|from) {name}\b", s, re.MULTILINE) for s in sources)
+    }
+    assert unused == set()
 
 
 def test_dependencies_have_floors_and_no_upper_pins(metadata: Message) -> None:
