@@ -41,7 +41,7 @@ class BatchMover:
         self._books = books
         self._pages = arena.array
         # What is being written cannot be evicted: all threads together must not need the whole arena for it.
-        self._chunk = max(1, min(_CHUNK, _CHUNK_BYTES // arena.page_bytes, arena.pages // (2 * copy_threads)))
+        self._chunk = max(1, min(_CHUNK, _CHUNK_BYTES // arena.page_bytes, arena.pages // (2 * max(1, copy_threads))))
         self._prefix = prefix
         self._slab: SlabFile | None = None
         self._demoter: Demoter | None = None
