@@ -149,9 +149,9 @@ class Engine:
         self.llm.llm_engine.abort_request([request_id])
 
     def blocks_of(self, request_id: str) -> list[int]:
-        """The KV blocks of a request of a model with one KV group; empty until it is scheduled."""
-        for request in self.core.scheduler.requests.values():
-            if request.request_id.startswith(f"{request_id}-") and request.num_computed_tokens:
+        """The KV blocks of a request of a model with one KV group; empty until it runs (its load has ended)."""
+        for request in self.core.scheduler.running:
+            if request.request_id.startswith(f"{request_id}-"):
                 return list(self.core.scheduler.kv_cache_manager.get_block_ids(request.request_id)[0])
         return []
 

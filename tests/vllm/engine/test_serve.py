@@ -1,0 +1,83 @@
+"""The real ``vllm serve`` over HTTP: flags, hits, metrics, and the demo's own checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from examples.serving import Answer, VllmServer, cpu_environment
+from tests.vllm.engine.local import BLOCK, Ask
+from tests.vllm.engine.oracle import Oracle
+from tests.vllm.models import prompt
+
+EXTRA = "--kv-transfer-config.kv_connector_extra_config"
+
+COMMON = ["--enforce-eager", "--dtype", "float32", "--block-size", str(BLOCK), "--max-model-len", "1024"]
+COMMON += ["--max-num-seqs", "8", "--enable-prompt-tokens-details"]
+
+MakeServer = Callable[..., VllmServer]
+
+
+@pytest.fixture
+def make_server(llama: Path, tmp_path: Path) -> MakeServer:
+    """Makes a server of the tiny Llama with these flags and environment; the test starts it."""
+
+    def make(*arguments: str, **environment: str) -> VllmServer:
+        everything = {
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "UMBP_DRAM_PREFAULT": "false",
+            **cpu_environment(),
+            **environment,
+        }
+        return VllmServer(llama, tmp_path / "server.log", [*arguments, *COMMON], everything)
+
+    return make
+
+
+@pytest.mark.slow
+def test_kv_connector_flag_end_to_end(make_server: MakeServer, oracle: Oracle, llama: Path, tmp_path: Path) -> None:
+    """Cold, engine hit, DRAM hit; a restart after SIGKILL; SSD hit; the numbers in ``/metrics`` say the same."""
+    texts = [prompt(300, seed=seed) for seed in range(3)]
+    right = [reply.tokens for reply in oracle.ask(llama, *[Ask(text) for text in texts])]
+    server = make_server(
+        "--kv-connector", "umbp", f"{EXTRA}.ssd_dir", str(tmp_path / "ssd"), f"{EXTRA}.dram_capacity", "64MiB"
+    )
+
+    def ask() -> list[Answer]:
+        return [server.complete(text, max_tokens=12) for text in texts]
+
+    with server:
+        cold = ask()
+        server.reset_prefix_cache()
+        from_dram = ask()
+        assert server.metric("vllm:prompt_tokens_cached_by_source", source="host") == 3 * 288
+        assert server.metric("vllm:external_prefix_cache_hits") == 3 * 288
+        assert server.metric("vllm:umbp_hit_tokens", tier="dram") == 3 * 288
+        server.wait_for_metric("vllm:umbp_stored_blocks", 27, tier="ssd")
+        assert server.metric("vllm:umbp_bytes", direction="store") >= 27 * BLOCK * 2048
+        assert server.metric("vllm:umbp_failed_blocks") == 0
+        server.complete(prompt(40, seed=9), max_tokens=200)  # a second or two, in which the catalogue is written
+        server.kill()
+    with server:
+        from_ssd = ask()
+        assert server.metric("vllm:prompt_tokens_cached_by_source", source="disk") == 3 * 288
+    for answers in (cold, from_dram, from_ssd):
+        assert [answer.tokens for answer in answers] == right
+    assert [answer.cached_tokens for answer in from_dram] == [288] * 3
+    assert [answer.cached_tokens for answer in from_ssd] == [288] * 3
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_kv_offloading_backend_flag(make_server: MakeServer, oracle: Oracle, llama: Path) -> None:
+    text = prompt(200, seed=20)
+    (right,) = oracle.ask(llama, Ask(text))
+    with make_server("--kv-offloading-backend", "umbp", "--kv-offloading-size", "0.0625") as server:
+        cold = server.complete(text, max_tokens=12)
+        server.reset_prefix_cache()
+        hit = server.complete(text, max_tokens=12)
+    assert cold.tokens == hit.tokens == right.tokens
+    assert (cold.cached_tokens, hit.cached_tokens) == (0, 192)
