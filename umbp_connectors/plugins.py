@@ -94,13 +94,14 @@ class PluginHost:
         implements a hook that does not exist, asks for an argument that its hook does not have, or
         wraps hooks, which this project does not allow: a wrapper decides over other plug-ins' failures.
         """
-        self._manager.register(plugin, name)
         try:
+            self._manager.register(plugin, name)
             self._manager.check_pending()
             if any(impl.wrapper or impl.hookwrapper for impl in self._implementations_of(plugin)):
                 raise pluggy.PluginValidationError(plugin, f"plug-in {name!r}: hook wrappers are not allowed here")
         except pluggy.PluginValidationError:
-            self._manager.unregister(plugin)
+            if self._manager.is_registered(plugin):  # whether it is depends on what was wrong, and on pluggy's version
+                self._manager.unregister(plugin)
             raise
 
     def make_dram_tier(self, spec: hookspecs.DramTierSpec) -> DramTier:
