@@ -21,5 +21,13 @@ Map of the package:
 ``progress``    how far the forward pass is, and which ops wait for what of it
 ``deadlines``   keys with a deadline
 ``scheduler``   rendezvous, requirements, concurrency tokens, completion of transfers
+``placements``  where things lie, as bit masks over (node, tier) cells
+``index``       the external KV index: which hash lies on which tiers of which nodes
+``index_match`` who holds a query, and how long a prefix each node can use
+``index_feed``  the index's changes in order, for readers that follow it
+``index_gate``  sequence numbers and incarnations of what nodes tell
+``hits``        counters of the hashes that were asked for
+``block_index`` which node holds which key on which tier, and how large it is
+``journal``     what a node has to tell: coalesced, numbered, bounded
 ``testing``     fakes, plain models and hypothesis machines that third parties may reuse
 """

@@ -1,0 +1,184 @@
+"""What a node tells about itself, in order: sequence numbers, incarnations, full syncs (law L11).
+
+A node numbers its messages 1, 2, 3 … within one *incarnation*, a number that is larger in every later life of the node.
+The receiver applies each message once and in order.  A replay is acknowledged and changes nothing, a gap is answered
+by asking for a full sync, a message of an earlier incarnation is refused, and the first one of a later incarnation
+voids all that the earlier said.
+
+No I/O, no threads, no clock.  One thread at a time.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from umbp_core.index import ExternalKvIndex
+
+
+class Verdict(enum.Enum):
+    """What to do with a message."""
+
+    APPLY = "apply"
+    REPLAY = "replay"
+    """It was applied before: acknowledge it."""
+    GAP = "gap"
+    """Something before it is missing, or was forgotten here: ask for a full sync."""
+    STALE = "stale"
+    """It was sent by an earlier life of the node: refuse it."""
+
+
+class SequenceGate:
+    """The order of one sender's messages.
+
+    ``acked`` is the number of the last message that was applied, and ``synced`` whether what was applied is still
+    known: an expired sender has to start with a full sync.  Where the wire has no incarnations, use 0 throughout.
+    """
+
+    __slots__ = ("acked", "incarnation", "synced")
+
+    def __init__(self, incarnation: int = 0) -> None:
+        self.incarnation = incarnation
+        self.acked = 0
+        self.synced = True
+
+    def supersedes(self, incarnation: int) -> bool:
+        """Whether a message of ``incarnation`` comes from a later life; if so, it is the one that counts from now on.
+
+        The caller then voids what the earlier one said.
+        """
+        if incarnation <= self.incarnation:
+            return False
+        self.incarnation = incarnation
+        self.acked = 0
+        self.synced = True
+        return True
+
+    def judge(self, incarnation: int, seq: int, full_sync: bool = False) -> Verdict:
+        """What to do with message ``seq``; ``APPLY`` counts as applied.
+
+        A full sync is applied whatever is missing before it.
+        """
+        if incarnation != self.incarnation:
+            return Verdict.STALE
+        if self.synced and seq <= self.acked:
+            return Verdict.REPLAY
+        if full_sync or (self.synced and seq == self.acked + 1):
+            self.resume(seq)
+            return Verdict.APPLY
+        return Verdict.GAP
+
+    def resume(self, seq: int) -> None:
+        """Everything up to ``seq`` is known, by a full sync that has no number of its own."""
+        self.acked = seq
+        self.synced = True
+
+    def forget(self) -> None:
+        """What was applied is not known any more: nothing but a full sync is accepted next."""
+        self.synced = False
+
+
+class ActionKind(enum.IntEnum):
+    """What an action of a batch does."""
+
+    REPORT = 1
+    REVOKE = 2
+    CLEAR = 3
+    """Drop all hashes of the tier; the action names none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One action of a batch, on one tier."""
+
+    kind: ActionKind
+    tier: int
+    hashes: Sequence[bytes] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One message of a node.  A full sync says everything: what it does not report is gone.
+
+    A full sync that is too large for one message begins one, and goes on with ordinary batches.
+    """
+
+    incarnation: int
+    seq: int
+    actions: Sequence[Action]
+    full_sync: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledgement:
+    """The answer to a batch."""
+
+    verdict: Verdict
+    incarnation: int
+    """The one that counts.  Where it is larger than the sender's and the sender is alive, it goes on with a larger one
+    and a full sync."""
+    acked: int
+    request_full_sync: bool
+
+
+class BatchApplier:
+    """Batches of all nodes to the external KV index."""
+
+    def __init__(self, index: ExternalKvIndex) -> None:
+        self._index = index
+        self._gates: dict[str, SequenceGate] = {}
+
+    def apply(self, node: str, batch: Batch, now: float = 0.0) -> Acknowledgement:
+        """Apply ``batch`` of ``node``, wholly or not at all."""
+        gate = self._gates.get(node)
+        if gate is None:
+            gate = self._gates[node] = SequenceGate(batch.incarnation)
+        elif gate.supersedes(batch.incarnation):
+            self._index.clear_node(node, now, f"incarnation {batch.incarnation} began")
+        verdict = gate.judge(batch.incarnation, batch.seq, batch.full_sync)
+        if verdict is Verdict.APPLY:
+            if batch.full_sync:
+                self._index.clear_node(node, now, "full sync")
+            for action in batch.actions:
+                self._act(node, action, now)
+        return Acknowledgement(verdict, gate.incarnation, gate.acked, verdict is Verdict.GAP)
+
+    def probe(self, node: str, incarnation: int, acked: int) -> Acknowledgement:
+        """The answer to a keepalive of ``node``, which believes that everything up to ``acked`` is known here.
+
+        Never applies anything.  Without keepalives, a node that has nothing to tell never learns that it was forgotten.
+        """
+        gate = self._gates.get(node)
+        if gate is None or incarnation > gate.incarnation:
+            return Acknowledgement(Verdict.GAP, incarnation, 0, request_full_sync=True)
+        if incarnation < gate.incarnation:
+            return Acknowledgement(Verdict.STALE, gate.incarnation, gate.acked, request_full_sync=False)
+        known = gate.synced and gate.acked >= acked
+        return Acknowledgement(
+            Verdict.REPLAY if known else Verdict.GAP, incarnation, gate.acked, request_full_sync=not known
+        )
+
+    def expire(self, node: str, now: float = 0.0, reason: str = "expired") -> int:
+        """Drop what ``node`` said, and accept nothing but a full sync next; returns how many entries are gone."""
+        gate = self._gates.get(node)
+        if gate is not None:
+            gate.forget()
+        return self._index.clear_node(node, now, reason)
+
+    def forget(self, node: str, now: float = 0.0, reason: str = "unregistered") -> int:
+        """Drop what ``node`` said, and its incarnation too; returns how many entries are gone."""
+        self._gates.pop(node, None)
+        return self._index.clear_node(node, now, reason)
+
+    def gate(self, node: str) -> SequenceGate | None:
+        """What is known of the order of ``node``'s batches; ``None`` when it sent none.  To be read only."""
+        return self._gates.get(node)
+
+    def _act(self, node: str, action: Action, now: float) -> None:
+        if action.kind is ActionKind.REPORT:
+            self._index.report(node, action.hashes, action.tier, now)
+        elif action.kind is ActionKind.REVOKE:
+            self._index.revoke(node, action.hashes, action.tier, now)
+        else:
+            self._index.clear_tier(node, action.tier, now)
