@@ -14,11 +14,11 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from umbp_core.ops import Direction
-from umbp_core.tiers import Tier
 
 from tests.vllm.harness import GroupSpec
 from tests.vllm.harness.umbp import UmbpHarness
+from umbp_core.ops import Direction
+from umbp_core.tiers import Tier
 
 HYBRID = (GroupSpec("full"), GroupSpec("window", window=10))
 SHAPES: list[dict[str, Any]] = [

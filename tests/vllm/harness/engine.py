@@ -62,7 +62,7 @@ class Harness:
     ``close`` checks that nothing is left behind.
     """
 
-    def __init__(self, spec: EngineSpec, idle_seconds: float = 0.001) -> None:
+    def __init__(self, spec: EngineSpec, idle_seconds: float = 0.001, shake_hands: bool = True) -> None:
         self.spec = spec
         self.config = make_vllm_config(spec)
         self.geometry = make_geometry(spec, self.config)
@@ -75,7 +75,8 @@ class Harness:
         assert self.scheduler.connector is not None
         self.leader = self.scheduler.connector
         self.ledger = Ledger(self.scheduler, len(self.geometry.scheduler.kv_cache_groups))
-        self._shake_hands()
+        if shake_hands:
+            self._shake_hands()
         self._aggregator = KVOutputAggregator.from_connector(self.leader, spec.world_size)
         self._runner = ModelRunner(spec.v2_runner, spec.draft_tokens)
         self._hasher = self._make_hasher()

@@ -78,6 +78,8 @@ class EngineSpec:
     max_num_batched_tokens: int = 256
     tp: int = 1
     pp: int = 1
+    data_parallel: tuple[int, int] = (0, 1)
+    """Rank and size; the engines of a data-parallel group are independent of each other here."""
     layout: str = "LBHNC"
     prefix_caching: bool = True
     hash_algo: str = "sha256"
@@ -188,6 +190,7 @@ def make_vllm_config(spec: EngineSpec) -> VllmConfig:
     # The CPU platform switches these off or to its own choice; the scheduler under test does not care.
     config.scheduler_config.async_scheduling = spec.async_scheduling
     config.cache_config.kv_cache_layout = spec.layout
+    config.parallel_config.data_parallel_rank, config.parallel_config.data_parallel_size = spec.data_parallel
     return config
 
 

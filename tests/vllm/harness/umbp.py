@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from vllm.sampling_params import SamplingParams
+from vllm.v1.request import Request
+
 import umbp_vllm
+from tests.vllm.harness.engine import Harness
+from tests.vllm.harness.errors import ConnectorFault, LeakDetected
+from tests.vllm.harness.model import Prefix, start_state
+from tests.vllm.harness.rank import make_layers
+from tests.vllm.harness.spec import EngineSpec
 from umbp_core.errors import TransferError
 from umbp_core.ids import block_key
 from umbp_core.ops import Direction
@@ -18,14 +26,6 @@ from umbp_core.ports import DeviceCopier
 from umbp_core.tiers import Tier
 from umbp_vllm.pool import LeaderPool
 from umbp_vllm.worker import Worker
-from vllm.sampling_params import SamplingParams
-from vllm.v1.request import Request
-
-from tests.vllm.harness.engine import Harness
-from tests.vllm.harness.errors import ConnectorFault, LeakDetected
-from tests.vllm.harness.model import Prefix, start_state
-from tests.vllm.harness.rank import make_layers
-from tests.vllm.harness.spec import EngineSpec
 
 GATE_SECONDS = 20.0
 EXTRA = {"dram_capacity": "2MiB", "dram_prefault": False, "log_level": "error"}
@@ -40,6 +40,8 @@ class GatedCopier:
         self._open = {Direction.LOAD: threading.Event(), Direction.STORE: threading.Event()}
         self.fails: set[Direction] = set()
         self.calls: Counter[Direction] = Counter()
+        self.order: list[Direction] = []
+        """The copies, in the order in which they arrived."""
         self.entered = {Direction.LOAD: threading.Event(), Direction.STORE: threading.Event()}
         """Set when a copy of this direction has arrived at the gate."""
         for event in self._open.values():
@@ -61,6 +63,7 @@ class GatedCopier:
 
     def _pass(self, direction: Direction) -> None:
         self.calls[direction] += 1
+        self.order.append(direction)
         self.entered[direction].set()
         if not self._open[direction].wait(GATE_SECONDS):
             raise TransferError(f"the test never let {direction.name} go on")
@@ -86,9 +89,10 @@ class UmbpHarness(Harness):
     published object holds the bytes that the model computes for its key, and nothing is left when idle.
     """
 
-    def __init__(self, extra: dict[str, Any] | None = None, **spec: Any) -> None:
+    def __init__(self, extra: dict[str, Any] | None = None, *, shake_hands: bool = True, **spec: Any) -> None:
         umbp_vllm.register()
-        super().__init__(EngineSpec("umbp", extra={**EXTRA, **(extra or {})}, **spec), idle_seconds=0.0005)
+        whole = EngineSpec("umbp", extra={**EXTRA, **(extra or {})}, **spec)
+        super().__init__(whole, idle_seconds=0.0005, shake_hands=shake_hands)
         self.expects_internal_failures = False
         self.rotten: set[bytes] = set()
         """Keys that :meth:`corrupt` was used on; their bytes are not compared any more."""
@@ -252,7 +256,8 @@ class UmbpHarness(Harness):
         def get_new_blocks(count: int) -> list[Any]:
             blocks = original(count)
             given = {block.block_id for block in blocks}
-            for flight in self.pool.ledger._in_flight.values():
+            pool = self.leader.leader.pool  # type: ignore[attr-defined]
+            for flight in () if pool is None else pool.ledger._in_flight.values():
                 named = {copy.hbm_block for copy in flight.op.blocks if copy.hbm_block >= 0}
                 if given & named:
                     raise ConnectorFault(f"blocks {sorted(given & named)} got a new owner during {flight.op}")
