@@ -1,0 +1,97 @@
+"""What the connector costs where it cannot help: requests per second with it and no hit, over without it.
+
+Two ``vllm serve`` of the same random model, one with ``--kv-connector umbp`` and both tiers and one without, get the
+same load in turns: prompts that never repeat, so that every block is stored and none is ever loaded.
+
+Target: at least 0.98 of the requests per second without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs from any folder
+
+from benchmarks._report import OUT, ratio, rounds, write
+from examples.random_model import medium_llama, prompt
+from examples.serving import VllmServer, cpu_environment, cpu_only
+
+EXTRA = "--kv-transfer-config.kv_connector_extra_config"
+
+TARGET = 0.98
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run and write the results; the exit status is 1 when the target was missed."""
+    options = _parse(arguments)
+    with tempfile.TemporaryDirectory(prefix="umbp-throughput-") as name, ExitStack() as stack:
+        folder = Path(name)
+        model = medium_llama(folder / "model")
+        tiers = [f"{EXTRA}.ssd_dir", str(folder / "ssd"), f"{EXTRA}.dram_capacity", "2GiB"]
+        on = stack.enter_context(_server(model, folder / "on.log", ["--kv-connector", "umbp", *tiers], options))
+        off = stack.enter_context(_server(model, folder / "off.log", [], options))
+        seeds = itertools.count()
+        figures = rounds(
+            {"connector off": _load(off, seeds, options), "connector on": _load(on, seeds, options)}, options.rounds
+        )
+        hits = on.metric("vllm:external_prefix_cache_hits")
+        stored = on.metric("vllm:umbp_stored_blocks", tier="dram")
+    share = ratio(figures["connector on"], figures["connector off"])
+    rows = [
+        {"way": name, "requests/s, median": statistics.median(rates), "best": max(rates), "ratio": value}
+        for (name, rates), value in zip(figures.items(), (1.0, share), strict=True)
+    ]
+    notes = [
+        f"per round {options.requests} requests, {options.parallel} at a time; {options.rounds} rounds in turns",
+        f"{options.tokens} prompt and {options.max_tokens} output tokens per request, random Llama of 190 M parameters",
+        f"blocks stored {stored:.0f}, tokens hit {hits:.0f}",
+        f"target: at least {TARGET}",
+    ]
+    print(write("vllm_throughput", "Throughput without hits, vLLM", {"Requests per second": rows}, notes, options.out))
+    return 0 if share >= TARGET and not hits and stored else 1
+
+
+def _load(server: VllmServer, seeds: Iterator[int], options: argparse.Namespace) -> Callable[[], float]:
+    def run() -> float:
+        texts = [prompt(options.tokens, seed=next(seeds)) for _ in range(options.requests)]
+        with ThreadPoolExecutor(options.parallel) as pool:
+            begin = time.perf_counter()
+            list(pool.map(lambda text: server.complete(text, options.max_tokens), texts))
+            return len(texts) / (time.perf_counter() - begin)
+
+    return run
+
+
+def _server(model: Path, log: Path, flags: Sequence[str], options: argparse.Namespace) -> VllmServer:
+    arguments = [*flags, "--max-model-len", str(options.tokens + options.max_tokens), "--enforce-eager"]
+    arguments += ["--max-num-seqs", str(options.parallel)]
+    environment = {"HF_HUB_OFFLINE": "1"}
+    if cpu_only():
+        environment |= cpu_environment()
+    else:
+        arguments += ["--gpu-memory-utilization", "0.3"]
+    return VllmServer(model, log, arguments, environment)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=512, help="prompt tokens (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=16, help="output tokens (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=16, help="requests per round (default: %(default)s)")
+    parser.add_argument("--parallel", type=int, default=4, help="requests at a time (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of both ways (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for the results (default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Time to first token of DRAM and SSD hits, over the engine's own prefix hit in the same run.
+
+Serves a random model of 190 M parameters with ``vllm serve --kv-connector umbp``.  Every prompt is asked twice in a
+row: once after vLLM's cache was emptied, so that it comes from DRAM, and at once again, so that it comes from vLLM
+itself; a noisy neighbour hits both.  After a restart each prompt is asked twice again, and the first comes from SSD.
+
+A prompt is one token longer than a multiple of the block: both kinds of hit then bring the same number of tokens and
+leave one to compute.
+
+Targets: a DRAM hit takes at most 1.1, an SSD hit at most 2.0 of the engine's own hit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs from any folder
+
+from benchmarks._report import OUT, Row, ratio, write
+from examples.random_model import medium_llama, prompt
+from examples.serving import VllmServer, cpu_environment, cpu_only
+
+EXTRA = "--kv-transfer-config.kv_connector_extra_config"
+
+TARGETS = {"DRAM hit": 1.1, "SSD hit after a restart": 2.0}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run and write the results; the exit status is 1 when a target was missed."""
+    options = _parse(arguments)
+    prompts = [prompt(options.tokens + 1, seed=seed) for seed in range(options.prompts)]
+    with tempfile.TemporaryDirectory(prefix="umbp-ttft-") as folder:
+        server = _server(Path(folder), options)
+        with server:
+            figures = _from_dram(server, prompts)
+        with server:
+            figures |= _from_ssd(server, prompts)
+    rows = _rows(figures)
+    notes = [
+        f"{options.tokens + 1} prompt tokens, random Llama of 190 M parameters, {options.prompts} prompts, medians",
+        "ratios are medians over the prompts of a hit's time over the time of the engine's own hit of the same prompt",
+        f"targets: {', '.join(f'{name} at most {most}' for name, most in TARGETS.items())}",
+    ]
+    print(write("vllm_ttft", "Time to first token, vLLM", {"TTFT": rows}, notes, options.out))
+    return 0 if all(row["ratio"] <= TARGETS[name] for row in rows if (name := str(row["way"])) in TARGETS) else 1
+
+
+def _from_dram(server: VllmServer, prompts: Sequence[list[int]]) -> dict[str, list[float]]:
+    """Cold, then in turns: engine hit and DRAM hit of every prompt."""
+    server.complete(prompt(256, seed=-1), max_tokens=2)
+    figures: dict[str, list[float]] = {"cold": [], "engine hit": [], "DRAM hit": []}
+    for tokens in prompts:
+        figures["cold"].append(_ttft(server, tokens, reused=False))
+    for turn in range(2):
+        for tokens in prompts:
+            server.reset_prefix_cache()
+            from_dram = _ttft(server, tokens, reused=True)
+            from_engine = _ttft(server, tokens, reused=True)
+            if turn:  # the first turn of each way is a warm-up
+                figures["DRAM hit"].append(from_dram)
+                figures["engine hit"].append(from_engine)
+    server.reset_prefix_cache()
+    return figures
+
+
+def _from_ssd(server: VllmServer, prompts: Sequence[list[int]]) -> dict[str, list[float]]:
+    """After a restart: each prompt once from SSD, and at once again from the engine."""
+    server.complete(prompt(256, seed=-2), max_tokens=2)
+    server.complete(prompt(256, seed=-2), max_tokens=2)
+    figures: dict[str, list[float]] = {"SSD hit after a restart": [], "engine hit after a restart": []}
+    for tokens in prompts:
+        figures["SSD hit after a restart"].append(_ttft(server, tokens, reused=True))
+        figures["engine hit after a restart"].append(_ttft(server, tokens, reused=True))
+    return figures
+
+
+def _ttft(server: VllmServer, tokens: Sequence[int], *, reused: bool) -> float:
+    answer = server.complete(tokens, max_tokens=2)
+    expected = len(tokens) - 1 if reused else 0
+    if answer.cached_tokens != expected:
+        raise RuntimeError(f"{answer.cached_tokens} tokens were reused instead of {expected}; see {server.log}")
+    return answer.seconds_to_first_token
+
+
+def _rows(figures: dict[str, list[float]]) -> list[Row]:
+    against = {"SSD hit after a restart": "engine hit after a restart"}
+    rows: list[Row] = []
+    for name, seconds in figures.items():
+        if name == "engine hit after a restart":
+            continue
+        base = figures[against.get(name, "engine hit")]
+        rows.append(
+            {
+                "way": name,
+                "median ms": 1000 * statistics.median(seconds),
+                "least ms": 1000 * min(seconds),
+                "ratio": ratio(seconds, base),
+            }
+        )
+    return rows
+
+
+def _server(folder: Path, options: argparse.Namespace) -> VllmServer:
+    arguments = ["--kv-connector", "umbp", f"{EXTRA}.ssd_dir", str(folder / "ssd"), f"{EXTRA}.dram_capacity", "3GiB"]
+    arguments += ["--max-model-len", str(options.tokens + 128), "--max-num-seqs", "8"]
+    arguments += ["--enforce-eager", "--enable-prompt-tokens-details"]
+    environment = {"VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1"}
+    if cpu_only():
+        environment |= cpu_environment()
+    return VllmServer(medium_llama(folder / "model"), folder / "server.log", arguments, environment)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens per prompt, a multiple of the block size")
+    parser.add_argument("--prompts", type=int, default=7, help="prompts per way (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for the results (default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
