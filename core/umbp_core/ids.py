@@ -78,9 +78,7 @@ class Identity:
     @property
     def digest(self) -> bytes:
         """32 bytes that stand for the whole identity."""
-        return digest_of(
-            {"namespace": self.namespace, "layout": self.layout.hex(), "rank": self.rank.describe()}
-        )
+        return digest_of({"namespace": self.namespace, "layout": self.layout.hex(), "rank": self.rank.describe()})
 
     def object_key(self, key: bytes) -> ObjectKey:
         """The object key of block key ``key`` under this identity."""

@@ -24,6 +24,16 @@ class Direction(enum.IntEnum):
     DEMOTE = 2
     """From DRAM to SSD; touches no HBM."""
 
+    __hash__ = int.__hash__  # Enum's own is a Python function, and members are keys on hot paths
+
+    @property
+    def label(self) -> str:
+        """The name in metrics and messages."""
+        return _LABELS[self]
+
+
+_LABELS = {direction: direction.name.lower() for direction in Direction}
+
 
 class OpStatus(enum.Enum):
     """How an op ended; every op ends in exactly one of them (law L4)."""

@@ -61,6 +61,8 @@ class Life(enum.IntEnum):
     FINISHING = 8
     FINISHED = 9
 
+    __hash__ = int.__hash__  # Enum's own is a Python function, and members are keys on hot paths
+
 
 class LifeEvent(enum.IntEnum):
     """What the engine, or the last load, did."""
@@ -86,6 +88,8 @@ class LifeEvent(enum.IntEnum):
     FINISH = 9
     """The engine is done with the request: completed, stopped or aborted."""
 
+    __hash__ = int.__hash__  # Enum's own is a Python function, and members are keys on hot paths
+
 
 class Transaction(enum.IntEnum):
     """What is in flight for the request."""
@@ -97,6 +101,8 @@ class Transaction(enum.IntEnum):
     """Loads began while stores from before a preemption still drain."""
     FAILED = 4
     """A load failed; the ops that are still in flight drain, nothing new begins."""
+
+    __hash__ = int.__hash__  # Enum's own is a Python function, and members are keys on hot paths
 
 
 class TransactionEvent(enum.IntEnum):
@@ -112,6 +118,8 @@ class TransactionEvent(enum.IntEnum):
     """The last store in flight ended."""
     RELEASED = 5
     """No op is left."""
+
+    __hash__ = int.__hash__  # Enum's own is a Python function, and members are keys on hot paths
 
 
 LifeTable = Mapping[Life, Mapping[LifeEvent, Life]]

@@ -17,6 +17,8 @@ class Tier(enum.IntEnum):
     DRAM = 2
     SSD = 3
 
+    __hash__ = int.__hash__  # Enum's own is a Python function, and members are keys on hot paths
+
     @property
     def preference(self) -> int:
         """Sort key, fastest tier first and ``UNKNOWN`` last."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from umbp_connectors.leader.demotions import FAILURES_BEFORE_FENCE, FIRST_FENCE_S, DemotionQueue
+from umbp_connectors.leader.op_ids import OpIds
 from umbp_core.directory import Directory, TierSpace
 from umbp_core.eviction import LruPolicy
 from umbp_core.ops import LeaderTransferRequest
@@ -30,7 +31,13 @@ class Node:
             ]
         )
         self.queue = DemotionQueue(
-            self.directory, self.clock, limit=limit, timeout_s=1.0, batch=batch, in_flight=in_flight
+            self.directory,
+            self.clock,
+            limit=limit,
+            timeout_s=1.0,
+            batch=batch,
+            in_flight=in_flight,
+            new_op_id=OpIds(),
         )
 
     def store(self, *keys: bytes) -> None:

@@ -7,7 +7,6 @@ ten minutes), so that a dying disk costs nothing but hits.
 
 from __future__ import annotations
 
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable
 
@@ -37,7 +36,7 @@ class DemotionQueue:
         timeout_s: float,
         batch: int = 16,
         in_flight: int = 64,
-        new_op_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+        new_op_id: Callable[[], str],
     ) -> None:
         self._directory = directory
         self._clock = clock

@@ -7,20 +7,22 @@ them have, then gives one :class:`Verdict`.  Ranks are a set: a rank that report
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
 
 from umbp_core.errors import StateError
 from umbp_core.ops import CHECKSUM_BYTES, Direction, LeaderTransferRequest, OpResult, OpStatus
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(msgspec.Struct, frozen=True, gc=False):
     """How an op ended on all ranks together.
 
     ``status`` is ``DONE`` only if every rank said so; otherwise the first other status by rank.
     ``failed`` holds the indexes into ``op.blocks`` that are bad on at least one rank.  ``reasons`` are the
-    distinct labels that ranks gave.  ``seconds`` is the slowest rank's, ``moved_bytes`` the sum.
+    distinct labels that ranks gave.  ``stored`` are the checksums as the ranks gave them, in world-rank order,
+    those of a rank's writer where it shares a copy.  ``seconds`` is the slowest rank's, ``moved_bytes`` the sum.
     ``quarantined`` means that a rank's executor is still at work on the op's memory: neither its pages nor
     its HBM blocks may be used for anything else until :meth:`OpLedger.release` says so.
     """
@@ -32,13 +34,12 @@ class Verdict:
     moved_bytes: int
     seconds: float
     quarantined: bool
-    _checksums: Mapping[int, bytes] = field(repr=False)
-    _writers: tuple[int, ...] = field(repr=False)
+    stored: tuple[bytes, ...]
 
     def checksums(self, index: int) -> bytes:
         """The stored checksums of block ``index`` of a store, one per rank in world-rank order."""
         start = index * CHECKSUM_BYTES
-        return b"".join(self._checksums[rank][start : start + CHECKSUM_BYTES] for rank in self._writers)
+        return b"".join([checksums[start : start + CHECKSUM_BYTES] for checksums in self.stored])
 
 
 @dataclass(slots=True)
@@ -109,25 +110,18 @@ class OpLedger:
         return len(self._quarantine)
 
     def _verdict(self, flight: _InFlight) -> Verdict:
-        ordered = [flight.results[rank] for rank in range(self._ranks)]
-        bad = [result for result in ordered if result.status is not OpStatus.DONE]
+        results = flight.results
+        bad = [results[rank] for rank in range(self._ranks) if results[rank].status is not OpStatus.DONE]
         failed: set[int] = set()
-        for result in ordered:
-            failed.update(self._failed_blocks(result, len(flight.op.blocks)))
+        for result in bad:
+            failed.update(result.failed or range(len(flight.op.blocks)))
         return Verdict(
             op=flight.op,
             status=bad[0].status if bad else OpStatus.DONE,
             failed=frozenset(failed),
             reasons=tuple(dict.fromkeys(result.reason for result in bad if result.reason)),
-            moved_bytes=sum(result.moved_bytes for result in ordered),
-            seconds=max(result.seconds for result in ordered),
+            moved_bytes=sum([result.moved_bytes for result in results.values()]),
+            seconds=max([result.seconds for result in results.values()]),
             quarantined=flight.op.op_id in self._quarantine,
-            _checksums={rank: result.checksums for rank, result in enumerate(ordered)},
-            _writers=self._writers,
+            stored=tuple([results[writer].checksums for writer in self._writers]),
         )
-
-    @staticmethod
-    def _failed_blocks(result: OpResult, blocks: int) -> Iterable[int]:
-        if result.status is OpStatus.DONE:
-            return ()
-        return result.failed or range(blocks)

@@ -297,7 +297,7 @@ class TransferEngine:
         if self._observer is not None:
             for result in results:
                 self._observer.op_finished(
-                    result.direction.name.lower(),
+                    result.direction.label,
                     result.status.value,
                     result.moved_bytes,
                     result.seconds,

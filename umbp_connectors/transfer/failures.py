@@ -39,7 +39,7 @@ class FailureLog:
             kept_back = self._kept_back.pop(kind, 0)
         logger.warning(
             "%s %s of request %s: %d of %d blocks failed (%s): %s: %s%s",
-            op.direction.name.lower(),
+            op.direction.label,
             op.op_id,
             op.request_id,
             count,

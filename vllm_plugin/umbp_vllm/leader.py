@@ -8,12 +8,14 @@ is a comparison per running request and real work only for requests that crossed
 from __future__ import annotations
 
 import logging
+import operator
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
-from umbp_connectors.leader.ledger import Verdict
 from umbp_core.errors import StateError, UmbpError
-from umbp_core.ops import Direction, LeaderTransferRequest, OpResult
+from umbp_core.ops import LeaderTransferRequest, OpResult
 from umbp_core.ports import Clock
 from umbp_core.slots import SlotTable
 from umbp_core.tiers import Tier
@@ -22,7 +24,7 @@ from umbp_vllm.groups import KvGroup
 from umbp_vllm.hbm import BlockTables, HeldBlocks
 from umbp_vllm.metadata import RankHello, StepMetadata, WorkerReport
 from umbp_vllm.pool import LeaderPool, LeaderSetup, open_pool
-from umbp_vllm.requests import NEVER, RequestState
+from umbp_vllm.requests import AT_ONCE, NEVER, RequestState
 from umbp_vllm.stats import UmbpStats
 
 logger = logging.getLogger("umbp.vllm.leader")
@@ -37,8 +39,7 @@ class Leader:
         self._groups: Sequence[KvGroup] = setup.groups
         self._slots = SlotTable()
         self._requests: dict[str, RequestState] = {}
-        self._next_event: dict[str, int] = {}
-        self._former: dict[str, RequestState] = {}
+        self._quiet_until: defaultdict[str, int] = defaultdict(lambda: AT_ONCE)
         self._lives = 0
         self._scheduled: set[str] = set()
         self._hellos: dict[int, RankHello] = {}
@@ -46,11 +47,6 @@ class Leader:
         self._refused_pool = False
         self._iteration = 0
         self._unsent = StepMetadata(0)
-        self._ended: dict[Direction, Any] = {
-            Direction.LOAD: self._load_ended,
-            Direction.STORE: self._store_ended,
-            Direction.DEMOTE: self._demotion_ended,
-        }
         self.stats = UmbpStats()
         self.held = HeldBlocks()
         self.tables = BlockTables()
@@ -89,10 +85,7 @@ class Leader:
     def on_new_request(self, request: Any) -> None:
         """A request arrived; its lookup needs nothing but memory, so there is nothing to start early."""
         request_id = request.request_id
-        former = self._requests.get(request_id)
-        if former is not None:
-            # An earlier request of this id is over, its last stores are not: they end on the earlier slot.
-            self._former.update(dict.fromkeys(former.slot.ops, former))
+        # Numbered, because an earlier request of this id may be over while its last stores are not.
         self._lives += 1
         slot = self._slots.create(f"{request_id}#{self._lives}")
         self._requests[request_id] = RequestState.of(request, slot, self._groups)
@@ -170,15 +163,27 @@ class Leader:
         scheduled = output.num_scheduled_tokens
         for new in output.scheduled_new_reqs:
             self._look_at(new.req_id, new.num_computed_tokens + scheduled[new.req_id])
-        cached = output.scheduled_cached_reqs
-        next_event = self._next_event
-        for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-            if computed + scheduled[request_id] >= next_event.get(request_id, 0):
-                self._look_at(request_id, computed + scheduled[request_id])
+        for request_id, computed in self._due(output):
+            self._look_at(request_id, computed + scheduled[request_id])
         self._pool.loads.expire(self._clock())
-        for op in self._pool.plan_demotions():
+        for op in (*self._pool.stores.flush(self._iteration), *self._pool.plan_demotions()):
             self._send(op)
         self._pool.settle()
+
+    def _due(self, output: Any) -> Iterable[tuple[str, int]]:
+        """The running requests that reach their next event in this step, with their tokens before it.
+
+        The only thing that costs time for requests to which nothing happens, and therefore without a loop in Python.
+        """
+        cached = output.scheduled_cached_reqs
+        ids, computed = cached.req_ids, cached.num_computed_tokens
+        quiet = map(self._quiet_until.__getitem__, ids)
+        if output.total_num_scheduled_tokens == len(output.num_scheduled_tokens):  # one token each
+            reached = map(operator.ge, computed, quiet)
+        else:
+            after = map(operator.add, computed, map(output.num_scheduled_tokens.__getitem__, ids))
+            reached = map(operator.gt, after, quiet)
+        return list(compress(zip(ids, computed, strict=True), reached))
 
     def drain(self) -> StepMetadata:
         """This step's instructions; each op is in exactly one of them."""
@@ -209,7 +214,7 @@ class Leader:
             state = self._requests.get(request_id)
             if state is not None and state.slot.may_store:
                 state.slot.skipped()
-                self._next_event[request_id] = 0
+                self._quiet_until[request_id] = AT_ONCE
         self._scheduled = set(now)
 
     def _preempted(self, request_ids: Iterable[str]) -> None:
@@ -218,31 +223,28 @@ class Leader:
             self._scheduled.discard(request_id)
             if state is not None:
                 state.preempted()
-                self._next_event[request_id] = 0
+                self._quiet_until[request_id] = AT_ONCE
 
     def _look_at(self, request_id: str, computed: int) -> None:
-        """A request is new in the batch or reached ``next_event``: advance its slot and store full blocks."""
+        """A request is new in the batch or reached its next event: advance its slot and store full blocks."""
         state = self._requests.get(request_id)
         if state is None or self._pool is None:
-            self._next_event[request_id] = NEVER
+            self._quiet_until[request_id] = NEVER
             self.stats.add("vllm:umbp_degraded", 1, "unknown_request")
             return
         try:
             state.slot.scheduled(decoding=computed > state.request.num_prompt_tokens)
             self._store(state, computed)
         except UmbpError as error:
-            self._next_event[request_id] = NEVER
+            self._quiet_until[request_id] = NEVER
             self.degraded("request", f"request {request_id} is not stored any more: {error}")
             return
-        state.look_again(self._groups, computed)
-        self._next_event[request_id] = state.next_event
+        self._quiet_until[request_id] = state.quiet_until(self._groups, computed)
 
     def _store(self, state: RequestState, computed: int) -> None:
         if self._pool is None or not self._setup.may_store or not state.slot.may_store:
             return
-        tables = self.tables.of(state.request.request_id)
-        for op in self._pool.stores.plan(state, computed, self._iteration, tables):
-            self._send(op)
+        self._pool.stores.collect(state, computed, self.tables.of(state.request.request_id))
 
     # ---- results -------------------------------------------------------------------------------------
 
@@ -265,25 +267,15 @@ class Leader:
         verdict = pool.ledger.add(rank, result)
         if verdict is None:
             return
-        direction = verdict.op.direction.name.lower()
+        direction = verdict.op.direction.label
         self.stats.add("vllm:umbp_ops", 1, direction, verdict.status.value)
         self.stats.add("vllm:umbp_bytes", verdict.moved_bytes, direction)
         self.stats.add("vllm:umbp_op_seconds", verdict.seconds, direction)
-        state = self._former.pop(verdict.op.op_id, None) or self._requests.get(verdict.op.request_id)
-        self._ended[verdict.op.direction](pool, verdict, state)
+        states = pool.ended(verdict)
         if not verdict.quarantined:
             pool.release(verdict.op.op_id)
-        if state is not None:
+        for state in states:
             self._retire(state)
-
-    def _load_ended(self, pool: LeaderPool, verdict: Verdict, state: RequestState | None) -> None:
-        pool.loads.ended(verdict, state)
-
-    def _store_ended(self, pool: LeaderPool, verdict: Verdict, state: RequestState | None) -> None:
-        pool.stores.ended(verdict, state)
-
-    def _demotion_ended(self, pool: LeaderPool, verdict: Verdict, _state: RequestState | None) -> None:
-        pool.demotion_ended(verdict)
 
     # ---- the end of a request ------------------------------------------------------------------------
 
@@ -301,8 +293,10 @@ class Leader:
             if state.loading is not None:
                 self._unsent.cancels.append(state.loading)
             self._store(state, request.num_computed_tokens)
+            for op in self._pool.stores.flush(self._iteration):
+                self._send(op)
         self._scheduled.discard(request.request_id)
-        self._next_event.pop(request.request_id, None)
+        self._quiet_until.pop(request.request_id, None)
         state.slot.finish()
         self._retire(state)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import msgspec
 
 from umbp_connectors.leader.ledger import Verdict
 from umbp_core.directory import Directory
@@ -53,7 +55,7 @@ class LoadPlanner:
         self._stats = stats
         self._staged: dict[str, RequestState] = {}
         self._loading: dict[bytes, str] = {}
-        self._in_flight: set[str] = set()
+        self._in_flight: dict[str, RequestState] = {}
         self._void: set[str] = set()
 
     @property
@@ -68,7 +70,7 @@ class LoadPlanner:
         """
         request = state.request
         if state.staged is not None and state.staged.start == start:
-            state.staged = replace(state.staged, since=now)
+            state.staged = msgspec.structs.replace(state.staged, since=now)
             return state.staged.tokens
         self.unstage(state)
         if not state.may_load or not state.slot.may_match:
@@ -134,7 +136,7 @@ class LoadPlanner:
         state.shared_keys = tuple(block.key for block in blocks)
         for key in state.shared_keys:
             self._loading.setdefault(key, state.request.request_id)
-        self._in_flight.add(match.op_id)
+        self._in_flight[match.op_id] = state
         for staged in match.blocks:
             self._events.remember(state.request, self._groups[staged.group], staged.index, staged.key)
         state.hit_tokens = self._by_tier(match, tokens)
@@ -160,13 +162,15 @@ class LoadPlanner:
                 del self._loading[key]
         state.shared_keys = ()
 
-    def ended(self, verdict: Verdict, state: RequestState | None) -> None:
+    def ended(self, verdict: Verdict) -> Iterable[RequestState]:
         """Take the end of a load: publishes what SSD gave to DRAM, drops what did not verify.
+
+        Returns the request it was for.
 
         What the op still owns afterwards (pins, pages not published) is for the caller to release.
         """
         op = verdict.op
-        self._in_flight.discard(op.op_id)
+        state = self._in_flight.pop(op.op_id, None)
         void = op.op_id in self._void
         self._void.discard(op.op_id)
         for index, block in enumerate(op.blocks):
@@ -174,12 +178,14 @@ class LoadPlanner:
                 self._bad_block(block.key, block.ssd_slot, verdict)
             elif block.ssd_slot >= 0 and not void:
                 self._directory.commit(op.op_id, block.key, Tier.DRAM, block.checksums)
-        if state is not None and state.loading == op.op_id:
-            state.loading = None
-            state.slot.op_ended(op.op_id, verdict.status)
-            if verdict.status is not OpStatus.DONE:
-                state.may_load = False
-                self.promoted(state)
+        if state is None:
+            return ()
+        state.loading = None
+        state.slot.op_ended(op.op_id, verdict.status)
+        if verdict.status is not OpStatus.DONE:
+            state.may_load = False
+            self.promoted(state)
+        return (state,)
 
     def void_in_flight(self) -> None:
         """What is being loaded belongs to the time before a cache reset and must not be published in DRAM."""

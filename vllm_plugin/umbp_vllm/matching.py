@@ -7,10 +7,10 @@ loaded, replaced, given up or too old.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from umbp_core.directory import Copy, Directory
 from umbp_core.errors import StateError
@@ -52,8 +52,7 @@ class RequestKeys:
         return keys
 
 
-@dataclass(frozen=True, slots=True)
-class StagedBlock:
+class StagedBlock(msgspec.Struct, frozen=True):
     """One block of a staged match: where its bytes are and the DRAM page they come through."""
 
     key: bytes
@@ -63,8 +62,7 @@ class StagedBlock:
     dram_page: int
 
 
-@dataclass(frozen=True, slots=True)
-class StagedMatch:
+class StagedMatch(msgspec.Struct, frozen=True):
     """A pinned match of tokens ``start`` (included) to ``end`` (excluded) under owner ``op_id``."""
 
     op_id: str
@@ -98,8 +96,7 @@ class Matcher:
         groups: Sequence[KvGroup],
         alignment: int,
         object_bytes: Sequence[int],
-        *,
-        new_op_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+        new_op_id: Callable[[], str],
     ) -> None:
         self._directory = directory
         self._groups = groups
@@ -152,12 +149,11 @@ class Matcher:
             needed += [(group, block, known[block]) for block in range(first, end // group.block_tokens)]
         return needed
 
-    def stage(self, keys: RequestKeys, start: int, limit: int, now: float) -> StagedMatch | None:
-        """Pin the longest match, or ``None`` when there is none.
+    def stage(self, keys: RequestKeys, start: int, end: int, now: float) -> StagedMatch | None:
+        """Pin the match that :meth:`longest` found to reach ``end``; ``None`` when nothing is left of it.
 
         A block on SSD for which no DRAM page is free ends the match before it.
         """
-        end = self.longest(keys, start, limit)
         while end > start:
             op_id = self._new_op_id()
             staged: list[StagedBlock] = []

@@ -6,18 +6,19 @@ Opened when every worker has said hello, because pages, slots and object sizes a
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from umbp_connectors.config import UmbpConfig
 from umbp_connectors.leader.demotions import DemotionQueue
 from umbp_connectors.leader.ledger import OpLedger, Verdict
+from umbp_connectors.leader.op_ids import OpIds
 from umbp_connectors.leader.ssd import SsdCatalogue, open_ssd_catalogue
 from umbp_connectors.plugins import PluginHost
 from umbp_core.directory import Directory, EventKind, TierSpace
 from umbp_core.errors import ConfigError
-from umbp_core.ops import LeaderTransferRequest
+from umbp_core.ops import Direction, LeaderTransferRequest
 from umbp_core.pages import PageAllocator
 from umbp_core.ports import Clock
 from umbp_core.tiers import Tier
@@ -27,6 +28,7 @@ from umbp_vllm.hbm import HeldBlocks
 from umbp_vllm.loads import LoadPlanner, LoadPolicy
 from umbp_vllm.matching import Matcher
 from umbp_vllm.metadata import PROTOCOL_VERSION, RankHello
+from umbp_vllm.requests import RequestState
 from umbp_vllm.stats import UmbpStats
 from umbp_vllm.stores import StorePlanner, StorePolicy
 
@@ -89,13 +91,25 @@ class LeaderPool:
         """The demotions to send with this step."""
         return self.demotions.plan() if self.demotions is not None else []
 
-    def demotion_ended(self, verdict: Verdict) -> None:
+    def ended(self, verdict: Verdict) -> Iterable[RequestState]:
+        """Take the end of an op on all ranks; returns the requests it was for."""
+        return _ENDED[verdict.op.direction](self, verdict)
+
+    def load_ended(self, verdict: Verdict) -> Iterable[RequestState]:
+        """Take the end of a load."""
+        return self.loads.ended(verdict)
+
+    def store_ended(self, verdict: Verdict) -> Iterable[RequestState]:
+        """Take the end of a store."""
+        return self.stores.ended(verdict)
+
+    def demotion_ended(self, verdict: Verdict) -> Iterable[RequestState]:
         """Take the end of a demotion."""
-        if self.demotions is None:
-            return
-        self.demotions.ended(verdict.op, verdict.failed)
+        if self.demotions is not None:
+            self.demotions.ended(verdict.op, verdict.failed)
         for reason in verdict.reasons:
             self.stats.add("vllm:umbp_failed_blocks", len(verdict.failed), "demote", reason)
+        return ()
 
     def release(self, op_id: str) -> None:
         """``op_id`` ended on all ranks and none touches its memory: give back all it owns."""
@@ -136,6 +150,13 @@ class LeaderPool:
             self.catalogue.close()
 
 
+_ENDED: Mapping[Direction, Callable[[LeaderPool, Verdict], Iterable[RequestState]]] = {
+    Direction.LOAD: LeaderPool.load_ended,
+    Direction.STORE: LeaderPool.store_ended,
+    Direction.DEMOTE: LeaderPool.demotion_ended,
+}
+
+
 def open_pool(
     setup: LeaderSetup, hellos: Sequence[RankHello], clock: Clock, held: HeldBlocks, stats: UmbpStats
 ) -> LeaderPool:
@@ -150,24 +171,14 @@ def open_pool(
     restored = catalogue.restore(directory) if catalogue is not None else 0
     ledger = OpLedger([hello.writer_rank for hello in hellos])
     events = EventLog(setup.groups, enabled=setup.kv_events)
-    config = setup.config
     object_bytes = tuple(max(sizes) for sizes in zip(*(hello.object_bytes for hello in hellos), strict=True))
-    matcher = Matcher(directory, setup.groups, setup.alignment, object_bytes)
-    demotions = None
-    if catalogue is not None:
-        demotions = DemotionQueue(
-            directory, clock, limit=config.max_pending_demotions, timeout_s=config.store_timeout_s
-        )
+    op_ids = OpIds()
+    demotions = _demotions(setup.config, directory, clock, op_ids) if catalogue is not None else None
     loads = LoadPlanner(
         directory,
-        matcher,
+        Matcher(directory, setup.groups, setup.alignment, object_bytes, op_ids),
         setup.groups,
-        LoadPolicy(
-            timeout_s=config.load_timeout_s,
-            share_timeout_s=config.share_load_timeout_ms / 1000,
-            min_blocks=config.min_load_blocks,
-            share=setup.share_loads,
-        ),
+        _load_policy(setup),
         events,
         stats,
     )
@@ -175,15 +186,40 @@ def open_pool(
         directory,
         setup.groups,
         object_bytes,
-        StorePolicy(config.store_timeout_s, config.max_pending_stores, config.store_decode_blocks),
+        _store_policy(setup.config),
         held,
         ledger,
         demotions,
         events,
         stats,
+        op_ids,
     )
     _announce(hellos, pages, catalogue, restored)
     return LeaderPool(directory, catalogue, ledger, loads, stores, demotions, events, held, stats, setup.plugins)
+
+
+def _demotions(config: UmbpConfig, directory: Directory, clock: Clock, op_ids: OpIds) -> DemotionQueue:
+    return DemotionQueue(
+        directory,
+        clock,
+        limit=config.max_pending_demotions,
+        timeout_s=config.store_timeout_s,
+        new_op_id=op_ids,
+    )
+
+
+def _load_policy(setup: LeaderSetup) -> LoadPolicy:
+    config = setup.config
+    return LoadPolicy(
+        timeout_s=config.load_timeout_s,
+        share_timeout_s=config.share_load_timeout_ms / 1000,
+        min_blocks=config.min_load_blocks,
+        share=setup.share_loads,
+    )
+
+
+def _store_policy(config: UmbpConfig) -> StorePolicy:
+    return StorePolicy(config.store_timeout_s, config.max_pending_stores, config.store_decode_blocks)
 
 
 def _check(setup: LeaderSetup, hellos: Sequence[RankHello]) -> None:

@@ -13,23 +13,22 @@ from umbp_vllm.matching import RequestKeys, StagedMatch
 
 NEVER = 1 << 62
 """A token count that no request reaches."""
+AT_ONCE = -1
+"""Below every token count."""
 
 
 @dataclass(slots=True)
 class RequestState:
     """One live request: vLLM's own object, its slot, and how far it was looked at.
 
-    ``evaluated`` counts, per group, the blocks for which storing was decided.  ``next_event`` is the number
-    of computed tokens at which the leader must look at the request again; below it a step costs
-    one comparison.  ``loading`` is the id of the load in flight, ``shared_keys`` what others may wait for,
-    ``local_tokens`` what vLLM held itself when it last asked.
+    ``evaluated`` counts, per group, the blocks for which storing was decided.  ``loading`` is the id of the load
+    in flight, ``shared_keys`` what others may wait for, ``local_tokens`` what vLLM held itself when it last asked.
     """
 
     request: Any
     keys: RequestKeys
     slot: Slot
     evaluated: list[int]
-    next_event: int = 0
     staged: StagedMatch | None = None
     loading: str | None = None
     shared_keys: tuple[bytes, ...] = ()
@@ -43,15 +42,20 @@ class RequestState:
         """A state for a request that vLLM has just received."""
         return cls(request, RequestKeys(request, groups), slot, [0] * len(groups))
 
-    def look_again(self, groups: Sequence[KvGroup], tokens: int) -> None:
-        """Set ``next_event``: the next block boundary, or the first decoded token, beyond ``tokens``."""
-        boundary = min((self.evaluated[group.index] + 1) * group.block_tokens + group.volatile_tail for group in groups)
-        first_decode = self.request.num_prompt_tokens + 1
-        self.next_event = min(boundary, first_decode) if tokens < first_decode else boundary
+    def quiet_until(self, groups: Sequence[KvGroup], tokens: int) -> int:
+        """Up to how many computed tokens, beyond ``tokens``, the leader need not look at the request.
+
+        The next token after them fills a block or is the first one decoded.
+        """
+        boundary = NEVER
+        for group, evaluated in zip(groups, self.evaluated, strict=True):
+            full = (evaluated + 1) * group.block_tokens + group.volatile_tail
+            boundary = min(boundary, full)
+        prompt = self.request.num_prompt_tokens
+        return min(boundary - 1, prompt) if tokens <= prompt else boundary - 1
 
     def preempted(self) -> None:
         """The engine took the request's HBM blocks: everything about them is decided anew."""
         if LifeEvent.PREEMPT in LIFE[self.slot.life]:
             self.slot.preempted()
         self.evaluated = [0] * len(self.evaluated)
-        self.next_event = 0

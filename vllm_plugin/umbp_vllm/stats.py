@@ -6,6 +6,7 @@ borders as plain data and add up by key.  The leader alone counts: it sees every
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
@@ -31,6 +32,11 @@ METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
 """Every counter: help text and label names (vLLM's ``model_name`` and ``engine`` come first)."""
 
 
+@functools.cache
+def _key(name: str, *labels: str) -> str:
+    return SEPARATOR.join((name, *labels))
+
+
 class UmbpStats(KVConnectorStats):
     """Counters since the last report."""
 
@@ -40,8 +46,9 @@ class UmbpStats(KVConnectorStats):
 
     def add(self, name: str, amount: float, *labels: str) -> None:
         """Add ``amount`` to counter ``name`` with ``labels`` in the order of :data:`METRICS`."""
-        key = SEPARATOR.join((name, *labels))
-        self.data[key] = self.data.get(key, 0) + amount
+        key = _key(name, *labels)
+        data = self.data
+        data[key] = data.get(key, 0) + amount
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         """Add ``other``'s counters to these."""
@@ -56,7 +63,7 @@ class UmbpStats(KVConnectorStats):
             for key, amount in sorted(self.data.items())
         }
         for direction in Direction:
-            name = direction.name.lower()
+            name = direction.label
             seconds = self.data.get(SEPARATOR.join(("vllm:umbp_op_seconds", name)), 0)
             moved = self.data.get(SEPARATOR.join(("vllm:umbp_bytes", name)), 0)
             if seconds:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 from umbp_connectors.leader.demotions import DemotionQueue
 from umbp_connectors.leader.ledger import OpLedger, Verdict
@@ -30,8 +29,23 @@ class StorePolicy:
     decode_blocks: bool
 
 
+@dataclass(slots=True)
+class _Batch:
+    """The blocks of one op, of one or more requests, while it is put together and until it has ended."""
+
+    op_id: str
+    blocks: list[BlockCopy] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    states: list[RequestState] = field(default_factory=list)
+    void: bool = False
+
+
 class StorePlanner:
-    """Plans stores and takes their ends.  Scheduler thread only; never waits."""
+    """Plans stores and takes their ends.  Scheduler thread only; never waits.
+
+    The blocks that requests fill in one step are stored together: they wait for the same step, and one op of many
+    blocks costs scheduler and workers what one of a single block does.
+    """
 
     def __init__(
         self,
@@ -44,8 +58,7 @@ class StorePlanner:
         demotions: DemotionQueue | None,
         events: EventLog,
         stats: UmbpStats,
-        *,
-        new_op_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+        new_op_id: Callable[[], str],
     ) -> None:
         self._directory = directory
         self._groups = groups
@@ -57,106 +70,104 @@ class StorePlanner:
         self._events = events
         self._stats = stats
         self._new_op_id = new_op_id
-        self._void: set[str] = set()
-        self._depths: dict[str, tuple[int, ...]] = {}
+        self._open: list[_Batch] = []
+        self._in_flight: dict[str, _Batch] = {}
 
-    def plan(
-        self, state: RequestState, computed: int, iteration: int, tables: Sequence[Sequence[int]]
-    ) -> list[LeaderTransferRequest]:
-        """The stores for blocks that are full once ``computed`` tokens are, in step ``iteration``.
+    def collect(self, state: RequestState, computed: int, tables: Sequence[Sequence[int]]) -> None:
+        """Decide about the blocks that are full once ``computed`` tokens are; :meth:`flush` sends them.
 
         Every block is decided once.  What is in the pool or on its way there is not copied again; what finds
         no room is dropped and counted.
         """
         if not self._held.bound or not tables:
-            return []
-        wanted = self._newly_full(state, computed)
-        ops: list[LeaderTransferRequest] = []
-        for start in range(0, len(wanted), BLOCKS_PER_OP):
-            op = self._op(state, wanted[start : start + BLOCKS_PER_OP], iteration, tables)
-            if op is not None:
-                ops.append(op)
-        return ops
-
-    def _newly_full(self, state: RequestState, computed: int) -> list[tuple[KvGroup, int]]:
-        limit = computed if self._policy.decode_blocks else min(computed, state.request.num_prompt_tokens)
-        wanted = []
+            return
+        prompt_only = not self._policy.decode_blocks
+        known_tokens = state.request.num_tokens
+        limit = min(computed, state.request.num_prompt_tokens) if prompt_only else computed
         for group in self._groups:
-            known = len(state.keys.of(group))
-            tokens = min(limit, state.request.num_tokens) - group.volatile_tail
-            full = min(tokens // group.block_tokens, known)
-            wanted += [(group, block) for block in range(state.evaluated[group.index], full)]
-            state.evaluated[group.index] = max(full, state.evaluated[group.index])
-        return wanted
+            keys = state.keys.of(group)
+            tokens = min(limit, known_tokens) - group.volatile_tail
+            full = min(tokens // group.block_tokens, len(keys))
+            first = state.evaluated[group.index]
+            if full <= first:
+                continue
+            state.evaluated[group.index] = full
+            table = tables[group.index]
+            for block in range(first, min(full, len(table))):
+                if table[block] != NULL_BLOCK:
+                    self._collect_block(state, group, block, keys[block], table[block])
 
-    def _op(
-        self,
-        state: RequestState,
-        wanted: Sequence[tuple[KvGroup, int]],
-        iteration: int,
-        tables: Sequence[Sequence[int]],
-    ) -> LeaderTransferRequest | None:
-        op_id = self._new_op_id()
-        blocks: list[BlockCopy] = []
-        depths: list[int] = []
-        for group, block in wanted:
-            copy = self._block(op_id, state, group, block, tables[group.index], len(blocks))
-            if copy is not None:
-                blocks.append(copy)
-                depths.append(block)
-        if not blocks:
-            return None
-        self._held.hold(op_id, [block.hbm_block for block in blocks])
-        self._depths[op_id] = tuple(depths)
-        state.slot.begin_store(op_id)
+    def _collect_block(self, state: RequestState, group: KvGroup, block: int, key: bytes, hbm_block: int) -> None:
+        directory = self._directory
+        if directory.tiers_of(key) or directory.is_present_or_pending(key, Tier.DRAM):
+            return
+        batch = self._batch()
+        if self._ledger.blocks_in_flight(Direction.STORE) + len(batch.blocks) >= self._policy.max_pending_blocks:
+            self._stats.add("vllm:umbp_dropped_stores", 1, "backlog")
+            return
+        pages = directory.reserve(batch.op_id, key, Tier.DRAM, self._object_bytes[group.index], block)
+        if pages is None:
+            self._stats.add("vllm:umbp_dropped_stores", 1, "no_room")
+            return
+        if not batch.states or batch.states[-1] is not state:
+            state.slot.begin_store(batch.op_id)
+            batch.states.append(state)
+        self._events.remember(state.request, group, block, key)
+        batch.blocks.append(BlockCopy(key, group.index, hbm_block, pages[0]))
+        batch.depths.append(block)
+
+    def _batch(self) -> _Batch:
+        """The batch that is being filled; a new one when there is none or it is full."""
+        if not self._open or len(self._open[-1].blocks) >= BLOCKS_PER_OP:
+            self._open.append(_Batch(self._new_op_id()))
+        return self._open[-1]
+
+    def flush(self, iteration: int) -> list[LeaderTransferRequest]:
+        """The ops for what was collected; they wait until step ``iteration`` has ended.
+
+        From here on their HBM blocks are held.
+        """
+        if not self._open:
+            return []
+        batches, self._open = self._open, []
+        requirement = Requirement(RequirementKind.ITERATION_COMPLETE, iteration)
+        return [self._op(batch, requirement) for batch in batches if batch.blocks]
+
+    def _op(self, batch: _Batch, requirement: Requirement) -> LeaderTransferRequest:
+        self._held.hold(batch.op_id, [block.hbm_block for block in batch.blocks])
+        self._in_flight[batch.op_id] = batch
         return LeaderTransferRequest(
-            op_id=op_id,
-            request_id=state.request.request_id,
+            op_id=batch.op_id,
+            request_id=batch.states[0].request.request_id if len(batch.states) == 1 else "",
             direction=Direction.STORE,
-            blocks=tuple(blocks),
-            requirement=Requirement(RequirementKind.ITERATION_COMPLETE, iteration),
+            blocks=tuple(batch.blocks),
+            requirement=requirement,
             timeout_s=self._policy.timeout_s,
         )
 
-    def _block(
-        self, op_id: str, state: RequestState, group: KvGroup, block: int, table: Sequence[int], planned: int
-    ) -> BlockCopy | None:
-        key = state.keys.of(group)[block]
-        if block >= len(table) or table[block] == NULL_BLOCK:
-            return None
-        if self._directory.tiers_of(key) or self._directory.is_present_or_pending(key, Tier.DRAM):
-            return None
-        if self._ledger.blocks_in_flight(Direction.STORE) + planned >= self._policy.max_pending_blocks:
-            self._stats.add("vllm:umbp_dropped_stores", 1, "backlog")
-            return None
-        pages = self._directory.reserve(op_id, key, Tier.DRAM, self._object_bytes[group.index], block)
-        if pages is None:
-            self._stats.add("vllm:umbp_dropped_stores", 1, "no_room")
-            return None
-        self._events.remember(state.request, group, block, key)
-        return BlockCopy(key=key, group=group.index, hbm_block=table[block], dram_page=pages[0])
-
-    def ended(self, verdict: Verdict, state: RequestState | None) -> None:
-        """Take the end of a store: publishes what every rank holds.
+    def ended(self, verdict: Verdict) -> Iterable[RequestState]:
+        """Take the end of a store: publishes what every rank holds; returns the requests it was for.
 
         What the op still owns afterwards (pages not published, HBM blocks) is for the caller to release.
         """
         op = verdict.op
-        depths = self._depths.pop(op.op_id, ())
-        void = op.op_id in self._void
-        self._void.discard(op.op_id)
+        batch = self._in_flight.pop(op.op_id, None)
+        if batch is None:
+            return ()
         for index, block in enumerate(op.blocks):
-            if void or index in verdict.failed:
+            if batch.void or index in verdict.failed:
                 self._events.forget(block.key)
                 continue
             self._directory.commit(op.op_id, block.key, Tier.DRAM, verdict.checksums(index))
             if self._demotions is not None:
-                self._demotions.offer(block.key, block.group, depths[index])
+                self._demotions.offer(block.key, block.group, batch.depths[index])
         for reason in verdict.reasons:
             self._stats.add("vllm:umbp_failed_blocks", len(verdict.failed), "store", reason)
-        if state is not None:
+        for state in batch.states:
             state.slot.op_ended(op.op_id, verdict.status)
+        return batch.states
 
     def void_in_flight(self) -> None:
         """What is on its way was computed before a cache reset and must not be published."""
-        self._void.update(self._depths)
+        for batch in (*self._open, *self._in_flight.values()):
+            batch.void = True
