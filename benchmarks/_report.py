@@ -30,7 +30,7 @@ def machine() -> dict[str, object]:
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "load_at_start": round(os.getloadavg()[0], 2),
+        "load_average": round(os.getloadavg()[0], 2),
     }
 
 
@@ -75,7 +75,7 @@ def _cell(value: object) -> str:
 def write(name: str, title: str, sections: Mapping[str, Sequence[Row]], notes: Sequence[str], out: Path) -> str:
     """Write ``<name>.json`` and ``<name>.md`` below ``out``; returns the Markdown."""
     host = machine()
-    where = f"{host['cpu']}, {host['cores']} cores, Python {host['python']}, load {host['load_at_start']}"
+    where = f"{host['cpu']}, {host['cores']} cores, Python {host['python']}, load average {host['load_average']}"
     text = [f"# {title}", "", where]
     for heading, rows in sections.items():
         text += ["", f"## {heading}", "", table(rows)]
