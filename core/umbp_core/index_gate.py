@@ -123,10 +123,10 @@ class Acknowledgement:
 
 
 class BatchApplier:
-    """Batches of all nodes to the external KV index."""
+    """Batches of all nodes to the external KV index ``index``, which others may read, and change, too."""
 
     def __init__(self, index: ExternalKvIndex) -> None:
-        self._index = index
+        self.index = index
         self._gates: dict[str, SequenceGate] = {}
 
     def apply(self, node: str, batch: Batch, now: float = 0.0) -> Acknowledgement:
@@ -135,11 +135,11 @@ class BatchApplier:
         if gate is None:
             gate = self._gates[node] = SequenceGate(batch.incarnation)
         elif gate.supersedes(batch.incarnation):
-            self._index.clear_node(node, now, f"incarnation {batch.incarnation} began")
+            self.index.clear_node(node, now, f"incarnation {batch.incarnation} began")
         verdict = gate.judge(batch.incarnation, batch.seq, batch.full_sync)
         if verdict is Verdict.APPLY:
             if batch.full_sync:
-                self._index.clear_node(node, now, "full sync")
+                self.index.clear_node(node, now, "full sync")
             for action in batch.actions:
                 self._act(node, action, now)
         return Acknowledgement(verdict, gate.incarnation, gate.acked, verdict is Verdict.GAP)
@@ -164,12 +164,12 @@ class BatchApplier:
         gate = self._gates.get(node)
         if gate is not None:
             gate.forget()
-        return self._index.clear_node(node, now, reason)
+        return self.index.clear_node(node, now, reason)
 
     def forget(self, node: str, now: float = 0.0, reason: str = "unregistered") -> int:
         """Drop what ``node`` said, and its incarnation too; returns how many entries are gone."""
         self._gates.pop(node, None)
-        return self._index.clear_node(node, now, reason)
+        return self.index.clear_node(node, now, reason)
 
     def gate(self, node: str) -> SequenceGate | None:
         """What is known of the order of ``node``'s batches; ``None`` when it sent none.  To be read only."""
@@ -177,8 +177,8 @@ class BatchApplier:
 
     def _act(self, node: str, action: Action, now: float) -> None:
         if action.kind is ActionKind.REPORT:
-            self._index.report(node, action.hashes, action.tier, now)
+            self.index.report(node, action.hashes, action.tier, now)
         elif action.kind is ActionKind.REVOKE:
-            self._index.revoke(node, action.hashes, action.tier, now)
+            self.index.revoke(node, action.hashes, action.tier, now)
         else:
-            self._index.clear_tier(node, action.tier, now)
+            self.index.clear_tier(node, action.tier, now)

@@ -70,13 +70,6 @@ class Placements(Generic[C]):
         """All cells of ``node``, the fastest tier first."""
         return sorted(self._nodes.get(node, {}).values(), key=lambda cell: preference(cell.tier))
 
-    def mask_of(self, node: str) -> int:
-        """The bits of all cells of ``node``."""
-        mask = 0
-        for cell in self._nodes.get(node, {}).values():
-            mask |= cell.bit
-        return mask
-
     def open(self, node: str, tier: int) -> C:
         """The cell of ``tier`` on ``node``; a new, empty one when there is none."""
         cell = self.cell(node, tier)
