@@ -7,9 +7,9 @@ caller passes.  One thread at a time.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
-from itertools import filterfalse, repeat
-from operator import add
+from itertools import filterfalse
 
 
 class HitCounters:
@@ -17,7 +17,7 @@ class HitCounters:
 
     def __init__(self, ttl: float = 7200.0) -> None:
         self._ttl = ttl
-        self._counts: dict[bytes, int] = {}
+        self._counts: Counter[bytes] = Counter()
         self._seen: dict[bytes, float] = {}
         self._order: list[bytes] = []
         self._cursor = 0
@@ -36,7 +36,7 @@ class HitCounters:
         self._now = max(self._now, now)
         unique = dict.fromkeys(hashes, self._now)
         self._order += filterfalse(counts.__contains__, unique)
-        counts.update(zip(unique, map(add, map(counts.get, unique, repeat(0)), repeat(1)), strict=True))
+        counts.update(unique.keys())
         self._seen.update(unique)
 
     def counts(self, hashes: Iterable[bytes]) -> dict[bytes, int]:

@@ -38,8 +38,8 @@ __all__ = [
     "TierRun",
 ]
 
-SLICE = 4096
-"""Hashes of a slice of a sweep or an enumeration: about a millisecond."""
+SLICE = 2048
+"""Hashes of a slice of a sweep or an enumeration: about a millisecond, and still few when the machine is busy."""
 _NOWHERE = 0
 """The row of every hash that is not known: its mask is empty."""
 

@@ -81,6 +81,9 @@ def _fill_by_code(
     hashes: Sequence[bytes], masks: Sequence[int], distinct: list[int], cells: Sequence[Cell]
 ) -> dict[int, list[bytes]]:
     """Every mask gets a one-byte code; a cell is a table of the codes that have its bit, and equal tables share."""
+    if len(distinct) == 1:
+        everything = list(hashes)
+        return {cell.number: everything for cell in cells}
     code_of = {mask: code for code, mask in enumerate(distinct)}
     codes = bytes(map(code_of.__getitem__, masks))
     lists: dict[bytes, list[bytes]] = {}
