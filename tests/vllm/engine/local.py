@@ -181,15 +181,15 @@ class Engine:
         """Prompt tokens that vLLM says it took from the connector."""
         return self.metric("vllm:external_prefix_cache_hits")
 
-    def pages_of(self, ask: Ask, tier: Tier = Tier.DRAM) -> list[int]:
-        """The pages (or slots) of ``tier`` that hold the full blocks of a prompt of a model with one KV group.
+    def pages_of(self, ask: Ask, tier: Tier = Tier.DRAM, group: int = 0) -> list[int]:
+        """The pages (or slots) of ``tier`` that hold the full blocks of a prompt in KV ``group``.
 
-        Stops at the first block that ``tier`` does not hold.
+        Stops at the first block that ``tier`` does not hold.  All groups must have blocks of one size.
         """
         directory = self.leader.pool.directory
         pages: list[int] = []
         for block_hash in self.block_hashes(ask):
-            copy = directory.copy(block_key(block_hash, 0), tier)
+            copy = directory.copy(block_key(block_hash, group), tier)
             if copy is None:
                 break
             pages += copy.pages

@@ -65,6 +65,28 @@ def test_sliding_window_partial_hit(make_model: MakeModel, oracle: Oracle) -> No
     assert [reply.cached for reply in replies] == [0, 192, 320]
 
 
+def test_sliding_window_with_a_bad_block_in_any_group(make_model: MakeModel, oracle: Oracle) -> None:
+    """With several groups a failed load is named by request, not by block; the request is computed again."""
+    model = make_model(models.tiny_sliding_window)
+    asks = [Ask(prompt(200, seed=20 + group), max_tokens=20) for group in range(3)]
+    right = [reply.tokens for reply in oracle.ask(model, *asks)]
+    with engine(model, kv_transfer_config=pool()) as opened:
+        for ask in asks:
+            opened.ask_one(ask)
+        opened.forget()
+        for group, ask in enumerate(asks):
+            opened.arena.page(opened.pages_of(ask, group=group)[5])[99] ^= 1
+        replies = opened.ask(*asks)
+        failed = opened.metric("vllm:umbp_failed_blocks", direction="load", reason="verify")
+        opened.forget()
+        again = [opened.ask_one(ask) for ask in asks]
+        _nothing_left(opened)
+    assert [reply.tokens for reply in replies] == right
+    assert [reply.tokens for reply in again] == right
+    assert failed == 3
+    assert [reply.cached for reply in again] == [192] * 3
+
+
 def test_latent_attention(make_model: MakeModel, tmp_path: Path) -> None:
     """DeepSeek's MLA: the loaded latents are, bit by bit, the computed ones, from DRAM and from SSD.
 

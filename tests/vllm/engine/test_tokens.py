@@ -88,9 +88,13 @@ def test_requests_that_run_together_and_share_a_prefix(shared: Engine, oracle: O
     right = [reply.tokens for reply in oracle.ask(llama, *asks)]
     assert [reply.tokens for reply in shared.ask(*asks)] == right
     shared.forget()
+    before = shared.metric("vllm:umbp_bytes", direction="load")
     again = shared.ask(*asks)
+    shared.drain()
+    loaded = shared.metric("vllm:umbp_bytes", direction="load") - before
     assert [reply.tokens for reply in again] == right
-    assert all(reply.cached >= 6 * BLOCK for reply in again)
+    assert [reply.cached for reply in again] == [6 * BLOCK] * 6
+    assert loaded == 6 * BLOCK * 2048, "the six requests did not share one load"
 
 
 def test_parallel_samples(shared: Engine, oracle: Oracle, llama: Path) -> None:
