@@ -157,7 +157,7 @@ def test_an_arena_larger_than_the_machine_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match="does not fit this machine") as caught:
         arena.open()
     assert "GiB of physical memory" in str(caught.value)
-    assert "set a smaller DRAM size" in str(caught.value)
+    assert "set a smaller dram_capacity" in str(caught.value)
 
 
 def test_the_container_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:

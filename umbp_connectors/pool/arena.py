@@ -123,7 +123,7 @@ class Arena:
         if self.nbytes > limits.usable:
             raise ConfigError(
                 f"a DRAM tier of {self.nbytes / 2**30:.1f} GiB does not fit this machine, which has "
-                f"{limits.describe()}; set a smaller DRAM size"
+                f"{limits.describe()}; set a smaller dram_capacity"
             )
         try:
             if not (self._huge_pages and self._open_huge()):
@@ -131,7 +131,7 @@ class Arena:
         except OSError as error:
             raise TierUnavailable(
                 f"the system refuses {self.nbytes / 2**30:.1f} GiB of shared memory for the DRAM tier "
-                f"({error.strerror}); set a smaller DRAM size"
+                f"({error.strerror}); set a smaller dram_capacity"
             ) from error
         if self._numa_node >= 0:
             self._bind()
@@ -265,7 +265,7 @@ class Arena:
                 return
             piece = flat[start : min(start + _PREFAULT_SLICE, self.nbytes)]
             if not self._reserved and machine.meminfo("MemAvailable") < piece.nbytes + _RESERVE:
-                self._warn_stopped("the machine has no more memory to spare; set a smaller DRAM size")
+                self._warn_stopped("the machine has no more memory to spare; set a smaller dram_capacity")
                 return
             try:
                 _populate(piece)

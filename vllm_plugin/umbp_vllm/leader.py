@@ -27,7 +27,7 @@ from umbp_vllm.pool import LeaderPool, LeaderSetup, open_pool
 from umbp_vllm.requests import AT_ONCE, NEVER, RequestState
 from umbp_vllm.stats import UmbpStats
 
-logger = logging.getLogger("umbp.vllm.leader")
+logger = logging.getLogger("vllm.umbp.leader")
 
 
 class Leader:

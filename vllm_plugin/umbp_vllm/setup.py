@@ -21,7 +21,7 @@ from umbp_core.scheduler import Limits
 from umbp_vllm import compat
 from umbp_vllm.copiers import make_copier
 from umbp_vllm.copy_plan import PageArena
-from umbp_vllm.groups import kv_groups
+from umbp_vllm.groups import failures_by_block, kv_groups
 from umbp_vllm.hashing import hash_stability
 from umbp_vllm.layout import kv_is_replicated, layout_digest
 from umbp_vllm.layout_groups import geometry_of
@@ -67,6 +67,8 @@ def make_leader(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> L
     stability = hash_stability(vllm_config, os.environ)
     if not stability.stable:
         logger.warning("umbp: %s", stability.advice)
+    settings.plugins.make_eviction(settings.config.eviction_policy)  # a wrong name stops the start, here and now
+    _warn_of_mla_on_cpu(vllm_config)
     namespace, _ = namespace_of(vllm_config, kv_cache_config, settings.config.namespace)
     setup = LeaderSetup(
         config=settings.config,
@@ -79,7 +81,7 @@ def make_leader(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> L
         share_loads=bool(vllm_config.cache_config.enable_prefix_caching),
         persistent=stability.stable,
         kv_events=_kv_events(vllm_config),
-        may_load=_may_load(vllm_config, len(groups)),
+        may_load=_may_load(vllm_config, kv_cache_config),
         may_store=bool(vllm_config.kv_transfer_config.is_kv_producer),
     )
     return Leader(setup, time.monotonic)
@@ -209,12 +211,19 @@ def _kv_events(vllm_config: Any) -> bool:
     return events is not None and bool(events.enable_kv_cache_events)
 
 
-def _may_load(vllm_config: Any, groups: int) -> bool:
-    if groups > 1 and not compat.REPORTS_FAILED_REQUESTS:
+def _warn_of_mla_on_cpu(vllm_config: Any) -> None:
+    if vllm_config.device_config.device_type == "cpu" and vllm_config.model_config.use_mla:
         logger.warning(
-            "umbp only stores: this vLLM has no way to hear of a failed load in a model with %d KV groups; "
-            "use vLLM 0.30 or later to load as well",
-            groups,
+            "umbp: vLLM computes MLA on CPUs differently in prefill and decode, so answers after a hit may differ from "
+            "those of a cold run although the KV is the same; its own prefix cache is off there for that reason"
+        )
+
+
+def _may_load(vllm_config: Any, kv_cache_config: Any) -> bool:
+    if not failures_by_block(kv_cache_config) and not compat.REPORTS_FAILED_REQUESTS:
+        logger.warning(
+            "umbp only stores: this vLLM has no way to hear of a failed load in a model with windows or several KV "
+            "groups; use vLLM 0.30 or later to load as well"
         )
         return False
     return bool(vllm_config.kv_transfer_config.is_kv_consumer)

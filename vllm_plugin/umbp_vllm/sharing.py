@@ -64,7 +64,7 @@ def share_arena(tp_rank: int, open_arena: Callable[[], DramTier]) -> DramTier | 
         return None
     group: Any = parallel_state.get_tp_group()
     arena: DramTier | None = open_arena() if tp_rank == 0 else None
-    offer = (os.getpid(), arena.fd, arena.page_bytes, arena.pages) if isinstance(arena, Arena) else None
+    offer = _offer(arena) if isinstance(arena, Arena) else None
     offer = group.broadcast_object(offer, src=0)
     if arena is None and offer is not None:
         try:
@@ -78,3 +78,8 @@ def share_arena(tp_rank: int, open_arena: Callable[[], DramTier]) -> DramTier | 
     if arena is not None:
         arena.close()
     return None
+
+
+def _offer(arena: Arena) -> tuple[int, int, int, int, int]:
+    """What another process needs to map ``arena``: the arguments of ``Arena.attach``."""
+    return os.getpid(), arena.fd, arena.page_bytes, arena.pages, arena.staging_pages
