@@ -126,7 +126,7 @@ def test_prefaulting_stops_when_memory_runs_short(
         arena.open()
         assert arena.wait_prefaulted(60)
     assert arena.progress == 0.0
-    assert "smaller DRAM size" in caplog.text
+    assert "smaller dram_capacity" in caplog.text
     arena.array[63] = 1
     arena.close()
 
