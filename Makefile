@@ -30,7 +30,7 @@ help: ## this list
 demo: $(VLLM_READY) ## serve a real vLLM with --kv-connector umbp and time cold, DRAM hit, SSD hit after a restart
 	$(VLLM) examples/demo_vllm.py
 
-test: test-unit test-vllm ## all tests: those that need no engine, then those with a real vLLM
+test: lint test-unit test-vllm ## everything that must pass: linters, tests without an engine, tests with a real vLLM
 
 test-unit: $(VENV_READY) ## the tests that need no engine
 	$(VENV) -m pytest
@@ -51,8 +51,10 @@ format: $(VENV_READY) ## ruff's formatter and its safe fixes
 
 bench: $(VENV_READY) $(VLLM_READY) ## the benchmarks; JSON and tables go to bench-results/
 	$(VENV) benchmarks/pool.py
+	$(VLLM) benchmarks/copiers.py
 	$(VLLM) benchmarks/leader.py
 	$(VLLM) benchmarks/vllm_ttft.py
+	$(VLLM) benchmarks/vllm_throughput.py
 
 docs: $(VENV_READY) ## rewrite the generated tables in docs/
 	$(VENV) scripts/gen_docs.py
