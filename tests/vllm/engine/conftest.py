@@ -17,19 +17,19 @@ from tests.vllm.engine.oracle import Oracle
 
 
 @pytest.fixture(scope="session")
-def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[Path], Path]], Path]:
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes a model of ``tests.vllm.models`` once per session and returns its folder."""
     folder = tmp_path_factory.mktemp("models")
 
-    def make(maker: Callable[[Path], Path]) -> Path:
-        target = folder / maker.__name__
-        return target if target.exists() else maker(target)
+    def make(maker: Callable[..., Path], **settings: int) -> Path:
+        target = folder / "-".join([maker.__name__, *(f"{name}{value}" for name, value in settings.items())])
+        return target if target.exists() else maker(target, **settings)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def llama(make_model: Callable[[Callable[[Path], Path]], Path]) -> Path:
+def llama(make_model: Callable[..., Path]) -> Path:
     """The folder of the tiny Llama."""
     return make_model(models.tiny_llama)
 

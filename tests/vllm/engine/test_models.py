@@ -15,7 +15,7 @@ from tests.vllm.engine.oracle import Oracle
 from tests.vllm.models import prompt
 from umbp_core.errors import ConfigError
 
-MakeModel = Callable[[Callable[[Path], Path]], Path]
+MakeModel = Callable[..., Path]
 
 
 def phases(model: Path, asks: list[Ask], ssd_dir: Path, **arguments: Any) -> dict[str, list[Reply]]:
@@ -38,17 +38,21 @@ def _nothing_left(opened: Engine) -> None:
     assert len(opened.leader.held) == 0
 
 
-@pytest.mark.parametrize("length", [90, 128, 300, 449])
-def test_sliding_window(make_model: MakeModel, oracle: Oracle, tmp_path: Path, length: int) -> None:
-    """Three KV groups; of the windowed ones only the blocks that the window still reaches are needed."""
-    model = make_model(models.tiny_sliding_window)
+@pytest.mark.parametrize(("window", "length"), [(128, 90), (128, 300), (128, 449), (129, 256), (97, 320)])
+def test_sliding_window(make_model: MakeModel, oracle: Oracle, tmp_path: Path, window: int, length: int) -> None:
+    """Three KV groups; of the windowed ones only the blocks that the window still reaches are needed.
+
+    A prompt that ends on a block boundary has its last token computed again, and the window of that token reaches one
+    token further back than the window of the next.
+    """
+    model = make_model(models.tiny_sliding_window, window=window)
     asks = [Ask(prompt(length, seed=seed), max_tokens=40) for seed in (length, length + 1)]
     right = [reply.tokens for reply in oracle.ask(model, *asks)]
     replies = phases(model, asks, tmp_path)
     for name, got in replies.items():
         assert [reply.tokens for reply in got] == right, name
-    assert [reply.cached for reply in replies["dram"]] == [length // 32 * 32] * 2
-    assert [reply.cached for reply in replies["ssd"]] == [length // 32 * 32] * 2
+    assert [reply.cached for reply in replies["dram"]] == [(length - 1) // 32 * 32] * 2
+    assert [reply.cached for reply in replies["ssd"]] == [(length - 1) // 32 * 32] * 2
 
 
 def test_sliding_window_partial_hit(make_model: MakeModel, oracle: Oracle) -> None:
