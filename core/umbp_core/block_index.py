@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from umbp_core.index_gate import SequenceGate, Verdict
 from umbp_core.journal import Bundle, Delta
-from umbp_core.placements import Cell, Placements, preference
+from umbp_core.placements import Cell, IndexStats, Placements, preference
 
 SLICE = 2048
 """Blocks of a slice of a sweep: about a millisecond."""
@@ -249,6 +249,12 @@ class BlockIndex:
         """What ``node`` holds on each tier, fastest first; tiers without anything are left out."""
         return {cell.tier: TierUse(len(cell.blocks), cell.nbytes) for cell in self._placements.cells(node)}
 
+    def stats(self) -> IndexStats:
+        """Counts of the whole index.  In proportion to the number of nodes."""
+        nodes = self.nodes()
+        entries = sum(use.blocks for node in nodes for use in self.use(node).values())
+        return IndexStats(len(nodes), len(self._placements), len(self._masks), entries, self._left())
+
     def blocks(self, node: str, tier: int, slice_blocks: int = SLICE) -> Iterator[list[tuple[bytes, int]]]:
         """The keys of ``tier`` on ``node`` with their sizes, in slices; the index may change between two of them.
 
@@ -270,6 +276,9 @@ class BlockIndex:
                 limit -= 1
             if not cell.blocks:
                 self._placements.release(self._backlog.popleft())
+        return self._left()
+
+    def _left(self) -> int:
         return sum(len(cell.blocks) for cell in self._backlog)
 
     def _read(self, cell: BlockCell, keys: Sequence[bytes], size: int) -> Iterator[list[tuple[bytes, int]]]:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 from umbp_core.hits import HitCounters
 from umbp_core.index_feed import Change, ChangeFeed, ChangeKind
 from umbp_core.index_match import NodeMatch, PrefixMatch, PrefixQuery, TierRun, group_matches
-from umbp_core.placements import Cell, Placements, Roster
+from umbp_core.placements import Cell, IndexStats, Placements, Roster
 
 __all__ = [
     "Explanation",
@@ -73,19 +73,6 @@ class Snapshot:
     incarnation: int
     cursor: int
     slices: Iterator[IndexSlice]
-
-
-@dataclass(frozen=True, slots=True)
-class IndexStats:
-    """Counts of the index."""
-
-    nodes: int
-    hashes: int
-    """Different hashes in memory, those that a sweep has still to free included."""
-    entries: int
-    """(node, tier, hash) triples."""
-    backlog: int
-    """Entries that a sweep has still to look at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +235,7 @@ class ExternalKvIndex:
         nodes = self.nodes()
         entries = sum(sum(self.counts(node).values()) for node in nodes)
         backlog = sum(cell.roster.log_length for cell in self._backlog)
-        return IndexStats(len(nodes), len(self._rows), entries, backlog)
+        return IndexStats(len(nodes), len(self._placements), len(self._rows), entries, backlog)
 
     def blocks(self, node: str, tier: int, slice_hashes: int = SLICE) -> Iterator[list[bytes]]:
         """The hashes that ``node`` holds on ``tier``, in slices; the index may change between two of them.
@@ -300,10 +287,10 @@ class ExternalKvIndex:
         return _Remap(lambda mask: intern(mask & ~bit))
 
     def _free_rows(self, rows: Sequence[int]) -> None:
-        """Give those of ``rows`` back that are in no cell that counts any more."""
-        keys, masks, live = self._keys, self._masks, self._placements.live
+        """Give those of ``rows`` back that are in no cell any more."""
+        keys, masks = self._keys, self._masks
         for row in rows:
-            if not masks[row] & live:
+            if not masks[row]:
                 del self._rows[keys[row]]
                 keys[row] = b""
                 masks[row] = 0

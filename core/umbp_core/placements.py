@@ -16,6 +16,7 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 _MAX_INTERNED = 1 << 16
@@ -28,6 +29,22 @@ _LAST = 1 << 31
 def preference(tier: int) -> int:
     """Sort key, fastest tier first; tiers that we have no name for after those that we have, ``UNKNOWN`` last."""
     return tier if tier > 0 else _LAST - tier
+
+
+@dataclass(frozen=True, slots=True)
+class IndexStats:
+    """Counts of an index."""
+
+    nodes: int
+    """Nodes that hold something."""
+    cells: int
+    """Tiers of nodes in memory, those that a sweep has still to free included; a mask is as many bits long."""
+    keys: int
+    """Different hashes or keys in memory, those that a sweep has still to free included."""
+    entries: int
+    """(node, tier, key) triples."""
+    backlog: int
+    """Entries that a sweep has still to look at."""
 
 
 class Cell:
@@ -56,6 +73,10 @@ class Placements(Generic[C]):
         self._interned: dict[int, int] = {}
         self.live = 0
         """The bits of all cells that count; to be applied to every mask that is read."""
+
+    def __len__(self) -> int:
+        """Cells that have a number: they count, are prepared, or are retired and not released yet."""
+        return len(self._numbers)
 
     def nodes(self) -> list[str]:
         """The nodes that have a cell, in the order in which they came."""

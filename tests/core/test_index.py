@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 
 import pytest
 
-from umbp_core.index import ExternalKvIndex, IndexStats, TierRun
+from umbp_core.index import ExternalKvIndex, TierRun
 from umbp_core.index_feed import ChangeFeed
+from umbp_core.placements import IndexStats
 from umbp_core.tiers import Tier
 
 HBM, DRAM, SSD, UNKNOWN = Tier.HBM, Tier.DRAM, Tier.SSD, Tier.UNKNOWN
@@ -68,7 +70,7 @@ def test_revoke_removes_one_tier_only(index: ExternalKvIndex) -> None:
 def test_revoke_of_the_last_tier_drops_the_hash(index: ExternalKvIndex) -> None:
     index.revoke("n1", [C], HBM)
     assert index.match([C]) == []
-    assert index.stats().hashes == 2
+    assert index.stats().keys == 2
 
 
 def test_revoke_of_what_is_not_there_is_no_error(index: ExternalKvIndex) -> None:
@@ -189,7 +191,7 @@ def test_what_is_reported_after_a_clear_is_not_swept() -> None:
         assert answer(index, hashes[:4]) == {"other": {DRAM: [hashes[0], hashes[3]]}, "n": {HBM: hashes[0:4:2]}}
         left = index.sweep(100)
     assert index.counts("n") == {HBM: 500}
-    assert index.stats() == IndexStats(nodes=2, hashes=667, entries=834, backlog=0)
+    assert index.stats() == IndexStats(nodes=2, cells=2, keys=667, entries=834, backlog=0)
 
 
 def test_a_sweep_does_as_much_as_it_is_told() -> None:
@@ -197,9 +199,9 @@ def test_a_sweep_does_as_much_as_it_is_told() -> None:
     for node in ("a", "b"):
         index.report(node, many(10), HBM)
         index.clear_node(node)
-    assert index.stats() == IndexStats(nodes=0, hashes=10, entries=0, backlog=20)
+    assert index.stats() == IndexStats(nodes=0, cells=2, keys=10, entries=0, backlog=20)
     assert [index.sweep(8) for _ in range(4)] == [12, 4, 0, 0]
-    assert index.stats().hashes == 0
+    assert index.stats().keys == 0
 
 
 def test_freed_memory_is_used_again() -> None:
@@ -211,7 +213,27 @@ def test_freed_memory_is_used_again() -> None:
         index.clear_node("n")
         index.revoke("m", many(100, 100 * round_ + 50), DRAM)
         sweep_all(index)
-    assert index.stats() == IndexStats(0, 0, 0, 0)
+    assert index.stats() == IndexStats(0, 0, 0, 0, 0)
+
+
+def test_memory_does_not_grow_with_time() -> None:
+    index = ExternalKvIndex()
+
+    def live(first: int) -> int:
+        for round_ in range(first, first + 50):
+            index.report("n", many(500, 500 * round_), HBM)
+            index.report("m", many(500, 500 * round_), HBM)
+            index.revoke("m", many(500, 500 * round_), HBM)
+            index.clear_node("n")
+            sweep_all(index)
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = live(0)
+        assert live(50) - before < 100_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -418,4 +440,4 @@ def test_readers_and_writers_under_one_lock_never_see_a_torn_state() -> None:
     for reader in readers:
         reader.join(30)
     assert torn == []
-    assert index.stats() == IndexStats(0, 0, 0, 0)
+    assert index.stats() == IndexStats(0, 0, 0, 0, 0)

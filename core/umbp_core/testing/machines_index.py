@@ -11,11 +11,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from umbp_core.block_index import BlockIndex, FullSync, HeartbeatAck, Location, Victim
 from umbp_core.hits import HitCounters
 from umbp_core.index import ExternalKvIndex, Snapshot
-from umbp_core.index_feed import Change, ChangeFeed, ChangeKind
-from umbp_core.index_gate import Acknowledgement, Action, ActionKind, Batch, BatchApplier
+from umbp_core.index_feed import ChangeFeed, ChangeKind
+from umbp_core.index_gate import Acknowledgement, Batch, BatchApplier
 from umbp_core.journal import Bundle, Delta, Journal
 from umbp_core.placements import preference
-from umbp_core.testing.models_index import BlockModel, HitModel, IndexModel
+from umbp_core.testing.models_index import BlockModel, Entries, HitModel, IndexModel, TellingNode, follow
 
 NODES = ("n1", "n2", "n3")
 TIERS = (1, 2, 3, 0, 7)
@@ -29,16 +29,6 @@ keys = st.sampled_from(KEYS)
 key_lists = st.lists(keys, max_size=12)
 weights = st.none() | st.dictionaries(tiers, st.integers(0, 4).map(float))
 small = st.integers(1, 5)
-
-Entries = set[tuple[str, int, bytes]]
-
-
-def follow(entries: Entries, change: Change) -> Entries:
-    """What a reader makes of a change."""
-    if change.kind is ChangeKind.CLEARED:
-        return {entry for entry in entries if entry[:2] != (change.node, change.tier)}
-    named = {(change.node, change.tier, key) for key in change.hashes}
-    return entries | named if change.kind is ChangeKind.REPORTED else entries - named
 
 
 class IndexMachine(RuleBasedStateMachine):
@@ -168,7 +158,9 @@ class IndexMachine(RuleBasedStateMachine):
         stats = self.index.stats()
         hashes = {key for _, _, key in model.held}
         assert (stats.nodes, stats.entries) == (len(model.order), len(model.held))
-        assert stats.hashes == len(hashes) or (stats.backlog and stats.hashes > len(hashes))
+        assert stats.keys == len(hashes) or (stats.backlog and stats.keys > len(hashes))
+        cells = len({entry[:2] for entry in model.held})
+        assert stats.cells == cells or (stats.backlog and stats.cells > cells)
         assert self.index.hits.counts(KEYS) == {key: self.hits.hits[key][0] for key in KEYS if key in self.hits.hits}
 
 
@@ -284,6 +276,12 @@ class BlockIndexMachine(RuleBasedStateMachine):
             assert len(found) == len(set(found))
             self._check_order(found)
             assert index.is_leased(key, self.now) is (model.leases.get(key, -1.0) > self.now)
+        copies = sum(map(len, model.cells.values()))
+        keys = sum(index.exists(KEYS))
+        stats = index.stats()
+        assert (stats.nodes, stats.entries) == (len(index.nodes()), copies)
+        if not (stats.backlog or self.syncs):
+            assert (stats.cells, stats.keys) == (len(model.cells), keys)
         assert sorted(index.nodes()) == sorted({node for node, _ in model.cells})
         for node in NODES:
             assert index.use(node) == model.use(node)
@@ -304,12 +302,14 @@ class JournalMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.truth: dict[tuple[bytes, int], int] = {}
         self.latest = self.earliest = 1000
-        self.journal = Journal(self.latest, self.max_deltas, self.bundle_deltas)
+        self._new_node(self.latest)
         self.messages: list[Batch] = []
         self.answers: list[Acknowledgement] = []
         self._new_receiver()
+
+    def _new_node(self, incarnation: int) -> None:
+        self.node = TellingNode(Journal(incarnation, self.max_deltas, self.bundle_deltas))
 
     def _new_receiver(self) -> None:
         self.index = ExternalKvIndex()
@@ -318,36 +318,15 @@ class JournalMachine(RuleBasedStateMachine):
     @rule(part=delta_lists)
     def record(self, part: list[Delta]) -> None:
         """The node's tiers change."""
-        for key, tier, size in part:
-            if size is None:
-                self.truth.pop((key, tier), None)
-            else:
-                self.truth[key, tier] = size
-        self.journal.record(part)
-        assert len(self.journal) <= self.max_deltas
-
-    def _compose(self, retry: bool) -> list[Batch]:
-        """What the node would send now."""
-        journal = self.journal
-        if journal.full_sync_due or (retry and journal.full_sync_pending):
-            seq = journal.begin_full_sync()
-            content = [Action(ActionKind.REPORT, tier, [key]) for key, tier in self.truth]
-            return [Batch(journal.incarnation, seq, content, full_sync=True)]
-        batches = []
-        for bundle in journal.bundles(2):
-            assert 0 < len(bundle.deltas) <= self.bundle_deltas
-            assert len({(delta.key, delta.tier) for delta in bundle.deltas}) == len(bundle.deltas)
-            actions = [
-                Action(ActionKind.REVOKE if size is None else ActionKind.REPORT, tier, [key])
-                for key, tier, size in bundle.deltas
-            ]
-            batches.append(Batch(journal.incarnation, bundle.seq, actions))
-        return batches
+        self.node.change(part)
+        assert len(self.node.journal) <= self.max_deltas
 
     @rule(retry=st.booleans())
     def send(self, retry: bool) -> None:
         """Onto the channel, from where it may never arrive."""
-        self.messages = (self.messages + self._compose(retry))[-8:]
+        batches = self.node.compose(retry)
+        assert all(batch.full_sync or 0 < len(batch.actions) <= self.bundle_deltas for batch in batches)
+        self.messages = (self.messages + batches)[-8:]
 
     @precondition(lambda self: self.messages)
     @rule(data=st.data(), keep=st.booleans(), lose=st.booleans())
@@ -370,7 +349,7 @@ class JournalMachine(RuleBasedStateMachine):
         self._take(answer)
 
     def _take(self, answer: Acknowledgement) -> None:
-        self.journal.receive(answer.incarnation, answer.acked, answer.request_full_sync)
+        self.node.journal.receive(answer.incarnation, answer.acked, answer.request_full_sync)
 
     @rule(later=st.booleans())
     def restart_node(self, later: bool) -> None:
@@ -383,8 +362,7 @@ class JournalMachine(RuleBasedStateMachine):
         else:
             self.earliest -= 100
             self.messages, self.answers = [], []
-        self.truth = {}
-        self.journal = Journal(self.latest if later else self.earliest, self.max_deltas, self.bundle_deltas)
+        self._new_node(self.latest if later else self.earliest)
 
     @rule(how=st.sampled_from(("restart", "expire", "forget")))
     def lose_state(self, how: str) -> None:
@@ -399,11 +377,11 @@ class JournalMachine(RuleBasedStateMachine):
     @rule()
     def settle(self) -> None:
         """With a channel that works for a while, the receiver knows the truth soon, whatever happened before."""
+        journal = self.node.journal
         for _ in range(12):
-            journal = self.journal
-            for batch in self._compose(retry=True):
+            for batch in self.node.compose(retry=True):
                 self._take(self.applier.apply("node", batch))
-            self._take(self.applier.probe("node", self.journal.incarnation, self.journal.acked_seq))
+            self._take(self.applier.probe("node", journal.incarnation, journal.acked_seq))
             if journal.acked_seq == journal.last_seq and not len(journal) and not journal.full_sync_due:
                 break
         known = {
@@ -412,5 +390,5 @@ class JournalMachine(RuleBasedStateMachine):
             for part in self.index.blocks("node", tier)
             for key in part
         }
-        assert known == set(self.truth)
-        assert not self.journal.full_sync_pending
+        assert known == set(self.node.truth)
+        assert not journal.full_sync_pending

@@ -9,16 +9,29 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from umbp_core.block_index import Location, TierUse
+from umbp_core.index_feed import Change, ChangeKind
+from umbp_core.index_gate import Action, ActionKind, Batch
 from umbp_core.index_match import TierRun
-from umbp_core.journal import Delta
+from umbp_core.journal import Delta, Journal
 from umbp_core.placements import preference
+
+Entries = set[tuple[str, int, bytes]]
+"""(node, tier, hash)"""
+
+
+def follow(entries: Entries, change: Change) -> Entries:
+    """What a reader of the feed makes of a change."""
+    if change.kind is ChangeKind.CLEARED:
+        return {entry for entry in entries if entry[:2] != (change.node, change.tier)}
+    named = {(change.node, change.tier, key) for key in change.hashes}
+    return entries | named if change.kind is ChangeKind.REPORTED else entries - named
 
 
 @dataclass
 class IndexModel:
     """Who holds what, as a set of (node, tier, hash)."""
 
-    held: set[tuple[str, int, bytes]] = field(default_factory=set)
+    held: Entries = field(default_factory=set)
     order: list[str] = field(default_factory=list)
     """The nodes that hold something, in the order in which they came."""
 
@@ -214,3 +227,37 @@ class BlockModel:
             for (name, tier), cell in self.cells.items()
             if name == node
         }
+
+
+@dataclass
+class TellingNode:
+    """A node with nothing but a journal and what is true of its tiers."""
+
+    journal: Journal
+    truth: dict[tuple[bytes, int], int] = field(default_factory=dict)
+
+    def change(self, deltas: Sequence[Delta]) -> None:
+        """The tiers change, and the journal is told."""
+        for key, tier, size in deltas:
+            if size is None:
+                self.truth.pop((key, tier), None)
+            else:
+                self.truth[key, tier] = size
+        self.journal.record(deltas)
+
+    def compose(self, retry: bool) -> list[Batch]:
+        """What the node would send now; with ``retry``, a full sync that is not acknowledged again."""
+        journal = self.journal
+        if journal.full_sync_due or (retry and journal.full_sync_pending):
+            seq = journal.begin_full_sync()
+            content = [Action(ActionKind.REPORT, tier, [key]) for key, tier in self.truth]
+            return [Batch(journal.incarnation, seq, content, full_sync=True)]
+        return [
+            Batch(journal.incarnation, bundle.seq, [self._action(delta) for delta in bundle.deltas])
+            for bundle in journal.bundles(2)
+        ]
+
+    @staticmethod
+    def _action(delta: Delta) -> Action:
+        kind = ActionKind.REVOKE if delta.size is None else ActionKind.REPORT
+        return Action(kind, delta.tier, [delta.key])
