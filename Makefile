@@ -36,7 +36,7 @@ test-unit: $(VENV_READY) ## the tests that need no engine
 	$(VENV) -m pytest
 
 test-vllm: $(VLLM_READY) ## the tests that need a vLLM
-	$(VLLM) -m pytest tests/vllm
+	$(VLLM) -m pytest tests/vllm tests/gpu
 
 lint: $(VENV_READY) ## ruff, mypy strict, the arrows between the packages, sizes
 	$(VENV) -m ruff check .
