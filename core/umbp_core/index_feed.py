@@ -13,6 +13,9 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+MAX_CHANGE_HASHES = 4096
+"""Hashes that one change names at most: what is sent in one message is bounded."""
+
 
 class ChangeKind(enum.IntEnum):
     """What happened to hashes of one tier of one node."""
@@ -70,25 +73,33 @@ class ChangeFeed:
 
     def append(
         self, kind: ChangeKind, node: str, tier: int, hashes: Sequence[bytes], at: float, reason: str = ""
-    ) -> Change:
-        """Add a change; forgets the oldest ones when there are too many."""
-        self._last += 1
-        change = Change(self._last, kind, node, tier, tuple(hashes), at, reason)
-        self._changes[self._last] = change
-        self._hashes += len(hashes)
+    ) -> None:
+        """Add a change, or several when it names very many hashes; forgets the oldest ones when there are too many."""
+        for start in range(0, len(hashes) or 1, MAX_CHANGE_HASHES):
+            part = tuple(hashes[start : start + MAX_CHANGE_HASHES])
+            self._last += 1
+            self._changes[self._last] = Change(self._last, kind, node, tier, part, at, reason)
+            self._hashes += len(part)
         while len(self._changes) > 1 and (len(self._changes) > self._max_changes or self._hashes > self._max_hashes):
             oldest = self._changes.pop(self._last + 1 - len(self._changes))
             self._hashes -= len(oldest.hashes)
-        return change
 
-    def since(self, incarnation: int, cursor: int, limit: int = 256) -> FeedPage:
-        """Up to ``limit`` changes after ``cursor``, which came from a snapshot or an earlier page."""
+    def since(self, incarnation: int, cursor: int, limit: int = 256, max_hashes: int = 1 << 14) -> FeedPage:
+        """Up to ``limit`` changes after ``cursor``, which came from a snapshot or an earlier page.
+
+        They name up to ``max_hashes`` hashes in total, or it is only one change.
+        """
         oldest = self._last + 1 - len(self._changes)
         if incarnation != self.incarnation or not oldest - 1 <= cursor <= self._last:
             return FeedPage(self.incarnation, [], self._last, lost=True)
-        end = min(cursor + limit, self._last)
-        changes = [self._changes[seq] for seq in range(cursor + 1, end + 1)]
-        return FeedPage(self.incarnation, changes, end, lost=False)
+        changes: list[Change] = []
+        for seq in range(cursor + 1, min(cursor + limit, self._last) + 1):
+            change = self._changes[seq]
+            max_hashes -= len(change.hashes)
+            if changes and max_hashes < 0:
+                break
+            changes.append(change)
+        return FeedPage(self.incarnation, changes, cursor + len(changes), lost=False)
 
     def latest_of(self, node: str, key: bytes) -> list[Change]:
         """The last change that is known of each tier of ``node`` that concerned ``key``; the latest first.

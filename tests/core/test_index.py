@@ -175,6 +175,15 @@ def test_hits_outlive_a_revoke_and_misses_add_none(index: ExternalKvIndex) -> No
     assert index.hits.counts([A]) == {A: 1}
 
 
+def test_no_hit_is_lost_among_other_calls(index: ExternalKvIndex) -> None:
+    for round_ in range(500):
+        index.match([A], count_as_hit=True, now=float(round_))
+        index.report("n3", [A], HBM)
+        index.clear_node("n3")
+        index.sweep(1)
+    assert index.hits.counts([A]) == {A: 500}
+
+
 # Clearing in slices.
 
 

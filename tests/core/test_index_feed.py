@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from umbp_core.index import ExternalKvIndex
-from umbp_core.index_feed import Change, ChangeFeed, ChangeKind
+from umbp_core.index_feed import MAX_CHANGE_HASHES, Change, ChangeFeed, ChangeKind
 from umbp_core.tiers import Tier
 
 HBM, DRAM = Tier.HBM, Tier.DRAM
@@ -65,6 +65,24 @@ def test_the_latest_change_is_kept_however_large() -> None:
     feed.append(ChangeKind.REPORTED, "n", HBM, [A, B, C], 0.0)
     assert [change.seq for change in feed.since(3, 1).changes] == [2]
     assert feed.since(3, 0).lost
+
+
+def test_a_page_is_bounded_by_hashes_too() -> None:
+    feed = feed_of(A, B)
+    feed.append(ChangeKind.REPORTED, "n", HBM, [A, B, C], 0.0)
+    assert [change.seq for change in feed.since(3, 0, max_hashes=2).changes] == [1, 2]
+    assert [change.seq for change in feed.since(3, 1, max_hashes=2).changes] == [2]
+    page = feed.since(3, 2, max_hashes=2)
+    assert ([change.seq for change in page.changes], page.cursor) == ([3], 3)
+
+
+def test_a_very_large_change_is_told_as_several() -> None:
+    feed = ChangeFeed(3)
+    hashes = [b"%d" % number for number in range(MAX_CHANGE_HASHES + 1)]
+    feed.append(ChangeKind.REPORTED, "n", HBM, hashes, 0.0)
+    first, second = feed.since(3, 0).changes
+    assert (first.hashes, second.hashes) == (tuple(hashes[:-1]), tuple(hashes[-1:]))
+    assert feed.cursor == 2
 
 
 def test_a_new_feed_has_nothing_and_loses_nobody() -> None:
