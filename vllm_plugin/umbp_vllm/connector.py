@@ -21,6 +21,7 @@ from umbp_vllm.compat import (
     KVConnectorTransferResults,
     SupportsHMA,
 )
+from umbp_vllm.groups import failures_by_block
 from umbp_vllm.leader import Leader
 from umbp_vllm.metadata import HandshakeHello, StepMetadata, WorkerReport
 from umbp_vllm.setup import make_leader, make_worker, settings_of
@@ -254,14 +255,14 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
         results = self.get_transfer_results(finished_req_ids)
         return None, results.finished_recving or None
 
-    @property
+    @functools.cached_property
     def _reports_requests(self) -> bool:
-        """Failed loads are named by request where block ids are ambiguous: with several KV groups."""
-        return len(self._cache_config.kv_cache_groups) > 1
+        """Failed loads are named by request where their blocks would not say enough."""
+        return not failures_by_block(self._cache_config)
 
     @_guarded(set)
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """HBM blocks of failed loads, for models with one KV group."""
+        """HBM blocks of failed loads, for models with one KV group that sees everything before it."""
         blocks, self._outcome.bad_blocks = self._outcome.bad_blocks, set()
         return set() if self._reports_requests else blocks
 

@@ -105,6 +105,19 @@ def kv_groups(kv_cache_config: Any, hash_tokens: int) -> tuple[KvGroup, ...]:
     return tuple(groups)
 
 
+def failures_by_block(kv_cache_config: Any) -> bool:
+    """Whether vLLM may hear of a failed load by its blocks; otherwise only by the request.
+
+    With several groups block numbers are ambiguous.  With a single one that has a window, vLLM would go on right
+    before the first bad block, where the window of the tokens to compute again was neither loaded nor allocated.
+    """
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        return False
+    members = layer_specs(groups[0].kv_cache_spec)
+    return all(_REACH.get(type(member).__name__, _full)(member) == (None, None) for member in members)
+
+
 def layer_specs(spec: Any) -> list[Any]:
     """The layer specs of a group: those of a uniform-type group, or the spec itself."""
     if type(spec).__name__ == "UniformTypeKVCacheSpecs":

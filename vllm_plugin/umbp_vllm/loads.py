@@ -75,7 +75,7 @@ class LoadPlanner:
         self.unstage(state)
         if not state.may_load or not state.slot.may_match:
             return 0
-        end = self._matcher.longest(state.keys, start, request.num_tokens)
+        end = self._matcher.longest(state.keys, start, self._matcher.most(request.num_tokens))
         if self._must_wait(state, start, end, now):
             self._stats.add("vllm:umbp_lookup_waits", 1, "shared_load")
             return None

@@ -104,6 +104,15 @@ class Matcher:
         self._object_bytes = object_bytes
         self._new_op_id = new_op_id
 
+    def most(self, num_tokens: int) -> int:
+        """How many tokens of a request of ``num_tokens`` a load may bring.
+
+        When it brings all of them, vLLM computes the last one again, and in a group with a window that token sees
+        one token further back than the next one would: what it sees may be neither loaded nor allocated.
+        """
+        windowed = any(group.reach is not None or group.chunk is not None for group in self._groups)
+        return num_tokens - 1 if windowed else num_tokens
+
     def longest(self, keys: RequestKeys, start: int, limit: int) -> int:
         """The largest ``end`` <= ``limit`` such that tokens ``start`` to ``end`` can be loaded; ``start`` if none.
 
