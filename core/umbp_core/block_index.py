@@ -13,7 +13,7 @@ Time is whatever monotonic seconds the caller passes.  No I/O, no threads, no cl
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,36 +30,35 @@ _NO_INCARNATION = 0
 """Heartbeats have none: a registration begins a new life."""
 
 
-class _Held(NamedTuple):
-    size: int
-    used: float
-
-
 class BlockCell(Cell):
-    """A cell of the index: its blocks, the least recently used first, and the sum of their sizes."""
+    """A cell of the index: size and last use of its blocks, the least recently used first; the sum of the sizes."""
 
     __slots__ = ("blocks", "nbytes")
 
     def __init__(self, number: int, node: str, tier: int) -> None:
         super().__init__(number, node, tier)
-        self.blocks: OrderedDict[bytes, _Held] = OrderedDict()
+        self.blocks: dict[bytes, tuple[int, float]] = {}
         self.nbytes = 0
 
     def put(self, key: bytes, size: int, now: float) -> bool:
         """Add ``key``, used now, or give it another size; whether it is new."""
         held = self.blocks.get(key)
-        self.nbytes += size - (held.size if held else 0)
-        self.blocks[key] = _Held(size, held.used if held else now)
+        known, used = (0, now) if held is None else held
+        self.nbytes += size - known
+        self.blocks[key] = (size, used)
         return held is None
 
     def drop(self, key: bytes) -> None:
         """Take ``key``, which is here, out."""
-        self.nbytes -= self.blocks.pop(key).size
+        self.nbytes -= self.blocks.pop(key)[0]
 
     def touch(self, key: bytes, now: float) -> None:
         """``key``, which is here, is used now."""
-        self.blocks[key] = _Held(self.blocks[key].size, now)
-        self.blocks.move_to_end(key)
+        self.blocks[key] = (self.blocks.pop(key)[0], now)
+
+    def location(self, key: bytes) -> Location:
+        """The copy of ``key``, which is here."""
+        return Location(self.node, self.tier, self.blocks[key][0])
 
 
 class Location(NamedTuple):
@@ -197,8 +196,7 @@ class BlockIndex:
 
     def locations(self, key: bytes) -> list[Location]:
         """The copies of ``key``, fastest tier first."""
-        cells = self._cells_of(key)
-        return [Location(cell.node, cell.tier, cell.blocks[key].size) for cell in cells]
+        return [cell.location(key) for cell in self._cells_of(key)]
 
     def exists(self, keys: Iterable[bytes]) -> list[bool]:
         """For each of ``keys`` whether there is a copy of it."""
@@ -222,7 +220,7 @@ class BlockIndex:
                 self._lease(key, now + lease)
                 for cell in cells:
                     cell.touch(key, now)
-            found.append([Location(cell.node, cell.tier, cell.blocks[key].size) for cell in usable])
+            found.append([cell.location(key) for cell in usable])
         return found
 
     def is_leased(self, key: bytes, now: float) -> bool:
@@ -237,9 +235,9 @@ class BlockIndex:
         """
         cell = self._placements.cell(node, tier)
         if cell is not None:
-            for key, held in cell.blocks.items():
+            for key, (size, used) in cell.blocks.items():
                 if not self.is_leased(key, now):
-                    yield Victim(key, held.size, held.used)
+                    yield Victim(key, size, used)
 
     def nodes(self) -> list[str]:
         """The nodes that hold something, in the order in which they came."""
@@ -286,7 +284,7 @@ class BlockIndex:
         for start in range(0, len(keys), size):
             if not self._placements.is_live(cell):
                 break
-            yield [(key, blocks[key].size) for key in keys[start : start + size] if key in blocks]
+            yield [(key, blocks[key][0]) for key in keys[start : start + size] if key in blocks]
 
     def _apply(self, node: str, delta: Delta, now: float) -> None:
         key, tier, size = delta
