@@ -10,6 +10,7 @@ import pytest
 
 from tests.vllm.engine_free.conftest import MakeUmbp
 from tests.vllm.engine_free.test_harness import CONFIGURATIONS
+from tests.vllm.harness import GroupSpec
 from tests.vllm.harness.traffic import Traffic
 
 NAMES = [name for name in CONFIGURATIONS if name not in {"sync", "slow"}]
@@ -49,6 +50,26 @@ def test_a_small_engine_that_preempts(make_umbp: MakeUmbp, name: str) -> None:
     engine.check_stored()
     engine.close()
     assert traffic.preemptions > 0
+
+
+GROUPS: dict[str, tuple[GroupSpec, ...]] = {
+    "blocks of two sizes": (GroupSpec("full"), GroupSpec("window", heads=1, window=14)),
+    "many windows": (GroupSpec("full", layers=1), GroupSpec("window", layers=3, window=9)),
+    "two windows": (GroupSpec("full"), GroupSpec("window", window=6), GroupSpec("window", window=17)),
+    "windows alone": (GroupSpec("window", window=9),),
+    "chunks": (GroupSpec("full"), GroupSpec("chunk", window=16)),
+    "latent and window": (GroupSpec("mla", head_size=32), GroupSpec("window", window=9)),
+}
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("more", [{}, {"tp": 2}, {"async_scheduling": True}], ids=["plain", "tp2", "async"])
+def test_other_kv_groups(make_umbp: MakeUmbp, groups: str, more: dict[str, Any]) -> None:
+    engine = make_umbp(groups=GROUPS[groups], num_blocks=200, max_model_len=96, **more)
+    loaded = Traffic(engine, random.Random(groups)).run(steps=120)
+    assert engine.check_stored() > 0
+    engine.close()
+    assert loaded > 0
 
 
 def test_a_pool_smaller_than_the_working_set(make_umbp: MakeUmbp) -> None:

@@ -74,6 +74,21 @@ def test_a_flipped_bit_in_a_model_of_several_groups(make_umbp: MakeUmbp, block: 
     engine.close()
 
 
+@pytest.mark.parametrize(
+    ("kind", "block"), [*(("window", block) for block in range(6, 10)), ("chunk", 8), ("chunk", 9)]
+)
+def test_a_flipped_bit_in_a_model_of_windows_alone(make_umbp: MakeUmbp, kind: str, block: int) -> None:
+    """Of a window only the last blocks are loaded: what comes before a bad one is not there to go on from."""
+    engine = make_umbp(groups=(GroupSpec(kind, window=16),))
+    stored(engine, tokens(40))
+    engine.corrupt(0, engine.keys(tokens(40))[0][block])
+    again = engine.add(tokens(42), max_tokens=3)
+    engine.drain()
+    assert engine.finish_reasons[again] == "length"
+    engine.check_stored()
+    engine.close()
+
+
 def test_the_user_may_want_the_request_to_fail(make_umbp: MakeUmbp) -> None:
     engine = make_umbp({"load_failure_policy": "fail"})
     stored(engine, tokens(24))

@@ -295,3 +295,21 @@ def test_a_window_needs_only_its_own_blocks(make_umbp: MakeUmbp) -> None:
     assert engine.external_tokens(once_more) < 40
     engine.close()
     assert full
+
+
+@pytest.mark.parametrize("kind", ["window", "chunk"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_whole_prompt_hit_in_windows(make_umbp: MakeUmbp, kind: str, alone: bool) -> None:
+    """The last token is computed again, and its window reaches one token further back than that of the next one."""
+    for size in range(4, 18, 4 if kind == "chunk" else 1):
+        groups = (GroupSpec(kind, window=size),) if alone else (GroupSpec("full"), GroupSpec(kind, window=size))
+        engine = make_umbp(groups=groups)
+        stored(engine, tokens(40))
+        for length in (32, 33, 36, 40):
+            again = engine.add(tokens(length), max_tokens=2)
+            engine.drain()
+            local, external, _ = engine.ledger.lives[again].matches[0]
+            # A model of chunks alone computes, and therefore stores, no more than the last chunk of a cold prompt.
+            assert (kind, alone) == ("chunk", True) or local + external >= (length - 1) // BLOCK * BLOCK
+            engine.reset_prefix_cache()
+        engine.close()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, KVCacheConfig, KVCacheSpec, SlidingWindowSpec
 from vllm.v1.outputs import DraftTokenIds
 
 from tests.vllm.harness.model import Prefix, States, mix, next_token
@@ -90,6 +90,15 @@ class _Positions:
         return request_id, start + index - first
 
 
+def _first_read(spec: KVCacheSpec, start: int) -> int:
+    """The first position that attention still sees from position ``start`` on."""
+    if isinstance(spec, SlidingWindowSpec):
+        return max(0, start - spec.sliding_window + 1)
+    if isinstance(spec, ChunkedLocalAttentionSpec):
+        return start // spec.attention_chunk_size * spec.attention_chunk_size
+    return 0
+
+
 class Forward:
     """One forward pass: for every layer, write the new positions, then read all positions attention reads.
 
@@ -104,11 +113,9 @@ class Forward:
         self._writes: list[_Positions] = []
         for group, group_spec in enumerate(config.kv_cache_groups):
             spec = group_spec.kv_cache_spec
-            window = spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None
             reads, writes = _Positions(), _Positions()
             for chunk in chunks:
-                lowest = 0 if window is None else max(0, chunk.start - window + 1)
-                reads.add(chunk, lowest, chunk.start, group, spec.block_size)
+                reads.add(chunk, _first_read(spec, chunk.start), chunk.start, group, spec.block_size)
                 writes.add(chunk, chunk.start, chunk.end, group, spec.block_size)
             self._reads.append(reads)
             self._writes.append(writes)

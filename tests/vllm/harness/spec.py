@@ -30,6 +30,7 @@ from vllm.v1.core.kv_cache_utils import (
     resolve_kv_cache_block_sizes,
 )
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheSpec,
@@ -45,12 +46,12 @@ class GroupSpec:
     """Some layers of one attention kind; layers of one kind may end up in several KV groups, as vLLM decides."""
 
     kind: str = "full"
-    """``full``, ``window`` or ``mla``."""
+    """``full``, ``window``, ``chunk`` (chunked local attention) or ``mla``."""
     layers: int = 2
     heads: int = 2
     head_size: int = 8
     window: int = 0
-    """Tokens of the sliding window; only for ``window``."""
+    """Tokens of the sliding window, or of a chunk."""
 
     def kv_spec(self, block_size: int) -> KVCacheSpec:
         """The vLLM spec of one of these layers on one rank."""
@@ -58,6 +59,9 @@ class GroupSpec:
         builders = {
             "full": lambda: FullAttentionSpec(num_kv_heads=self.heads, **common),
             "window": lambda: SlidingWindowSpec(num_kv_heads=self.heads, sliding_window=self.window, **common),
+            "chunk": lambda: ChunkedLocalAttentionSpec(
+                num_kv_heads=self.heads, attention_chunk_size=self.window, **common
+            ),
             "mla": lambda: MLAAttentionSpec(num_kv_heads=1, max_tp_shards=1, **common),
         }
         return builders[self.kind]()
