@@ -196,7 +196,7 @@ class BlockIndex:
 
     def locations(self, key: bytes) -> list[Location]:
         """The copies of ``key``, fastest tier first."""
-        return [cell.location(key) for cell in self._cells_of(key)]
+        return [cell.location(key) for cell in self._cells_in(self._masks.get(key, 0))]
 
     def exists(self, keys: Iterable[bytes]) -> list[bool]:
         """For each of ``keys`` whether there is a copy of it."""
@@ -213,14 +213,18 @@ class BlockIndex:
         """
         self._purge_leases(now, _PURGES * len(keys))
         found = []
+        cells_in: dict[int, list[BlockCell]] = {}
         for key in keys:
-            cells = self._cells_of(key)
-            usable = [cell for cell in cells if cell.node not in exclude]
-            if usable:
+            mask = self._masks.get(key, 0)
+            cells = cells_in.get(mask)
+            if cells is None:
+                cells = cells_in[mask] = self._cells_in(mask)
+            places = [cell.location(key) for cell in cells if cell.node not in exclude]
+            if places:
                 self._lease(key, now + lease)
                 for cell in cells:
                     cell.touch(key, now)
-            found.append([cell.location(key) for cell in usable])
+            found.append(places)
         return found
 
     def is_leased(self, key: bytes, now: float) -> bool:
@@ -311,8 +315,9 @@ class BlockIndex:
         else:
             del self._masks[key]
 
-    def _cells_of(self, key: bytes) -> list[BlockCell]:
-        cells = self._placements.members(self._masks.get(key, 0))
+    def _cells_in(self, mask: int) -> list[BlockCell]:
+        """The cells in ``mask`` that count, fastest tier first."""
+        cells = self._placements.members(mask)
         cells.sort(key=lambda cell: (preference(cell.tier), cell.number))
         return cells
 
