@@ -63,6 +63,7 @@ def _ssd_tier(config: UmbpConfig, spec: SsdTierSpec) -> SsdTier:
         config.ssd_capacity,
         spec.ranks,
         config.ssd_direct_io,
+        engines=spec.engines,
     )
 
 

@@ -41,7 +41,8 @@ class SsdTierSpec:
     """An SSD tier that is wanted: slots of ``slot_bytes`` (a multiple of 4096), as many as the capacity allows.
 
     ``namespace`` and ``layout`` (SHA-256) say whose objects they are; bytes of others must not be touched beyond what
-    the capacity asks for.  ``rank`` is the world rank, ``ranks`` how many share ``config.ssd_capacity``.
+    the capacity asks for.  ``rank`` is the world rank, ``ranks`` how many share ``config.ssd_capacity``, of which
+    an engine of a data-parallel group gets its part: one of ``engines``.
     """
 
     namespace: str
@@ -49,6 +50,7 @@ class SsdTierSpec:
     slot_bytes: int
     rank: int = 0
     ranks: int = 1
+    engines: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -248,6 +248,23 @@ def test_ranks_that_are_no_more_count_and_go(ssd: Path, rank: Callable[..., Rank
     assert len(list(namespace_dir(ssd, "model").glob("rank*"))) < 4
 
 
+@pytest.mark.parametrize("engines", [2, 4])
+def test_engines_of_a_group_share_the_capacity_and_keep_it_over_restarts(ssd: Path, engines: int) -> None:
+    """Whoever comes first takes its part and no more, and none of them removes another's folder."""
+    capacity = engines * 2 * CAPACITY
+    for _life in range(2):
+        slabs = [
+            open_rank_slab(ssd, f"model-dp{number}", 0, LAYOUT, SLOT, capacity, engines=engines, patience_s=0)
+            for number in range(engines)
+        ]
+        assert len({slab.slots for slab in slabs}) == 1
+        assert slabs[0].slots > 0
+        assert _used(ssd) + sum(catalogue_allowance(slab.slots, 1) for slab in slabs) <= capacity
+        for slab in reversed(slabs):
+            slab.close()
+    assert len(list(ssd.glob("*/rank0/slab-*.bin"))) == engines
+
+
 def test_foreign_files_are_neither_touched_nor_counted(ssd: Path, rank: Callable[..., RankSlab]) -> None:
     expected = plan_capacity(ssd.parent, "model", 0, LAYOUT, SLOT, CAPACITY).slots
     home = namespace_dir(ssd, "model")

@@ -107,6 +107,7 @@ def make_worker(vllm_config: Any, kv_cache_config: Any, settings: Settings, kv_c
         slot_bytes=geometry.page_bytes,
         rank=writer_rank,
         ranks=parallel.pipeline_parallel_size if shared else tp_size * parallel.pipeline_parallel_size,
+        engines=parallel.data_parallel_size,
     )
     slab, problem = _rank_slab(settings, spec, shared=shared, writes=writes)
     object_bytes = tuple(geometry.object_bytes(group.index) for group in geometry.groups)

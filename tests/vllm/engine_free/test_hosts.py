@@ -1,4 +1,4 @@
-"""The connector in other surroundings: older call patterns, a late handshake, beside another connector, data parallel."""
+"""The connector elsewhere: under older interfaces, with a late handshake, beside another connector, data parallel."""
 
 from __future__ import annotations
 
