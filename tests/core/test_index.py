@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import tracemalloc
+from collections.abc import Iterator
 
 import pytest
 
@@ -343,16 +344,26 @@ def test_a_tier_without_a_weight_is_not_used(index: ExternalKvIndex) -> None:
 
 def test_longer_prefixes_come_first_then_cheaper_ones() -> None:
     index = ExternalKvIndex()
-    index.report("short", [A], HBM)
+    index.report("a short one", [A], HBM)
     index.report("dear", [A, B], SSD)
-    index.report("cheap", [A, B], HBM)
+    index.report("free, z", [A, B], HBM)
+    index.report("free, a", [A, B], HBM)
     nodes = [match.node for match in index.match_prefix([A, B, C], {HBM: 0.0, SSD: 1.0})]
-    assert nodes == ["cheap", "dear", "short"]
+    assert nodes == ["free, a", "free, z", "dear", "a short one"]
 
 
 def test_a_prefix_that_nobody_begins_is_nobodys(index: ExternalKvIndex) -> None:
     assert index.match_prefix([Z, A]) == []
     assert index.match_prefix([]) == []
+
+
+def test_a_chain_is_read_only_as_far_as_some_node_goes(index: ExternalKvIndex) -> None:
+    class Chain(list[bytes]):
+        def __iter__(self) -> Iterator[bytes]:
+            yield from super().__iter__()
+            pytest.fail("nobody holds the last block")
+
+    assert [match.length for match in index.match_prefix(Chain([A, B, C, Z]))] == [3, 1]
 
 
 def test_a_cleared_tier_ends_a_prefix_at_once(index: ExternalKvIndex) -> None:
