@@ -89,7 +89,7 @@ class Placements(Generic[C]):
 
     def cells(self, node: str) -> list[C]:
         """All cells of ``node``, the fastest tier first."""
-        return sorted(self._nodes.get(node, {}).values(), key=lambda cell: preference(cell.tier))
+        return list(self._nodes.get(node, {}).values())
 
     def open(self, node: str, tier: int) -> C:
         """The cell of ``tier`` on ``node``; a new, empty one when there is none."""
@@ -107,7 +107,8 @@ class Placements(Generic[C]):
 
     def admit(self, cell: C) -> None:
         """Let a prepared ``cell`` count.  Its node must have no other cell of this tier."""
-        self._nodes.setdefault(cell.node, {})[cell.tier] = cell
+        cells = self._nodes.get(cell.node, {}) | {cell.tier: cell}
+        self._nodes[cell.node] = {tier: cells[tier] for tier in sorted(cells, key=preference)}
         self.live |= cell.bit
 
     def retire(self, cell: C) -> None:
