@@ -97,10 +97,7 @@ class Journal:
         """Note ``deltas``.  Of those of one block and tier that were not cut yet, only the last is kept."""
         if self._due:
             return
-        pending = self._pending
-        for key, tier, size in deltas:
-            pending.pop((key, tier), None)
-            pending[key, tier] = size
+        self._pending.update(((key, tier), size) for key, tier, size in deltas)
         if len(self) > self._max_deltas:
             self.request_full_sync()
 

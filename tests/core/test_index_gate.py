@@ -96,6 +96,13 @@ def test_a_new_incarnation_voids_what_the_old_one_said() -> None:
     assert held(applier) == [B]
 
 
+def test_a_new_incarnation_of_an_expired_node_begins_at_once(applier: BatchApplier) -> None:
+    applier.apply("n", report(1, A))
+    applier.expire("n")
+    assert applier.apply("n", report(1, B, incarnation=6)).verdict is APPLY
+    assert held(applier) == [B]
+
+
 def test_an_earlier_incarnation_is_refused(applier: BatchApplier) -> None:
     applier.apply("n", report(1, A))
     for late in (report(2, B, incarnation=4), report(1, B, incarnation=4, full_sync=True)):
