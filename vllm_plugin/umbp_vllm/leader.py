@@ -153,6 +153,9 @@ class Leader:
 
     def plan_step(self, output: Any) -> None:
         """Decide the stores and demotions of this step from vLLM's scheduler output."""
+        if self._pool is not None:
+            for state in self._pool.stores.give_up_unsent():
+                self._retire(state)
         if output.preempted_req_ids:
             self._preempted(output.preempted_req_ids)
         if self.tables.follows_outputs:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from umbp_connectors.leader.demotions import DemotionQueue
 from umbp_connectors.leader.ledger import OpLedger, Verdict
 from umbp_core.directory import Directory
-from umbp_core.ops import BlockCopy, Direction, LeaderTransferRequest, Requirement, RequirementKind
+from umbp_core.ops import BlockCopy, Direction, LeaderTransferRequest, OpStatus, Requirement, RequirementKind
 from umbp_core.tiers import Tier
 from umbp_vllm.events import EventLog
 from umbp_vllm.groups import KvGroup
@@ -132,6 +132,20 @@ class StorePlanner:
         batches, self._open = self._open, []
         requirement = Requirement(RequirementKind.ITERATION_COMPLETE, iteration)
         return [self._op(batch, requirement) for batch in batches if batch.blocks]
+
+    def give_up_unsent(self) -> list[RequestState]:
+        """Forget what was collected and never flushed, because something in between went wrong; whose it was.
+
+        Its HBM blocks are not held, so from the next step on they may be somebody else's.
+        """
+        batches, self._open = self._open, []
+        for batch in batches:
+            self._directory.abort_owner(batch.op_id)
+            for block in batch.blocks:
+                self._events.forget(block.key)
+            for state in batch.states:
+                state.slot.op_ended(batch.op_id, OpStatus.CANCELLED)
+        return [state for batch in batches for state in batch.states]
 
     def _op(self, batch: _Batch, requirement: Requirement) -> LeaderTransferRequest:
         self._held.hold(batch.op_id, [block.hbm_block for block in batch.blocks])

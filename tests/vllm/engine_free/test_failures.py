@@ -249,6 +249,30 @@ def test_an_exception_in_the_leader_stays_there(
     step_until(engine, lambda: all(engine.present(tokens(24, 600))))
 
 
+def test_an_exception_between_two_requests_of_a_step(make_umbp: MakeUmbp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was decided for the first of them is void: in the next step its blocks may be somebody else's (law L3)."""
+    engine = make_umbp(num_blocks=16, max_model_len=56)
+    leader = engine.leader.leader
+    original = leader._look_at
+    turns = iter([False, True])
+
+    def look_at(request_id: str, computed: int) -> None:
+        if next(turns, False):
+            raise ZeroDivisionError("made by the test")
+        original(request_id, computed)
+
+    monkeypatch.setattr(leader, "_look_at", look_at)
+    engine.expects_internal_failures = True
+    for first in (0, 300):
+        engine.add(tokens(24, first), max_tokens=4)
+    engine.step()
+    assert engine.internal_failures() == {"_plan_step": 1}
+    assert engine.reset_prefix_cache(running=True)
+    engine.drain()
+    assert engine.check_stored() > 0
+    engine.close()
+
+
 def test_an_exception_while_a_load_is_planned_leaves_nothing_behind(
     make_umbp: MakeUmbp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
