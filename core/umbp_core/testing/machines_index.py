@@ -36,7 +36,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.feed = ChangeFeed(incarnation=5, max_changes=4, max_hashes=20)
+        self.feed = ChangeFeed(incarnation=5, max_changes=3, max_hashes=20)
         self.index = ExternalKvIndex(self.feed, HitCounters(TTL))
         self.model = IndexModel()
         self.hits = HitModel(TTL)
@@ -204,6 +204,7 @@ class BlockIndexMachine(RuleBasedStateMachine):
     @rule(node=nodes, first=st.integers(0, 2), parts=st.lists(delta_lists, max_size=3), skip=st.booleans())
     def heartbeat(self, node: str, first: int, parts: list[list[Delta]], skip: bool) -> None:
         """Replays, the next bundles, or a gap before the first or the last of them."""
+        self.now += 0.5
         start = self.model.acked.get(node, 0) + first
         bundles = [(start + number, part) for number, part in enumerate(parts)]
         if bundles and skip:
@@ -378,12 +379,15 @@ class JournalMachine(RuleBasedStateMachine):
     def settle(self) -> None:
         """With a channel that works for a while, the receiver knows the truth soon, whatever happened before."""
         journal = self.node.journal
-        for _ in range(12):
+        rounds = 0
+        told = False
+        while not told:
+            rounds += 1
+            assert rounds <= 10
             for batch in self.node.compose(retry=True):
                 self._take(self.applier.apply("node", batch))
             self._take(self.applier.probe("node", journal.incarnation, journal.acked_seq))
-            if journal.acked_seq == journal.last_seq and not len(journal) and not journal.full_sync_due:
-                break
+            told = journal.acked_seq == journal.last_seq and not len(journal) and not journal.full_sync_due
         known = {
             (key, tier)
             for tier in self.index.counts("node")
