@@ -8,6 +8,7 @@ import pytest
 
 from umbp_core.block_index import BlockIndex, HeartbeatAck, Location, TierUse
 from umbp_core.journal import Bundle, Delta
+from umbp_core.placements import IndexStats
 from umbp_core.tiers import Tier
 
 HBM, DRAM, SSD = Tier.HBM, Tier.DRAM, Tier.SSD
@@ -100,6 +101,11 @@ def test_a_full_sync_replaces_everything_of_its_node(index: BlockIndex) -> None:
     assert index.locations(A) == [Location("n2", DRAM, 10)]
 
 
+def test_a_full_sync_that_names_a_block_twice_means_the_last(index: BlockIndex) -> None:
+    full_sync(index, "n1", 1, [add(A, size=1), add(B), add(A, size=2)])
+    assert list(index.blocks("n1", DRAM)) == [[(A, 2), (B, 10)]]
+
+
 def test_a_full_sync_of_nothing_empties_the_node(index: BlockIndex) -> None:
     index.apply("n1", [bundle(1, add(A))], NOW)
     full_sync(index, "n1", 50, [])
@@ -165,6 +171,18 @@ def test_a_forgotten_node_leaves_nothing(index: BlockIndex) -> None:
     assert index.locations(A) == []
     assert index.apply("n1", [], NOW) == sync_asked(0)
     assert index.expire("n1") == 0
+
+
+def test_a_copy_that_is_dropped_leaves_the_others(index: BlockIndex) -> None:
+    index.apply("n1", [bundle(1, add(A), add(A, SSD))], NOW)
+    index.apply("n2", [bundle(1, add(A), add(B))], NOW)
+    index.apply("n1", [bundle(2, remove(A, SSD))], NOW)
+    assert index.stats() == IndexStats(nodes=2, cells=2, keys=2, entries=3, backlog=0)
+    index.expire("n2")
+    assert index.stats() == IndexStats(nodes=1, cells=2, keys=2, entries=1, backlog=2)
+    index.sweep()
+    assert index.stats() == IndexStats(nodes=1, cells=1, keys=1, entries=1, backlog=0)
+    assert index.locations(A) == [Location("n1", DRAM, 10)]
 
 
 def test_memory_is_freed_in_slices(index: BlockIndex) -> None:
@@ -261,6 +279,12 @@ def test_victims_are_the_least_recently_used_ones_lazily(index: BlockIndex) -> N
         index.apply("n1", [bundle(seq, add(key, size=seq))], NOW + seq)
     victims = index.victims("n1", DRAM, NOW + 9)
     assert (next(victims).key, next(victims).key) == (B, A)
+
+
+def test_a_duplicate_add_is_no_use(index: BlockIndex) -> None:
+    index.apply("n1", [bundle(1, add(A), add(B))], NOW)
+    index.apply("n1", [bundle(2, add(A, size=3))], NOW + 5)
+    assert list(index.victims("n1", DRAM, NOW + 5)) == [(A, 3, NOW), (B, 10, NOW)]
 
 
 def test_equal_times_are_no_reason_to_lose_a_victim(index: BlockIndex) -> None:

@@ -204,6 +204,18 @@ def test_what_is_reported_after_a_clear_is_not_swept() -> None:
     assert index.stats() == IndexStats(nodes=2, cells=2, keys=667, entries=834, backlog=0)
 
 
+def test_a_sweep_passes_over_what_was_revoked_before() -> None:
+    index = ExternalKvIndex()
+    hashes = many(1000)
+    index.report("n", hashes, HBM)
+    index.report("m", hashes, HBM)
+    index.revoke("n", hashes[-2:], HBM)
+    index.clear_node("n")
+    sweep_all(index)
+    assert answer(index, hashes) == {"m": {HBM: hashes}}
+    assert index.stats() == IndexStats(nodes=1, cells=1, keys=1000, entries=1000, backlog=0)
+
+
 def test_a_sweep_does_as_much_as_it_is_told() -> None:
     index = ExternalKvIndex()
     for node in ("a", "b"):

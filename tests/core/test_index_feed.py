@@ -95,6 +95,7 @@ def test_why_a_hash_is_not_usable() -> None:
     index.report("n", [A, B], HBM, 1.0)
     index.report("n", [A], DRAM, 2.0)
     index.report("other", [A, C], DRAM, 2.5)
+    index.report("n", [C], Tier.SSD, 2.6)
     index.revoke("n", [A], HBM, 3.0)
     explanation = index.explain("n", A)
     assert explanation.tiers == [DRAM]
@@ -106,6 +107,7 @@ def test_why_a_hash_is_not_usable() -> None:
     gone = index.explain("n", A)
     assert gone.tiers == []
     assert [(change.kind, change.tier, change.reason) for change in gone.changes] == [
+        (ChangeKind.CLEARED, Tier.SSD, "expired"),
         (ChangeKind.CLEARED, DRAM, "expired"),
         (ChangeKind.CLEARED, HBM, "expired"),
     ]
