@@ -164,7 +164,7 @@ class Engine:
         ops: list[LeaderTransferRequest] = output.kv_connector_metadata.ops
         self.seen["ends"] += len(output.finished_req_ids)
         self.seen["loads"] += sum(op.direction is Direction.LOAD for op in ops)
-        self.seen["fills"] += sum(op.direction is Direction.STORE for op in ops)
+        self.seen["fills"] += sum(len(op.blocks) for op in ops if op.direction is Direction.STORE)
         if ops:
             report.kv_connector_worker_meta = WorkerReport(results={0: [_success(op) for op in ops]})
             report.finished_recving = {op.request_id for op in ops if op.direction is Direction.LOAD} or None

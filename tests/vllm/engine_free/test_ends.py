@@ -4,35 +4,15 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
 
 import pytest
 from vllm.v1.request import RequestStatus
 
 from tests.vllm.engine_free.conftest import MakeUmbp
+from tests.vllm.harness.traffic import tokens
 from tests.vllm.harness.umbp import UmbpHarness
 from umbp_core.ops import Direction
 from umbp_vllm import connector
-
-
-def tokens(length: int, first: int = 0) -> list[int]:
-    return list(range(first, first + length))
-
-
-def stored(engine: UmbpHarness, prompt: list[int]) -> None:
-    engine.add(prompt, max_tokens=1)
-    engine.drain()
-    assert engine.reset_prefix_cache()
-
-
-def step_until(engine: UmbpHarness, condition: Callable[[], bool]) -> None:
-    """Step, leaving the transfers time, until something is the case; bounded."""
-    for _ in range(4000):
-        if condition():
-            return
-        engine.step()
-        engine.yield_to_transfers()
-    raise AssertionError("the condition never came true")
 
 
 def free_blocks(engine: UmbpHarness) -> int:
@@ -43,7 +23,7 @@ def free_blocks(engine: UmbpHarness) -> int:
 def test_abort_before_the_load_was_submitted(make_umbp: MakeUmbp, tp: int) -> None:
     """Statements 64, 97: the step that carries the load has not run; the abort is seen first."""
     engine = make_umbp(tp=tp)
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     engine.hold(Direction.LOAD)
     name = engine.add(tokens(24))
     engine.abort_during_step(name)
@@ -59,7 +39,7 @@ def test_abort_before_the_load_was_submitted(make_umbp: MakeUmbp, tp: int) -> No
 def test_abort_while_the_load_writes(make_umbp: MakeUmbp, tp: int) -> None:
     """Statements 64, 65: committed loads run to their end; the blocks are not freed before."""
     engine = make_umbp(tp=tp)
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     engine.hold(Direction.LOAD)
     free = free_blocks(engine)
     name = engine.add(tokens(24))
@@ -82,10 +62,10 @@ def test_abort_while_the_load_writes(make_umbp: MakeUmbp, tp: int) -> None:
 def test_one_rank_cannot_free_what_another_still_writes(make_umbp: MakeUmbp) -> None:
     """Statement 96: rank 0 is done, rank 1 is not; the request is neither scheduled nor freed."""
     engine = make_umbp(tp=2)
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     engine.copiers[1].hold(Direction.LOAD)
     name = engine.add(tokens(24))
-    step_until(engine, lambda: bool(engine.ledger.lives[name].recving[0]))
+    engine.step_until(lambda: bool(engine.ledger.lives[name].recving[0]))
     for _ in range(20):
         engine.step()
     assert engine.scheduler.requests[name].status == RequestStatus.WAITING_FOR_REMOTE_KVS
@@ -102,9 +82,9 @@ def test_one_rank_cannot_free_what_another_still_writes(make_umbp: MakeUmbp) -> 
 def test_abort_between_arrival_and_scheduling(make_umbp: MakeUmbp) -> None:
     """The load was reported, the request not scheduled yet (bug B4)."""
     engine = make_umbp()
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     name = engine.add(tokens(24))
-    step_until(engine, lambda: name in engine.scheduler.finished_recving_kv_req_ids)
+    engine.step_until(lambda: name in engine.scheduler.finished_recving_kv_req_ids)
     engine.abort(name)
     assert name not in engine.scheduler.requests
     engine.drain()
@@ -213,7 +193,7 @@ def test_preemption_by_reset_while_stores_are_held(make_umbp: MakeUmbp, v2_runne
     name = engine.add(tokens(24), max_tokens=20)
     while len(engine.tokens[name]) < 9:
         engine.step()
-    step_until(engine, lambda: not len(engine.pool.held))
+    engine.step_until(lambda: not len(engine.pool.held))
     if not engine.reset_prefix_cache(running=True):
         raise AssertionError("nothing was held, so the reset must succeed")
     engine.drain()
@@ -259,7 +239,7 @@ def test_an_idle_engine_still_takes_results(make_umbp: MakeUmbp) -> None:
 def test_an_engine_without_work_sleeps(make_umbp: MakeUmbp) -> None:
     engine = make_umbp()
     assert not engine.leader.has_pending_push_work()
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     assert not engine.leader.has_pending_push_work()
     assert not engine.scheduler.has_requests()
     engine.close()
@@ -269,7 +249,7 @@ def test_an_engine_without_work_sleeps(make_umbp: MakeUmbp) -> None:
 def test_a_busy_step_never_waits_for_a_load(make_umbp: MakeUmbp, v2_runner: bool) -> None:
     """Law L5: the short wait for a load is for steps without tokens, whichever runner asks."""
     engine = make_umbp(v2_runner=v2_runner)
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     running = engine.add(tokens(10, 500), max_tokens=40)
     while not engine.tokens[running]:
         engine.step()
@@ -291,7 +271,7 @@ def test_a_busy_step_never_waits_for_a_load(make_umbp: MakeUmbp, v2_runner: bool
 def test_a_prefix_is_loaded_once_for_many(make_umbp: MakeUmbp) -> None:
     """Parallel requests (and ``n>1``) with a shared prefix: one load, no convoy behind each other's."""
     engine = make_umbp()
-    stored(engine, tokens(48))
+    engine.store(tokens(48))
     names = [engine.add(tokens(48) + [900 + index], max_tokens=4) for index in range(6)]
     engine.drain()
     assert engine.stat("ops", "load", "done") == 1
@@ -302,14 +282,14 @@ def test_a_prefix_is_loaded_once_for_many(make_umbp: MakeUmbp) -> None:
 def test_waiting_for_another_ones_load_has_an_end(make_umbp: MakeUmbp) -> None:
     """The load that others wait for hangs: they load or recompute for themselves in bounded time."""
     engine = make_umbp({"share_load_timeout_ms": 30})
-    stored(engine, tokens(48))
+    engine.store(tokens(48))
     engine.hold(Direction.LOAD)
     first = engine.add(tokens(48), max_tokens=1)
     engine.step()
     second = engine.add(tokens(48) + [7], max_tokens=1)
     engine.step()
     assert engine.ledger.lives[second].matches[-1][1] is None
-    step_until(engine, lambda: bool(engine.ledger.lives[second].loads))
+    engine.step_until(lambda: bool(engine.ledger.lives[second].loads))
     engine.release(Direction.LOAD)
     engine.drain()
     assert engine.external_tokens(first) == engine.external_tokens(second) == 48
@@ -318,7 +298,7 @@ def test_waiting_for_another_ones_load_has_an_end(make_umbp: MakeUmbp) -> None:
 
 def test_the_one_that_others_wait_for_is_aborted(make_umbp: MakeUmbp) -> None:
     engine = make_umbp()
-    stored(engine, tokens(48))
+    engine.store(tokens(48))
     engine.hold(Direction.LOAD)
     first = engine.add(tokens(48), max_tokens=1)
     engine.step()
@@ -351,7 +331,7 @@ def test_decoded_blocks_are_stored_too(make_umbp: MakeUmbp) -> None:
 
 def test_what_the_pool_holds_is_not_copied_again(make_umbp: MakeUmbp) -> None:
     engine = make_umbp()
-    stored(engine, tokens(40))
+    engine.store(tokens(40))
     gathers = engine.copiers[0].calls[Direction.STORE]
     again = engine.add(tokens(40), max_tokens=1, skip_reading=True)
     engine.drain()
@@ -364,7 +344,7 @@ def test_shutdown_with_transfers_under_way(make_umbp: MakeUmbp, monkeypatch: pyt
     """Statement 72: ends within its bound although a copy hangs."""
     monkeypatch.setattr(connector, "CLOSE_TIMEOUT_S", 0.4)
     engine = make_umbp()
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     engine.hold(Direction.STORE)
     engine.add(tokens(40, 100), max_tokens=4)
     for _ in range(4):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 
 from tests.vllm.engine_free.conftest import MakeUmbp
 from tests.vllm.harness import GroupSpec
+from tests.vllm.harness.traffic import tokens
 from tests.vllm.harness.umbp import UmbpHarness
 from umbp_connectors.pool import folder
 from umbp_core.ops import Direction
@@ -20,31 +20,12 @@ HYBRID = (GroupSpec("full"), GroupSpec("window", window=10))
 SSD = {"ssd_capacity": "4MiB"}
 
 
-def tokens(length: int, first: int = 0) -> list[int]:
-    return list(range(first, first + length))
-
-
-def stored(engine: UmbpHarness, prompt: list[int]) -> None:
-    engine.add(prompt, max_tokens=1)
-    engine.drain()
-    assert engine.reset_prefix_cache()
-
-
-def step_until(engine: UmbpHarness, condition: Callable[[], bool]) -> None:
-    for _ in range(4000):
-        if condition():
-            return
-        engine.step()
-        engine.yield_to_transfers()
-    raise AssertionError("the condition never came true")
-
-
 @pytest.mark.parametrize("block", range(6))
 @pytest.mark.parametrize("tier", [Tier.DRAM, Tier.SSD])
 def test_a_flipped_bit_is_a_miss(make_umbp: MakeUmbp, tmp_path: Path, block: int, tier: Tier) -> None:
     """Statements 51, 52, 54 and law L1, at every block index, with the other rank's copies intact."""
     engine = make_umbp({**SSD, "ssd_dir": str(tmp_path)}, tp=2)
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     keys = engine.keys(tokens(24))[0]
     if tier is Tier.SSD:
         engine.drop_from(Tier.DRAM)
@@ -64,7 +45,7 @@ def test_a_flipped_bit_is_a_miss(make_umbp: MakeUmbp, tmp_path: Path, block: int
 def test_a_flipped_bit_in_a_model_of_several_groups(make_umbp: MakeUmbp, block: int) -> None:
     """Statement 51: with several KV groups the request is named, never a block."""
     engine = make_umbp(groups=HYBRID, tp=2)
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     engine.corrupt(0, engine.keys(tokens(24))[0][block])
     again = engine.add(tokens(26), max_tokens=3)
     engine.drain()
@@ -80,7 +61,7 @@ def test_a_flipped_bit_in_a_model_of_several_groups(make_umbp: MakeUmbp, block: 
 def test_a_flipped_bit_in_a_model_of_windows_alone(make_umbp: MakeUmbp, kind: str, block: int) -> None:
     """Of a window only the last blocks are loaded: what comes before a bad one is not there to go on from."""
     engine = make_umbp(groups=(GroupSpec(kind, window=16),))
-    stored(engine, tokens(40))
+    engine.store(tokens(40))
     engine.corrupt(0, engine.keys(tokens(40))[0][block])
     again = engine.add(tokens(42), max_tokens=3)
     engine.drain()
@@ -91,7 +72,7 @@ def test_a_flipped_bit_in_a_model_of_windows_alone(make_umbp: MakeUmbp, kind: st
 
 def test_the_user_may_want_the_request_to_fail(make_umbp: MakeUmbp) -> None:
     engine = make_umbp({"load_failure_policy": "fail"})
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     engine.corrupt(0, engine.keys(tokens(24))[0][2])
     again = engine.add(tokens(26), max_tokens=3)
     engine.drain()
@@ -102,7 +83,7 @@ def test_the_user_may_want_the_request_to_fail(make_umbp: MakeUmbp) -> None:
 @pytest.mark.parametrize("groups", [(GroupSpec(),), HYBRID], ids=["one group", "several groups"])
 def test_a_copy_into_hbm_that_fails(make_umbp: MakeUmbp, groups: tuple[GroupSpec, ...]) -> None:
     engine = make_umbp(groups=groups, tp=2)
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     engine.copiers[1].fails.add(Direction.LOAD)
     again = engine.add(tokens(26), max_tokens=3)
     engine.drain()
@@ -118,7 +99,7 @@ def test_a_copy_into_hbm_that_fails(make_umbp: MakeUmbp, groups: tuple[GroupSpec
 def test_a_load_that_hangs_is_recomputed_in_time(make_umbp: MakeUmbp) -> None:
     """Law L4: the deadline, not the copy, ends the wait; a late copy touches no block of anybody else."""
     engine = make_umbp({"load_timeout_s": 0.05}, num_blocks=40, max_model_len=64)
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     engine.copiers[0].hold(Direction.LOAD)
     # Occupies the only copying thread, so that the next load expires before it begins to write.
     blocker = engine.add(tokens(24), max_tokens=1)
@@ -138,7 +119,7 @@ def test_a_store_that_one_rank_failed_is_never_published(make_umbp: MakeUmbp, ra
     """Statements 50 and 53, law L2."""
     engine = make_umbp(tp=2)
     engine.copiers[rank].fails.add(Direction.STORE)
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     assert not any(engine.present(tokens(24)))
     engine.copiers[rank].fails.clear()
     missed = engine.add(tokens(24), max_tokens=1)
@@ -168,7 +149,7 @@ def test_nothing_is_published_before_the_last_rank(make_umbp: MakeUmbp) -> None:
 def test_after_a_failure_a_hundred_transfers_work(make_umbp: MakeUmbp, direction: Direction) -> None:
     """Statement 58a."""
     engine = make_umbp({"dram_capacity": "4MiB"}, num_blocks=400)
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     engine.copiers[0].fails.add(direction)
     engine.add(tokens(30), max_tokens=1)
     engine.drain()
@@ -186,7 +167,7 @@ def test_after_a_failure_a_hundred_transfers_work(make_umbp: MakeUmbp, direction
 def test_a_pool_without_room_is_a_smaller_pool(make_umbp: MakeUmbp) -> None:
     """Statement 58: the target tier is full of what cannot be evicted; nothing fails."""
     engine = make_umbp({"dram_capacity": "24KiB"}, num_blocks=64, max_model_len=96)
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     engine.hold(Direction.LOAD)
     engine.add(tokens(24), max_tokens=1)
     engine.step()
@@ -226,7 +207,7 @@ def test_an_exception_in_the_leader_stays_there(
 ) -> None:
     """Statements 57, 58b: one call of one request goes wrong; the engine and everybody else go on."""
     engine = make_umbp()
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     leader = engine.leader.leader
     original = getattr(leader, method)
     broken = [True]
@@ -246,7 +227,7 @@ def test_an_exception_in_the_leader_stays_there(
     assert engine.stat("degraded", f"internal_{LEADER_CALLS[method]}") == 1
     other = engine.add(tokens(26, 600), max_tokens=4)
     engine.run_until_finished(other)
-    step_until(engine, lambda: all(engine.present(tokens(24, 600))))
+    engine.step_until(lambda: all(engine.present(tokens(24, 600))))
 
 
 def test_an_exception_between_two_requests_of_a_step(make_umbp: MakeUmbp, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +259,7 @@ def test_an_exception_while_a_load_is_planned_leaves_nothing_behind(
 ) -> None:
     """The load was promised and its match taken; what it pinned is given back, the request is recomputed."""
     engine = make_umbp()
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     original = engine.pool.directory.touch
     broken = [True]
 
@@ -307,7 +288,7 @@ def restarted(make_umbp: MakeUmbp, ssd_dir: Path, **spec: Any) -> UmbpHarness:
 )
 def test_a_restart_serves_from_ssd(make_umbp: MakeUmbp, tmp_path: Path, spec: dict[str, Any]) -> None:
     engine = restarted(make_umbp, tmp_path, **spec)
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     engine.close()
     engine = restarted(make_umbp, tmp_path, **spec)
     again = engine.add(tokens(26), max_tokens=3)
@@ -321,7 +302,7 @@ def test_a_restart_serves_from_ssd(make_umbp: MakeUmbp, tmp_path: Path, spec: di
 def test_another_engine_shape_does_not_read_it(make_umbp: MakeUmbp, tmp_path: Path) -> None:
     """Identity: two TP ranks' objects mean nothing to one rank, although every byte count may agree."""
     engine = restarted(make_umbp, tmp_path)
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     engine.close()
     for spec in ({"tp": 2}, {"pp": 2}, {"block_size": 8}, {"groups": HYBRID}):
         engine = restarted(make_umbp, tmp_path, **spec)
@@ -336,10 +317,10 @@ def test_a_second_engine_on_the_same_folder_serves_from_memory(
 ) -> None:
     monkeypatch.setitem(folder.open_rank_slab.__kwdefaults__, "patience_s", 0.05)
     first = restarted(make_umbp, tmp_path)
-    stored(first, tokens(24))
+    first.store(tokens(24))
     second = restarted(make_umbp, tmp_path)
     assert second.pool.catalogue is None
-    stored(second, tokens(24))
+    second.store(tokens(24))
     again = second.add(tokens(26), max_tokens=1)
     second.drain()
     assert second.external_tokens(again) == 24
@@ -355,7 +336,7 @@ def test_a_second_engine_on_the_same_folder_serves_from_memory(
 def test_rot_while_the_engine_was_down(make_umbp: MakeUmbp, tmp_path: Path, rank: int) -> None:
     """Law L9: what does not verify after a restart is a miss."""
     engine = restarted(make_umbp, tmp_path, tp=2)
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     engine.close()
     slabs = sorted(path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 1 << 20)
     assert len(slabs) == 2
@@ -372,7 +353,7 @@ def test_rot_while_the_engine_was_down(make_umbp: MakeUmbp, tmp_path: Path, rank
 def test_reset_empties_every_tier(make_umbp: MakeUmbp, tmp_path: Path) -> None:
     """Statement 71: with the connector, also for what was on its way; without it, the pool keeps all."""
     engine = restarted(make_umbp, tmp_path)
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     assert all(engine.present(tokens(24), Tier.SSD))
     engine.hold(Direction.STORE)
     late = engine.add(tokens(24, 300), max_tokens=1)
@@ -392,7 +373,7 @@ def test_reset_empties_every_tier(make_umbp: MakeUmbp, tmp_path: Path) -> None:
 def test_reset_while_loading(make_umbp: MakeUmbp, tmp_path: Path) -> None:
     """What a load passes through memory after a reset is old: it may reach its request, but not the pool."""
     engine = restarted(make_umbp, tmp_path)
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     engine.drop_from(Tier.DRAM)
     engine.hold(Direction.LOAD)
     name = engine.add(tokens(24), max_tokens=1)
@@ -432,7 +413,7 @@ def test_events_name_the_tier(make_umbp: MakeUmbp, tmp_path: Path) -> None:
     taken: list[Any] = []
     take = engine.leader.take_events
     engine.leader.take_events = lambda: (taken.extend(events := list(take())), events)[1]
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     engine.scheduler.reset_connector_cache()
     engine.add(tokens(5), max_tokens=1)
     engine.drain()

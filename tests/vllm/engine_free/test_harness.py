@@ -18,7 +18,7 @@ from tests.vllm.harness import (
     StuckTransfer,
     engine,
 )
-from tests.vllm.harness.traffic import Traffic
+from tests.vllm.harness.traffic import Traffic, tokens
 
 HYBRID = (GroupSpec("full"), GroupSpec("window", window=10))
 LATENT = (GroupSpec("mla", head_size=16),)
@@ -61,16 +61,12 @@ def test_a_small_pool_preempts_and_still_passes(make_engine: MakeEngine) -> None
     assert traffic.preemptions > 0
 
 
-def prompt(length: int, first: int = 0) -> list[int]:
-    return list(range(first, first + length))
-
-
 def store_and_reload(engine: Harness) -> None:
     """A prompt is stored, forgotten by the engine and asked for again, a little longer."""
-    engine.add(prompt(24))
+    engine.add(tokens(24))
     engine.drain()
     engine.reset_prefix_cache()
-    engine.add(prompt(30))
+    engine.add(tokens(30))
     engine.drain()
 
 
@@ -88,21 +84,22 @@ def test_kv_of_the_wrong_position_is_seen(make_engine: MakeEngine) -> None:
 def test_the_same_story_passes_with_a_correct_connector(make_engine: MakeEngine) -> None:
     engine = make_engine("dict", num_blocks=25, max_model_len=64)
     grow_local_hit_between_matches(engine)
+    assert set(engine.finish_reasons.values()) == {"length"}
     engine.close()
 
 
 def grow_local_hit_between_matches(engine: Harness) -> None:
     """Store 48 tokens; fill the pool; match the 48 tokens without room; let 24 of them become a local hit."""
-    engine.add(prompt(48), max_tokens=1)
+    engine.add(tokens(48), max_tokens=1)
     engine.drain()
     engine.reset_prefix_cache()
-    blocker = engine.add(prompt(60, 500), max_tokens=3)
+    blocker = engine.add(tokens(60, 500), max_tokens=3)
     engine.step()
-    waiting = engine.add(prompt(50), max_tokens=2)
+    waiting = engine.add(tokens(50), max_tokens=2)
     engine.step()
     assert engine.ledger.lives[waiting].matches[-1][:2] == (0, 48)
     assert not engine.ledger.lives[waiting].loads
-    grower = engine.add(prompt(26), max_tokens=1, skip_reading=True)
+    grower = engine.add(tokens(26), max_tokens=1, skip_reading=True)
     engine.scheduler.waiting.remove_requests([engine.scheduler.requests[waiting]])
     engine.run_until_finished(grower, blocker)
     engine.scheduler.waiting.add_request(engine.scheduler.requests[waiting])
@@ -115,7 +112,7 @@ def test_blocks_counted_twice_are_seen(make_engine: MakeEngine) -> None:
     engine = make_engine("AppendsBlocks")
     store_and_reload(engine)
     engine.reset_prefix_cache()
-    engine.add(prompt(36))
+    engine.add(tokens(36))
     with pytest.raises(KVMismatch):
         engine.drain()
 
@@ -123,11 +120,11 @@ def test_blocks_counted_twice_are_seen(make_engine: MakeEngine) -> None:
 def crowd(engine: Harness) -> None:
     """Many requests through a pool that holds two of them, then all of them again."""
     for first in (0, 100, 200, 300, 400, 500):
-        engine.add(prompt(40, first), max_tokens=24)
+        engine.add(tokens(40, first), max_tokens=24)
     engine.drain()
     engine.reset_prefix_cache()
     for first in (0, 100, 200, 300, 400, 500):
-        engine.add(prompt(40, first), max_tokens=24)
+        engine.add(tokens(40, first), max_tokens=24)
     engine.drain()
 
 
@@ -140,6 +137,7 @@ def test_reading_reused_blocks_is_seen(make_engine: MakeEngine, connector: str) 
 def test_crowding_alone_is_fine(make_engine: MakeEngine) -> None:
     engine = make_engine("dict", num_blocks=33, max_model_len=96, extra={"store_steps": 12})
     crowd(engine)
+    assert len(engine.finish_reasons) == 12
     engine.close()
 
 
@@ -155,9 +153,9 @@ def test_publishing_what_one_rank_lost_is_seen(make_engine: MakeEngine) -> None:
 
 def test_sharing_across_salts_is_seen(make_engine: MakeEngine) -> None:
     engine = make_engine("IgnoresSalt")
-    engine.add(prompt(24))
+    engine.add(tokens(24))
     engine.drain()
-    engine.add(prompt(24), salt="another tenant")
+    engine.add(tokens(24), salt="another tenant")
     with pytest.raises(KVMismatch):
         engine.drain()
 
@@ -169,7 +167,7 @@ def test_a_second_report_is_seen(make_engine: MakeEngine) -> None:
 
 def test_an_unknown_id_is_seen(make_engine: MakeEngine) -> None:
     engine = make_engine("ReportsUnknownRequest")
-    engine.add(prompt(24), max_tokens=7)
+    engine.add(tokens(24), max_tokens=7)
     with pytest.raises(ReportFault, match="does not know"):
         engine.drain()
 
@@ -183,13 +181,13 @@ def test_a_forgotten_report_is_seen(make_engine: MakeEngine, connector: str, mon
 
 def fail_third_object(engine: Harness) -> None:
     """Store six blocks, make the third unreadable on every rank, ask again."""
-    engine.add(prompt(24))
+    engine.add(tokens(24))
     engine.drain()
     engine.reset_prefix_cache()
     for rank in engine.ranks:
         bad = list(rank.connector.worker.objects)[2]
         rank.connector.worker.fails = lambda key, bad=bad: key == bad
-    engine.add(prompt(30))
+    engine.add(tokens(30))
     engine.drain()
 
 

@@ -12,16 +12,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 
 from tests.vllm.engine_free.conftest import MakeEngine, MakeUmbp
 from tests.vllm.harness import GroupSpec
-from tests.vllm.harness.traffic import Traffic
+from tests.vllm.harness.traffic import Traffic, tokens
 from tests.vllm.harness.umbp import EXTRA
 from umbp_core.ops import Direction
 from umbp_vllm.connector import UmbpConnector
 
 HYBRID = (GroupSpec("full"), GroupSpec("window", window=10))
-
-
-def tokens(length: int, first: int = 0) -> list[int]:
-    return list(range(first, first + length))
 
 
 @pytest.fixture

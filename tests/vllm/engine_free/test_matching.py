@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.vllm.engine_free.conftest import MakeUmbp
 from tests.vllm.harness import GroupSpec
+from tests.vllm.harness.traffic import tokens
 from tests.vllm.harness.umbp import UmbpHarness
 from umbp_core.ops import Direction
 from umbp_core.tiers import Tier
@@ -17,22 +18,11 @@ from umbp_core.tiers import Tier
 BLOCK = 4
 
 
-def tokens(length: int, first: int = 0) -> list[int]:
-    return list(range(first, first + length))
-
-
-def stored(engine: UmbpHarness, prompt: list[int]) -> None:
-    """Compute a prompt, let the pool have it, and make the engine forget it."""
-    engine.add(prompt, max_tokens=1)
-    engine.drain()
-    assert engine.reset_prefix_cache()
-
-
 @pytest.mark.parametrize("length", range(1, 22))
 def test_hits_of_every_length(make_umbp: MakeUmbp, length: int) -> None:
     """Whole blocks only, and a prompt that ends on a block boundary computes just its last token again."""
     engine = make_umbp()
-    stored(engine, tokens(length))
+    engine.store(tokens(length))
     again = engine.add(tokens(length), max_tokens=3)
     engine.drain()
     assert engine.external_tokens(again) == length // BLOCK * BLOCK
@@ -44,7 +34,7 @@ def test_hits_of_every_length(make_umbp: MakeUmbp, length: int) -> None:
 def test_the_answer_counts_from_the_local_hit(make_umbp: MakeUmbp, local: int, extra: int) -> None:
     """vLLM holds ``local`` tokens itself, the pool 24; the pool adds exactly what is missing."""
     engine = make_umbp()
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     if local:
         engine.add(tokens(local) + [900, 901], max_tokens=1, skip_reading=True)
         engine.drain()
@@ -58,7 +48,7 @@ def test_the_answer_counts_from_the_local_hit(make_umbp: MakeUmbp, local: int, e
 
 def test_a_gap_ends_the_match(make_umbp: MakeUmbp) -> None:
     engine = make_umbp()
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     engine.pool.directory.drop(engine.keys(tokens(24))[0][3], Tier.DRAM)
     again = engine.add(tokens(24))
     engine.drain()
@@ -69,7 +59,7 @@ def test_a_gap_ends_the_match(make_umbp: MakeUmbp) -> None:
 def test_blocks_of_all_tiers_make_one_prefix(make_umbp: MakeUmbp, tmp_path: object) -> None:
     """Disk, memory, disk: one load brings them all (statement 5)."""
     engine = make_umbp({"ssd_dir": str(tmp_path), "ssd_capacity": "4MiB"})
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     assert all(engine.present(tokens(24), Tier.SSD))
     keys = engine.keys(tokens(24))[0]
     for block in (0, 1, 4):
@@ -121,7 +111,7 @@ def test_an_image_in_the_middle_shares_what_lies_before_it(make_umbp: MakeUmbp) 
 
 def blocked_match(engine: UmbpHarness) -> str:
     """48 tokens are in the pool, the engine's blocks are taken: a request is matched and finds no room."""
-    stored(engine, tokens(48))
+    engine.store(tokens(48))
     engine.add(tokens(60, 500), max_tokens=3, request_id="blocker")
     engine.step()
     waiting = engine.add(tokens(50), max_tokens=2)
@@ -186,7 +176,7 @@ def test_a_match_that_nobody_follows_up_expires(make_umbp: MakeUmbp, monkeypatch
 def test_a_promise_survives_pressure(make_umbp: MakeUmbp) -> None:
     """Statement 9: between match and load the tier is filled with other traffic."""
     engine = make_umbp({"dram_capacity": "80KiB"}, num_blocks=40, max_model_len=64)
-    stored(engine, tokens(48))
+    engine.store(tokens(48))
     engine.hold(Direction.LOAD)
     loading = engine.add(tokens(50))
     engine.step()
@@ -206,7 +196,7 @@ def test_a_promise_survives_pressure(make_umbp: MakeUmbp) -> None:
 def test_a_running_request_is_not_matched_again(make_umbp: MakeUmbp) -> None:
     """Statement 14, asked directly: vLLM itself does not."""
     engine = make_umbp()
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     running = engine.add(tokens(24), max_tokens=8)
     while len(engine.tokens[running]) < 2:
         engine.step()
@@ -222,7 +212,7 @@ def test_a_running_request_is_not_matched_again(make_umbp: MakeUmbp) -> None:
 def test_zero_external_tokens_load_nothing(make_umbp: MakeUmbp) -> None:
     """Statement 15: the promise is made but the user does not read caches; pins are given back."""
     engine = make_umbp()
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     name = engine.add(tokens(24), skip_reading=True)
     engine.drain()
     assert engine.external_tokens(name) == 0
@@ -233,7 +223,7 @@ def test_zero_external_tokens_load_nothing(make_umbp: MakeUmbp) -> None:
 def test_less_than_promised_is_honoured(make_umbp: MakeUmbp) -> None:
     """Statement 16: the scheduler takes 12 of 24 tokens (another connector of a MultiConnector may bring the rest)."""
     engine = make_umbp()
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     matched = engine.leader.get_num_new_matched_tokens
     engine.leader.get_num_new_matched_tokens = lambda request, computed: (min(12, matched(request, computed)[0]), True)
     name = engine.add(tokens(24))
@@ -246,7 +236,7 @@ def test_less_than_promised_is_honoured(make_umbp: MakeUmbp) -> None:
 def test_more_than_promised_is_refused_and_recomputed(make_umbp: MakeUmbp) -> None:
     """Statement 16: a load that was never promised ends as a failed one, not in an exception or a hang."""
     engine = make_umbp()
-    stored(engine, tokens(24))
+    engine.store(tokens(24))
     matched = engine.leader.get_num_new_matched_tokens
     too_many = [4]
 
@@ -281,7 +271,7 @@ def test_positions_of_growing_requests(turns: list[tuple[int, int, int]]) -> Non
 def test_a_window_needs_only_its_own_blocks(make_umbp: MakeUmbp) -> None:
     """With a sliding window of 10 tokens the blocks before it may be missing in that group."""
     engine = make_umbp(groups=(GroupSpec("full"), GroupSpec("window", window=10)))
-    stored(engine, tokens(40))
+    engine.store(tokens(40))
     full, window = engine.keys(tokens(40))
     for key in window[:7]:
         engine.pool.directory.drop(key, Tier.DRAM)
@@ -304,7 +294,7 @@ def test_a_whole_prompt_hit_in_windows(make_umbp: MakeUmbp, kind: str, alone: bo
     for size in range(4, 18, 4 if kind == "chunk" else 1):
         groups = (GroupSpec(kind, window=size),) if alone else (GroupSpec("full"), GroupSpec(kind, window=size))
         engine = make_umbp(groups=groups)
-        stored(engine, tokens(40))
+        engine.store(tokens(40))
         for length in (32, 33, 36, 40):
             again = engine.add(tokens(length), max_tokens=2)
             engine.drain()

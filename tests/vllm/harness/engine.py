@@ -7,7 +7,7 @@ import pickle
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -322,11 +322,15 @@ class Harness:
         request = self.scheduler.requests.get(request_id)
         return request is None or request.is_finished()
 
+    def step_until(self, condition: Callable[[], bool]) -> None:
+        """Step, leaving the transfers time, until ``condition`` holds; bounded."""
+        self._step_until(condition, "the condition never came true")
+
     def drain(self) -> None:
         """Step until the engine would go to sleep; bounded (law L4)."""
         self._step_until(lambda: not self.scheduler.has_requests() and not self._queue, "the engine never got idle")
 
-    def _step_until(self, done: Any, complaint: str) -> None:
+    def _step_until(self, done: Callable[[], bool], complaint: str) -> None:
         deadline = time.monotonic() + MAX_SECONDS
         idle = 0
         while not done():
@@ -336,8 +340,7 @@ class Harness:
             idle += 1
             if idle > MAX_IDLE_STEPS or time.monotonic() > deadline:
                 raise StuckTransfer(f"{complaint} within {idle} idle steps: {self._describe()}")
-            if self.scheduler.has_requests():
-                self.yield_to_transfers()
+            self.yield_to_transfers()
 
     def _describe(self) -> str:
         requests = {

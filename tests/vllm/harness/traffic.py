@@ -7,6 +7,11 @@ import random
 from tests.vllm.harness.engine import Harness
 
 
+def tokens(length: int, first: int = 0) -> list[int]:
+    """A prompt of ``length`` tokens that shares no prefix with one of another ``first``."""
+    return list(range(first, first + length))
+
+
 class Traffic:
     """Random requests over a few prompt trees; every decision comes from ``rng``."""
 

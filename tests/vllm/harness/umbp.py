@@ -137,6 +137,13 @@ class UmbpHarness(Harness):
         worker.engine._tools = dataclasses.replace(worker.engine._tools, copier=copier)
         return copier
 
+    def store(self, prompt: Sequence[int]) -> None:
+        """Compute a prompt, let the pool have it, and make vLLM itself forget it."""
+        self.add(prompt, max_tokens=1)
+        self.drain()
+        if not self.reset_prefix_cache():
+            raise ConnectorFault("blocks are held although the engine is idle")
+
     def hold(self, direction: Direction) -> None:
         """Hold the copies of ``direction`` on every rank."""
         for copier in self.copiers:
