@@ -114,14 +114,16 @@ def test_rows_that_make_no_sense_are_forgotten(make: Callable[..., LocalPool], t
 
 
 def test_the_first_writer_wins(make: Callable[..., LocalPool]) -> None:
-    pool = make(slots=8)
+    pool = make(slots=16)
     first, second = _objects(2)
     assert pool.put([b"key", b"key"], [first, second]) == [PutStatus.STORED, PutStatus.PRESENT]
     assert pool.put([b"key"], [second]) == [PutStatus.PRESENT]
     assert pool.flush(10)
     pool.put(_keys(8), _objects(8, seed=1))
     assert pool.put([b"key"], [second]) == [PutStatus.PRESENT], "it is on SSD only by now"
-    assert np.array_equal(_read(pool, [b"key"])[1][0], first)
+    statuses, buffers = _read(pool, [b"key"])
+    assert statuses == [GetStatus.SSD]
+    assert np.array_equal(buffers[0], first)
 
 
 def test_sizes_must_match(make: Callable[..., LocalPool]) -> None:
