@@ -202,6 +202,24 @@ def test_preemption_by_reset_while_stores_are_held(make_umbp: MakeUmbp, v2_runne
     engine.close()
 
 
+def test_a_reset_that_comes_while_a_store_reads_blocks(make_umbp: MakeUmbp) -> None:
+    """vLLM refuses to forget blocks that are in use, loudly if it preempted for it; nothing else happens."""
+    engine = make_umbp()
+    engine.hold(Direction.STORE)
+    name = engine.add(tokens(24), max_tokens=12)
+    engine.step()
+    engine.step()
+    assert not engine.reset_prefix_cache()
+    with pytest.raises(RuntimeError, match="Failed to reset KV cache"):
+        engine.reset_prefix_cache(running=True)
+    engine.release(Direction.STORE)
+    engine.drain()
+    assert engine.finish_reasons[name] == "length"
+    assert engine.reset_prefix_cache()
+    engine.check_stored()
+    engine.close()
+
+
 def test_a_request_that_must_wait_for_blocks_under_a_store(make_umbp: MakeUmbp) -> None:
     """Statement 100: while stores hold blocks the engine waits instead of preempting, and not for ever."""
     engine = make_umbp(num_blocks=20, max_model_len=64)
