@@ -80,8 +80,9 @@ class LeaderPool:
 
     @property
     def has_work(self) -> bool:
-        """Whether an op is in flight, or a demotion waits."""
-        return bool(len(self.ledger)) or (self.demotions is not None and bool(len(self.demotions)))
+        """Whether an op is in flight, was given up but is still at work on its memory, or a demotion waits."""
+        ledger = self.ledger
+        return bool(len(ledger) or ledger.quarantined or (self.demotions is not None and len(self.demotions)))
 
     def objects(self, tier: Tier) -> int:
         """Published objects in ``tier``; 0 when there is no such tier."""

@@ -114,6 +114,27 @@ def test_a_load_that_hangs_is_recomputed_in_time(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+def test_an_engine_stays_awake_until_a_given_up_op_has_let_go(make_umbp: MakeUmbp) -> None:
+    """The second store expires in the queue behind the first: its blocks come back only with a step after that."""
+    engine = make_umbp({"store_timeout_s": 0.05})
+    engine.hold(Direction.STORE)
+    for first in (0, 300):
+        engine.add(tokens(24, first), max_tokens=1)
+        engine.step()
+    engine.step_until(lambda: engine.stat("ops", "store", "expired") >= 1)
+    transfer = engine.workers[0].engine
+    take_released = transfer.take_released
+    late: list[str] = []
+    transfer.take_released = lambda: late.extend(take_released()) or []
+    engine.release(Direction.STORE)
+    engine.step_until(lambda: bool(late) and not len(engine.pool.ledger))
+    assert engine.leader.has_pending_push_work()
+    transfer.take_released = lambda: [late.pop()] if late else take_released()
+    engine.drain()
+    assert engine.reset_prefix_cache()
+    engine.close()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_store_that_one_rank_failed_is_never_published(make_umbp: MakeUmbp, rank: int) -> None:
     """Statements 50 and 53, law L2."""

@@ -281,7 +281,6 @@ class UmbpHarness(Harness):
 
     def check_no_leak(self) -> None:
         """As for every engine; and no slot, op, pin, page or held block of ours is left."""
-        super().check_no_leak()
         leader = self.leader.leader  # type: ignore[attr-defined]
         left = {
             "requests": leader.live_requests,
@@ -290,6 +289,7 @@ class UmbpHarness(Harness):
             "held": len(self.pool.held),
             "staged": self.pool.loads.staged,
             "shared loads": len(self.pool.loads._loading),
+            "quarantined": self.pool.ledger.quarantined,
             "worker ops": sum(worker.engine.pending() for worker in self.workers),
             "worker loads": sum(len(worker._loads) for worker in self.workers),
         }
@@ -302,6 +302,7 @@ class UmbpHarness(Harness):
         wrong = {name: count for name, count in left.items() if count}
         if wrong:
             raise LeakDetected(f"an idle umbp still has {wrong}")
+        super().check_no_leak()
         if self.internal_failures() and not self.expects_internal_failures:
             raise ConnectorFault(f"exceptions inside the connector: {self.internal_failures()}")
 
