@@ -35,7 +35,7 @@ from examples.serving import Answer, ServerFailed, VllmServer, cpu_environment, 
 GPU_TIE = 0.5
 """Nats between two candidates that 16-bit rounding may swap; the random model's best leads by about three."""
 
-WIDTH = 110
+WIDTH = 100
 """Columns of the output where it is not a terminal."""
 
 COLD, ENGINE, DRAM, SSD = "cold", "engine prefix hit", "DRAM hit", "SSD hit after restart"
@@ -175,9 +175,15 @@ def _progress(console: Console, steps: int) -> Iterator[Callable[[str], None]]:
 
 def _table(phases: Sequence[Phase], tokens: int, tie: float) -> Table:
     table = Table(title=f"Time to first token of a {tokens}-token prompt (median of {len(phases[0].answers)} prompts)")
-    table.add_column("phase", no_wrap=True)
-    for heading in ("tokens reused", "by vLLM's metrics, all prompts", "TTFT", "ratio to cold", "same tokens"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("phase", min_width=len(SSD))
+    for heading, width in (
+        ("tokens reused", 6),
+        ("by vLLM's metrics", 15),
+        ("TTFT", 8),
+        ("ratio to cold", 5),
+        ("same tokens", 6),
+    ):
+        table.add_column(heading, justify="right", min_width=width)
     cold = phases[0]
     for phase in phases:
         source = SOURCES[phase.name]
