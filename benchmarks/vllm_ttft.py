@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run and write the results; the exit status is 1 when a target was missed."""
     options = _parse(arguments)
     lengths = (options.tokens, options.tokens + 1)
-    prompts = {length: [prompt(length, seed=1000 * length + seed) for seed in range(options.prompts)] for length in lengths}
+    prompts = {
+        length: [prompt(length, seed=1000 * length + seed) for seed in range(options.prompts)] for length in lengths
+    }
     figures: dict[int, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory(prefix="umbp-ttft-") as folder:
         server = _server(Path(folder), options)

@@ -35,7 +35,7 @@ from examples.serving import Answer, ServerFailed, VllmServer, cpu_environment, 
 GPU_TIE = 0.5
 """Nats between two candidates that 16-bit rounding may swap; the random model's best leads by about three."""
 
-WIDTH = 100
+WIDTH = 90
 """Columns of the output where it is not a terminal."""
 
 COLD, ENGINE, DRAM, SSD = "cold", "engine prefix hit", "DRAM hit", "SSD hit after restart"
@@ -174,23 +174,18 @@ def _progress(console: Console, steps: int) -> Iterator[Callable[[str], None]]:
 
 
 def _table(phases: Sequence[Phase], tokens: int, tie: float) -> Table:
-    table = Table(title=f"Time to first token of a {tokens}-token prompt (median of {len(phases[0].answers)} prompts)")
-    table.add_column("phase", min_width=len(SSD))
-    for heading, width in (
-        ("tokens reused", 6),
-        ("by vLLM's metrics", 15),
-        ("TTFT", 8),
-        ("ratio to cold", 5),
-        ("same tokens", 6),
-    ):
-        table.add_column(heading, justify="right", min_width=width)
+    title = f"Time to first token of a {tokens}-token prompt (median of {len(phases[0].answers)} prompts)"
+    table = Table(title=title, caption="by vLLM's metrics: tokens of all prompts, and where from")
+    table.add_column("phase", no_wrap=True)
+    for heading in ("tokens\nreused", "by vLLM's\nmetrics", "TTFT", "ratio\nto cold", "same\ntokens"):
+        table.add_column(heading, justify="right", no_wrap=True)
     cold = phases[0]
     for phase in phases:
         source = SOURCES[phase.name]
         table.add_row(
             phase.name,
             str(phase.reused),
-            f"{phase.by_source} from {source}" if source else "-",
+            f"{phase.by_source} {source}" if source else "-",
             f"{phase.seconds * 1000:.0f} ms",
             f"{phase.seconds / cold.seconds:.3f}",
             "yes" if phase.agrees(cold, tie) else "[red]no[/red]",
