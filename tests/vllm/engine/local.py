@@ -262,10 +262,14 @@ class Engine:
 
 @contextmanager
 def engine(model: Path, **arguments: Any) -> Iterator[Engine]:
-    """An engine that is closed at the end."""
+    """An engine that is closed at the end, after it has taken the results of its last copies.
+
+    A served engine does that by itself, since it goes on stepping; one in this process only steps when asked to.
+    """
     opened = Engine(model, **arguments)
     try:
         yield opened
+        opened.drain()
     finally:
         opened.close()
 

@@ -66,9 +66,10 @@ def test_nothing_escapes_where_vllm_is_broken(
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     with caplog.at_level(logging.WARNING, "umbp_vllm"):
         assert function() is None
-    warned = [record.getMessage() for record in caplog.records]
+    # A set: an engine that ran in this process before has given our loggers its own handlers too.
+    warned = {record.getMessage() for record in caplog.records}
     assert warned == (
-        ["umbp could not be registered; vLLM goes on without it"] if function is umbp_vllm.register else []
+        {"umbp could not be registered; vLLM goes on without it"} if function is umbp_vllm.register else set()
     )
 
 
