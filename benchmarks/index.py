@@ -14,6 +14,7 @@ import argparse
 import functools
 import multiprocessing
 import random
+import resource
 import statistics
 import time
 import tracemalloc
@@ -22,7 +23,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import _report
-import psutil
 
 from umbp_core.index import SLICE, ExternalKvIndex
 
@@ -212,10 +212,9 @@ def memory(total: int) -> list[_report.Row]:
 
 def _filled(nodes: Sequence[str], share: int, holders: int, tiers: Sequence[int], traced: bool) -> int:
     """Bytes that an index costs; hashes are made as they are reported, so that nothing else holds them."""
-    process = psutil.Process()
     if traced:
         tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0] if traced else process.memory_info().rss
+    before = tracemalloc.get_traced_memory()[0] if traced else _resident()
     index = ExternalKvIndex()
     for number in range(len(nodes)):
         for holder in range(holders):
@@ -224,9 +223,15 @@ def _filled(nodes: Sequence[str], share: int, holders: int, tiers: Sequence[int]
                 for start in range(0, share, BATCH):
                     count = min(BATCH, share - start)
                     index.report(node, hashes(count, number * share + start), tier)
-    after = tracemalloc.get_traced_memory()[0] if traced else process.memory_info().rss
+    after = tracemalloc.get_traced_memory()[0] if traced else _resident()
     tracemalloc.stop()
     return after - before
+
+
+def _resident() -> int:
+    """Bytes of this process that are in memory now (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 def stalls(total: int) -> list[_report.Row]:
