@@ -380,9 +380,13 @@ def test_a_spoilt_identity_is_no_obstacle(ssd: Path, rank: Callable[..., RankSla
     rank().close()
     for text in ("", "{", "[]", '{"format": 3}'):
         (namespace_dir(ssd, "model") / "identity.json").write_text(text)
-        rank().close()
+        opened = rank()
+        assert opened.slots > 0
+        opened.close()
     (namespace_dir(ssd, "model") / "identity.json").write_text("{")
-    rank("other").close()
+    other = rank("other")
+    assert other.slots > 0
+    other.close()
 
 
 def test_planning_changes_nothing(ssd: Path, rank: Callable[..., RankSlab]) -> None:

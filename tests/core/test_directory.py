@@ -4,33 +4,12 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.core.small_directory import PAGE, A, B, C, D, directory, put, readable
 from umbp_core.directory import Copy, Directory, DirectoryEvent, EventKind, TierSpace
 from umbp_core.errors import CapacityError, StateError, UnknownOwner
 from umbp_core.eviction import LruPolicy, PrefixAwareLruPolicy
 from umbp_core.pages import PageAllocator
 from umbp_core.tiers import Tier, TierSet
-
-PAGE = 100
-A, B, C, D = (bytes([letter]) * 36 for letter in b"abcd")
-
-
-def directory(dram: int = 4, ssd: int = 4) -> Directory:
-    return Directory(
-        [
-            TierSpace(Tier.DRAM, PageAllocator(PAGE, [PAGE * dram]), LruPolicy()),
-            TierSpace(Tier.SSD, PageAllocator(PAGE, [PAGE * ssd]), LruPolicy()),
-        ]
-    )
-
-
-def put(node: Directory, *keys: bytes, tier: Tier = Tier.DRAM, nbytes: int = PAGE) -> None:
-    for key in keys:
-        assert node.reserve("writer", key, tier, nbytes) is not None
-        node.commit("writer", key, tier, b"sum-" + key[:1])
-
-
-def readable(node: Directory) -> list[bytes]:
-    return [key for key in (A, B, C, D) if node.tiers_of(key)]
 
 
 def test_nothing_is_readable_before_it_is_committed() -> None:
