@@ -269,7 +269,8 @@ def engine(model: Path, **arguments: Any) -> Iterator[Engine]:
     opened = Engine(model, **arguments)
     try:
         yield opened
-        opened.drain()
+        if opened.core.scheduler.connector is not None:
+            opened.drain()
     finally:
         opened.close()
 
