@@ -128,7 +128,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _server(model: Path, folder: Path, options: argparse.Namespace, on_cpu: bool) -> VllmServer:
     extra = "--kv-transfer-config.kv_connector_extra_config"
-    arguments = ["--kv-connector", "umbp", f"{extra}.ssd_dir", str(folder / "ssd"), f"{extra}.dram_capacity", "2GiB"]
+    arguments = ["--kv-connector", "umbp", f"{extra}.dram_capacity", "2GiB"]
+    arguments += [f"{extra}.ssd_dir", str(folder / "ssd"), f"{extra}.ssd_capacity", "4GiB"]
     arguments += ["--max-model-len", str(options.tokens + options.max_tokens + 128), "--max-num-seqs", "8"]
     arguments += ["--enforce-eager", "--enable-prompt-tokens-details"]
     environment = {"VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1"}  # the first: for POST /reset_prefix_cache
