@@ -66,3 +66,27 @@ class DeadlineExceeded(TransferError):
 
 class TierUnavailable(UmbpError):
     """A tier cannot be used; the service goes on without it."""
+
+
+class MasterError(UmbpError):
+    """A call to a master did not do what it should."""
+
+
+class InvalidRequest(MasterError):
+    """The request is malformed or out of bounds; sending it again brings the same answer."""
+
+
+class AlreadyRegistered(MasterError):
+    """A living node has this id, and the newcomer does not supersede it."""
+
+
+class MasterUnavailable(MasterError):
+    """The master was not reached, or not in time; the caller goes on without its advice."""
+
+
+class ProtocolError(MasterError):
+    """The other side sent what is not understood; the connection is not used any more."""
+
+
+class AccessDenied(MasterError):
+    """The other side wants a token or a certificate that was not given."""
