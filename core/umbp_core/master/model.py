@@ -63,7 +63,7 @@ class RegistrationAck:
 class Heartbeat:
     """A sign of life with what changed.
 
-    ``None`` as ``capacities`` or ``counts`` means "as before".  Kinds of events were checked where the message was read.
+    ``None`` as ``capacities`` or ``counts`` means "as before".  Kinds of events are checked where a message is read.
     """
 
     node_id: str
@@ -102,6 +102,20 @@ class GetRoute(NamedTuple):
     tier: int
     size: int
     peer_address: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExternalMatch:
+    """What one node holds of a query; ``peer_address`` is empty when it does not live."""
+
+    node_id: str
+    peer_address: str
+    tiers: dict[int, list[bytes]]
+    """Tier to hashes, in the order of the query; tiers by number, as on the wire."""
+
+    def matched_hash_count(self) -> int:
+        """How many different hashes the node holds, on whatever tier."""
+        return len(set().union(*self.tiers.values()))
 
 
 @dataclass(frozen=True, slots=True)
