@@ -33,10 +33,22 @@ _FOREIGN_FAMILIES = ("UMBP_SPDK_", "UMBP_REDIS_", "UMBP_STANDALONE_", "UMBP_DIST
 FOREIGN = frozenset(f"UMBP_{name}" for name in _FOREIGN_NAMES.split())
 """Names of the original whose features this release does not have."""
 
+_MASTER_NAMES = """
+    CONFIG CONFIG_FILE LISTEN NATIVE_LISTEN NATIVE_SOCKET METRICS_LISTEN STATE_DIR TOKEN TOKEN_FILE TLS_CERT TLS_KEY
+    TLS_CLIENT_CA TLS_CA MAX_FRAME QUERY_MAX EVICTION_HIGH_WATERMARK EVICTION_LOW_WATERMARK
+"""
+OF_THE_MASTER = frozenset(f"UMBP_MASTER_{name}" for name in _MASTER_NAMES.split())
+"""Read by ``umbp master`` and the commands that ask it; they may stand in the environment of an engine too."""
+
 # A Kubernetes service called umbp-anything puts these into every pod of its namespace.
 _SERVICE_LINK = re.compile(r"UMBP_\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP)(_(PROTO|PORT|ADDR))?)")
 
 
 def is_foreign(name: str) -> bool:
-    """Whether ``name`` belongs to the original or to the platform, and is therefore none of our business."""
-    return name in FOREIGN or name.startswith(_FOREIGN_FAMILIES) or _SERVICE_LINK.fullmatch(name) is not None
+    """Whether ``name`` belongs to the original, to a master or to the platform, and is none of an engine's business."""
+    return (
+        name in FOREIGN
+        or name in OF_THE_MASTER
+        or name.startswith(_FOREIGN_FAMILIES)
+        or _SERVICE_LINK.fullmatch(name) is not None
+    )

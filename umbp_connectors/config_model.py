@@ -74,6 +74,7 @@ AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Seconds = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=86_400)]
 Milliseconds = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, le=3_600_000)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_log_level)]
 
 
 class UmbpConfig(BaseModel):
@@ -143,7 +144,7 @@ class UmbpConfig(BaseModel):
     )
 
     plugins: Names = Field((), description="Names of the plug-ins that may load, comma-separated; empty means all.")
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_log_level)] = Field(
+    log_level: LogLevel = Field(
         "info", description="Level of the `umbp_*` loggers; `0`, `1`, `2` mean info, warning, error."
     )
 
