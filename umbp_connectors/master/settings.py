@@ -89,8 +89,9 @@ Ratio = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=1, allow_inf_
 _ORIGINAL_KEYS = """
     heartbeat_ttl_sec max_missed_heartbeats heartbeat_interval_divisor reaper_interval_sec
     eviction_check_interval_sec lease_duration_sec evictkey_deadline_ms hit_index_ttl_sec
-    hit_index_gc_interval_sec hit_query_max_batch route_put_select_algo route_put_node_affinity metadata_backend
-    redis_uri redis_namespace redis_password redis_connect_timeout_ms redis_socket_timeout_ms redis_required grpc_shutdown_deadline_sec log_level
+    hit_index_gc_interval_sec hit_query_max_batch route_put_select_algo route_put_node_affinity
+    metadata_backend redis_uri redis_namespace redis_password redis_connect_timeout_ms
+    redis_socket_timeout_ms redis_required grpc_shutdown_deadline_sec log_level
 """
 ORIGINAL = frozenset(_ORIGINAL_KEYS.split())
 """Keys whose environment variable is the original's: ``UMBP_`` and the key."""
