@@ -27,6 +27,8 @@ class Verdict(enum.Enum):
     """Something before it is missing, or was forgotten here: ask for a full sync."""
     STALE = "stale"
     """It was sent by an earlier life of the node: refuse it."""
+    UNREGISTERED = "unregistered"
+    """The receiver does not know the node: it has to register, and to begin with a full sync."""
 
 
 class SequenceGate:
@@ -131,17 +133,25 @@ class BatchApplier:
 
     def apply(self, node: str, batch: Batch, now: float = 0.0) -> Acknowledgement:
         """Apply ``batch`` of ``node``, wholly or not at all."""
+        answer = self.admit(node, batch, now)
+        if answer.verdict is Verdict.APPLY:
+            for action in batch.actions:
+                self.act(node, action, now)
+        return answer
+
+    def admit(self, node: str, batch: Batch, now: float = 0.0) -> Acknowledgement:
+        """The answer to ``batch`` of ``node``; when it is ``APPLY``, the caller has to :meth:`act` on its actions.
+
+        For batches that are too large to be applied in one go.
+        """
         gate = self._gates.get(node)
         if gate is None:
             gate = self._gates[node] = SequenceGate(batch.incarnation)
         elif gate.supersedes(batch.incarnation):
             self.index.clear_node(node, now, f"incarnation {batch.incarnation} began")
         verdict = gate.judge(batch.incarnation, batch.seq, batch.full_sync)
-        if verdict is Verdict.APPLY:
-            if batch.full_sync:
-                self.index.clear_node(node, now, "full sync")
-            for action in batch.actions:
-                self._act(node, action, now)
+        if verdict is Verdict.APPLY and batch.full_sync:
+            self.index.clear_node(node, now, "full sync")
         return Acknowledgement(verdict, gate.incarnation, gate.acked, verdict is Verdict.GAP)
 
     def probe(self, node: str, incarnation: int, acked: int) -> Acknowledgement:
@@ -159,6 +169,23 @@ class BatchApplier:
             Verdict.REPLAY if known else Verdict.GAP, incarnation, gate.acked, request_full_sync=not known
         )
 
+    def act(self, node: str, action: Action, now: float = 0.0) -> None:
+        """Apply one action, or a part of one, of a batch that was admitted."""
+        if action.kind is ActionKind.REPORT:
+            self.index.report(node, action.hashes, action.tier, now)
+        elif action.kind is ActionKind.REVOKE:
+            self.index.revoke(node, action.hashes, action.tier, now)
+        else:
+            self.index.clear_tier(node, action.tier, now)
+
+    def register(self, node: str, incarnation: int, now: float = 0.0, reason: str = "registered anew") -> int:
+        """``node`` begins a life: what an earlier one said is dropped, and what it may still say is refused.
+
+        Returns how many entries are gone.
+        """
+        self._gates[node] = SequenceGate(incarnation)
+        return self.index.clear_node(node, now, reason)
+
     def expire(self, node: str, now: float = 0.0, reason: str = "expired") -> int:
         """Drop what ``node`` said, and accept nothing but a full sync next; returns how many entries are gone."""
         gate = self._gates.get(node)
@@ -174,11 +201,3 @@ class BatchApplier:
     def gate(self, node: str) -> SequenceGate | None:
         """What is known of the order of ``node``'s batches; ``None`` when it sent none.  To be read only."""
         return self._gates.get(node)
-
-    def _act(self, node: str, action: Action, now: float) -> None:
-        if action.kind is ActionKind.REPORT:
-            self.index.report(node, action.hashes, action.tier, now)
-        elif action.kind is ActionKind.REVOKE:
-            self.index.revoke(node, action.hashes, action.tier, now)
-        else:
-            self.index.clear_tier(node, action.tier, now)

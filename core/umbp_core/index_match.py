@@ -38,6 +38,24 @@ class NodeMatch:
         return len(set().union(*self.tiers.values()))
 
 
+class PositionMatch(NamedTuple):
+    """What one node holds of a query, by positions instead of hashes."""
+
+    node: str
+    tiers: dict[int, bytes]
+    """Tier to a bitmap over the query: bit ``i % 8`` of byte ``i // 8`` (the lowest bit first) stands for hash ``i``.
+
+    Tiers come by number, as on the wire.  Bitmaps with the same content may be one object.
+    """
+
+    def count(self) -> int:
+        """How many positions of the query the node holds, on whatever tier."""
+        held = 0
+        for bitmap in self.tiers.values():
+            held |= int.from_bytes(bitmap, "little")
+        return held.bit_count()
+
+
 class TierRun(NamedTuple):
     """Blocks in a row that a node would take from one tier."""
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from umbp_core.index_match import PositionMatch as PositionMatch
 from umbp_core.journal import Bundle
 
 
@@ -119,6 +120,53 @@ class ExternalMatch:
 
 
 @dataclass(frozen=True, slots=True)
+class ExternalMatch:
+    """What one node holds of a query for external hashes, as a client is told."""
+
+    node_id: str
+    peer_address: str
+    tiers: dict[int, list[bytes]]
+    """Tier to hashes in the order of the query; tiers by number, as on UMBP's wire."""
+
+    def matched_hash_count(self) -> int:
+        """How many different hashes of the query the node holds, on whatever tier."""
+        return len(set().union(*self.tiers.values()))
+
+
+class BlockPage(NamedTuple):
+    """Some of the hashes that a node holds on a tier; ``cursor`` is to be given to the next call, 0 after the last."""
+
+    hashes: list[bytes]
+    cursor: int
+
+
+class HashChange(NamedTuple):
+    """The last thing that happened to a hash on one tier of a node."""
+
+    tier: int
+    kind: str
+    """``reported``, ``revoked`` or ``cleared``."""
+    age: float
+    """Seconds ago."""
+    reason: str
+    """Why the tier was cleared: ``revoked``, ``expired``, ``full sync`` and so on; else empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class HashExplanation:
+    """Why a hash can, or cannot, be used on a node."""
+
+    node_id: str
+    status: NodeStatus
+    tiers: tuple[int, ...]
+    """Where it is now, fastest first."""
+    changes: tuple[HashChange, ...]
+    """The latest first; empty when it was never reported, or longer ago than the master remembers."""
+    text: str
+    """The same in one sentence for people."""
+
+
+@dataclass(frozen=True, slots=True)
 class NodeInfo:
     """What is known of one node.  ``last_heartbeat_age`` is in seconds."""
 
@@ -165,6 +213,8 @@ class TickEffects:
 
     expired: tuple[str, ...] = ()
     evictions: tuple[EvictionOrder, ...] = ()
+    purged: tuple[str, ...] = ()
+    """Nodes that expired so long ago that even their address is forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +229,8 @@ class MasterSettings:
     """Nodes are asked for a heartbeat every ttl divided by this [UMBP_HEARTBEAT_INTERVAL_DIVISOR]."""
     reaper_interval: float = 5.0
     """[UMBP_REAPER_INTERVAL_SEC]"""
+    expired_retention: float = 86400.0
+    """For this long an expired node's address is kept: a node that comes back may not tell it again."""
     lease_duration: float = 2.0
     """What was routed to is not evicted for this long [UMBP_LEASE_DURATION_SEC]."""
     eviction_interval: float = 5.0
