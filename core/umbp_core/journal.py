@@ -6,6 +6,7 @@ when the bound is passed everything is dropped and a full sync is due instead.
 
 A full sync is the owner's own snapshot of its tiers, sent under the number that :meth:`Journal.begin_full_sync` gives.
 What is recorded from that call on is told afterwards, so the snapshot has to be taken at the same moment or later.
+A snapshot that is too large for one message begins with that number, and its rest goes on in ordinary bundles.
 
 A journal is new with every life of its owner, and so is its incarnation.  No I/O, no threads, no clock.  One thread at
 a time.
@@ -13,8 +14,9 @@ a time.
 
 from __future__ import annotations
 
+import enum
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -38,6 +40,56 @@ class Bundle:
     deltas: tuple[Delta, ...]
 
 
+class Answer(enum.Enum):
+    """What an answer of the receiver means."""
+
+    LATE = "late"
+    """It was meant for an earlier life: ignore it."""
+    TAKEN = "taken"
+    """It is about what was sent."""
+    SURPRISE = "surprise"
+    """The receiver knows what it cannot know from us: a full sync is due, under larger numbers."""
+
+
+class Numbering:
+    """The numbers of a sender: its incarnation, and the last ones that were given and acknowledged."""
+
+    __slots__ = ("acked", "incarnation", "last")
+
+    def __init__(self, incarnation: int) -> None:
+        self.incarnation = incarnation
+        self.last = self.acked = 0
+
+    def next(self) -> int:
+        """The next number."""
+        self.last += 1
+        return self.last
+
+    def renew(self, incarnation: int) -> None:
+        """Begin a life with the number ``incarnation``."""
+        self.incarnation = incarnation
+        self.last = self.acked = 0
+
+    def receive(self, incarnation: int, acked: int) -> Answer:
+        """What it means that the receiver applied everything up to ``acked`` of ``incarnation``.
+
+        After a surprise, the next numbers are larger than what the receiver knows.
+        """
+        if incarnation < self.incarnation:
+            return Answer.LATE
+        if incarnation > self.incarnation:
+            self.renew(incarnation + 1)
+            return Answer.SURPRISE
+        if acked > self.last:
+            self.last = acked
+            return Answer.SURPRISE
+        return Answer.TAKEN
+
+    def acknowledge(self, seq: int) -> None:
+        """Everything up to ``seq`` is known over there."""
+        self.acked = max(self.acked, seq)
+
+
 class Journal:
     """Changes to tell, at most ``max_deltas`` of them, in bundles of at most ``bundle_deltas``.
 
@@ -50,31 +102,30 @@ class Journal:
             raise StateError(
                 f"a journal of {max_deltas} deltas in bundles of {bundle_deltas} can tell nothing; give both at least 1"
             )
-        self._incarnation = incarnation
+        self._numbers = Numbering(incarnation)
         self._max_deltas = max_deltas
         self._bundle_deltas = bundle_deltas
         self._pending: dict[tuple[bytes, int], int | None] = {}
         self._outbox: deque[Bundle] = deque()
         self._outbox_deltas = 0
-        self._last = 0
-        self._acked = 0
         self._full_sync: int | None = None
+        self._rest: Iterator[Delta] | None = None
         self._due = True
 
     @property
     def incarnation(self) -> int:
         """The number of this life."""
-        return self._incarnation
+        return self._numbers.incarnation
 
     @property
     def last_seq(self) -> int:
         """The last number that was given to a bundle or a full sync; 0 before the first."""
-        return self._last
+        return self._numbers.last
 
     @property
     def acked_seq(self) -> int:
         """The last number that was acknowledged; 0 before the first.  What a keepalive tells, see ``BatchApplier``."""
-        return self._acked
+        return self._numbers.acked
 
     @property
     def full_sync_due(self) -> bool:
@@ -88,6 +139,11 @@ class Journal:
     def full_sync_pending(self) -> bool:
         """Whether a full sync was begun and is not acknowledged yet.  No bundles are cut meanwhile."""
         return self._full_sync is not None
+
+    @property
+    def settled(self) -> bool:
+        """Whether everything that was recorded, and every full sync, is acknowledged."""
+        return not (self._due or self.full_sync_pending or self._rest is not None or len(self))
 
     def __len__(self) -> int:
         """Deltas that are kept: recorded, or cut and not acknowledged."""
@@ -108,7 +164,7 @@ class Journal:
         """
         if self._due or self._full_sync is not None:
             return []
-        while self._pending and len(self._outbox) < limit:
+        while (self._pending or self._rest is not None) and len(self._outbox) < limit:
             self._cut()
         return list(islice(self._outbox, limit))
 
@@ -119,18 +175,16 @@ class Journal:
         cannot know from us, a later incarnation or a number that was never given, makes us go on with larger ones and
         a full sync.
         """
-        if incarnation > self._incarnation:
-            self._incarnation = incarnation + 1
-            self._last = self._acked = 0
+        answer = self._numbers.receive(incarnation, acked)
+        if answer is Answer.SURPRISE or (answer is Answer.TAKEN and request_full_sync):
             self.request_full_sync()
-        elif incarnation == self._incarnation:
-            if acked > self._last:
-                self._last = acked
-                self.request_full_sync()
-            elif request_full_sync:
-                self.request_full_sync()
-            else:
-                self._acknowledge(acked)
+        elif answer is Answer.TAKEN:
+            self._acknowledge(acked)
+
+    def renew(self, incarnation: int) -> None:
+        """Go on as life ``incarnation``, which is larger than any before: a full sync is due."""
+        self._numbers.renew(incarnation)
+        self.request_full_sync()
 
     def request_full_sync(self) -> None:
         """Everything has to be told anew: the receiver asked for it, or too much was not acknowledged."""
@@ -138,29 +192,36 @@ class Journal:
         self._outbox.clear()
         self._outbox_deltas = 0
         self._full_sync = None
+        self._rest = None
         self._due = True
 
-    def begin_full_sync(self) -> int:
+    def begin_full_sync(self, rest: Iterator[Delta] | None = None) -> int:
         """The number under which the owner sends a snapshot that it takes now.
+
+        ``rest`` is what of the snapshot does not fit that message.  It is read, bundle by bundle, once the message is
+        acknowledged, and all of it is told before anything that is recorded meanwhile.
 
         Begin again when it could not be sent or was not acknowledged in time: every try has a number of its own.
         """
         self.request_full_sync()
         self._due = False
-        self._last += 1
-        self._full_sync = self._last
-        return self._last
+        self._rest = rest
+        self._full_sync = self._numbers.next()
+        return self._full_sync
 
     def _acknowledge(self, seq: int) -> None:
-        self._acked = max(self._acked, seq)
+        self._numbers.acknowledge(seq)
         if self._full_sync is not None and seq >= self._full_sync:
             self._full_sync = None
         while self._outbox and self._outbox[0].seq <= seq:
             self._outbox_deltas -= len(self._outbox.popleft().deltas)
 
     def _cut(self) -> None:
-        keys = list(islice(self._pending, self._bundle_deltas))
-        self._last += 1
-        deltas = tuple(Delta(*key, self._pending.pop(key)) for key in keys)
-        self._outbox.append(Bundle(self._last, deltas))
-        self._outbox_deltas += len(deltas)
+        deltas = tuple(islice(self._rest, self._bundle_deltas)) if self._rest is not None else ()
+        if not deltas:
+            self._rest = None
+            keys = list(islice(self._pending, self._bundle_deltas))
+            deltas = tuple(Delta(*key, self._pending.pop(key)) for key in keys)
+        if deltas:
+            self._outbox.append(Bundle(self._numbers.next(), deltas))
+            self._outbox_deltas += len(deltas)

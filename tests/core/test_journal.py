@@ -140,3 +140,30 @@ def test_large_journals_are_cut_bundle_by_bundle() -> None:
     journal = synced(max_deltas=5000, bundle_deltas=1000)
     journal.record([add(b"%d" % number) for number in range(4500)])
     assert [len(bundle.deltas) for bundle in journal.bundles()] == [1000] * 4 + [500]
+
+
+def test_the_rest_of_a_snapshot_is_told_after_its_message_and_before_anything_recorded() -> None:
+    journal = Journal(LIFE, bundle_deltas=2)
+    rest = iter([add(A), add(B), add(C)])
+    seq = journal.begin_full_sync(rest)
+    journal.record([remove(A)])
+    assert (journal.bundles(), journal.settled) == ([], False)
+    journal.receive(LIFE, seq, request_full_sync=False)
+    assert journal.bundles() == [Bundle(2, (add(A), add(B))), Bundle(3, (add(C),)), Bundle(4, (remove(A),))]
+    assert not journal.settled
+    journal.receive(LIFE, 4, request_full_sync=False)
+    assert (journal.bundles(), journal.settled) == ([], True)
+
+
+def test_another_full_sync_forgets_the_rest_of_the_last() -> None:
+    journal = Journal(LIFE)
+    journal.begin_full_sync(iter([add(A)]))
+    journal.receive(LIFE, journal.begin_full_sync(), request_full_sync=False)
+    assert (journal.bundles(), journal.settled) == ([], True)
+
+
+def test_a_new_life_has_its_own_numbers() -> None:
+    journal = synced()
+    journal.record([add(A)])
+    journal.renew(LIFE + 1)
+    assert (journal.incarnation, journal.last_seq, len(journal), journal.full_sync_due) == (LIFE + 1, 0, 0, True)
