@@ -107,20 +107,6 @@ class GetRoute(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ExternalMatch:
-    """What one node holds of a query; ``peer_address`` is empty when it does not live."""
-
-    node_id: str
-    peer_address: str
-    tiers: dict[int, list[bytes]]
-    """Tier to hashes, in the order of the query; tiers by number, as on the wire."""
-
-    def matched_hash_count(self) -> int:
-        """How many different hashes the node holds, on whatever tier."""
-        return len(set().union(*self.tiers.values()))
-
-
-@dataclass(frozen=True, slots=True)
-class ExternalMatch:
     """What one node holds of a query for external hashes, as a client is told."""
 
     node_id: str
