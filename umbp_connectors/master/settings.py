@@ -149,6 +149,9 @@ class MasterConfig(BaseModel):
     max_missed_heartbeats: Count = Field(3, description="A node expires after this many times the ttl.")
     heartbeat_interval_divisor: Count = Field(2, description="Nodes send a heartbeat every ttl divided by this.")
     reaper_interval_sec: Interval = Field(5.0, description="How often expired nodes are looked for.")
+    expired_retention_sec: Interval = Field(
+        86_400.0, description="For this long the address of an expired node is kept."
+    )
     eviction_check_interval_sec: Interval = Field(5.0, description="How often full nodes are looked for.")
     eviction_high_watermark: Ratio = Field(0.9, description="A tier fuller than this is told to evict ...")
     eviction_low_watermark: Ratio = Field(0.7, description="... until it is only this full.")
@@ -220,6 +223,7 @@ class MasterConfig(BaseModel):
             max_missed_heartbeats=self.max_missed_heartbeats,
             heartbeat_interval_divisor=self.heartbeat_interval_divisor,
             reaper_interval=self.reaper_interval_sec,
+            expired_retention=self.expired_retention_sec,
             lease_duration=self.lease_duration_sec,
             eviction_interval=self.eviction_check_interval_sec,
             eviction_high_watermark=self.eviction_high_watermark,
