@@ -38,13 +38,13 @@ class HttpServer:
 
     def __init__(self, pages: dict[str, Callable[[], Awaitable[Page]]]) -> None:
         self._pages = pages
-        self._connections = 0
+        self._connections: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
     async def start(self, endpoint: Endpoint) -> Endpoint:
         """Listen; returns where, with the port that was chosen for port 0.  ``ConfigError`` when that cannot be."""
         try:
-            self._server = await asyncio.start_server(self._serve, endpoint.host, endpoint.port, limit=MAX_HEAD)
+            self._server = await asyncio.start_server(self._accept, endpoint.host, endpoint.port, limit=MAX_HEAD)
         except OSError as error:
             raise ConfigError(
                 f"metrics cannot be served at {endpoint}: {error.strerror or error}; is another master running? "
@@ -53,28 +53,40 @@ class HttpServer:
         return Endpoint(endpoint.host, self._server.sockets[0].getsockname()[1])
 
     async def stop(self) -> None:
-        """Stop listening.  Answers that are under way are not waited for.  Idempotent."""
+        """Stop listening and end what is under way.  Idempotent."""
         if self._server is not None:
             self._server.close()
             self._server = None
+        for task in self._connections:
+            task.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._connections) >= MAX_CONNECTIONS:
+            writer.transport.abort()
+            return
+        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._connections += 1
         try:
-            if self._connections <= MAX_CONNECTIONS:
-                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), REQUEST_SECONDS)
-                method, page = await self._answer(head)
-                writer.write(_encoded(page, with_body=method != "HEAD"))
-                await asyncio.wait_for(writer.drain(), ANSWER_SECONDS)
-                writer.close()
-                await asyncio.wait_for(writer.wait_closed(), ANSWER_SECONDS)
-        except asyncio.LimitOverrunError:
-            writer.write(_encoded(_plain(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)))
-        except (asyncio.IncompleteReadError, asyncio.TimeoutError, OSError):
-            writer.transport.abort()
-        finally:
-            self._connections -= 1
+            writer.write(await self._respond(reader))
+            await asyncio.wait_for(writer.drain(), ANSWER_SECONDS)
             writer.close()
+            await asyncio.wait_for(writer.wait_closed(), ANSWER_SECONDS)
+        except (asyncio.IncompleteReadError, asyncio.TimeoutError, OSError):
+            pass  # a client that does not say what it wants, or does not take what it asked for
+        finally:
+            writer.transport.abort()
+
+    async def _respond(self, reader: asyncio.StreamReader) -> bytes:
+        try:
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), REQUEST_SECONDS)
+        except asyncio.LimitOverrunError:
+            return _encoded(_plain(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE))
+        method, page = await self._answer(head)
+        return _encoded(page, with_body=method != "HEAD")
 
     async def _answer(self, head: bytes) -> tuple[str, Page]:
         words = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ")
