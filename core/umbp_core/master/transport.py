@@ -7,23 +7,23 @@ retries, registrations or what a failure means: that is the matter of ``umbp_con
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeGuard
+from typing import Protocol, TypeGuard
 
 from umbp_core.index_gate import Acknowledgement, Batch
 from umbp_core.index_match import PrefixMatch
+from umbp_core.master.model import (
+    BlockPage,
+    ExternalMatch,
+    GetRoute,
+    HashExplanation,
+    Heartbeat,
+    HeartbeatReply,
+    NodeInfo,
+    PutRoute,
+    Registration,
+    RegistrationAck,
+)
 from umbp_core.master.samples import MetricSample
-
-if TYPE_CHECKING:
-    from umbp_core.master.model import (
-        ExternalMatch,
-        GetRoute,
-        Heartbeat,
-        HeartbeatReply,
-        NodeInfo,
-        PutRoute,
-        Registration,
-        RegistrationAck,
-    )
 
 
 class MasterTransport(Protocol):
@@ -127,6 +127,14 @@ class NativeTransport(MasterTransport, Protocol):
 
     def list_nodes(self, timeout: float) -> list[NodeInfo]:
         """All nodes that the master knows."""
+        ...
+
+    def list_blocks(self, node_id: str, tier: int, cursor: int, limit: int, timeout: float) -> BlockPage:
+        """Some of the hashes of a node on a tier; ``cursor`` is 0 at first, then that of the last page."""
+        ...
+
+    def explain(self, node_id: str, key: bytes, timeout: float) -> HashExplanation:
+        """Why a hash can, or cannot, be used on a node."""
         ...
 
 
