@@ -119,7 +119,7 @@ class MasterConfig(BaseModel):
     )
 
     token: str = Field("", repr=False, description="Shared token that clients have to send; better in a file.")
-    token_file: AbsolutePath | None = Field(None, description="File with the shared token on its first line.")
+    token_file: AbsolutePath | None = Field(None, description="File that holds the shared token and nothing else.")
     tls_cert: AbsolutePath | None = Field(None, description="Certificate chain (PEM) of both protocols.")
     tls_key: AbsolutePath | None = Field(None, description="Private key (PEM) of `tls_cert`.")
     tls_client_ca: AbsolutePath | None = Field(
