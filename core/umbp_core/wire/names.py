@@ -1,0 +1,70 @@
+"""Tables of nodes: a message names each node once, and refers to it by its place in the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+from umbp_core.errors import ProtocolError
+from umbp_core.wire import bounds
+from umbp_core.wire.hashes import pack_hashes, unpack_hashes
+
+
+@lru_cache(maxsize=1024)
+def pack_names(names: tuple[str, ...]) -> bytes:
+    """``names`` as a packed list in UTF-8; most answers name the same few nodes."""
+    return pack_hashes([name.encode() for name in names])
+
+
+@lru_cache(maxsize=1024)
+def unpack_names(blob: bytes) -> tuple[str, ...]:
+    """The names in ``blob``.  Raises ``ProtocolError``."""
+    try:
+        names = tuple([name.decode() for name in unpack_hashes(blob, bounds.LIST)])
+    except UnicodeDecodeError:
+        raise ProtocolError("a table of nodes names one that is not UTF-8") from None
+    if any(len(name) > bounds.STRING_CHARS for name in names):
+        raise ProtocolError(f"a table of nodes has a name of more than {bounds.STRING_CHARS} characters")
+    return names
+
+
+class NodeTable:
+    """The nodes of one answer while it is being written: references count from 1, in the order of first mention."""
+
+    __slots__ = ("_addresses", "_refs")
+
+    def __init__(self) -> None:
+        self._refs: dict[str, int] = {}
+        self._addresses: list[str] = []
+
+    def ref(self, node_id: str, address: str) -> int:
+        """The reference to ``node_id``."""
+        ref = self._refs.get(node_id)
+        if ref is None:
+            ref = self._refs[node_id] = len(self._refs) + 1
+            self._addresses.append(address)
+        return ref
+
+    @property
+    def nodes(self) -> bytes:
+        """The packed names."""
+        return pack_names(tuple(self._refs))
+
+    @property
+    def addresses(self) -> bytes:
+        """The packed addresses, in the same order."""
+        return pack_names(tuple(self._addresses))
+
+
+def read_table(nodes: bytes, addresses: bytes) -> list[tuple[str, str]]:
+    """Names with their addresses.  Raises ``ProtocolError`` when there are not as many of these."""
+    names, places = unpack_names(nodes), unpack_names(addresses)
+    if len(names) != len(places):
+        raise ProtocolError(f"a table has {len(names)} nodes and {len(places)} addresses")
+    return list(zip(names, places, strict=True))
+
+
+def check_refs(refs: Iterable[int], table: Sequence[object]) -> None:
+    """Raises ``ProtocolError`` when one of ``refs``, which count from 1, is not in ``table``."""
+    if max(refs, default=0) > len(table):
+        raise ProtocolError(f"an answer refers to a node that is not among the {len(table)} of its table")
