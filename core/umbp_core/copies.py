@@ -6,7 +6,7 @@ Bookkeeping for :mod:`umbp_core.directory`, which is the door to use.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,11 +49,15 @@ class DirectoryEvent(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TierSpace:
-    """What a directory manages of one tier.  Both parts are the directory's alone from then on."""
+    """What a directory manages of one tier.  Both parts are the directory's alone from then on.
+
+    Without ``told``, the tier's changes make no events: for one that nobody follows.
+    """
 
     tier: Tier
     allocator: PageAllocator
     policy: EvictionPolicy
+    told: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +87,14 @@ class Reservation(NamedTuple):
 class TierCopies:
     """The copies of one tier.  A copy that holds pages is named by its first page."""
 
-    __slots__ = ("allocator", "bit", "held_pages", "pending", "pins", "policy", "published", "retired", "tier")
+    __slots__ = ("allocator", "bit", "held_pages", "pending", "pins", "policy", "published", "retired", "tier", "told")
 
     def __init__(self, space: TierSpace) -> None:
         self.tier = space.tier
         self.bit = space.tier.bit
         self.allocator = space.allocator
         self.policy = space.policy
+        self.told = space.told
         self.published: dict[bytes, Copy] = {}
         self.pending: dict[bytes, Reservation] = {}
         self.pins: dict[int, int] = {}
@@ -107,9 +112,11 @@ class TierCopies:
         self.pending[key] = reservation
         self.held_pages += len(reservation.pages)
 
-    def settle(self, key: bytes) -> None:
+    def settle(self, key: bytes) -> Reservation:
         """Forget the reservation of ``key``; its pages are published or freed next."""
-        self.held_pages -= len(self.pending.pop(key).pages)
+        reservation = self.pending.pop(key)
+        self.held_pages -= len(reservation.pages)
+        return reservation
 
     def publish(self, key: bytes, copy: Copy) -> None:
         """Make ``copy`` readable."""
@@ -126,6 +133,19 @@ class TierCopies:
         else:
             self.allocator.free(copy.pages)
         return copy
+
+    def unpublish_many(self, keys: Sequence[bytes]) -> list[Copy]:
+        """As :meth:`unpublish` for each of ``keys``, none of which is pinned."""
+        published, removed = self.published, self.policy.removed
+        copies: list[Copy] = []
+        pages: list[int] = []
+        for key in keys:
+            copy = published.pop(key)
+            removed(key)
+            copies.append(copy)
+            pages += copy.pages
+        self.allocator.free(pages)
+        return copies
 
     def pin(self, copy: Copy) -> None:
         """Keep the pages of ``copy`` until as many unpins."""

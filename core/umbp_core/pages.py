@@ -92,6 +92,23 @@ class PageAllocator:
         self._take(pages)
         return pages
 
+    def allocate_each(self, count: int) -> list[int] | None:
+        """A page for each of ``count`` objects of one page at most; ``None`` when too few are free.
+
+        The same pages as ``count`` calls of :meth:`allocate`, in one.
+        """
+        if count > self._free:
+            return None
+        stack, used = self._stack, self._map
+        pages: list[int] = []
+        while len(pages) < count:
+            page = stack.pop() if stack else self._pop_page()
+            if not used[page]:
+                used[page] = _USED
+                pages.append(page)
+        self._book(pages, -1)
+        return pages
+
     def claim(self, pages: Sequence[int]) -> None:
         """Mark exactly ``pages`` as in use, as a catalogue of an earlier life says.
 
@@ -108,25 +125,33 @@ class PageAllocator:
 
     def free(self, pages: Iterable[int]) -> int:
         """Give ``pages`` back; returns how many were in use.  Others, also unknown ones, are left alone."""
-        freed = 0
+        used, stack, total = self._map, self._stack, self._total
+        freed: list[int] = []
         for page in pages:
-            if not 0 <= page < self._total or not self._map[page]:
+            if not 0 <= page < total or not used[page]:
                 continue
-            self._map[page] = _FREE
-            self._free_in[bisect_right(self._starts, page) - 1] += 1
-            freed += 1
-            if len(self._stack) < _STACK_LIMIT:
-                self._stack.append(page)
+            used[page] = _FREE
+            freed.append(page)
+            if len(stack) < _STACK_LIMIT:
+                stack.append(page)
             elif page < self._cursor:
                 self._cursor = page
-        self._free += freed
-        return freed
+        self._book(freed, 1)
+        return len(freed)
 
     def _take(self, pages: Sequence[int]) -> None:
         for page in pages:
             self._map[page] = _USED
-            self._free_in[bisect_right(self._starts, page) - 1] -= 1
-        self._free -= len(pages)
+        self._book(pages, -1)
+
+    def _book(self, pages: Sequence[int], change: int) -> None:
+        """Count ``pages`` as taken (-1) or given back (1)."""
+        self._free += change * len(pages)
+        if len(self._starts) == 1:
+            self._free_in[0] += change * len(pages)
+            return
+        for page in pages:
+            self._free_in[bisect_right(self._starts, page) - 1] += change
 
     def _pop_page(self) -> int:
         while self._stack:

@@ -9,10 +9,13 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from umbp_connectors.pool import batches
+from umbp_connectors.pool.checksums import copy_checksummed
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
 from umbp_core.errors import ConfigError, StateError
 from umbp_core.ids import Identity, RankScope
@@ -408,14 +411,13 @@ def test_clear_forgets_everything_for_good(make: Callable[..., LocalPool]) -> No
 def test_close_waits_for_calls_under_way(make: Callable[..., LocalPool], monkeypatch: pytest.MonkeyPatch) -> None:
     pool = make(copy_threads=1)
     inside, go_on = threading.Event(), threading.Event()
-    copy = np.copyto
 
-    def slow(*arguments: object) -> None:
+    def slow(*arguments: Any) -> bytes:
         inside.set()
         assert go_on.wait(60)
-        copy(*arguments)  # type: ignore[arg-type]
+        return copy_checksummed(*arguments)
 
-    monkeypatch.setattr(np, "copyto", slow)
+    monkeypatch.setattr(batches, "copy_checksummed", slow)
     statuses: list[PutStatus] = []
     writer = threading.Thread(target=lambda: statuses.extend(pool.put([b"key"], [b"data"])))
     writer.start()
@@ -434,14 +436,13 @@ def test_a_call_that_does_not_end_does_not_hold_up_a_close(
 ) -> None:
     pool = make(copy_threads=1)
     inside, go_on = threading.Event(), threading.Event()
-    copy = np.copyto
 
-    def stuck(*arguments: object) -> None:
+    def stuck(*arguments: Any) -> bytes:
         inside.set()
         assert go_on.wait(60)
-        copy(*arguments)  # type: ignore[arg-type]
+        return copy_checksummed(*arguments)
 
-    monkeypatch.setattr(np, "copyto", stuck)
+    monkeypatch.setattr(batches, "copy_checksummed", stuck)
     statuses: list[PutStatus] = []
     writer = threading.Thread(target=lambda: statuses.extend(pool.put([b"key"], [b"data"])))
     writer.start()

@@ -133,3 +133,21 @@ def test_a_freed_page_that_a_run_took_is_not_given_again() -> None:
     assert take(pages, 2) == (1, 2)
     assert take(pages, 1) == (3,)
     assert pages.allocate(1) is None
+
+
+def test_single_pages_for_many_are_those_that_single_calls_would_give() -> None:
+    one, many = allocator(6, 4), allocator(6, 4)
+    for pages in (one, many):
+        pages.claim([0, 7])
+        pages.free([7, 0, 7])
+    assert many.allocate_each(9) == [take(one, 1)[0] for _ in range(9)]
+    assert many.free_pages == one.free_pages == 1
+    assert many.allocate_each(2) is None
+    assert many.allocate_each(0) == []
+    assert take(many, 1) == take(one, 1)
+
+
+def test_pages_for_many_count_in_the_buffer_they_are_of() -> None:
+    pages = allocator(3, 3)
+    assert pages.allocate_each(2) == [0, 1]
+    assert take(pages, 3) == (3, 4, 5), "the first buffer has no run of three any more"

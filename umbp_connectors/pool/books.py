@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from umbp_connectors.pool.catalogue import Catalogue, CatalogueRow
@@ -76,15 +76,23 @@ class Books:
         self, owner: str, keys: Sequence[bytes], sizes: Sequence[int], depths: Sequence[int]
     ) -> list[int | PutStatus]:
         """A page of DRAM for each object that fits one and that the pool has nowhere, else why not; evicts."""
+        fits = [0 < nbytes <= self._page_bytes for nbytes in sizes]
         places: list[int | PutStatus] = []
         with self._lock:
             directory = self._directory
-            for key, nbytes, depth in zip(keys, sizes, depths, strict=True):
-                if not 0 < nbytes <= self._page_bytes:
+            there = directory.contains_many(keys)
+            new = [
+                each
+                for each, fit, present in zip(zip(keys, sizes, depths, strict=True), fits, there, strict=True)
+                if fit and not present
+            ]
+            reserved = iter(directory.reserve_many(owner, new, Tier.DRAM))
+            for key, fit, present in zip(keys, fits, there, strict=True):
+                if not fit:
                     places.append(PutStatus.TOO_LARGE)
-                elif directory.tiers_of(key):
+                elif present:
                     places.append(PutStatus.PRESENT)
-                elif pages := directory.reserve(owner, key, Tier.DRAM, nbytes, depth):
+                elif pages := next(reserved):
                     places.append(pages[0])
                 else:
                     pending = directory.is_present_or_pending(key, Tier.DRAM)
@@ -99,14 +107,11 @@ class Books:
             self._follow()
         return pages[0] if pages else None
 
-    def settle(self, owner: str, written: Iterable[tuple[bytes, bytes | None]], tier: Tier) -> None:
-        """Publish what ``owner`` wrote, given (key, checksum); without a checksum the reservation is given up."""
+    def settle(self, owner: str, written: Mapping[bytes, bytes], tier: Tier) -> None:
+        """Publish what ``owner`` wrote, given its checksums; all that it reserved besides is given up."""
         with self._lock:
-            for key, checksum in written:
-                if checksum is None:
-                    self._directory.abort(owner, key, tier)
-                else:
-                    self._directory.commit(owner, key, tier, checksum)
+            self._directory.commit_many(owner, written, tier)
+            self._directory.abort_owner(owner)
             self._follow()
 
     def pin(self, owner: str, keys: Sequence[bytes], tier: Tier | None = None, use: bool = True) -> list[Copy | None]:
@@ -151,17 +156,14 @@ class Books:
 
     def _space(self, tier: Tier, pages: int) -> TierSpace:
         allocator = PageAllocator(self._page_bytes, [pages * self._page_bytes])
-        return TierSpace(tier, allocator, POLICIES[self._eviction]())
+        return TierSpace(tier, allocator, POLICIES[self._eviction](), told=tier is Tier.SSD)
 
     def _follow(self) -> None:
         """Tell the catalogue, in order, what changed on SSD.  Called with the lock held."""
-        events = self._directory.drain_events()
         catalogue = self._catalogue
         if catalogue is None:
             return
-        for kind, key, tier, pages, nbytes, checksum, depth in events:
-            if tier is not Tier.SSD:
-                continue
+        for kind, key, _, pages, nbytes, checksum, depth in self._directory.drain_events():
             if kind is EventKind.ADDED:
                 catalogue.record([CatalogueRow(key, pages[0], nbytes, checksum, depth)])
             else:

@@ -37,9 +37,13 @@ def copy_checksummed(object_key: bytes, target: Bytes, source: Bytes) -> bytes:
     still in the core's cache: for 4 MiB that makes the checksum cost half.
     """
     hasher = xxh3_128(object_key)
+    if source.nbytes <= _PIECE:
+        target[...] = source
+        hasher.update(target.data)
+        return hasher.digest()
     for start in range(0, source.nbytes, _PIECE):
         piece = target[start : start + _PIECE]
-        np.copyto(piece, source[start : start + _PIECE])
+        piece[...] = source[start : start + _PIECE]
         hasher.update(piece.data)
     return hasher.digest()
 

@@ -126,17 +126,17 @@ class Demoter:
         (copy,) = self._books.pin(owner, [key], Tier.DRAM, use=False)
         if copy is None:
             return False
-        checksum = None
         try:
             slot = self._books.reserve(owner, Wanted(key, copy.nbytes, copy.depth), Tier.SSD)
             if slot is None:
                 return False
+            written: dict[bytes, bytes] = {}
             try:
                 # Whole sectors go without a copy; what lies behind the object in its page does no harm.
                 self._slab.write_from(slot, self._arena.page_array(copy.pages[0], round_up(copy.nbytes, ALIGNMENT)))
-                checksum = copy.checksum
+                written[key] = copy.checksum
             finally:
-                self._books.settle(owner, [(key, checksum)], Tier.SSD)
+                self._books.settle(owner, written, Tier.SSD)
         finally:
             self._books.unpin(owner)
         return True

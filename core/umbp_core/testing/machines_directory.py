@@ -92,6 +92,46 @@ class DirectoryMachine(RuleBasedStateMachine):
         for key, nbytes, depth in stored:
             self._store(owner, key, tier, nbytes, depth)
 
+    @rule(
+        owner=owners,
+        tier=tiers,
+        wanted=st.lists(st.tuples(keys, st.integers(1, PAGE_BYTES), depths), max_size=6),
+        unfit=st.none() | st.sampled_from([0, PAGE_BYTES + 1]),
+        published=st.booleans(),
+    )
+    def store_many(
+        self, owner: str, tier: Tier, wanted: list[tuple[bytes, int, int]], unfit: int | None, published: bool
+    ) -> None:
+        """A batch of objects of one page each: room for all at once if possible, else one by one."""
+        if unfit is not None:
+            assert refused(StateError, self.directory.reserve_many, owner, [*wanted, (KEYS[0], unfit, 0)], tier)
+            return
+        places = self.directory.reserve_many(owner, wanted, tier)
+        new = {key for key, _, _ in wanted if self.model.find(key, tier, PENDING, PUBLISHED) is None}
+        total = self.model.total[tier]
+        for_all = len(new) <= total and self.model.make_room(tier, len(new) * PAGE_BYTES)
+        copies = []
+        for (key, nbytes, depth), pages in zip(wanted, places, strict=True):
+            room = key in new and (for_all or self.model.make_room(tier, nbytes))
+            assert (pages is not None) is room
+            if pages is not None:
+                assert len(pages) == 1
+                new.remove(key)
+                copies.append(ModelCopy(key, tier, pages, nbytes, depth, PENDING, owner))
+                self.model.add(copies[-1])
+        if published:
+            self.directory.commit_many(owner, {copy.key: b"mn" for copy in copies}, tier)
+            for copy in copies:
+                self.model.publish(copy, b"mn")
+
+    @precondition(lambda self: self.model.in_state(PENDING))
+    @rule(data=st.data())
+    def commit_many_with_a_stray(self, data: st.DataObject) -> None:
+        """All of the reservations or none."""
+        copy = data.draw(st.sampled_from(self.model.in_state(PENDING)))
+        assert refused(UnknownOwner, self.directory.commit_many, copy.owner, {copy.key: b"x", b"?": b"x"}, copy.tier)
+        assert refused(UnknownOwner, self.directory.commit_many, "nobody", {copy.key: b"x"}, copy.tier)
+
     @precondition(lambda self: self.model.in_state(PENDING))
     @rule(data=st.data(), checksum=checksums)
     def commit(self, data: st.DataObject, checksum: bytes) -> None:
