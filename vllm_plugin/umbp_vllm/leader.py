@@ -1,17 +1,14 @@
 """The scheduler-process half of the connector.
 
 Every method is called by vLLM's scheduler on its own thread and returns without waiting for anything:
-lookups are dictionary reads, transfers are decided here and done by the workers.  Per step the cost
-is a comparison per running request and real work only for requests that crossed a block boundary.
+lookups are dictionary reads, transfers are decided here and done by the workers.  What a step costs is in
+proportion to the requests that come, go or cross a block boundary.
 """
 
 from __future__ import annotations
 
 import logging
-import operator
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import compress
 from typing import Any
 
 from umbp_core.errors import StateError, UmbpError
@@ -20,6 +17,7 @@ from umbp_core.ports import Clock
 from umbp_core.slots import SlotTable
 from umbp_core.tiers import Tier
 from umbp_vllm import compat
+from umbp_vllm.agenda import Agenda
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.hbm import BlockTables, HeldBlocks
 from umbp_vllm.metadata import RankHello, StepMetadata, WorkerReport
@@ -39,9 +37,8 @@ class Leader:
         self._groups: Sequence[KvGroup] = setup.groups
         self._slots = SlotTable()
         self._requests: dict[str, RequestState] = {}
-        self._quiet_until: defaultdict[str, int] = defaultdict(lambda: AT_ONCE)
+        self._agenda = Agenda(setup.tokens_per_step)
         self._lives = 0
-        self._scheduled: set[str] = set()
         self._hellos: dict[int, RankHello] = {}
         self._pool: LeaderPool | None = None
         self._refused_pool = False
@@ -98,8 +95,8 @@ class Leader:
         now = self._clock()
         if self._pool is None:
             return self._without_pool(state, now), False
-        if state.request.request_id in self._scheduled:
-            self._preempted((state.request.request_id,))
+        if request.request_id in self._agenda:
+            self._preempted((request.request_id,))
         state.local_tokens = computed
         tokens = self._pool.loads.match(state, computed, now)
         return tokens, bool(tokens)
@@ -160,33 +157,33 @@ class Leader:
             self._preempted(output.preempted_req_ids)
         if self.tables.follows_outputs:
             self._follow_tables(output)
-        self._mark_skipped(output.num_scheduled_tokens)
+        if not self._refused_pool:
+            self._look(output)
         if self._pool is None:
             return
-        scheduled = output.num_scheduled_tokens
-        for new in output.scheduled_new_reqs:
-            self._look_at(new.req_id, new.num_computed_tokens + scheduled[new.req_id])
-        for request_id, computed in self._due(output):
-            self._look_at(request_id, computed + scheduled[request_id])
         self._pool.loads.expire(self._clock())
         for op in (*self._pool.stores.flush(self._iteration), *self._pool.plan_demotions()):
             self._send(op)
         self._pool.settle()
 
-    def _due(self, output: Any) -> Iterable[tuple[str, int]]:
-        """The running requests that reach their next event in this step, with their tokens before it.
-
-        The only thing that costs time for requests to which nothing happens, and therefore without a loop in Python.
-        """
-        cached = output.scheduled_cached_reqs
-        ids, computed = cached.req_ids, cached.num_computed_tokens
-        quiet = map(self._quiet_until.__getitem__, ids)
-        if output.total_num_scheduled_tokens == len(output.num_scheduled_tokens):  # one token each
-            reached = map(operator.ge, computed, quiet)
-        else:
-            after = map(operator.add, computed, map(output.num_scheduled_tokens.__getitem__, ids))
-            reached = map(operator.gt, after, quiet)
-        return list(compress(zip(ids, computed, strict=True), reached))
+    def _look(self, output: Any) -> None:
+        """Look at the requests of this step that are new in it or reached their next event."""
+        scheduled = output.num_scheduled_tokens
+        joined, due, left = self._agenda.step(self._iteration, output)
+        for request_id in left:
+            self._skipped(request_id)
+        for request_id in joined:
+            self._look_at(request_id, scheduled[request_id])
+        for request_id in due:
+            state = self._requests.get(request_id)
+            if state is None or request_id not in scheduled:
+                continue
+            quiet = state.quiet_until - state.request.num_computed_tokens - scheduled[request_id]
+            if quiet < 0:
+                self._look_at(request_id, scheduled[request_id])
+            else:
+                self._agenda.meet(request_id, quiet)
+        self._agenda.seen()
 
     def drain(self) -> StepMetadata:
         """This step's instructions; each op is in exactly one of them."""
@@ -209,40 +206,35 @@ class Leader:
             else:
                 self.tables.extend(request_id, blocks)
 
-    def _mark_skipped(self, scheduled: Mapping[str, int]) -> None:
-        now = scheduled.keys()
-        if self._scheduled == now:
-            return
-        for request_id in self._scheduled - now:
-            state = self._requests.get(request_id)
-            if state is not None and state.slot.may_store:
-                state.slot.skipped()
-                self._quiet_until[request_id] = AT_ONCE
-        self._scheduled = set(now)
+    def _skipped(self, request_id: str) -> None:
+        state = self._requests.get(request_id)
+        if state is not None and state.slot.may_store:
+            state.slot.skipped()
+            state.quiet_until = AT_ONCE
 
     def _preempted(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
+            self._agenda.leave(request_id)
             state = self._requests.get(request_id)
-            self._scheduled.discard(request_id)
             if state is not None:
                 state.preempted()
-                self._quiet_until[request_id] = AT_ONCE
 
-    def _look_at(self, request_id: str, computed: int) -> None:
-        """A request is new in the batch or reached its next event: advance its slot and store full blocks."""
+    def _look_at(self, request_id: str, tokens: int) -> None:
+        """A request is new in the batch or has its next event: advance its slot and store the blocks that get full."""
         state = self._requests.get(request_id)
-        if state is None or self._pool is None:
-            self._quiet_until[request_id] = NEVER
+        if state is None:
             self.stats.add("vllm:umbp_degraded", 1, "unknown_request")
             return
+        computed = state.request.num_computed_tokens + tokens
         try:
             state.slot.scheduled(decoding=computed > state.request.num_prompt_tokens)
             self._store(state, computed)
         except UmbpError as error:
-            self._quiet_until[request_id] = NEVER
+            state.quiet_until = NEVER
             self.degraded("request", f"request {request_id} is not stored any more: {error}")
             return
-        self._quiet_until[request_id] = state.quiet_until(self._groups, computed)
+        state.looked_at(self._groups, computed)
+        self._agenda.meet(request_id, state.quiet_until - computed)
 
     def _store(self, state: RequestState, computed: int) -> None:
         if self._pool is None or not self._setup.may_store or not state.slot.may_store:
@@ -287,6 +279,7 @@ class Leader:
 
         Blocks under a store are held by reference, so vLLM may free the request at once.
         """
+        self._agenda.leave(request.request_id)
         state = self._requests.get(request.request_id)
         if state is None:
             return
@@ -298,8 +291,6 @@ class Leader:
             self._store(state, request.num_computed_tokens)
             for op in self._pool.stores.flush(self._iteration):
                 self._send(op)
-        self._scheduled.discard(request.request_id)
-        self._quiet_until.pop(request.request_id, None)
         state.slot.finish()
         self._retire(state)
 

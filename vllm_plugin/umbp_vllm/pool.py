@@ -42,6 +42,7 @@ class LeaderSetup:
     ``identity`` is the digest of the namespace; ``folder`` the name of this engine's folder below
     ``config.ssd_dir``.  ``share_loads`` needs vLLM's own prefix cache.  ``persistent`` is False where block
     hashes would mean something else after a restart.  ``may_load`` and ``may_store`` follow vLLM's ``kv_role``.
+    ``tokens_per_step`` is the most tokens that a decoding request takes per step.
     """
 
     config: UmbpConfig
@@ -56,6 +57,7 @@ class LeaderSetup:
     kv_events: bool
     may_load: bool = True
     may_store: bool = True
+    tokens_per_step: int = 1
 
     @property
     def lookup_timeout_s(self) -> float:

@@ -21,14 +21,16 @@ AT_ONCE = -1
 class RequestState:
     """One live request: vLLM's own object, its slot, and how far it was looked at.
 
-    ``evaluated`` counts, per group, the blocks for which storing was decided.  ``loading`` is the id of the load
-    in flight, ``shared_keys`` what others may wait for, ``local_tokens`` what vLLM held itself when it last asked.
+    ``evaluated`` counts, per group, the blocks for which storing was decided.  Up to ``quiet_until`` computed tokens
+    nothing happens that the leader must look at.  ``loading`` is the id of the load in flight, ``shared_keys`` what
+    others may wait for, ``local_tokens`` what vLLM held itself when it last asked.
     """
 
     request: Any
     keys: RequestKeys
     slot: Slot
     evaluated: list[int]
+    quiet_until: int = AT_ONCE
     staged: StagedMatch | None = None
     loading: str | None = None
     shared_keys: tuple[bytes, ...] = ()
@@ -42,20 +44,21 @@ class RequestState:
         """A state for a request that vLLM has just received."""
         return cls(request, RequestKeys(request, groups), slot, [0] * len(groups))
 
-    def quiet_until(self, groups: Sequence[KvGroup], tokens: int) -> int:
-        """Up to how many computed tokens, beyond ``tokens``, the leader need not look at the request.
+    def looked_at(self, groups: Sequence[KvGroup], tokens: int) -> None:
+        """Everything that ``tokens`` computed tokens bring is decided: set ``quiet_until``.
 
-        The next token after them fills a block or is the first one decoded.
+        The next token after it fills a block or is the first one decoded.
         """
         boundary = NEVER
         for group, evaluated in zip(groups, self.evaluated, strict=True):
             full = (evaluated + 1) * group.block_tokens + group.volatile_tail
             boundary = min(boundary, full)
-        prompt = self.request.num_prompt_tokens
-        return min(boundary - 1, prompt) if tokens <= prompt else boundary - 1
+        prompt: int = self.request.num_prompt_tokens
+        self.quiet_until = prompt if tokens <= prompt < boundary else boundary - 1
 
     def preempted(self) -> None:
         """The engine took the request's HBM blocks: everything about them is decided anew."""
         if LifeEvent.PREEMPT in LIFE[self.slot.life]:
             self.slot.preempted()
+        self.quiet_until = AT_ONCE
         self.evaluated = [0] * len(self.evaluated)

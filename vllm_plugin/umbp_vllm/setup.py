@@ -83,6 +83,7 @@ def make_leader(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> L
         kv_events=_kv_events(vllm_config),
         may_load=_may_load(vllm_config, kv_cache_config),
         may_store=bool(vllm_config.kv_transfer_config.is_kv_producer),
+        tokens_per_step=1 + int(vllm_config.num_speculative_tokens),
     )
     return Leader(setup, time.monotonic)
 
