@@ -21,10 +21,11 @@ MAX_STRANGERS = 256
 """Nodes that never registered and are counted nevertheless; the oldest of them is forgotten first."""
 
 _ROUTED: Mapping[str, Family] = {
-    "put": families.ROUTE_PUT,
-    "get": families.ROUTE_GET,
-    "batch_put": families.BATCH_ROUTE_PUT,
-    "batch_get": families.BATCH_ROUTE_GET,
+    "route_put": families.ROUTE_PUT,
+    "route_get": families.ROUTE_GET,
+    "batch_route_put": families.BATCH_ROUTE_PUT,
+    "batch_route_get": families.BATCH_ROUTE_GET,
+    "lookup": families.LOOKUPS,
 }
 _TIERS = {int(tier): tier.name for tier in Tier}
 
@@ -79,12 +80,12 @@ class MasterMetrics:
         if accepted:
             self._count(series, families.REPORTED_BLOCKS, (label,), blocks)
 
-    def revoked(self, node: str, tier: int | None, blocks: int) -> None:
-        """A revoke of ``blocks`` hashes came, or a bulk one (``blocks`` is 0), of all tiers without ``tier``."""
+    def revoked(self, node: str, tier: int | None, blocks: int | None) -> None:
+        """A revoke of ``blocks`` hashes came, or a bulk one (``blocks`` is ``None``), of all tiers without ``tier``."""
         label = "ALL" if tier is None else tier_label(tier)
         series = self._series_of(node)
         self._count(series, families.REVOKES, (label, "ok"))
-        if tier is not None and blocks:
+        if tier is not None and blocks is not None:
             self._count(series, families.REVOKED_BLOCKS, (label,), blocks)
 
     def matched(self, queried: int, matched: int) -> None:
@@ -94,7 +95,7 @@ class MasterMetrics:
         self._matched += matched
 
     def node_changed(self, info: NodeInfo) -> None:
-        """A node registered or gave a sign of life; when it expired, its series go."""
+        """A node registered or came back; one that is not alive loses its series."""
         if info.status is not NodeStatus.ALIVE:
             self.node_gone(info.node_id)
             return
@@ -102,7 +103,7 @@ class MasterMetrics:
         self._strangers.pop(info.node_id, None)
 
     def node_gone(self, node_id: str) -> None:
-        """A node is forgotten: its series go."""
+        """A node expired or unregistered: its series go."""
         self._alive.discard(node_id)
         self._strangers.pop(node_id, None)
         self._forget(node_id)
@@ -114,9 +115,9 @@ class MasterMetrics:
         if gap:
             self._count(series, families.HEARTBEAT_GAPS, ())
 
-    def routed(self, call: str, node: str) -> None:
-        """A block was routed to or from ``node`` by a ``put``, ``get``, ``batch_put`` or ``batch_get``."""
-        self._count(self._series_of(node), _ROUTED[call], ())
+    def routed(self, call: str, node: str, entries: int = 1) -> None:
+        """``entries`` of a call of ``node`` were routed."""
+        self._count(self._series_of(node), _ROUTED[call], (), entries)
 
     def metrics_reported(self, node: str, tags: Sequence[str], samples: Sequence[MetricSample]) -> None:
         """A node handed over metrics of its own."""

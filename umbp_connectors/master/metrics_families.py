@@ -52,10 +52,13 @@ KV_LIVE = Family(
 KV_LIVE_TOTAL = Family(
     "client_kv_live_count_total", "gauge", NODE, "The same over all tiers; the node's tags are labels too."
 )
-ROUTE_PUT = Family("client_route_put_total", "counter", NODE, "Blocks that were routed, by the node to put them to.")
-ROUTE_GET = Family("client_route_get_total", "counter", NODE, "Blocks that were routed, by the node to get them from.")
-BATCH_ROUTE_PUT = Family("client_batch_route_put_total", "counter", NODE, "The same for each block of a batch.")
-BATCH_ROUTE_GET = Family("client_batch_route_get_total", "counter", NODE, "The same for each block of a batch.")
+ROUTE_PUT = Family("client_route_put_total", "counter", NODE, "Puts that were routed, by the node that asked.")
+ROUTE_GET = Family("client_route_get_total", "counter", NODE, "Gets that were routed, by the node that asked.")
+BATCH_ROUTE_PUT = Family("client_batch_route_put_total", "counter", NODE, "The same for each block of batches.")
+BATCH_ROUTE_GET = Family("client_batch_route_get_total", "counter", NODE, "The same for each block of batches.")
+LOOKUPS = Family(
+    "client_lookup_total", "counter", NODE, "Blocks whose existence was asked for, by the node that asked."
+)
 HEARTBEAT_EVENTS = Family(
     "heartbeat_events_applied_total", "counter", NODE, "Block events that were received in heartbeats."
 )

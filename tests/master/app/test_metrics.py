@@ -54,8 +54,8 @@ def test_reports_and_revokes() -> None:
     metrics.reported("n1", 1, 6, True)
     metrics.reported("ghost", 2, 7, False)
     metrics.revoked("n1", 1, 3)
-    metrics.revoked("n1", 2, 0)
-    metrics.revoked("n1", None, 0)
+    metrics.revoked("n1", 2, None)
+    metrics.revoked("n1", None, None)
     found = page(metrics)
     assert found[at("external_kv_report_total", node="n1", tier="HBM", result="ok")] == 2
     assert found[at("external_kv_report_blocks_total", node="n1", tier="HBM")] == 11
@@ -72,8 +72,9 @@ def test_matches_routes_and_heartbeats() -> None:
     metrics = MasterMetrics()
     metrics.matched(10, 4)
     metrics.matched(1, 0)
-    for call in ("put", "get", "batch_put", "batch_get", "batch_get"):
+    for call in ("route_put", "route_get", "batch_route_put", "batch_route_get", "lookup"):
         metrics.routed(call, "n1")
+    metrics.routed("batch_route_get", "n1", 4)
     metrics.heartbeat("n1", 3, False)
     metrics.heartbeat("n1", 2, True)
     found = page(metrics)
@@ -83,7 +84,8 @@ def test_matches_routes_and_heartbeats() -> None:
     assert found[at("client_route_put_total", node="n1")] == 1
     assert found[at("client_route_get_total", node="n1")] == 1
     assert found[at("client_batch_route_put_total", node="n1")] == 1
-    assert found[at("client_batch_route_get_total", node="n1")] == 2
+    assert found[at("client_batch_route_get_total", node="n1")] == 5
+    assert found[at("client_lookup_total", node="n1")] == 1
     assert found[at("heartbeat_events_applied_total", node="n1")] == 5
     assert found[at("heartbeat_seq_gap_total", node="n1")] == 1
 
