@@ -146,13 +146,28 @@ class BlockIndex:
         if gate is None:
             return HeartbeatAck(0, request_full_sync=True)
         for bundle in bundles:
-            verdict = gate.judge(_NO_INCARNATION, bundle.seq)
+            verdict = gate.examine(_NO_INCARNATION, bundle.seq)
             if verdict is Verdict.GAP:
                 return HeartbeatAck(gate.acked, request_full_sync=True)
             if verdict is Verdict.APPLY:
-                for delta in bundle.deltas:
-                    self._apply(node, delta, now)
+                self.change(node, bundle.deltas, now)
+                gate.resume(bundle.seq)
         return HeartbeatAck(gate.acked, request_full_sync=not gate.synced)
+
+    def examine(self, node: str, seq: int) -> Verdict:
+        """What :meth:`apply` would do with bundle ``seq`` of ``node``.
+
+        For bundles that are too large to be applied in one go: when it is ``APPLY``, the caller passes all deltas to
+        :meth:`change` and then the bundle without them to :meth:`apply`.  If it does not come so far, the bundle is
+        not acknowledged, and will be sent again: no harm is done.
+        """
+        gate = self._gates.get(node)
+        return Verdict.GAP if gate is None else gate.examine(_NO_INCARNATION, seq)
+
+    def change(self, node: str, deltas: Iterable[Delta], now: float) -> None:
+        """Apply some of the deltas of a bundle."""
+        for delta in deltas:
+            self._apply(node, delta, now)
 
     def begin_full_sync(self, node: str) -> FullSync:
         """Begin to take in everything that ``node`` holds; nothing of it is seen before :meth:`commit`.

@@ -24,7 +24,15 @@ from typing import NamedTuple
 
 from umbp_core.hits import HitCounters
 from umbp_core.index_feed import Change, ChangeFeed, ChangeKind
-from umbp_core.index_match import NodeMatch, PrefixMatch, PrefixQuery, TierRun, group_matches
+from umbp_core.index_match import (
+    NodeMatch,
+    PositionMatch,
+    PrefixMatch,
+    PrefixQuery,
+    TierRun,
+    group_matches,
+    match_positions,
+)
 from umbp_core.placements import Cell, IndexStats, Placements, Roster
 
 __all__ = [
@@ -33,6 +41,7 @@ __all__ = [
     "IndexSlice",
     "IndexStats",
     "NodeMatch",
+    "PositionMatch",
     "PrefixMatch",
     "Snapshot",
     "TierRun",
@@ -187,10 +196,26 @@ class ExternalKvIndex:
         """
         masks = self._masks_of(hashes)
         if count_as_hit:
-            live = self._placements.live
-            held = {mask for mask in set(masks) if mask & live}
-            self.hits.record(compress(hashes, map(held.__contains__, masks)), now)
+            self._count_hits(hashes, masks, now)
         return group_matches(hashes, masks, self._placements)
+
+    def match_positions(
+        self, hashes: Sequence[bytes], count_as_hit: bool = False, now: float = 0.0
+    ) -> list[PositionMatch]:
+        """Who holds which positions of ``hashes``, without repeating them; nodes that hold none are left out.
+
+        Everything else is as in :meth:`match`.
+        """
+        if not hashes:
+            return []
+        masks = self._masks_of(hashes)
+        if count_as_hit:
+            self._count_hits(hashes, masks, now)
+        return match_positions(masks, self._placements)
+
+    def count_hits(self, hashes: Sequence[bytes], now: float) -> None:
+        """Count each of ``hashes`` that any node holds once, as a match that counts does."""
+        self._count_hits(hashes, self._masks_of(hashes), now)
 
     def match_prefix(self, hashes: Sequence[bytes], weights: Mapping[int, float] | None = None) -> list[PrefixMatch]:
         """The longest prefix of ``hashes``, the hashes of a chain of blocks, that each node can use; longest first.
@@ -206,6 +231,14 @@ class ExternalKvIndex:
         """The tiers on which ``node`` holds ``key``, fastest first."""
         mask = self._masks[self._rows.get(key, _NOWHERE)]
         return [cell.tier for cell in self._placements.cells(node) if mask & cell.bit]
+
+    def life(self, node: str, tier: int) -> int:
+        """A number that changes when ``tier`` of ``node`` is cleared or becomes empty; 0 while it is.
+
+        Who asks in parts learns from it that earlier answers are void.
+        """
+        cell = self._placements.cell(node, tier)
+        return 0 if cell is None else cell.life
 
     def explain(self, node: str, key: bytes) -> Explanation:
         """Why ``key`` can, or cannot, be used on ``node``.  Looks through the whole feed: a question for people."""
@@ -247,6 +280,19 @@ class ExternalKvIndex:
         cells = [] if cell is None else [(cell, cell.roster.copy())]
         return (part.hashes for part in self._read(cells, slice_hashes))
 
+    def page(self, node: str, tier: int, cursor: int = 0, limit: int = SLICE) -> tuple[list[bytes], int]:
+        """Up to ``limit`` of the hashes that ``node`` holds on ``tier``, and the cursor of the next page, 0 at the end.
+
+        Cursor 0 begins.  What is there at the first page and still there at the last comes at least once, whatever
+        changes between two pages.  Nothing is kept for the reader.
+        """
+        cell = self._placements.cell(node, tier)
+        if cell is None:
+            return [], 0
+        masks, keys = self._masks, self._keys
+        rows, rest = cell.roster.page(cursor, limit)
+        return [keys[row] for row in rows if masks[row] & cell.bit], rest
+
     def snapshot(self, slice_hashes: int = SLICE) -> Snapshot:
         """Everything that the index holds, in slices.  The call itself copies four bytes per entry."""
         cells = [(cell, cell.roster.copy()) for node in self.nodes() for cell in self._placements.cells(node)]
@@ -255,6 +301,11 @@ class ExternalKvIndex:
 
     def _masks_of(self, hashes: Sequence[bytes]) -> list[int]:
         return list(map(self._masks.__getitem__, map(self._rows.get, hashes, repeat(_NOWHERE))))
+
+    def _count_hits(self, hashes: Sequence[bytes], masks: Sequence[int], now: float) -> None:
+        live = self._placements.live
+        held = {mask for mask in set(masks) if mask & live}
+        self.hits.record(compress(hashes, map(held.__contains__, masks)), now)
 
     def _join(self, cell: HashCell, rows: Sequence[int]) -> list[int]:
         """Put those of ``rows`` that are somewhere, but not in ``cell``, there; returns them."""

@@ -62,17 +62,23 @@ class SequenceGate:
 
         A full sync is applied whatever is missing before it.
         """
+        verdict = self.examine(incarnation, seq, full_sync)
+        if verdict is Verdict.APPLY:
+            self.resume(seq)
+        return verdict
+
+    def examine(self, incarnation: int, seq: int, full_sync: bool = False) -> Verdict:
+        """What :meth:`judge` would say.  Who applies the message in parts calls :meth:`resume` when it is done."""
         if incarnation != self.incarnation:
             return Verdict.STALE
         if self.synced and seq <= self.acked:
             return Verdict.REPLAY
         if full_sync or (self.synced and seq == self.acked + 1):
-            self.resume(seq)
             return Verdict.APPLY
         return Verdict.GAP
 
     def resume(self, seq: int) -> None:
-        """Everything up to ``seq`` is known, by a full sync that has no number of its own."""
+        """Everything up to ``seq`` is known: it was applied, or a full sync without a number of its own says so."""
         self.acked = seq
         self.synced = True
 
@@ -133,26 +139,37 @@ class BatchApplier:
 
     def apply(self, node: str, batch: Batch, now: float = 0.0) -> Acknowledgement:
         """Apply ``batch`` of ``node``, wholly or not at all."""
-        answer = self.admit(node, batch, now)
-        if answer.verdict is Verdict.APPLY:
-            for action in batch.actions:
-                self.act(node, action, now)
-        return answer
+        answer = self.begin(node, batch, now)
+        if answer.verdict is not Verdict.APPLY:
+            return answer
+        for action in batch.actions:
+            self.act(node, action, now)
+        return self.end(node, batch)
 
-    def admit(self, node: str, batch: Batch, now: float = 0.0) -> Acknowledgement:
-        """The answer to ``batch`` of ``node``; when it is ``APPLY``, the caller has to :meth:`act` on its actions.
+    def begin(self, node: str, batch: Batch, now: float = 0.0) -> Acknowledgement:
+        """The answer to ``batch`` of ``node`` unless it is ``APPLY``; then its actions are to be applied, then ended.
 
-        For batches that are too large to be applied in one go.
+        For batches that are too large to be applied in one go.  One that is not ended is not acknowledged, and will be
+        sent again, which does no harm.  The caller sees to it that no other message of the node comes in between.
         """
         gate = self._gates.get(node)
         if gate is None:
             gate = self._gates[node] = SequenceGate(batch.incarnation)
         elif gate.supersedes(batch.incarnation):
             self.index.clear_node(node, now, f"incarnation {batch.incarnation} began")
-        verdict = gate.judge(batch.incarnation, batch.seq, batch.full_sync)
+        verdict = gate.examine(batch.incarnation, batch.seq, batch.full_sync)
         if verdict is Verdict.APPLY and batch.full_sync:
             self.index.clear_node(node, now, "full sync")
         return Acknowledgement(verdict, gate.incarnation, gate.acked, verdict is Verdict.GAP)
+
+    def end(self, node: str, batch: Batch) -> Acknowledgement:
+        """All actions of ``batch``, which was begun, are applied.
+
+        Not to be called when the node was dropped in between: then the batch is void.
+        """
+        gate = self._gates[node]
+        gate.resume(batch.seq)
+        return Acknowledgement(Verdict.APPLY, gate.incarnation, gate.acked, request_full_sync=False)
 
     def probe(self, node: str, incarnation: int, acked: int) -> Acknowledgement:
         """The answer to a keepalive of ``node``, which believes that everything up to ``acked`` is known here.

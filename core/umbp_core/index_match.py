@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, groupby
+from operator import attrgetter
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from umbp_core.placements import Cell, Placements
 
 C = TypeVar("C", bound=Cell)
+
+_tier_of = attrgetter("tier")
 
 _CODES = 256
 """Different masks that one byte can name."""
@@ -48,7 +52,7 @@ class PositionMatch(NamedTuple):
     Tiers come by number, as on the wire.  Bitmaps with the same content may be one object.
     """
 
-    def count(self) -> int:
+    def matched(self) -> int:
         """How many positions of the query the node holds, on whatever tier."""
         held = 0
         for bitmap in self.tiers.values():
@@ -88,11 +92,63 @@ def group_matches(hashes: Sequence[bytes], masks: Sequence[int], placements: Pla
     fill = _fill_by_code if len(distinct) <= _CODES else _fill_by_bits
     buckets = fill(hashes, masks, list(distinct), cells)
     by_node: dict[str, dict[int, list[bytes]]] = {}
-    for cell in sorted(cells, key=lambda cell: cell.tier):
+    for cell in sorted(cells, key=_tier_of):
         by_node.setdefault(cell.node, {})[cell.tier] = buckets[cell.number]
     if len(by_node) == 1:
         return [NodeMatch(node, tiers) for node, tiers in by_node.items()]
     return [NodeMatch(node, by_node[node]) for node in placements.nodes() if node in by_node]
+
+
+def match_positions(masks: Sequence[int], placements: Placements[C]) -> list[PositionMatch]:
+    """Who holds which positions of a query, whose masks are ``masks``; the nodes in no order that means anything."""
+    if masks.count(masks[0]) == len(masks):  # compares identities first, and equal masks are mostly one object
+        cells = placements.members(masks[0])
+        everything = ((1 << len(masks)) - 1).to_bytes((len(masks) + 7) // 8, "little") if cells else b""
+        bitmaps = {cell.number: everything for cell in cells}
+    else:
+        distinct = list(set(masks))
+        present = 0
+        for mask in distinct:
+            present |= mask
+        cells = placements.members(present)
+        pack = _pack_by_code if len(distinct) <= _CODES else _pack_by_bits
+        bitmaps = pack(masks, distinct, cells) if cells else {}
+    by_node: dict[str, dict[int, bytes]] = {}
+    if len(cells) > 1:
+        cells.sort(key=_tier_of)
+    for cell in cells:
+        by_node.setdefault(cell.node, {})[cell.tier] = bitmaps[cell.number]
+    return [PositionMatch(node, tiers) for node, tiers in by_node.items()]
+
+
+def _pack_by_code(masks: Sequence[int], distinct: Sequence[int], cells: Sequence[Cell]) -> dict[int, bytes]:
+    """The bitmaps of ``cells``: every mask gets a one-byte code; a cell is a table of the codes that have its bit."""
+    code_of = {mask: code for code, mask in enumerate(distinct)}
+    codes = bytes(map(code_of.__getitem__, masks))
+    packed: dict[bytes, bytes] = {}
+    bitmaps = {}
+    for cell in cells:
+        bit = cell.bit
+        table = bytes([mask & bit != 0 for mask in distinct])
+        if table not in packed:
+            column = np.frombuffer(codes.translate(table.ljust(_CODES, b"\0")), dtype=np.uint8)
+            packed[table] = np.packbits(column, bitorder="little").tobytes()
+        bitmaps[cell.number] = packed[table]
+    return bitmaps
+
+
+def _pack_by_bits(masks: Sequence[int], distinct: Sequence[int], cells: Sequence[Cell]) -> dict[int, bytes]:
+    """The same with very many different masks."""
+    columns = _columns(masks, distinct)
+    return {cell.number: np.packbits(columns[cell.number], bitorder="little").tobytes() for cell in cells}
+
+
+def _columns(masks: Sequence[int], distinct: Sequence[int]) -> NDArray[np.uint8]:
+    """All masks as a matrix of bits: row ``n`` says which of them have bit ``n``."""
+    width = (max(map(int.bit_length, distinct)) + 7) // 8
+    packed = b"".join([mask.to_bytes(width, "little") for mask in masks])
+    rows = np.frombuffer(packed, dtype=np.uint8).reshape(len(masks), width)
+    return np.ascontiguousarray(np.unpackbits(rows, axis=1, bitorder="little").T)
 
 
 def _fill_by_code(
@@ -119,10 +175,7 @@ def _fill_by_bits(
     hashes: Sequence[bytes], masks: Sequence[int], distinct: list[int], cells: Sequence[Cell]
 ) -> dict[int, list[bytes]]:
     """With very many masks, all of them are laid out as a matrix of bits, of which a cell is a column."""
-    width = (max(map(int.bit_length, distinct)) + 7) // 8
-    packed = b"".join([mask.to_bytes(width, "little") for mask in masks])
-    rows = np.frombuffer(packed, dtype=np.uint8).reshape(len(masks), width)
-    columns = np.ascontiguousarray(np.unpackbits(rows, axis=1, bitorder="little").T)
+    columns = _columns(masks, distinct)
     lists: dict[bytes, list[bytes]] = {}
     buckets = {}
     for cell in cells:

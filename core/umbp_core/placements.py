@@ -50,9 +50,11 @@ class IndexStats:
 class Cell:
     """One node's one tier for one life."""
 
-    __slots__ = ("bit", "node", "number", "tier")
+    __slots__ = ("bit", "life", "node", "number", "tier")
 
     def __init__(self, number: int, node: str, tier: int) -> None:
+        self.life = 0
+        """Different for every cell that there ever was, from 1 on; set when it gets its number."""
         self.number = number
         self.bit = 1 << number
         self.node = node
@@ -71,6 +73,7 @@ class Placements(Generic[C]):
         self._numbers: dict[int, C] = {}
         self._free: list[int] = []
         self._interned: dict[int, int] = {}
+        self._lives = 0
         self.live = 0
         """The bits of all cells that count; to be applied to every mask that is read."""
 
@@ -103,6 +106,8 @@ class Placements(Generic[C]):
         """A new cell that does not count yet: it is to be filled, then admitted or released."""
         number = heapq.heappop(self._free) if self._free else len(self._numbers)
         cell = self._numbers[number] = self._make(number, node, int(tier))
+        self._lives += 1
+        cell.life = self._lives
         return cell
 
     def admit(self, cell: C) -> None:
@@ -186,6 +191,15 @@ class Roster:
     def copy(self) -> array[int]:
         """The rows, and some that were taken out: the reader has to check.  Cheap: four bytes per row are copied."""
         return self._log[:]
+
+    def page(self, end: int, limit: int) -> tuple[array[int], int]:
+        """Up to ``limit`` entries of the log before entry ``end``, or its last ones (0), and where they begin.
+
+        Read towards the front: rows only ever move there, so none is missed.  The reader has to check.
+        """
+        end = min(end, len(self._log)) if end > 0 else len(self._log)
+        start = max(0, end - limit)
+        return self._log[start:end], start
 
     def take(self, limit: int) -> array[int]:
         """Take up to ``limit`` entries from the log, rows or not: the reader has to check.

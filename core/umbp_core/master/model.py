@@ -11,8 +11,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from umbp_core.index_match import PositionMatch as PositionMatch
+from umbp_core.index_match import PositionMatch
 from umbp_core.journal import Bundle
+
+__all__ = [
+    "BlockPage",
+    "ClientRecord",
+    "EvictionOrder",
+    "ExternalMatch",
+    "GetRoute",
+    "HashChange",
+    "HashExplanation",
+    "Heartbeat",
+    "HeartbeatReply",
+    "MasterSettings",
+    "NodeInfo",
+    "NodeStatus",
+    "PositionMatch",
+    "PutOutcome",
+    "PutRoute",
+    "Registration",
+    "RegistrationAck",
+    "TickEffects",
+    "TierCapacity",
+]
 
 
 class NodeStatus(enum.IntEnum):

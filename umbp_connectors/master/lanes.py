@@ -1,0 +1,62 @@
+"""Running steps on an asyncio loop: others are let in between two, and changes of one node keep their order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator
+from types import coroutine
+from typing import Any, TypeVar
+
+from umbp_core.master.changes import Steps, finish
+
+T = TypeVar("T")
+
+
+@coroutine
+def give_way() -> Generator[None, None, None]:
+    """Let the loop do what else is ready, then go on."""
+    yield
+
+
+async def run_steps(steps: Steps[T]) -> T:
+    """Run ``steps`` to their end, letting others in between two."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            answer: T = stop.value
+            return answer
+        await give_way()
+
+
+class Lanes:
+    """Changes of one node one after the other, in the order of the calls.
+
+    A small change is done at one go unless another of its node is under way.  A change is done to its end even when
+    its caller is cancelled: half of it would be no use to anybody.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, asyncio.Task[Any]] = {}
+
+    def is_busy(self, node_id: str) -> bool:
+        """Whether a change of the node is under way."""
+        return node_id in self._last
+
+    async def run(self, node_id: str, steps: Steps[T], large: bool) -> T:
+        """Run the steps of a change of ``node_id``."""
+        before = self._last.get(node_id)
+        if before is None and not large:
+            return finish(steps)
+        task = asyncio.get_running_loop().create_task(self._run(node_id, steps, before))
+        self._last[node_id] = task
+        return await asyncio.shield(task)
+
+    async def _run(self, node_id: str, steps: Steps[T], before: asyncio.Task[Any] | None) -> T:
+        try:
+            if before is not None:
+                await asyncio.wait([before])
+            return await run_steps(steps)
+        finally:
+            if self._last.get(node_id) is asyncio.current_task():
+                del self._last[node_id]
