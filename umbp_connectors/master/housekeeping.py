@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from itertools import groupby
 from operator import attrgetter
 
-from umbp_connectors.master.lanes import give_way
+from umbp_connectors.master.lanes import breathe
 from umbp_connectors.master.ports import ClientStore, EvictionSender, MasterObserver
 from umbp_core.master.model import EvictionOrder
 from umbp_core.master.state import MasterState
@@ -62,7 +62,7 @@ class Housekeeping:
                 now = await self._rest()
                 self._tick(now)
                 while self._state.sweep(SWEEP_SLICE):
-                    await give_way()
+                    await breathe()
                 if now >= next_collection:
                     next_collection = now + self._state.settings.hit_gc_interval
                     await self._collect_hits(now)
@@ -73,7 +73,7 @@ class Housekeeping:
             await asyncio.gather(*sends, return_exceptions=True)
 
     async def _rest(self) -> float:
-        """Wait until there is something to do; returns the time.  No node pays for it when the whole loop stood still."""
+        """Wait until there is something to do; returns the time.  No node pays for a loop that stood still."""
         before = self._clock()
         timer = asyncio.get_running_loop().call_later(TICK_SECONDS, self._wake.set)
         await self._wake.wait()
@@ -115,4 +115,4 @@ class Housekeeping:
     async def _collect_hits(self, now: float) -> None:
         for _ in range(0, len(self._state.index.hits), HITS_SLICE):
             self._state.collect_hits(HITS_SLICE, now)
-            await give_way()
+            await breathe()

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 @coroutine
-def give_way() -> Generator[None, None, None]:
+def breathe() -> Generator[None, None, None]:
     """Let the loop do what else is ready, then go on."""
     yield
 
@@ -26,7 +26,7 @@ async def run_steps(steps: Steps[T]) -> T:
         except StopIteration as stop:
             answer: T = stop.value
             return answer
-        await give_way()
+        await breathe()
 
 
 class Lanes:

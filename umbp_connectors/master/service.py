@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 
 from umbp_connectors.master.housekeeping import Housekeeping
-from umbp_connectors.master.lanes import Lanes, give_way, run_steps
+from umbp_connectors.master.lanes import Lanes, breathe, run_steps
 from umbp_connectors.master.ports import ClientStore, EvictionSender, MasterObserver
 from umbp_core.index import NodeMatch, PositionMatch, PrefixMatch, Snapshot
 from umbp_core.index_feed import FeedPage
@@ -36,7 +36,7 @@ from umbp_core.master.samples import MetricSample
 from umbp_core.master.state import MasterState
 from umbp_core.ports import Clock
 
-__all__ = ["ClientStore", "EvictionSender", "MasterObserver", "MasterService", "give_way"]
+__all__ = ["ClientStore", "EvictionSender", "MasterObserver", "MasterService", "breathe"]
 
 
 class MasterService:
