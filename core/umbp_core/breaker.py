@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from umbp_core.errors import StateError
@@ -39,6 +39,11 @@ class Backoff:
         """Seconds to wait after ``failures`` in a row, at least 1; ``random`` is between 0 and 1."""
         grown = self.first * self.factor ** min(failures - 1, _MAX_EXPONENT)
         return min(self.ceiling, grown) * (1 - self.jitter * random)
+
+    def below(self, ceiling: float) -> Backoff:
+        """The same, with a ceiling that is at most ``ceiling``."""
+        lower = min(self.ceiling, ceiling)
+        return replace(self, first=min(self.first, lower), ceiling=lower)
 
 
 class BreakerState(enum.Enum):
@@ -89,7 +94,8 @@ class Breaker:
         if failures < 1:
             raise StateError(f"a breaker that opens after {failures} failures is never closed; give at least 1")
         self._random = random
-        self._backoff = backoff or Backoff()
+        self.backoff = backoff or Backoff()
+        """May be replaced at any time; counts from the next failure on."""
         self._bearable = failures
         self._state = BreakerState.CLOSED
         self._permit = 1
@@ -116,7 +122,7 @@ class Breaker:
             return None
         self._move(BreakerEvent.DUE)
         self._permit += 1
-        self._due = now + self._backoff.ceiling
+        self._due = now + self.backoff.ceiling
         return self._permit
 
     def succeeded(self, permit: int) -> None:
@@ -139,7 +145,7 @@ class Breaker:
             return
         self._move(BreakerEvent.TRIPPED)
         self.opened += 1
-        self._due = now + self._backoff.delay(self._failures - self._bearable + 1, self._random())
+        self._due = now + self.backoff.delay(self._failures - self._bearable + 1, self._random())
 
     def _move(self, event: BreakerEvent) -> None:
         self._state = TRANSITIONS[self._state, event]

@@ -47,6 +47,12 @@ def test_delays_double_up_to_the_ceiling() -> None:
     assert backoff.delay(1, 1.0) == 0.25
 
 
+def test_a_backoff_can_be_kept_below_a_heartbeat() -> None:
+    assert Backoff(first=0.5, ceiling=3.0).below(1.0) == Backoff(first=0.5, ceiling=1.0)
+    assert Backoff(first=0.5, ceiling=3.0).below(0.25) == Backoff(first=0.25, ceiling=0.25)
+    assert Backoff(first=0.5, ceiling=3.0).below(9.0) == Backoff(first=0.5, ceiling=3.0)
+
+
 def test_a_breaker_that_is_never_closed_is_refused() -> None:
     with pytest.raises(StateError, match="at least 1"):
         Breaker(lambda: 0.0, failures=0)
