@@ -17,7 +17,7 @@ from umbp_core.ports import Clock
 logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
-"""How often the passing of time is looked at."""
+"""How often the passing of time is looked at, unless the settings want it more often."""
 AWAY_SECONDS = 1.0
 """A loop that is later than this was stopped, and heard nobody meanwhile."""
 SWEEP_SLICE = 2048
@@ -46,6 +46,8 @@ class Housekeeping:
         self._observer = observer
         self._evictions = evictions
         self._tell = tell
+        settings = state.settings
+        self._period = min(TICK_SECONDS, settings.reaper_interval, settings.eviction_interval)
         self._wake = asyncio.Event()
         self._sends: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(MAX_SENDS)
@@ -75,12 +77,12 @@ class Housekeeping:
     async def _rest(self) -> float:
         """Wait until there is something to do; returns the time.  No node pays for a loop that stood still."""
         before = self._clock()
-        timer = asyncio.get_running_loop().call_later(TICK_SECONDS, self._wake.set)
+        timer = asyncio.get_running_loop().call_later(self._period, self._wake.set)
         await self._wake.wait()
         timer.cancel()
         self._wake.clear()
         now = self._clock()
-        if now - before > TICK_SECONDS + AWAY_SECONDS:
+        if now - before > self._period + AWAY_SECONDS:
             logger.warning("the master stood still for %.1f s; its nodes get as much longer", now - before)
             self._state.forgive(now - before)
         return now

@@ -11,9 +11,10 @@ from collections.abc import Generator, Iterable, Sequence
 from typing import TypeVar
 
 from umbp_core.block_index import BlockIndex, HeartbeatAck
+from umbp_core.errors import InvalidRequest
 from umbp_core.index_gate import Acknowledgement, Action, ActionKind, Batch, BatchApplier, Verdict
 from umbp_core.journal import Bundle
-from umbp_core.master.clients import Client, ClientTable
+from umbp_core.master.clients import MAX_TIERS, Client, ClientTable
 from umbp_core.master.model import Heartbeat, HeartbeatReply, NodeStatus
 
 T = TypeVar("T")
@@ -33,6 +34,12 @@ def finish(steps: Steps[T]) -> T:
         except StopIteration as stop:
             answer: T = stop.value
             return answer
+
+
+def check_tiers(node_id: str, tiers: Iterable[int]) -> None:
+    """Raise ``InvalidRequest`` when ``tiers`` are more than one node may have."""
+    if len(set(tiers)) > MAX_TIERS:
+        raise InvalidRequest(f"node {node_id} names more than {MAX_TIERS} tiers; use the tiers of UMBP's wire")
 
 
 class Hold:
@@ -121,7 +128,9 @@ class Changes:
         sync = self._blocks.begin_full_sync(node_id)
         for bundle in heartbeat.bundles:
             for start in range(0, len(bundle.deltas), DELTA_SLICE):
-                self._blocks.stage(sync, bundle.deltas[start : start + DELTA_SLICE], now)
+                part = bundle.deltas[start : start + DELTA_SLICE]
+                check_tiers(node_id, [*sync.cells, *{delta.tier for delta in part}])
+                self._blocks.stage(sync, part, now)
                 yield
         ack = self._blocks.commit(sync, heartbeat.baseline)
         return self._blocks.apply(node_id, (), now) if ack is None else ack
@@ -130,7 +139,9 @@ class Changes:
         for bundle in bundles:
             if self._blocks.examine(node_id, bundle.seq) is Verdict.APPLY:
                 for start in range(0, len(bundle.deltas), DELTA_SLICE):
-                    self._blocks.change(node_id, bundle.deltas[start : start + DELTA_SLICE], now)
+                    part = bundle.deltas[start : start + DELTA_SLICE]
+                    check_tiers(node_id, [*self._blocks.use(node_id), *{delta.tier for delta in part}])
+                    self._blocks.change(node_id, part, now)
                     yield
                     if hold.living() is None:
                         return self._blocks.apply(node_id, (), now)

@@ -14,6 +14,9 @@ from collections.abc import Collection, Iterator
 from umbp_core.errors import AlreadyRegistered, InvalidRequest
 from umbp_core.master.model import ClientRecord, Heartbeat, MasterSettings, NodeStatus, Registration, TierCapacity
 
+MAX_TIERS = 32
+"""Tiers that one node may name: the wire's enumeration is open, and every tier of a node costs every mask a bit."""
+
 
 class Client:
     """One life of one node.  Changed by ``ClientTable`` and by ``MasterState`` only."""
@@ -79,10 +82,10 @@ class Client:
 
     def clear(self, tier: int | None = None) -> None:
         """What was said of ``tier``, or of all, does not count any more: see :meth:`clears`."""
-        if tier is None:
-            self._clears += 1
-        else:
+        if tier is not None and (tier in self._tier_clears or len(self._tier_clears) < MAX_TIERS):
             self._tier_clears[tier] = self._tier_clears.get(tier, 0) + 1
+        else:
+            self._clears += 1
 
     def clears(self, tier: int) -> int:
         """How often ``tier`` was cleared.  Grows, so that a long change sees that the rest of it is void."""

@@ -190,6 +190,8 @@ class NodeInfo:
     """External hashes per tier."""
     block_counts: dict[int, int] = field(default_factory=dict)
     """Blocks per tier that the node owns itself, by the master's index."""
+    told_counts: dict[int, int] = field(default_factory=dict)
+    """The same as the node counts them itself; without tiers that it never told."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,10 +35,18 @@ class Queries:
                 for tier, held in match.tiers.items():
                     found.add(match.node, tier, held)
             yield
-        return [
-            NodeMatch(node, {tier: list(chain.from_iterable(parts)) for tier, parts in tiers.items()})
-            for node, tiers in found.by_node()
-        ]
+        lists: dict[tuple[int, ...], list[bytes]] = {}
+        matches = []
+        for node, tiers in found.by_node():
+            whole = {}
+            for tier, parts in tiers.items():
+                same = tuple(map(id, parts))
+                if same not in lists:
+                    lists[same] = list(chain.from_iterable(parts))
+                    yield
+                whole[tier] = lists[same]
+            matches.append(NodeMatch(node, whole))
+        return matches
 
     def match_positions(self, hashes: Sequence[bytes], count_as_hit: bool, now: float) -> Steps[list[PositionMatch]]:
         """Steps of ``ExternalKvIndex.match_positions``."""

@@ -9,8 +9,11 @@ Gets come from the fastest tier that has a copy: the requester's own if it is th
 
 from __future__ import annotations
 
+import heapq
 import random
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Protocol
 
 from umbp_core.block_index import Location
@@ -20,6 +23,8 @@ from umbp_core.tiers import Tier
 
 PUT_TIERS: tuple[int, ...] = (Tier.HBM, Tier.DRAM)
 """Tiers that blocks are put to, in this order."""
+_TRIES = 16
+"""Draws among all nodes before those that have room are looked for one by one."""
 
 UNAVAILABLE = PutRoute(PutOutcome.UNAVAILABLE)
 ALREADY_EXISTS = PutRoute(PutOutcome.ALREADY_EXISTS)
@@ -33,7 +38,7 @@ class Offer:
     def __init__(self, node_id: str, peer_address: str, capacities: Iterable[TierCapacity]) -> None:
         self.node_id = node_id
         self.peer_address = peer_address
-        self.available = {capacity.tier: capacity.available for capacity in capacities}
+        self.available = {capacity.tier: max(0, capacity.available) for capacity in capacities}
 
     def fits(self, tier: int, size: int) -> bool:
         """Whether the node has the tier, with room for ``size`` bytes."""
@@ -46,52 +51,84 @@ class Offer:
 
 
 class Select(Protocol):
-    """Chooses one of the nodes that have room."""
+    """Chooses one of the nodes that have room on one tier, of which less and less is left."""
 
-    def __call__(self, offers: Sequence[Offer], tier: int) -> Offer:
-        """One of ``offers``, of which there is at least one."""
+    def __call__(self, size: int) -> Offer | None:
+        """A node with room for ``size`` bytes, if there is one."""
         ...
 
 
 class MostAvailable:
-    """The node with most room; of several the one that came first."""
+    """The node with most room; of several the one that came first.  Constant time, nearly."""
 
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
+    def __init__(self, offers: Sequence[Offer], tier: int, rng: random.Random) -> None:
+        self._tier = tier
+        self._offers = offers
+        self._heap = [(-offer.available[tier], number) for number, offer in enumerate(offers)]
+        heapq.heapify(self._heap)
 
-    def __call__(self, offers: Sequence[Offer], tier: int) -> Offer:
+    def __call__(self, size: int) -> Offer | None:
         """See ``Select``."""
-        return max(offers, key=lambda offer: offer.available[tier])
+        while self._heap:
+            known, number = self._heap[0]
+            available = self._offers[number].available[self._tier]
+            if -known == available:
+                return self._offers[number] if available >= size else None
+            heapq.heapreplace(self._heap, (-available, number))
+        return None
 
 
 class WeightedRandom:
-    """Any node, one with twice the room twice as often."""
+    """Any node that has room, one with twice the room twice as often."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, offers: Sequence[Offer], tier: int, rng: random.Random) -> None:
+        self._tier = tier
+        self._offers = offers
         self._rng = rng
+        self._weights = [offer.available[tier] for offer in offers]
+        self._sums = list(accumulate(self._weights))
 
-    def __call__(self, offers: Sequence[Offer], tier: int) -> Offer:
-        """See ``Select``."""
-        weights = [offer.available[tier] for offer in offers]
-        return self._rng.choices(offers, weights if any(weights) else None)[0]
+    def __call__(self, size: int) -> Offer | None:
+        """See ``Select``.
+
+        Draws by the room that there was, and takes a draw as often as there is room left; that comes to the same as
+        drawing among those that fit, by what is left.
+        """
+        total = self._sums[-1] if self._sums else 0
+        for _ in range(_TRIES if total else 0):
+            number = bisect_right(self._sums, self._rng.randrange(total))
+            available = self._offers[number].available[self._tier]
+            if available >= size and self._rng.randrange(self._weights[number]) < available:
+                return self._offers[number]
+        fitting = [offer for offer in self._offers if offer.fits(self._tier, size)]
+        if not fitting:
+            return None
+        weights = [offer.available[self._tier] for offer in fitting]
+        return self._rng.choices(fitting, weights if any(weights) else None)[0]
+
+
+SelectFactory = Callable[[Sequence[Offer], int, random.Random], Select]
+SELECTS: Mapping[str, SelectFactory] = {"most_available": MostAvailable, "random": WeightedRandom}
 
 
 class Room:
     """What all candidates have left for one batch, and how one of them is chosen."""
 
-    def __init__(self, offers: Sequence[Offer], select: Select) -> None:
+    def __init__(self, offers: Sequence[Offer], select: SelectFactory, rng: random.Random) -> None:
         self.offers = {offer.node_id: offer for offer in offers}
-        self._select = select
+        self._selects = {
+            tier: select([offer for offer in offers if tier in offer.available], tier, rng) for tier in PUT_TIERS
+        }
 
     def find(self, size: int, preferred: str = "") -> tuple[Offer, int] | None:
         """A node and a tier for ``size`` bytes; within a tier ``preferred``, if it has room there."""
         favourite = self.offers.get(preferred)
-        for tier in PUT_TIERS:
+        for tier, select in self._selects.items():
             if favourite is not None and favourite.fits(tier, size):
                 return favourite, tier
-            fitting = [offer for offer in self.offers.values() if offer.fits(tier, size)]
-            if fitting:
-                return self._select(fitting, tier), tier
+            offer = select(size)
+            if offer is not None:
+                return offer, tier
         return None
 
     def place(self, size: int, preferred: str = "") -> PutRoute:
@@ -103,46 +140,61 @@ class Room:
 class Affinity(Protocol):
     """Where the blocks of one batch go, in relation to each other and to who asks."""
 
-    def __call__(self, room: Room, requester: str, sizes: Sequence[int]) -> list[PutRoute]:
-        """A route for each of ``sizes``."""
+    def __call__(self, size: int) -> PutRoute:
+        """A place for the next block of the batch."""
         ...
 
 
-def spread(room: Room, requester: str, sizes: Sequence[int]) -> list[PutRoute]:
+class Spread:
     """Every block by itself."""
-    return [room.place(size) for size in sizes]
+
+    def __init__(self, room: Room, requester: str, total: int) -> None:
+        self._room = room
+
+    def __call__(self, size: int) -> PutRoute:
+        """See ``Affinity``."""
+        return self._room.place(size)
 
 
-def keep_together(room: Room, requester: str, sizes: Sequence[int]) -> list[PutRoute]:
-    """All blocks to one tier of one node where one has the room; else each tier first to the node of the last block."""
-    whole = room.find(sum(sizes))
-    if whole is not None:
-        offer, tier = whole
-        return [offer.take(tier, size) for size in sizes]
-    routes = []
-    anchor = ""
-    for size in sizes:
-        route = room.place(size, anchor)
-        anchor = route.node_id or anchor
-        routes.append(route)
-    return routes
+class KeepTogether:
+    """All blocks to one tier of one node, where one has the room; else each tier first to the node of the last block.
+
+    Like everybody, a block goes to another node's HBM before it goes to DRAM.
+    """
+
+    def __init__(self, room: Room, requester: str, total: int) -> None:
+        self._room = room
+        self._whole = room.find(total)
+        self._anchor = ""
+
+    def __call__(self, size: int) -> PutRoute:
+        """See ``Affinity``."""
+        if self._whole is not None:
+            offer, tier = self._whole
+            return offer.take(tier, size)
+        route = self._room.place(size, self._anchor)
+        self._anchor = route.node_id or self._anchor
+        return route
 
 
-def stay_local(room: Room, requester: str, sizes: Sequence[int]) -> list[PutRoute]:
+class StayLocal:
     """To the node that asks, whichever of its tiers has room; else anywhere."""
-    own = room.offers.get(requester)
-    routes = []
-    for size in sizes:
-        tier = None if own is None else next((tier for tier in PUT_TIERS if own.fits(tier, size)), None)
-        routes.append(room.place(size) if own is None or tier is None else own.take(tier, size))
-    return routes
+
+    def __init__(self, room: Room, requester: str, total: int) -> None:
+        self._room = room
+        self._own = room.offers.get(requester)
+
+    def __call__(self, size: int) -> PutRoute:
+        """See ``Affinity``."""
+        if self._own is not None:
+            for tier in PUT_TIERS:
+                if self._own.fits(tier, size):
+                    return self._own.take(tier, size)
+        return self._room.place(size)
 
 
-SELECTS: Mapping[str, Callable[[random.Random], Select]] = {
-    "most_available": MostAvailable,
-    "random": WeightedRandom,
-}
-AFFINITIES: Mapping[str, Affinity] = {"none": spread, "same": keep_together, "local": stay_local}
+AffinityFactory = Callable[[Room, str, int], Affinity]
+AFFINITIES: Mapping[str, AffinityFactory] = {"none": Spread, "same": KeepTogether, "local": StayLocal}
 
 
 class PutRouter:
@@ -153,16 +205,21 @@ class PutRouter:
             raise ConfigError(f"put_select {select!r} is unknown; use one of {', '.join(SELECTS)}")
         if affinity not in AFFINITIES:
             raise ConfigError(f"put_affinity {affinity!r} is unknown; use one of {', '.join(AFFINITIES)}")
-        self._select = SELECTS[select](rng)
+        self._select = SELECTS[select]
         self._affinity = AFFINITIES[affinity]
+        self._rng = rng
+
+    def begin(self, offers: Sequence[Offer], requester: str, total: int) -> Affinity:
+        """Begin a batch of ``requester``, whose blocks that do not exist yet have ``total`` bytes together."""
+        return self._affinity(Room(offers, self._select, self._rng), requester, total)
 
     def route(
         self, requester: str, sizes: Sequence[int], exists: Sequence[bool], offers: Sequence[Offer]
     ) -> list[PutRoute]:
-        """A route for each of ``sizes``; blocks that exist take no room."""
-        wanted = [size for size, known in zip(sizes, exists, strict=True) if not known]
-        routes = iter(self._affinity(Room(offers, self._select), requester, wanted))
-        return [ALREADY_EXISTS if known else next(routes) for known in exists]
+        """A route for each block of a batch; blocks that exist take no room."""
+        total = sum(size for size, known in zip(sizes, exists, strict=True) if not known)
+        place = self.begin(offers, requester, total)
+        return [ALREADY_EXISTS if known else place(size) for size, known in zip(sizes, exists, strict=True)]
 
 
 def choose_copy(copies: Sequence[Location], requester: str, rng: random.Random) -> Location:

@@ -24,7 +24,7 @@ from umbp_core.hits import HitCounters
 from umbp_core.index import ExternalKvIndex, NodeMatch, PositionMatch, PrefixMatch, Snapshot
 from umbp_core.index_feed import ChangeFeed, FeedPage
 from umbp_core.index_gate import Acknowledgement, Batch, BatchApplier
-from umbp_core.master.changes import Changes, Steps, finish
+from umbp_core.master.changes import Changes, Steps, check_tiers, finish
 from umbp_core.master.clients import Client, ClientTable
 from umbp_core.master.explain import explain
 from umbp_core.master.model import (
@@ -182,6 +182,7 @@ class MasterState:
     def report_steps(self, node_id: str, hashes: Sequence[bytes], tier: int, now: float) -> Steps[bool]:
         """The same in steps."""
         self._check_change(node_id, hashes)
+        check_tiers(node_id, [*self.index.counts(node_id), tier])
         return self._changes.report(node_id, hashes, tier, now)
 
     def revoke(self, node_id: str, hashes: Sequence[bytes], tier: int, now: float) -> bool:
@@ -219,6 +220,7 @@ class MasterState:
     def apply_batch_steps(self, node_id: str, batch: Batch, now: float) -> Steps[Acknowledgement]:
         """The same in steps."""
         self._check("hashes", sum(len(action.hashes) for action in batch.actions))
+        check_tiers(node_id, [*self.index.counts(node_id), *(action.tier for action in batch.actions)])
         return self._changes.batch(node_id, batch, now)
 
     def probe(self, node_id: str, incarnation: int, acked: int, now: float) -> Acknowledgement:
@@ -352,6 +354,7 @@ class MasterState:
             now - client.seen,
             self.index.counts(client.node_id),
             {tier: use.blocks for tier, use in self.blocks.use(client.node_id).items()},
+            dict(client.counts),
         )
 
     def _get_route(self, copy: Location) -> GetRoute:
