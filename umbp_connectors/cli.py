@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from umbp_connectors import cli_master
 from umbp_connectors import doctor as examination
 from umbp_connectors._version import __version__
 from umbp_connectors.config import ResolvedConfig, resolve
@@ -21,7 +22,7 @@ from umbp_core.errors import ConfigError, UmbpError
 
 app = typer.Typer(
     name="umbp",
-    help="A KV-cache pool for vLLM and SGLang: configuration and diagnosis.",
+    help="A KV-cache pool for vLLM and SGLang: the master, configuration and diagnosis.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -74,6 +75,9 @@ def doctor(extra: ExtraOption = "", file: FileOption = None, as_json: JsonOption
     if not as_json:
         console.print("[green]no problems[/]" if not problems else f"[bold red]{problems} problem(s)[/]")
     raise typer.Exit(1 if problems else 0)
+
+
+app.command()(cli_master.master)
 
 
 @app.command()
