@@ -48,11 +48,15 @@ class ReportingNode:
         self.blocks = BlockOutbox(node_id, journal, self.all_blocks, settings.heartbeat_bundles, settings.bundle_events)
         self.breaker = Breaker(lambda: 0.0, settings.backoff, settings.failures)
         self.link = Link(addresses, network.dial, self.clock, settings)
-        registration = Registration(
+        self.settings = settings
+        self.registration = Registration(
             node_id, "10.0.0.1", "10.0.0.1:7", b"engine", (TierCapacity(2, 100, 90),), ("role=x",), incarnation
         )
-        self.session = Session(
-            registration,
+        self.session = self.new_session()
+
+    def new_session(self) -> Session:
+        return Session(
+            self.registration,
             SessionParts(
                 self.link,
                 self.intake,
@@ -62,7 +66,7 @@ class ReportingNode:
                 self.breaker,
                 self.clock,
                 lambda: 0.0,
-                settings,
+                self.settings,
                 self.counters,
             ),
         )

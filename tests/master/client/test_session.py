@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.master.client.fake_network import GRPC, NATIVE, FakeNetwork
-from tests.master.client.reporting_node import ReportingNode
-from umbp_connectors.client.addresses import MasterAddress
+from tests.master.client.reporting_node import SMALL, ReportingNode
+from umbp_connectors.client.addresses import MasterAddress, Wire
+from umbp_connectors.client.link import Link
 from umbp_core.breaker import BreakerState
 from umbp_core.errors import InvalidRequest
 from umbp_core.index_gate import Acknowledgement, Batch
@@ -16,6 +17,7 @@ from umbp_core.master.model import Heartbeat, HeartbeatReply, NodeStatus, Regist
 A, B, C, D = b"a", b"b", b"c", b"d"
 HBM, DRAM, SSD = 1, 2, 3
 INTERVAL = 5.0
+OTHER = MasterAddress(Wire.NATIVE_TCP, "other", 1)
 BOTH = pytest.mark.parametrize("door", [NATIVE, GRPC], ids=["native", "grpc"])
 
 
@@ -111,6 +113,16 @@ def test_after_a_restart_of_the_master_it_knows_everything_within_two_heartbeats
     assert node.told()
     info = node.network.state.list_nodes(node.clock.now)[0]
     assert (info.status, info.peer_address) == (NodeStatus.ALIVE, "10.0.0.1:7")
+
+
+def test_a_restart_is_noticed_with_the_next_thing_that_is_told() -> None:
+    node = settled_node()
+    node.network.restart_master(persistent=True)
+    node.report([C], HBM)
+    began = node.clock.now
+    node.run(0.5)
+    assert node.told()
+    assert node.clock.now - began < 1.0 < INTERVAL
 
 
 @BOTH
@@ -226,6 +238,21 @@ def test_the_best_address_that_answers_is_used_and_a_better_one_when_it_is_back(
     network.restart_master(persistent=False)
     node.run(2 * INTERVAL)
     assert (node.link.address, node.told()) == (GRPC, True)
+
+
+def test_another_address_may_be_another_master() -> None:
+    first, second = FakeNetwork(), FakeNetwork()
+    second.clock = first.clock
+    node = ReportingNode(first, addresses=[NATIVE, GRPC])
+    node.link = Link([NATIVE, OTHER], lambda to, t: (first if to == NATIVE else second).dial(to, t), first.clock, SMALL)
+    node.session = node.new_session()
+    node.report([A], HBM)
+    node.run(1.0)
+    first.partitioned = True
+    node.run(2 * INTERVAL)
+    assert node.link.address == OTHER
+    assert second.external("node") == {(HBM, A)}
+    assert node.counters.registrations == 2
 
 
 def test_a_barrier_is_reached_when_everything_before_it_is_known() -> None:
