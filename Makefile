@@ -52,6 +52,8 @@ format: $(VENV_READY) ## ruff's formatter and its safe fixes
 bench: $(VENV_READY) $(VLLM_READY) ## the benchmarks; JSON and tables go to bench-results/
 	$(VENV) benchmarks/pool.py
 	$(VENV) benchmarks/index.py
+	$(VENV) benchmarks/master.py
+	$(VENV) benchmarks/scaling_sim.py
 	$(VLLM) benchmarks/copiers.py
 	$(VLLM) benchmarks/leader.py
 	$(VLLM) benchmarks/vllm_ttft.py
