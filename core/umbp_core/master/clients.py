@@ -161,7 +161,7 @@ class ClientTable:
     def hear(self, client: Client, now: float) -> bool:
         """A sign of life; whether the node had expired, or was not heard before."""
         back = client.status is not NodeStatus.ALIVE or not client.heard
-        client.seen = now
+        client.seen = max(client.seen, now)
         client.heard = True
         client.status = NodeStatus.ALIVE
         self._expired.pop(client.node_id, None)
