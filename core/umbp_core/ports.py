@@ -24,6 +24,11 @@ class DeviceCopier(Protocol):
     not hold the GIL while bytes move.  They return when the bytes are in place.
     """
 
+    @property
+    def on_host(self) -> bool:
+        """Whether HBM is host memory here, and the calling thread's core moves the bytes: several share a load then."""
+        ...
+
     def fence(self) -> object:
         """A mark on the device's current work.  Forward thread; at most a few microseconds, never waits."""
         ...

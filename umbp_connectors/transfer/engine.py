@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, TypeVar
 
 from umbp_connectors.transfer.failures import FailureLog
-from umbp_connectors.transfer.jobs import JOBS, Tools
+from umbp_connectors.transfer.jobs import DemoteJob, Job, StoreJob, Tools
 from umbp_connectors.transfer.lanes import Lanes
+from umbp_connectors.transfer.loads import LoadJob
 from umbp_connectors.transfer.memory import PageMemory, SlotStore
 from umbp_core.errors import StateError
 from umbp_core.ids import Identity
-from umbp_core.ops import LeaderTransferRequest, OpResult, RequirementKind, WorkerTransferRequest
+from umbp_core.ops import Direction, LeaderTransferRequest, OpResult, RequirementKind, WorkerTransferRequest
 from umbp_core.ports import Clock, DeviceCopier, PoolObserver
 from umbp_core.scheduler import Limits, TransferScheduler
 
@@ -25,6 +26,12 @@ _Half = TypeVar("_Half", LeaderTransferRequest, WorkerTransferRequest)
 _FENCES_KEPT: Final = 64
 """Iterations whose own fence is remembered; an op of an older one waits for a later fence, which is also right."""
 
+_JOBS: Final[Mapping[Direction, type[Job]]] = {
+    Direction.LOAD: LoadJob,
+    Direction.STORE: StoreJob,
+    Direction.DEMOTE: DemoteJob,
+}
+
 _DRAIN_SHARE: Final = 0.75
 """Part of the time of :meth:`TransferEngine.close` that ops under way get before they are given up."""
 
@@ -34,8 +41,8 @@ class TransferEngine:
 
     The :class:`~umbp_core.scheduler.TransferScheduler` decides when an op starts and says once how it ended;
     this class adds a lock, a clock, fences and threads: one for device copies (loads first), ``io_threads``
-    for SSD slots, ``hash_threads`` for checksums.  SSD and checksums have threads of their own so that a disk
-    that hangs costs the hits on it and nothing else.
+    for SSD slots, ``hash_threads`` for checksums and, where the KV cache lies in host memory, for loads.  SSD and
+    checksums have threads of their own so that a disk that hangs costs the hits on it and nothing else.
 
     Threads.  :meth:`submit`, :meth:`begin_iteration`, :meth:`layer_done`, :meth:`end_iteration` and
     :meth:`poll` belong to the engine's forward thread and only ever take a lock that is held for microseconds
@@ -275,7 +282,7 @@ class TransferEngine:
         if self._closing:
             self._scheduler.cancel_all("closed")
         for op in self._scheduler.poll(self._clock()):
-            JOBS[op.direction](op, self._fence_of(op), self._tools, self).start()
+            _JOBS[op.direction](op, self._fence_of(op), self._tools, self).start()
         self._changed.notify_all()
 
     def _fence_of(self, op: LeaderTransferRequest) -> object:

@@ -3,7 +3,7 @@
 ::
 
     STORE   device: commit, gather ─► hashing: checksums ─► result
-    LOAD    hashing: plan ─► io: read slot, verify │ hashing: verify page ─► device: commit, scatter ─► result
+    LOAD    see :mod:`umbp_connectors.transfer.loads`
     DEMOTE  io: commit ─► io: write slot, for each block ─► result
 
 An exception inside a step fails the blocks that the step was about, never its thread and never another op.
@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 from umbp_connectors.pool.buffers import round_up
-from umbp_connectors.pool.checksums import object_checksum, verify_object
+from umbp_connectors.pool.checksums import object_checksum
 from umbp_connectors.transfer.failures import FailureLog
 from umbp_connectors.transfer.lanes import Lanes
 from umbp_connectors.transfer.memory import PageMemory, SlotStore
@@ -36,7 +36,6 @@ Step = tuple[Lanes, Callable[[], None]]
 SECTOR_BYTES: Final = 4096
 
 #: Labels for ``OpResult.reason``.
-VERIFY: Final = "verify"
 IO: Final = "io"
 DEVICE: Final = "device"
 INTERNAL: Final = "internal"
@@ -240,71 +239,6 @@ class StoreJob(Job):
             self._finish(OpStatus.DONE, b"".join(self._checksums), range(len(self._op.blocks)))
 
 
-class LoadJob(Job):
-    """DRAM or SSD to HBM; every block is verified before the first one is delivered."""
-
-    def start(self) -> None:
-        """Queue the planning, which is too long for the forward thread when there are many blocks."""
-        self._put(self._tools.hashing, self._plan)
-
-    def _plan(self) -> None:
-        blocks = self._op.blocks
-        on_ssd = [index for index, block in enumerate(blocks) if block.ssd_slot >= 0]
-        in_dram = [index for index, block in enumerate(blocks) if block.ssd_slot < 0]
-        fetches: list[Step] = [(self._tools.io, functools.partial(self._fetch, index)) for index in on_ssd]
-        checks: list[Step] = [
-            (self._tools.hashing, functools.partial(self._verify, share)) for share in self._shares(in_dram)
-        ]
-        self._spread(fetches + checks, self._hand_over)
-
-    def _fetch(self, index: int) -> None:
-        if not self._control.is_running(self._op.op_id):
-            return
-
-        def read() -> None:
-            with self._sectors(index) as buffer:
-                self._slots().read_into(self._op.blocks[index].ssd_slot, buffer)
-
-        if self._attempt((index,), IO, read):
-            self._verify((index,))
-
-    def _verify(self, indexes: Sequence[int]) -> None:
-        for index in indexes:
-            self._attempt((index,), VERIFY, functools.partial(self._verify_one, index))
-
-    def _verify_one(self, index: int) -> None:
-        with self._object(index) as data:
-            expected = self._op.blocks[index].checksum_of(self._tools.world_rank)
-            verify_object(self._object_key(index), data, expected)
-
-    def _hand_over(self) -> None:
-        if not self._control.is_running(self._op.op_id):
-            self._finish(OpStatus.CANCELLED)
-        elif self._op.blocks and len(self._failed) == len(self._op.blocks):
-            self._finish(OpStatus.FAILED)
-        else:
-            self._put(self._tools.device, self._scatter)
-
-    def _scatter(self) -> None:
-        if not self._control.commit(self._op.op_id):
-            self._finish(OpStatus.CANCELLED)
-            return
-        blocks = self._op.blocks
-        good = [index for index in range(len(blocks)) if index not in self._failed]
-        moved: list[int] = []
-        for group, members in self._by_group(good).items():
-            copy = functools.partial(
-                self._tools.copier.scatter,
-                group,
-                [blocks[index].hbm_block for index in members],
-                [blocks[index].dram_page for index in members],
-                self._fence,
-            )
-            if self._attempt(members, DEVICE, copy):
-                moved += members
-        self._finish(OpStatus.FAILED if self._failed else OpStatus.DONE, moved=moved)
-
-
 class DemoteJob(Job):
     """DRAM to SSD."""
 
@@ -333,10 +267,3 @@ class DemoteJob(Job):
             self._finish(OpStatus.FAILED)
         else:
             self._finish(OpStatus.DONE, moved=range(len(self._op.blocks)))
-
-
-JOBS: Final[Mapping[Direction, type[Job]]] = {
-    Direction.LOAD: LoadJob,
-    Direction.STORE: StoreJob,
-    Direction.DEMOTE: DemoteJob,
-}

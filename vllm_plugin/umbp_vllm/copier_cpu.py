@@ -37,6 +37,11 @@ class CpuCopier:
         self._arena = arena
         self._groups: tuple[list[_Chunk], ...] | None = None
 
+    @property
+    def on_host(self) -> bool:
+        """True: the calling thread copies."""
+        return True
+
     def open(self) -> None:
         """Look at the memory; nothing is copied.  Raises ``ConfigError`` when the arena's pages are too small."""
         pages = torch.from_numpy(self._arena.array)

@@ -132,6 +132,11 @@ class CudaCopier:
         self._copies = None
 
     @property
+    def on_host(self) -> bool:
+        """False: the GPU copies, and one thread that waits is enough."""
+        return False
+
+    @property
     def pinned_bytes(self) -> int:
         """Bytes of the arena that are locked already."""
         return self._pinner.pinned_bytes if self._pinner is not None else 0

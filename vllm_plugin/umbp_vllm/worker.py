@@ -21,8 +21,12 @@ from umbp_vllm.metadata import RankHello, StepMetadata, WorkerReport
 
 logger = logging.getLogger("vllm.umbp.worker")
 
-IDLE_WAIT_S = 0.002
-"""How long a step without any token waits for a load: it would otherwise only be repeated."""
+IDLE_WAIT_S = 0.005
+"""How long a step without any token waits for a load: it would otherwise only be repeated.
+
+As long as a load of some thousand tokens takes, so that most loads end within one wait, and no longer than what a new
+request that arrives meanwhile would not notice beside its own prefill.
+"""
 
 
 @dataclass(slots=True)

@@ -53,7 +53,7 @@ class MemoryDevice:
 
     ``pages`` is the arena: uint8 of shape (pages, page bytes).  ``hbm[g]`` is uint8 of shape (blocks, object
     bytes of group g).  Fences are the integers 1, 2, 3, ...; ``on_copy`` sees every :class:`CopyCall` before
-    a byte moves, and ``calls`` keeps them.
+    a byte moves, and ``calls`` keeps them.  ``on_host`` is what the device says about itself.
     """
 
     def __init__(
@@ -62,8 +62,10 @@ class MemoryDevice:
         object_bytes: Mapping[int, int],
         blocks: int,
         on_copy: Callable[[CopyCall], None] = _do_nothing,
+        on_host: bool = False,
     ) -> None:
         self.pages = pages
+        self.on_host = on_host
         self.hbm: dict[int, Bytes] = {g: np.zeros((blocks, n), dtype=np.uint8) for g, n in object_bytes.items()}
         self.on_copy = on_copy
         self.calls: list[CopyCall] = []

@@ -48,11 +48,16 @@ class Rig:
     object_bytes: ClassVar[dict[int, int]] = {0: 8000, 1: 500}
 
     def __init__(
-        self, slots: MemorySlots | None, limits: Limits | None, clock: FakeClock | None, io_threads: int
+        self,
+        slots: MemorySlots | None,
+        limits: Limits | None,
+        clock: FakeClock | None,
+        io_threads: int,
+        on_host: bool,
     ) -> None:
         self.identity = Identity("model", b"l" * 32, RankScope(tp_rank=1, tp_size=2))
         self.pages = MemoryPages(8192, 64)
-        self.device = MemoryDevice(self.pages.array, self.object_bytes, 16)
+        self.device = MemoryDevice(self.pages.array, self.object_bytes, 16, on_host=on_host)
         self.slots = slots
         self.observer = RecordingObserver()
         self.clock = clock
@@ -138,12 +143,15 @@ class Rig:
         return LeaderTransferRequest(op_id, "request", direction, tuple(blocks), requirement, timeout_s=timeout_s)
 
 
-@pytest.fixture
-def make_rig() -> Iterator[Callable[..., Rig]]:
-    """Rigs whose engines run until the end of the test; options: slots, limits, clock, io_threads, start."""
-    rigs: list[Rig] = []
+class Rigs:
+    """Rigs whose engines run until the end of a test."""
 
-    def make(
+    def __init__(self, on_host: bool) -> None:
+        self._on_host = on_host
+        self._rigs: list[Rig] = []
+
+    def __call__(
+        self,
         slots: MemorySlots | None = None,
         limits: Limits | None = None,
         clock: FakeClock | None = None,
@@ -151,20 +159,37 @@ def make_rig() -> Iterator[Callable[..., Rig]]:
         ssd: bool = True,
         start: bool = True,
     ) -> Rig:
-        rig = Rig(slots or MemorySlots() if ssd else None, limits, clock, io_threads)
-        rigs.append(rig)
+        rig = Rig(slots or MemorySlots() if ssd else None, limits, clock, io_threads, self._on_host)
+        self._rigs.append(rig)
         if start:
             rig.engine.start()
         return rig
 
-    yield make
-    for rig in rigs:
-        for gate in rig.gates:
-            gate.open()
-        assert rig.engine.close(PATIENCE), "a transfer thread is still there"
+    def end(self) -> None:
+        """Let everything go and end."""
+        for rig in self._rigs:
+            for gate in rig.gates:
+                gate.open()
+            assert rig.engine.close(PATIENCE), "a transfer thread is still there"
+
+
+@pytest.fixture(params=[False, True], ids=["device", "host"])
+def make_rig(request: pytest.FixtureRequest) -> Iterator[Rigs]:
+    """Every test runs with HBM on a device and with HBM in host memory, where other threads deliver."""
+    rigs = Rigs(on_host=request.param)
+    yield rigs
+    rigs.end()
 
 
 @pytest.fixture
-def rig(make_rig: Callable[..., Rig]) -> Rig:
+def make_host_rig() -> Iterator[Rigs]:
+    """For what is so with HBM in host memory only."""
+    rigs = Rigs(on_host=True)
+    yield rigs
+    rigs.end()
+
+
+@pytest.fixture
+def rig(make_rig: Rigs) -> Rig:
     """A running engine."""
     return make_rig()

@@ -70,6 +70,10 @@ class GatedCopier:
         if direction in self.fails:
             raise TransferError(f"the test makes {direction.name} fail")
 
+    @property
+    def on_host(self) -> bool:
+        return self._inner.on_host
+
     def fence(self) -> object:
         return self._inner.fence()
 
