@@ -127,9 +127,10 @@ class Session:
         return due
 
     def recover(self) -> None:
-        """What was said may be lost: everything is told anew."""
+        """What was said may be lost: everything is told anew, as soon as possible."""
         self._reports.request_full_sync()
         self._blocks.journal.request_full_sync()
+        self._heartbeat_due = 0.0
 
     def limit(self, deadline: float) -> None:
         """No call that begins later may take longer than until ``deadline``.  Any thread."""
@@ -148,7 +149,10 @@ class Session:
         self._link.drop()
 
     def _absorb(self) -> None:
-        """Take in what callers said, up to a barrier, which has to be reached before anything else is taken in."""
+        """Take in what callers said, up to a barrier, which has to be reached before anything else is taken in.
+
+        A barrier takes a heartbeat, and with it an answer that the master still knows what it was told before.
+        """
         if self._barrier is not None and self._barrier.abandoned:
             self._barrier = None
         while self._barrier is None:
@@ -161,12 +165,10 @@ class Session:
                 call.call(*call.args)
             waiting = len(self._blocks.journal)
             self._barrier = taken.barrier
-            if waiting > before and (waiting >= self._settings.flush_events or taken.barrier is not None):
+            if taken.barrier is not None or waiting >= max(before + 1, self._settings.flush_events):
                 self._heartbeat_due = 0.0
             if taken.barrier is None:
                 return
-            if not self._blocks.settled:
-                self._heartbeat_due = 0.0
             if taken.barrier.abandoned:
                 self._barrier = None
 

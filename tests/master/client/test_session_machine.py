@@ -113,6 +113,6 @@ class PlainMachine(SessionMachine):
 
 
 for machine in (SessionMachine, PlainMachine):
-    machine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+    machine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestSession = SessionMachine.TestCase
 TestPlainSession = PlainMachine.TestCase
