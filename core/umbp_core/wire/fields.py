@@ -11,7 +11,7 @@ from umbp_core.wire import bounds
 Text = Annotated[str, Meta(max_length=bounds.STRING_CHARS)]
 """A name or an address."""
 LongText = Annotated[str, Meta(max_length=bounds.TEXT_CHARS)]
-Token = Annotated[bytes, Meta(max_length=bounds.STRING_CHARS)]
+Token = Annotated[bytes, Meta(max_length=bounds.TOKEN_BYTES)]
 EngineDesc = Annotated[bytes, Meta(max_length=bounds.ENGINE_DESC_BYTES)]
 Packed = bytes
 """A packed list, see ``hashes``: of hashes, of keys, or of names in UTF-8."""

@@ -20,7 +20,6 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Collection
-from typing import NamedTuple
 
 from umbp_core.wire import bounds
 from umbp_core.wire.codes import ErrorCode, WireError
@@ -29,6 +28,7 @@ MAGIC = b"UMBP"
 VERSION = 1
 _START = int.from_bytes(MAGIC + VERSION.to_bytes(4, "little"), "little")
 _HEADER = struct.Struct("<QIQiQII")
+_HEADER_BYTES = bounds.HEADER_BYTES
 
 
 class FrameType(enum.IntEnum):
@@ -47,12 +47,8 @@ class FrameType(enum.IntEnum):
     """Ends the stream that the request of the same sequence began; empty."""
 
 
-class Frame(NamedTuple):
-    """One frame, taken apart.  ``payload`` is a view of what was fed."""
-
-    type: int
-    sequence: int
-    payload: memoryview
+Frame = tuple[int, int, memoryview]
+"""Type, sequence and payload of a frame; the payload is a view of what was fed."""
 
 
 def encode_frame(kind: int, session: int, sequence: int, payload: bytes = b"", worker: int = 0) -> bytes:
@@ -98,8 +94,8 @@ class FrameSplitter:
                 return frames
             whole, self._held = self._held, bytearray()
         at, size, view = 0, len(whole), memoryview(whole)
-        self._missing = bounds.HEADER_BYTES
-        while size - at >= bounds.HEADER_BYTES:
+        self._missing = _HEADER_BYTES
+        while size - at >= _HEADER_BYTES:
             start, kind, session, worker, sequence, length, flags = _HEADER.unpack_from(whole, at)
             if (
                 start != _START
@@ -109,13 +105,13 @@ class FrameSplitter:
                 or session != self.session
                 or worker != self._worker
             ):
-                self.error = self._refusal(whole[at : at + bounds.HEADER_BYTES])
+                self.error = self._refusal(whole[at : at + _HEADER_BYTES])
                 return frames
-            end = at + bounds.HEADER_BYTES + length
+            end = at + _HEADER_BYTES + length
             if end > size:
                 self._missing = end - at
                 break
-            frames.append(Frame(kind, sequence, view[at + bounds.HEADER_BYTES : end]))
+            frames.append((kind, sequence, view[at + _HEADER_BYTES : end]))
             at = end
         if at < size:
             self._held += view[at:]

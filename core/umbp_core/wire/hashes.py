@@ -17,7 +17,7 @@ from __future__ import annotations
 import enum
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate, chain, pairwise
 
@@ -26,6 +26,7 @@ from umbp_core.wire import bounds
 from umbp_core.wire.columns import pack_column, unpack_column
 
 _HEAD = struct.Struct("<BII")
+_HEAD_BYTES = _HEAD.size
 _SEPARATOR = 0
 _SEPARATORS = [bytes((value,)) for value in range(256)]
 _CHUNK = 256
@@ -42,7 +43,10 @@ class Packing(enum.IntEnum):
 
 EMPTY = _HEAD.pack(Packing.LENGTHS, 0, 0)
 """No hashes."""
-_PACKED_FIXED, _PACKED_SEPARATED = int(Packing.FIXED), int(Packing.SEPARATED)
+PART = 8192
+"""Hashes, about, of one part of a list that is unpacked in parts."""
+_PART_BYTES = PART * 16
+_PACKED_LENGTHS, _PACKED_FIXED, _PACKED_SEPARATED = map(int, Packing)
 
 
 def pack_hashes(hashes: Sequence[bytes]) -> bytes:
@@ -65,52 +69,103 @@ def pack_hashes(hashes: Sequence[bytes]) -> bytes:
 
 def count_hashes(blob: bytes) -> int:
     """How many hashes ``blob`` says that it holds, without unpacking them.  Raises ``ProtocolError``."""
-    if len(blob) < _HEAD.size:
-        raise ProtocolError(f"a packed list has {len(blob)} bytes, its head alone {_HEAD.size}")
+    if len(blob) < _HEAD_BYTES:
+        raise ProtocolError(f"a packed list has {len(blob)} bytes, its head alone {_HEAD_BYTES}")
     return int.from_bytes(blob[1:5], "little")
 
 
 def unpack_hashes(blob: bytes, limit: int = bounds.HASHES) -> list[bytes]:
     """The hashes of ``blob``, at most ``limit``.  Raises ``ProtocolError`` before anything is made of what is wrong."""
-    if len(blob) < _HEAD.size:
-        raise ProtocolError(f"a packed list has {len(blob)} bytes, its head alone {_HEAD.size}")
-    mode, count, parameter = _HEAD.unpack_from(blob)
+    mode, count, parameter = _head_of(blob, limit)
+    if mode == _PACKED_SEPARATED:
+        return _unpack_separated(blob[_HEAD_BYTES:], count, parameter)
+    if mode == _PACKED_FIXED:
+        _check_fixed(blob, count, parameter)
+        return _unpack_fixed(blob[_HEAD_BYTES:], count, parameter)
+    return _unpack_lengths(blob, count)
+
+
+def unpack_in_parts(blob: bytes, limit: int = bounds.HASHES) -> Iterator[list[bytes]]:
+    """Like :func:`unpack_hashes`, some thousand hashes at a time, for those who have other things to do in between."""
+    mode, count, parameter = _head_of(blob, limit)
+    if count <= PART or mode == Packing.LENGTHS:
+        yield unpack_hashes(blob, limit)
+    elif mode == _PACKED_FIXED:
+        _check_fixed(blob, count, parameter)
+        step = PART * parameter
+        for at in range(_HEAD_BYTES, len(blob), step):
+            part = blob[at : at + step]
+            yield _unpack_fixed(part, len(part) // parameter, parameter)
+    else:
+        data = blob[_HEAD_BYTES:]
+        if parameter >= len(_SEPARATORS) or data.count(parameter) != count - 1:
+            raise _not_separated(count)
+        yield from _split_in_parts(data, _SEPARATORS[parameter])
+
+
+def _head_of(blob: bytes, limit: int) -> tuple[int, int, int]:
+    """Mode, count and parameter."""
+    if len(blob) < _HEAD_BYTES:
+        raise ProtocolError(f"a packed list has {len(blob)} bytes, its head alone {_HEAD_BYTES}")
+    head: tuple[int, int, int] = _HEAD.unpack_from(blob)
+    mode, count, parameter = head
     if count > limit:
         raise ProtocolError(f"{count} hashes are above the bound of {limit}; send them in parts")
-    if mode == _PACKED_SEPARATED:
-        return _unpack_separated(blob[_HEAD.size :], count, parameter)
-    if mode == _PACKED_FIXED:
-        return _unpack_fixed(blob, count, parameter)
-    if mode == Packing.LENGTHS and parameter == 0:
-        return _unpack_lengths(blob, count)
-    raise ProtocolError(f"packing mode {mode} with parameter {parameter} is not known")
+    if mode > _PACKED_SEPARATED or (mode == _PACKED_LENGTHS and parameter):
+        raise ProtocolError(f"packing mode {mode} with parameter {parameter} is not known")
+    return head
 
 
 def _unpack_separated(data: bytes, count: int, separator: int) -> list[bytes]:
-    if not count or separator >= len(_SEPARATORS) or data.count(separator) != count - 1:
-        raise ProtocolError(f"a packed list does not hold the {count} hashes between separators that it claims")
-    hashes = data.split(_SEPARATORS[separator])
-    if len(data) > bounds.HASH_BYTES and max(map(len, hashes)) > bounds.HASH_BYTES:
+    if not count or separator >= len(_SEPARATORS):
+        raise _not_separated(count)
+    hashes = data.split(_SEPARATORS[separator], count)  # into count + 1 parts at most
+    if len(hashes) != count:
+        raise _not_separated(count)
+    return hashes if len(data) <= bounds.HASH_BYTES else _checked(hashes)
+
+
+def _not_separated(count: int) -> ProtocolError:
+    return ProtocolError(f"a packed list does not hold the {count} hashes between separators that it claims")
+
+
+def _check_fixed(blob: bytes, count: int, width: int) -> None:
+    if not count or not 0 < width <= bounds.HASH_BYTES or len(blob) - _HEAD_BYTES != count * width:
+        raise ProtocolError(f"a packed list does not hold the {count} hashes of {width} bytes that it claims")
+
+
+def _checked(hashes: list[bytes]) -> list[bytes]:
+    """``hashes``, none of which is too long."""
+    if max(map(len, hashes)) > bounds.HASH_BYTES:
         raise ProtocolError(f"a hash is longer than {bounds.HASH_BYTES} bytes")
     return hashes
 
 
-def _unpack_fixed(blob: bytes, count: int, width: int) -> list[bytes]:
-    if not count or not 0 < width <= bounds.HASH_BYTES or len(blob) - _HEAD.size != count * width:
-        raise ProtocolError(f"a packed list does not hold the {count} hashes of {width} bytes that it claims")
+def _split_in_parts(data: bytes, separator: bytes) -> Iterator[list[bytes]]:
+    at = 0
+    while True:
+        end = data.find(separator, at + _PART_BYTES)
+        part = data[at:] if end < 0 else data[at:end]
+        yield _checked(part.split(separator))
+        if end < 0:
+            return
+        at = end + 1
+
+
+def _unpack_fixed(data: bytes, count: int, width: int) -> list[bytes]:
     rest = count % _CHUNK
-    tail = _format(width, rest).unpack_from(blob, len(blob) - rest * width) if rest else ()
+    tail = _format(width, rest).unpack_from(data, len(data) - rest * width) if rest else ()
     if rest == count:
         return list(tail)
-    body = memoryview(blob)[_HEAD.size : len(blob) - rest * width]
+    body = memoryview(data)[: len(data) - rest * width]
     return [*chain.from_iterable(_format(width, _CHUNK).iter_unpack(body)), *tail]
 
 
 def _unpack_lengths(blob: bytes, count: int) -> list[bytes]:
-    start = _HEAD.size + 2 * count
+    start = _HEAD_BYTES + 2 * count
     if start > len(blob):
         raise ProtocolError(f"a packed list ends within its {count} lengths")
-    lengths = unpack_column("H", blob[_HEAD.size : start], count)
+    lengths = unpack_column("H", blob[_HEAD_BYTES:start], count)
     ends = array("Q", accumulate(lengths, initial=start))
     if ends[-1] != len(blob):
         raise ProtocolError(f"a packed list has {len(blob)} bytes, by its lengths {ends[-1]}")

@@ -46,6 +46,8 @@ class Hello(Message, frozen=True, tag=1):
     node_id: Text = ""
     """Empty where there is none."""
     token: Token = b""
+    max_frame: SmallCount = bounds.FRAME_BYTES
+    """Bytes of payload that the client takes."""
 
 
 class Register(Message, frozen=True, tag=11):
@@ -191,7 +193,7 @@ class ReportMetrics(Message, frozen=True, tag=23):
     """Metrics of a node; the answer is ``Done``."""
 
     node_id: Text
-    samples: Annotated[tuple[SampleRow, ...], Meta(max_length=bounds.LIST)]
+    samples: Annotated[tuple[SampleRow, ...], Meta(max_length=bounds.SAMPLES)]
 
 
 class ActionRow(msgspec.Struct, array_like=True, frozen=True, gc=False):

@@ -28,6 +28,15 @@ def unpack_names(blob: bytes) -> tuple[str, ...]:
     return names
 
 
+@lru_cache(maxsize=1024)
+def read_table(nodes: bytes, addresses: bytes) -> tuple[tuple[str, str], ...]:
+    """Names with their addresses.  Raises ``ProtocolError`` when there are not as many of these."""
+    names, places = unpack_names(nodes), unpack_names(addresses)
+    if len(names) != len(places):
+        raise ProtocolError(f"a table has {len(names)} nodes and {len(places)} addresses")
+    return tuple(zip(names, places, strict=True))
+
+
 class NodeTable:
     """The nodes of one answer while it is being written: references count from 1, in the order of first mention."""
 
@@ -54,14 +63,6 @@ class NodeTable:
     def addresses(self) -> bytes:
         """The packed addresses, in the same order."""
         return pack_names(tuple(self._addresses))
-
-
-def read_table(nodes: bytes, addresses: bytes) -> list[tuple[str, str]]:
-    """Names with their addresses.  Raises ``ProtocolError`` when there are not as many of these."""
-    names, places = unpack_names(nodes), unpack_names(addresses)
-    if len(names) != len(places):
-        raise ProtocolError(f"a table has {len(names)} nodes and {len(places)} addresses")
-    return list(zip(names, places, strict=True))
 
 
 def check_refs(refs: Iterable[int], table: Sequence[object]) -> None:

@@ -30,15 +30,14 @@ _VERDICT_OF = {number: verdict for verdict, number in _VERDICTS.items()}
 
 def matches_message(matches: Sequence[PositionMatch], address: Callable[[str], str]) -> replies.Matches:
     """The answer to ``Match``; ``address`` says where a node is."""
-    nodes = tuple([match.node for match in matches])
-    cells, bitmaps = [], []
-    for number, match in enumerate(matches):
-        for tier, bitmap in match.tiers.items():
+    nodes, addresses, cells, bitmaps = [], [], [], []
+    for number, (node, tiers) in enumerate(matches):
+        nodes.append(node)
+        addresses.append(address(node))
+        for tier, bitmap in tiers.items():
             cells.append(_CELL.pack(number, tier))
             bitmaps.append(bitmap)
-    return replies.Matches(
-        pack_names(nodes), pack_names(tuple(map(address, nodes))), b"".join(cells), b"".join(bitmaps)
-    )
+    return replies.Matches(pack_names(tuple(nodes)), pack_names(tuple(addresses)), b"".join(cells), b"".join(bitmaps))
 
 
 def matches_of(message: replies.Matches, hashes: Sequence[bytes]) -> list[ExternalMatch]:
@@ -56,11 +55,12 @@ def matches_of(message: replies.Matches, hashes: Sequence[bytes]) -> list[Extern
     for number, tier in _CELL.iter_unpack(cells):
         bitmap = bitmaps[at : at + size]
         at += size
-        if bitmap not in lists:
-            lists[bitmap] = select(hashes, bitmap)
+        selected = lists.get(bitmap)
+        if selected is None:
+            selected = lists[bitmap] = select(hashes, bitmap)
         if number >= len(found):
             raise ProtocolError(f"an answer refers to node {number} of a table of {len(found)}")
-        found[number].tiers[tier] = lists[bitmap]
+        found[number].tiers[tier] = selected
     return found
 
 
@@ -117,19 +117,18 @@ def batch_message(node_id: str, batch: Batch) -> messages.ApplyBatch:
     return messages.ApplyBatch(node_id, batch.incarnation, batch.seq, tuple(rows), batch.full_sync)
 
 
-def batch_of(message: messages.ApplyBatch) -> Batch:
-    """What a request says.  Raises ``ProtocolError`` when an action is not known."""
-    actions = [_action_of(row) for row in message.actions]
-    return Batch(message.incarnation, message.seq, actions, message.full_sync)
-
-
-def _action_of(row: messages.ActionRow) -> Action:
-    hashes = unpack_hashes(row.hashes)
+def action_of(row: messages.ActionRow, hashes: Sequence[bytes]) -> Action:
+    """The action in ``row``, whose hashes were unpacked.  Raises ``ProtocolError`` when it is not known."""
     if row.kind not in ActionKind.__members__.values():
         raise ProtocolError(f"action {row.kind} is not known; 1 reports, 2 revokes, 3 clears")
     if row.kind == ActionKind.CLEAR and hashes:
         raise ProtocolError(f"an action that clears tier {row.tier} names {len(hashes)} hashes; it clears all")
     return Action(ActionKind(row.kind), row.tier, hashes)
+
+
+def batch_of(message: messages.ApplyBatch, actions: Sequence[Action]) -> Batch:
+    """The batch in a request, whose actions were read."""
+    return Batch(message.incarnation, message.seq, actions, message.full_sync)
 
 
 def acknowledgement_message(answer: Acknowledgement) -> replies.BatchAnswer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from umbp_core.errors import ProtocolError
 from umbp_core.journal import Bundle, Delta
@@ -20,7 +20,7 @@ from umbp_core.master.model import (
 from umbp_core.master.samples import CounterDelta, GaugeValue, HistogramDelta, MetricSample
 from umbp_core.wire import messages, replies
 from umbp_core.wire.columns import pack_column, unpack_column, unpack_floats
-from umbp_core.wire.hashes import count_hashes, pack_hashes, unpack_hashes
+from umbp_core.wire.hashes import count_hashes, pack_hashes, unpack_in_parts
 from umbp_core.wire.names import NodeTable, check_refs, read_table
 
 _ADD, _REMOVE = 0, 1
@@ -80,11 +80,11 @@ def _bundle_row(bundle: Bundle) -> messages.BundleRow:
     )
 
 
-def heartbeat_of(message: messages.ReportHeartbeat) -> Heartbeat:
-    """What the request says.  Raises ``ProtocolError`` when columns differ in length or a kind is not known."""
+def heartbeat_of(message: messages.ReportHeartbeat, bundles: Sequence[Bundle]) -> Heartbeat:
+    """The heartbeat in a request, whose bundles were read."""
     return Heartbeat(
         message.node_id,
-        [_bundle_of(row) for row in message.bundles],
+        bundles,
         message.full_sync,
         message.baseline,
         None if message.capacities is None else _capacities_of(message.capacities),
@@ -93,20 +93,19 @@ def heartbeat_of(message: messages.ReportHeartbeat) -> Heartbeat:
     )
 
 
-def _bundle_of(row: messages.BundleRow) -> Bundle:
-    keys = unpack_hashes(row.keys)
-    kinds = row.kinds
-    if len(kinds) != len(keys):
-        raise ProtocolError(f"bundle {row.seq} has {len(keys)} keys and {len(kinds)} kinds")
+def deltas_in_parts(row: messages.BundleRow) -> Iterator[list[Delta]]:
+    """The deltas of a bundle, some thousand at a time.
+
+    Raises ``ProtocolError`` when columns differ in length, or a kind is not known.
+    """
+    count, kinds = count_hashes(row.keys), row.kinds
+    if len(kinds) != count:
+        raise ProtocolError(f"bundle {row.seq} has {count} keys and {len(kinds)} kinds")
     if max(kinds, default=_ADD) > _REMOVE:
         raise ProtocolError(f"bundle {row.seq} has an event of kind {max(kinds)}; 0 is ADD, 1 is REMOVE")
-    tiers = unpack_column("i", row.tiers, len(keys))
-    sizes = unpack_column("Q", row.sizes, len(keys))
-    deltas = [
-        Delta(key, tier, None if kind else size)
-        for key, tier, size, kind in zip(keys, tiers, sizes, kinds, strict=True)
-    ]
-    return Bundle(row.seq, tuple(deltas))
+    columns = zip(kinds, unpack_column("i", row.tiers, count), unpack_column("Q", row.sizes, count), strict=True)
+    for keys in unpack_in_parts(row.keys):
+        yield [Delta(key, tier, None if kind else size) for key, (kind, tier, size) in zip(keys, columns, strict=False)]
 
 
 def heartbeat_answer(reply: HeartbeatReply) -> replies.HeartbeatAnswer:
@@ -152,7 +151,7 @@ def put_routes_message(routes: Sequence[PutRoute]) -> replies.PutRoutes:
 
 def put_routes_of(message: replies.PutRoutes, count: int) -> list[PutRoute]:
     """What the answer to a question with ``count`` keys says.  Raises ``ProtocolError``."""
-    table = [("", ""), *read_table(message.nodes, message.addresses)]
+    table = (("", ""), *read_table(message.nodes, message.addresses))
     refs = unpack_column("I", message.refs, count)
     check_refs(refs, table[1:])
     if len(message.outcomes) != count or max(message.outcomes, default=0) > max(PutOutcome):
