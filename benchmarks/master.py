@@ -16,11 +16,13 @@ from pathlib import Path
 
 import _report
 import master_changes
+import master_floor
 import master_matches
 from master_process import COMMAND, master
 
 Sections = dict[str, list[_report.Row]]
 
+FLOOR = "What a call that does nothing costs here"
 MATCH = "Match"
 SPREAD = "Match of what 8 nodes hold on 2 tiers"
 PREFIX = "Longest prefix"
@@ -33,7 +35,7 @@ MIXED = "Matches of 128 hashes in a large index"
 
 def measure(command: Sequence[str], total: int, count: int) -> Sections:
     """All sections; ``total`` hashes in the large index, ``count`` calls per round."""
-    sections: Sections = {}
+    sections: Sections = {FLOOR: master_floor.floors(count)}
     with master(command) as running:
         held = master_matches.load(running, total // 5)
         sections[MATCH] = master_matches.match(running, held, count)

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import _report
 from master_process import BATCH, TIMEOUT, Master, hashes, register, report
 
+from umbp_connectors.client.native_session import Identity, NativeSession
 from umbp_core.master.transport import MasterTransport
-from umbp_core.wire import bounds, messages
-from umbp_core.wire.codec import decode_welcome, encode
-from umbp_core.wire.frames import FrameSplitter, FrameType, encode_frame
+from umbp_core.wire import messages
+from umbp_core.wire.codec import encode
+from umbp_core.wire.frames import FrameType, encode_frame
 from umbp_core.wire.hashes import pack_hashes
 
 HBM, DRAM = 1, 2
@@ -198,18 +199,17 @@ def _pump(address: str, payloads: Sequence[bytes], seconds: float) -> float:
     """Send requests that were encoded before, and count answers; a second."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(address)
-        sock.sendall(encode_frame(FrameType.HELLO, 0, 0, encode(messages.Hello(role="benchmark"))))
-        splitter = FrameSplitter((FrameType.HELLO,), bounds.HELLO_BYTES)
-        welcome = splitter.feed(sock.recv(1 << 16))
-        session = decode_welcome(welcome[0].payload).session
-        splitter.kinds = frozenset((FrameType.REPLY,))
-        splitter.session, splitter.max_payload = session, bounds.FRAME_BYTES
+        session = NativeSession(Identity(role="benchmark"))
+        sock.sendall(session.hello())
+        while not session.greeted(sock.recv(1 << 16)):
+            pass
+        number, splitter = session.splitter.session, session.splitter
         sent = answered = 0
         window = max(2, WINDOW * 128 * 20 // max(128 * 20, len(payloads[0])))
         start = time.perf_counter()
         while time.perf_counter() - start < seconds:
-            numbers = range(sent, sent + window)
-            frames = [encode_frame(FrameType.REQUEST, session, n + 1, payloads[n % len(payloads)]) for n in numbers]
+            fresh = range(sent, sent + window)
+            frames = [encode_frame(FrameType.REQUEST, number, n + 1, payloads[n % len(payloads)]) for n in fresh]
             sock.sendall(b"".join(frames))
             sent += window
             while sent - answered > window:
