@@ -38,15 +38,12 @@ class ClientTls:
             raise ConfigError(f"the TLS files of the master's client cannot be used: {error}") from error
         return context
 
-    def texts(self) -> tuple[bytes | None, bytes | None, bytes | None]:
-        """The contents of the files: trusted, key, certificate.  Raises ``ConfigError``."""
+    def texts(self) -> list[bytes | None]:
+        """What is in the files: trusted, certificate, key.  Raises ``ConfigError``."""
         try:
-            ca, key, certificate = [
-                None if path is None else path.read_bytes() for path in (self.ca, self.key, self.certificate)
-            ]
+            return [None if path is None else path.read_bytes() for path in (self.ca, self.certificate, self.key)]
         except OSError as error:
             raise ConfigError(f"the TLS files of the master's client cannot be read: {error}") from error
-        return ca, key, certificate
 
 
 class Dialer:
@@ -89,7 +86,7 @@ class Dialer:
 
     def _grpc(self, address: MasterAddress, timeout: float) -> MasterTransport:
         from umbp_connectors.client.grpc_transport import GrpcTransport
-        from umbp_connectors.wire_grpc import grpc
+        from umbp_connectors.wire_grpc.channel import channel_credentials
 
-        credentials = None if self._tls is None else grpc.ssl_channel_credentials(*self._tls.texts())
+        credentials = None if self._tls is None else channel_credentials(*self._tls.texts())
         return GrpcTransport.connect(address.target, timeout, token=self._token, credentials=credentials)

@@ -12,7 +12,7 @@ from umbp_connectors.client.dialects import Dialect
 from umbp_connectors.client.queries import Queries
 from umbp_core.breaker import Backoff, Breaker, BreakerState
 from umbp_core.errors import InvalidRequest, MasterUnavailable
-from umbp_core.index_match import TierRun
+from umbp_core.index_match import PrefixMatch, TierRun
 from umbp_core.master.model import ExternalMatch, Registration
 
 A, B, C = b"a", b"b", b"c"
@@ -97,18 +97,18 @@ def test_when_the_client_moves_so_do_the_questions() -> None:
 
 
 def test_a_prefix_is_worked_out_here_where_the_master_knows_no_such_question() -> None:
-    answers = []
-    for address in (NATIVE, GRPC):
+    def answers(address: MasterAddress) -> list[list[PrefixMatch]]:
         asker = Asker(network(), address)
-        for weights in (None, {HBM: 2.0, DRAM: 1.0}):
-            answers.append(
-                asker.queries.ask(
-                    lambda dialect, left, weights=weights: dialect.match_prefix([A, B, C], weights, left), [], 1.0
-                )
-            )
-    assert answers[:2] == answers[2:]
-    assert [match.runs for match in answers[0]] == [[TierRun(HBM, 2)]]
-    assert [match.runs for match in answers[1]] == [[TierRun(HBM, 1), TierRun(DRAM, 1)]]
+        return [
+            asker.queries.ask(lambda dialect, left, w=weights: dialect.match_prefix([A, B, C], w, left), [], 1.0)
+            for weights in (None, {HBM: 2.0, DRAM: 1.0})
+        ]
+
+    assert answers(NATIVE) == answers(GRPC)
+    assert [[match.runs for match in found] for found in answers(GRPC)] == [
+        [[TierRun(HBM, 2)]],
+        [[TierRun(HBM, 1), TierRun(DRAM, 1)]],
+    ]
 
 
 def test_after_the_close_there_are_no_answers() -> None:
