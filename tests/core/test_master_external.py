@@ -26,7 +26,7 @@ from tests.core.master_kit import (
 from umbp_core.errors import InvalidRequest
 from umbp_core.index import PrefixMatch, TierRun
 from umbp_core.index_gate import Acknowledgement, Action, ActionKind, Batch, Verdict
-from umbp_core.master.model import BlockPage, HashChange, MasterSettings, NodeStatus, PositionMatch
+from umbp_core.master.model import BlockPage, ExternalMatch, HashChange, MasterSettings, NodeStatus, PositionMatch
 from umbp_core.master.state import PAGE_HASHES, MasterState
 
 GHOST = "ghost"
@@ -197,6 +197,11 @@ def test_positions_and_prefixes(state: MasterState) -> None:
     runs = [TierRun(HBM, 1), TierRun(DRAM, 1), TierRun(HBM, 1)]
     assert state.match_prefix([A, B, C], None, START) == [PrefixMatch("n1", 3, runs)]
     assert state.match_prefix([A, B, C], {HBM: 2.0}, START) == [PrefixMatch("n1", 1, [TierRun(HBM, 1)], 2.0)]
+
+
+def test_a_match_as_a_client_is_told_counts_hashes_once() -> None:
+    assert ExternalMatch("n1", "", {HBM: [A, B, A], DRAM: [A]}).matched_hash_count() == 2
+    assert ExternalMatch("n1", "", {}).matched_hash_count() == 0
 
 
 def test_blocks_are_listed_in_pages(state: MasterState) -> None:

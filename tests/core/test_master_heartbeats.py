@@ -25,10 +25,11 @@ from tests.core.master_kit import (
 )
 from umbp_core.errors import InvalidRequest
 from umbp_core.journal import Bundle
-from umbp_core.master.changes import DELTA_SLICE, finish
+from umbp_core.master.changes import SLICES, finish
 from umbp_core.master.model import GetRoute, Heartbeat, HeartbeatReply, NodeStatus, TierCapacity
 from umbp_core.master.state import MasterState
 
+DELTA_SLICE = SLICES.deltas
 SMALL = TierCapacity(DRAM, 100, 60)
 LARGE = TierCapacity(DRAM, 200, 160)
 

@@ -9,10 +9,10 @@ import pytest
 from tests.core.master_kit import DRAM, EXPIRY, HBM, SSD, START, A, B, beat, master, matched, register
 from umbp_core.index import PrefixMatch, TierRun
 from umbp_core.index_gate import Acknowledgement, Action, ActionKind, Batch, Verdict
-from umbp_core.master.changes import HASH_SLICE, Steps, finish
-from umbp_core.master.queries import QUERY_SLICE
+from umbp_core.master.changes import SLICES, Steps, finish
 from umbp_core.master.state import MasterState
 
+HASH_SLICE, QUERY_SLICE = SLICES.hashes, SLICES.query
 MANY = [b"%d" % number for number in range(2 * HASH_SLICE + 1)]
 FIRST, LAST = MANY[0], MANY[-1]
 LONG = [b"%d" % number for number in range(2 * QUERY_SLICE + 5)]
@@ -221,6 +221,13 @@ def test_a_long_prefix_goes_on_over_slices(state: MasterState) -> None:
         PrefixMatch("n2", len(LONG), runs, costs[1]),
         PrefixMatch("n1", len(LONG), [TierRun(HBM, len(LONG))], costs[0]),
     ]
+
+
+def test_a_prefix_may_change_tiers_between_slices(state: MasterState) -> None:
+    state.report("n1", LONG[:QUERY_SLICE], HBM, START)
+    state.report("n1", LONG[QUERY_SLICE:], DRAM, START)
+    runs = [TierRun(HBM, QUERY_SLICE), TierRun(DRAM, QUERY_SLICE + 5)]
+    assert state.match_prefix(LONG, None, START) == [PrefixMatch("n1", len(LONG), runs)]
 
 
 def test_a_prefix_ends_where_a_slice_is_not_whole(state: MasterState) -> None:

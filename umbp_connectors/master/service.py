@@ -17,7 +17,7 @@ from umbp_connectors.master.ports import ClientStore, EvictionSender, MasterObse
 from umbp_core.index import NodeMatch, PositionMatch, PrefixMatch, Snapshot
 from umbp_core.index_feed import FeedPage
 from umbp_core.index_gate import Acknowledgement, Batch
-from umbp_core.master.changes import DELTA_SLICE, HASH_SLICE, finish
+from umbp_core.master.changes import finish
 from umbp_core.master.model import (
     BlockPage,
     GetRoute,
@@ -31,7 +31,6 @@ from umbp_core.master.model import (
     Registration,
     RegistrationAck,
 )
-from umbp_core.master.queries import QUERY_SLICE
 from umbp_core.master.samples import MetricSample
 from umbp_core.master.state import MasterState
 from umbp_core.ports import Clock
@@ -97,7 +96,7 @@ class MasterService:
         was_alive = self.state.is_alive(node_id)
         events = sum(len(bundle.deltas) for bundle in heartbeat.bundles)
         steps = self.state.heartbeat_steps(heartbeat, self._clock())
-        reply = await self._lanes.run(node_id, steps, events > DELTA_SLICE)
+        reply = await self._lanes.run(node_id, steps, events > self.state.slices.deltas)
         if reply.status is not NodeStatus.UNKNOWN:
             self._observer.heartbeat(node_id, events, reply.request_full_sync)
             self._appeared(node_id, was_alive)
@@ -152,7 +151,7 @@ class MasterService:
     async def report(self, node_id: str, hashes: Sequence[bytes], tier: int) -> bool:
         """See ``MasterState.report``."""
         steps = self.state.report_steps(node_id, hashes, tier, self._clock())
-        accepted = await self._lanes.run(node_id, steps, len(hashes) > HASH_SLICE)
+        accepted = await self._lanes.run(node_id, steps, len(hashes) > self.state.slices.hashes)
         self._observer.reported(node_id, tier, len(hashes), accepted)
         self._tell()
         return accepted
@@ -160,7 +159,7 @@ class MasterService:
     async def revoke(self, node_id: str, hashes: Sequence[bytes], tier: int) -> None:
         """See ``MasterState.revoke``."""
         steps = self.state.revoke_steps(node_id, hashes, tier, self._clock())
-        await self._lanes.run(node_id, steps, len(hashes) > HASH_SLICE)
+        await self._lanes.run(node_id, steps, len(hashes) > self.state.slices.hashes)
         self._observer.revoked(node_id, tier, len(hashes))
         self._tell()
 
@@ -180,7 +179,7 @@ class MasterService:
         """See ``MasterState.apply_batch``."""
         was_alive = self.state.is_alive(node_id)
         steps = self.state.apply_batch_steps(node_id, batch, self._clock())
-        large = sum(len(action.hashes) or 1 for action in batch.actions) > HASH_SLICE
+        large = sum(len(action.hashes) or 1 for action in batch.actions) > self.state.slices.hashes
         answer = await self._lanes.run(node_id, steps, large)
         self._appeared(node_id, was_alive)
         self._cleared()
@@ -195,28 +194,28 @@ class MasterService:
 
     async def match(self, hashes: Sequence[bytes], count_as_hit: bool) -> list[NodeMatch]:
         """See ``MasterState.match``."""
-        if len(hashes) <= QUERY_SLICE:
+        if len(hashes) <= self.state.slices.query:
             return self.match_now(hashes, count_as_hit)
         matches = await run_steps(self.state.match_steps(hashes, count_as_hit, self._clock()))
         self._observer.matched(len(hashes), sum(map(_held, matches)))
         return matches
 
     def match_now(self, hashes: Sequence[bytes], count_as_hit: bool) -> list[NodeMatch]:
-        """The same at one go, for at most ``QUERY_SLICE`` hashes."""
+        """The same at one go, for at most ``state.slices.query`` hashes."""
         matches = self.state.match(hashes, count_as_hit, self._clock())
         self._observer.matched(len(hashes), sum(map(_held, matches)))
         return matches
 
     async def match_positions(self, hashes: Sequence[bytes], count_as_hit: bool) -> list[PositionMatch]:
         """See ``MasterState.match_positions``."""
-        if len(hashes) <= QUERY_SLICE:
+        if len(hashes) <= self.state.slices.query:
             return self.match_positions_now(hashes, count_as_hit)
         matches = await run_steps(self.state.match_positions_steps(hashes, count_as_hit, self._clock()))
         self._observer.matched(len(hashes), sum(map(PositionMatch.matched, matches)))
         return matches
 
     def match_positions_now(self, hashes: Sequence[bytes], count_as_hit: bool) -> list[PositionMatch]:
-        """The same at one go, for at most ``QUERY_SLICE`` hashes."""
+        """The same at one go, for at most ``state.slices.query`` hashes."""
         matches = self.state.match_positions(hashes, count_as_hit, self._clock())
         self._observer.matched(len(hashes), sum(map(PositionMatch.matched, matches)))
         return matches
@@ -224,7 +223,7 @@ class MasterService:
     async def match_prefix(self, hashes: Sequence[bytes], weights: Mapping[int, float] | None) -> list[PrefixMatch]:
         """See ``MasterState.match_prefix``."""
         steps = self.state.match_prefix_steps(hashes, weights, self._clock())
-        return finish(steps) if len(hashes) <= QUERY_SLICE else await run_steps(steps)
+        return finish(steps) if len(hashes) <= self.state.slices.query else await run_steps(steps)
 
     def hit_counts(self, hashes: Sequence[bytes]) -> list[tuple[bytes, int]]:
         """See ``MasterState.hit_counts``."""

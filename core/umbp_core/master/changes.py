@@ -8,7 +8,7 @@ dropped.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from umbp_core.block_index import BlockIndex, HeartbeatAck
 from umbp_core.errors import InvalidRequest
@@ -20,10 +20,19 @@ from umbp_core.master.model import Heartbeat, HeartbeatReply, NodeStatus
 T = TypeVar("T")
 Steps = Generator[None, None, T]
 
-HASH_SLICE = 4096
-"""Hashes of one step: two milliseconds."""
-DELTA_SLICE = 2048
-"""Blocks of one step: two milliseconds."""
+
+class Slices(NamedTuple):
+    """How much one step does: two milliseconds' work, where the machine is not busy."""
+
+    hashes: int = 4096
+    """Of a change of the external index."""
+    deltas: int = 2048
+    """Of a heartbeat."""
+    query: int = 8192
+    """Hashes of a question; a multiple of eight, since bitmaps are put together."""
+
+
+SLICES = Slices()
 
 
 def finish(steps: Steps[T]) -> T:
@@ -69,10 +78,11 @@ class Hold:
 class Changes:
     """Changes of both indexes by the nodes in ``clients``."""
 
-    def __init__(self, clients: ClientTable, external: BatchApplier, blocks: BlockIndex) -> None:
+    def __init__(self, clients: ClientTable, external: BatchApplier, blocks: BlockIndex, slices: Slices) -> None:
         self._clients = clients
         self._external = external
         self._blocks = blocks
+        self._slices = slices
 
     def report(self, node_id: str, hashes: Sequence[bytes], tier: int, now: float) -> Steps[bool]:
         """Steps of a report; whether the node is alive, without which nothing is stored."""
@@ -127,8 +137,8 @@ class Changes:
     def _full_sync(self, node_id: str, heartbeat: Heartbeat, now: float) -> Steps[HeartbeatAck]:
         sync = self._blocks.begin_full_sync(node_id)
         for bundle in heartbeat.bundles:
-            for start in range(0, len(bundle.deltas), DELTA_SLICE):
-                part = bundle.deltas[start : start + DELTA_SLICE]
+            for start in range(0, len(bundle.deltas), self._slices.deltas):
+                part = bundle.deltas[start : start + self._slices.deltas]
                 check_tiers(node_id, [*sync.cells, *{delta.tier for delta in part}])
                 self._blocks.stage(sync, part, now)
                 yield
@@ -138,8 +148,8 @@ class Changes:
     def _bundles(self, hold: Hold, node_id: str, bundles: Sequence[Bundle], now: float) -> Steps[HeartbeatAck]:
         for bundle in bundles:
             if self._blocks.examine(node_id, bundle.seq) is Verdict.APPLY:
-                for start in range(0, len(bundle.deltas), DELTA_SLICE):
-                    part = bundle.deltas[start : start + DELTA_SLICE]
+                for start in range(0, len(bundle.deltas), self._slices.deltas):
+                    part = bundle.deltas[start : start + self._slices.deltas]
                     check_tiers(node_id, [*self._blocks.use(node_id), *{delta.tier for delta in part}])
                     self._blocks.change(node_id, part, now)
                     yield
@@ -170,10 +180,10 @@ class Changes:
     def _act(self, hold: Hold, action: Action, now: float) -> Steps[None]:
         """One action, as far as it still counts."""
         node_id = "" if hold.client is None else hold.client.node_id
-        for start in range(0, len(action.hashes) or 1, HASH_SLICE):
+        for start in range(0, len(action.hashes) or 1, self._slices.hashes):
             if not hold.counts(action.tier):
                 return
-            part = Action(action.kind, action.tier, action.hashes[start : start + HASH_SLICE])
+            part = Action(action.kind, action.tier, action.hashes[start : start + self._slices.hashes])
             self._external.act(node_id, part, now)
             yield
 

@@ -108,10 +108,6 @@ class ClientTable:
         """All nodes, in the order in which they came."""
         return iter(self._clients.values())
 
-    def __len__(self) -> int:
-        """All nodes, those that expired included."""
-        return len(self._clients)
-
     def get(self, node_id: str) -> Client | None:
         """What is known of a node."""
         return self._clients.get(node_id)

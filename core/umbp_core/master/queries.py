@@ -14,21 +14,19 @@ from umbp_core.master.changes import Steps
 
 P = TypeVar("P")
 
-QUERY_SLICE = 8192
-"""Hashes of one step: about a millisecond, several when very many nodes hold them.  A whole number of bytes of bits."""
-
 
 class Queries:
-    """Large questions to ``index``."""
+    """Large questions to ``index``, ``size`` hashes in a step."""
 
-    def __init__(self, index: ExternalKvIndex) -> None:
+    def __init__(self, index: ExternalKvIndex, size: int) -> None:
         self._index = index
+        self._size = size
 
     def match(self, hashes: Sequence[bytes], count_as_hit: bool, now: float) -> Steps[list[NodeMatch]]:
         """Steps of ``ExternalKvIndex.match``."""
         found: _Found[list[bytes]] = _Found(self._index)
         counted: set[bytes] = set()
-        for _, part in _slices(hashes):
+        for _, part in self._slices(hashes):
             if count_as_hit:
                 self._count(part, counted, now)
             for match in self._index.match(part):
@@ -52,7 +50,7 @@ class Queries:
         """Steps of ``ExternalKvIndex.match_positions``."""
         found: _Found[tuple[int, bytes]] = _Found(self._index)
         counted: set[bytes] = set()
-        for start, part in _slices(hashes):
+        for start, part in self._slices(hashes):
             if count_as_hit:
                 self._count(part, counted, now)
             for match in self._index.match_positions(part):
@@ -74,7 +72,7 @@ class Queries:
         """Steps of ``ExternalKvIndex.match_prefix``; they end where no node goes on."""
         results: dict[str, PrefixMatch] = {}
         lives: dict[str, dict[int, int]] = {}
-        for start, part in _slices(hashes):
+        for start, part in self._slices(hashes):
             going = 0
             for match in self._index.match_prefix(part, weights):
                 if start == 0:
@@ -92,6 +90,10 @@ class Queries:
             yield
         usable = (match for match in results.values() if self._lasts(match.node, lives[match.node]))
         return sorted(usable, key=lambda match: (-match.length, match.cost, match.node))
+
+    def _slices(self, hashes: Sequence[bytes]) -> Iterator[tuple[int, Sequence[bytes]]]:
+        for start in range(0, len(hashes), self._size):
+            yield start, hashes[start : start + self._size]
 
     def _lasts(self, node: str, lives: Mapping[int, int]) -> bool:
         return all(self._index.life(node, tier) == life for tier, life in lives.items())
@@ -120,11 +122,6 @@ class _Found(Generic[P]):
                 nodes.setdefault(node, {})[tier] = parts
         for node, tiers in nodes.items():
             yield node, {tier: tiers[tier] for tier in sorted(tiers)}
-
-
-def _slices(hashes: Sequence[bytes]) -> Iterator[tuple[int, Sequence[bytes]]]:
-    for start in range(0, len(hashes), QUERY_SLICE):
-        yield start, hashes[start : start + QUERY_SLICE]
 
 
 def _joined(parts: Sequence[tuple[int, bytes]], size: int) -> bytes:

@@ -4,9 +4,9 @@ An advisor: it owns no bytes, and everything it knows was told by nodes and will
 nodes, the index of external blocks, the index of blocks that nodes own, and chooses routes and victims.
 
 Every method takes the time, monotonic seconds, as its last argument where it matters.  Requests that may be large come
-in *steps* too: a generator that works on ``SLICE`` hashes at a time, between which the owner may let others in, and
-returns the answer.  A method without steps works at one go.  Steps of one node are to be run one after the other, in
-the order in which they were asked for; whatever clears, expires or replaces the node in between voids the rest of
+in *steps* too: a generator that works on a slice of the request at a time, between which the owner may let others in,
+and returns the answer.  A method without steps works at one go.  Steps of one node are to be run one after the other,
+in the order in which they were asked for; whatever clears, expires or replaces the node in between voids the rest of
 them, as if they had come before it.  Steps that are given up halfway are not acknowledged and do no harm.
 
 No I/O, no threads, no clock.  One thread at a time.
@@ -24,7 +24,7 @@ from umbp_core.hits import HitCounters
 from umbp_core.index import ExternalKvIndex, NodeMatch, PositionMatch, PrefixMatch, Snapshot
 from umbp_core.index_feed import ChangeFeed, FeedPage
 from umbp_core.index_gate import Acknowledgement, Batch, BatchApplier
-from umbp_core.master.changes import Changes, Steps, check_tiers, finish
+from umbp_core.master.changes import SLICES, Changes, Slices, Steps, check_tiers, finish
 from umbp_core.master.clients import Client, ClientTable
 from umbp_core.master.explain import explain
 from umbp_core.master.model import (
@@ -58,8 +58,11 @@ class MasterState:
     ``incarnation`` numbers the lives of the master, for those who follow its changes: give a later life a larger one.
     """
 
-    def __init__(self, settings: MasterSettings, rng: random.Random, incarnation: int = 1) -> None:
+    def __init__(
+        self, settings: MasterSettings, rng: random.Random, incarnation: int = 1, slices: Slices = SLICES
+    ) -> None:
         self.settings = settings
+        self.slices = slices
         self.feed = ChangeFeed(incarnation)
         self.index = ExternalKvIndex(self.feed, HitCounters(settings.hit_ttl))
         """To be read; changed by this class only."""
@@ -68,8 +71,8 @@ class MasterState:
         self._rng = rng
         self._clients = ClientTable(settings)
         self._external = BatchApplier(self.index)
-        self._changes = Changes(self._clients, self._external, self.blocks)
-        self._queries = Queries(self.index)
+        self._changes = Changes(self._clients, self._external, self.blocks, slices)
+        self._queries = Queries(self.index, slices.query)
         self._router = PutRouter(settings.put_select, settings.put_affinity, rng)
         self._planner = EvictionPlanner(settings, self.blocks)
         self._next_round = float("-inf")
