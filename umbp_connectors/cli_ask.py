@@ -1,0 +1,291 @@
+"""The commands that ask a master: ``umbp nodes``, ``match``, ``hits`` and ``top``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from umbp_core.errors import ConfigError, MasterError, MasterUnavailable
+
+if TYPE_CHECKING:
+    from umbp_core.master.model import NodeInfo
+    from umbp_core.master.transport import MasterTransport, NativeTransport
+
+DEFAULT_MASTER = "umbp://127.0.0.1:50052,grpc://127.0.0.1:50051"
+
+MasterOption = Annotated[
+    str,
+    typer.Option(
+        "--master",
+        metavar="ADDRESS",
+        envvar="UMBP_MASTER_ADDRESS",
+        help="umbp://, umbp+unix:// or grpc:// address, or HOST:PORT; several, separated by commas, are alternatives.",
+    ),
+]
+TokenFileOption = Annotated[
+    Path | None,
+    typer.Option("--token-file", metavar="PATH", envvar="UMBP_MASTER_TOKEN_FILE", help="File with the master's token."),
+]
+TokenOption = Annotated[str, typer.Option("--token", envvar="UMBP_MASTER_TOKEN", hidden=True)]
+CaOption = Annotated[
+    Path | None,
+    typer.Option("--tls-ca", metavar="PATH", envvar="UMBP_MASTER_TLS_CA", help="Use TLS, and trust this CA (PEM)."),
+]
+CertOption = Annotated[Path | None, typer.Option("--tls-cert", metavar="PATH", help="Certificate to show (PEM).")]
+KeyOption = Annotated[Path | None, typer.Option("--tls-key", metavar="PATH", help="Its private key (PEM).")]
+TimeoutOption = Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0.01, help="Deadline of a call.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+HashArguments = Annotated[
+    list[str], typer.Argument(metavar="HASH...", help="Hashes as the engine publishes them; `-`: from standard input.")
+]
+
+
+def nodes(
+    master: MasterOption = DEFAULT_MASTER,
+    token_file: TokenFileOption = None,
+    token: TokenOption = "",
+    tls_ca: CaOption = None,
+    tls_cert: CertOption = None,
+    tls_key: KeyOption = None,
+    timeout: TimeoutOption = 5.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the nodes that a master knows: whether they live, how full they are, and what they hold."""
+    from umbp_connectors import cli_views as views
+
+    with _connected(master, token, token_file, (tls_ca, tls_cert, tls_key), timeout) as transport:
+        infos = _native(transport, "list nodes").list_nodes(timeout)
+    if as_json:
+        _print_json([views.node_values(info) for info in infos])
+    else:
+        _print(views.node_table(infos) if infos else "no nodes")
+
+
+def match(
+    hashes: HashArguments,
+    prefix: Annotated[
+        bool, typer.Option("--prefix", help="The hashes are one chain: how much of its beginning each node has.")
+    ] = False,
+    count: Annotated[bool, typer.Option("--count", help="Count the matched hashes as hits.")] = False,
+    explain: Annotated[
+        str, typer.Option("--explain", metavar="NODE", help="Why each hash can, or cannot, be used on this node.")
+    ] = "",
+    master: MasterOption = DEFAULT_MASTER,
+    token_file: TokenFileOption = None,
+    token: TokenOption = "",
+    tls_ca: CaOption = None,
+    tls_cert: CertOption = None,
+    tls_key: KeyOption = None,
+    timeout: TimeoutOption = 5.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask which nodes hold which of some hashes, on which tiers."""
+    keys = _hashes(hashes)
+    with _connected(master, token, token_file, (tls_ca, tls_cert, tls_key), timeout) as transport:
+        if explain:
+            values, shown = _explained(transport, explain, keys, timeout)
+        elif prefix:
+            values, shown = _prefixes(transport, keys, timeout)
+        else:
+            values, shown = _matches(transport, keys, count, timeout)
+    if as_json:
+        _print_json(values)
+    else:
+        _print(shown if values else "no node holds any of them")
+
+
+def hits(
+    hashes: HashArguments,
+    master: MasterOption = DEFAULT_MASTER,
+    token_file: TokenFileOption = None,
+    token: TokenOption = "",
+    tls_ca: CaOption = None,
+    tls_cert: CertOption = None,
+    tls_key: KeyOption = None,
+    timeout: TimeoutOption = 5.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how often some hashes were matched; those without a counter are left out."""
+    from umbp_connectors import cli_views as views
+
+    keys = _hashes(hashes)
+    with _connected(master, token, token_file, (tls_ca, tls_cert, tls_key), timeout) as transport:
+        counts = transport.hit_counts(keys, timeout)
+    if as_json:
+        _print_json([{"hash": views.text_of(key), "hits": number} for key, number in counts])
+    else:
+        _print(views.hit_table(counts) if counts else "none of them has a counter")
+
+
+def top(
+    interval: Annotated[
+        float, typer.Option("--interval", metavar="SECONDS", min=0.1, help="Time between two looks.")
+    ] = 1.0,
+    looks: Annotated[int, typer.Option("--looks", metavar="N", min=0, help="End after so many; 0: never.")] = 0,
+    master: MasterOption = DEFAULT_MASTER,
+    token_file: TokenFileOption = None,
+    token: TokenOption = "",
+    tls_ca: CaOption = None,
+    tls_cert: CertOption = None,
+    tls_key: KeyOption = None,
+    timeout: TimeoutOption = 5.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Watch a master's nodes live, until Ctrl-C. With --json, one line per look.
+
+    A master that goes away is waited for.
+    """
+    with _connected(master, token, token_file, (tls_ca, tls_cert, tls_key), timeout) as transport:
+        client = _native(transport, "list nodes")
+        look = _Look(lambda: client.list_nodes(timeout))
+        rounds = iter(int, 1) if looks == 0 else iter(range(looks))
+        pause = threading.Event()
+        try:
+            if as_json:
+                for _ in rounds:
+                    print(json.dumps(look.values()), flush=True)
+                    pause.wait(interval)
+            else:
+                with Live(console=Console(highlight=False), auto_refresh=False, screen=False) as live:
+                    for _ in rounds:
+                        live.update(look.view(), refresh=True)
+                        pause.wait(interval)
+        except KeyboardInterrupt:
+            return
+
+
+class _Look:
+    """What a master's nodes hold now, and how that changed since the last look."""
+
+    def __init__(self, ask: Callable[[], list[NodeInfo]]) -> None:
+        self._ask = ask
+        self._held: dict[str, int] = {}
+        self._at = 0.0
+
+    def values(self) -> dict[str, Any]:
+        """For programs; ``error`` says why there are no nodes."""
+        from umbp_connectors import cli_views as views
+
+        try:
+            infos = self._ask()
+        except MasterUnavailable as error:
+            return {"error": str(error), "nodes": []}
+        rates = self._rates(infos)
+        return {
+            "error": "",
+            "nodes": [views.node_values(info) | {"change_per_s": round(rates[info.node_id], 3)} for info in infos],
+        }
+
+    def view(self) -> Group:
+        """For people."""
+        from umbp_connectors import cli_views as views
+        from umbp_core.master.model import NodeStatus
+
+        try:
+            infos = self._ask()
+        except MasterUnavailable as error:
+            return Group(Text(str(error), style="red"))
+        alive = sum(info.status is NodeStatus.ALIVE for info in infos)
+        held = sum(sum(info.external_counts.values()) for info in infos)
+        owned = sum(sum(info.block_counts.values()) for info in infos)
+        summary = f"{alive} of {len(infos)} nodes alive, {owned:,} blocks, {held:,} external"
+        return Group(Text(summary, style="bold"), views.node_table(infos, self._rates(infos)))
+
+    def _rates(self, infos: Sequence[NodeInfo]) -> dict[str, float]:
+        now, before = monotonic(), self._held
+        self._held = {
+            info.node_id: sum(info.block_counts.values()) + sum(info.external_counts.values()) for info in infos
+        }
+        seconds, self._at = now - self._at, now
+        return {node: (held - before.get(node, held)) / seconds for node, held in self._held.items()}
+
+
+@contextmanager
+def _connected(
+    text: str,
+    token: str,
+    token_file: Path | None,
+    tls_files: tuple[Path | None, Path | None, Path | None],
+    timeout: float,
+) -> Iterator[MasterTransport]:
+    """A connection to the first of the addresses in ``text`` that answers.  Raises a ``UmbpError``."""
+    from umbp_connectors.client.addresses import parse_addresses
+    from umbp_connectors.client.dial import ClientTls, Dialer
+    from umbp_connectors.master.security import read_token
+
+    if token_file is not None:
+        token = read_token(token_file).decode()
+    tls = ClientTls(*tls_files) if any(tls_files) else None
+    dialer = Dialer(token, tls, role="cli")
+    failures = []
+    for address in parse_addresses(text):
+        try:
+            transport = dialer(address, timeout)
+        except MasterError as error:
+            failures.append(error)
+            continue
+        try:
+            yield transport
+        finally:
+            transport.close()
+        return
+    if len(failures) == 1:
+        raise failures[0]
+    raise MasterUnavailable("no master answers: " + "; ".join(map(str, failures)))
+
+
+def _native(transport: MasterTransport, wish: str) -> NativeTransport:
+    from umbp_core.master.transport import is_native
+
+    if not is_native(transport):
+        raise ConfigError(f"UMBP's gRPC cannot {wish}; give the umbp:// address of one of our masters by --master")
+    return transport
+
+
+def _matches(transport: MasterTransport, keys: list[bytes], count: bool, timeout: float) -> tuple[list[Any], Any]:
+    from umbp_connectors import cli_views as views
+
+    found = transport.match(keys, count, timeout)
+    return [views.match_values(each) for each in found], views.match_table(found, len(keys))
+
+
+def _prefixes(transport: MasterTransport, keys: list[bytes], timeout: float) -> tuple[list[Any], Any]:
+    from umbp_connectors import cli_views as views
+    from umbp_connectors.client.dialects import dialect_of
+
+    found = dialect_of(transport).match_prefix(keys, None, timeout)
+    return [views.prefix_values(each) for each in found], views.prefix_table(found, len(keys))
+
+
+def _explained(transport: MasterTransport, node: str, keys: list[bytes], timeout: float) -> tuple[list[Any], Any]:
+    from umbp_connectors import cli_views as views
+
+    client = _native(transport, "explain")
+    values = [views.explanation_values(key, client.explain(node, key, timeout)) for key in keys]
+    return values, Text("\n".join(f"{value['hash']}: {value['text']}" for value in values))
+
+
+def _hashes(given: list[str]) -> list[bytes]:
+    texts = sys.stdin.read().split() if given == ["-"] else given
+    if not texts:
+        raise ConfigError("no hashes on standard input; give one per line")
+    return [text.encode() for text in texts]
+
+
+def _print_json(values: object) -> None:
+    print(json.dumps(values, indent=2))
+
+
+def _print(shown: Any) -> None:
+    Console(soft_wrap=True, highlight=False).print(shown)
