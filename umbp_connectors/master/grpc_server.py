@@ -7,15 +7,13 @@ Handlers get and return bytes: the messages are read and written by ``grpc_calls
 from __future__ import annotations
 
 import asyncio
-import errno
 import hmac
-import logging
-import socket
 from collections.abc import Awaitable, Callable
 from time import perf_counter
 from typing import Any
 
 from umbp_connectors.master.grpc_calls import Call, MasterCalls
+from umbp_connectors.master.listening import check_free
 from umbp_connectors.master.ports import MasterObserver
 from umbp_connectors.master.security import Security
 from umbp_connectors.master.service import MasterService
@@ -33,8 +31,6 @@ except ImportError as missing:
         f"the master's gRPC door needs packages that are not installed ({missing}): "
         "pip install 'umbp-connectors[grpc]', or switch the door off"
     ) from missing
-
-logger = logging.getLogger(__name__)
 
 MAX_CALLS = 4096
 """Calls under way at once; more are answered ``RESOURCE_EXHAUSTED``."""
@@ -72,7 +68,8 @@ class GrpcServer:
 
     async def start(self) -> None:
         """Listen and serve.  Raises ``ConfigError`` when it cannot: the port is in use, or not ours to take."""
-        await refuse_taken_port(self._address)
+        # gRPC is content with one of the addresses of a name, and would share the port with whoever has the other.
+        check_free(parse_endpoint(self._address), "--listen")
         interceptors = []
         if self._security.token:
             interceptors.append(_TokenGuard(self._security.token, self._observer, self._calls.keys()))
@@ -170,33 +167,3 @@ def _reflected() -> Any:
     """A pool for reflection: UMBP's files, and those of the services that every server has."""
     others = [pb.description_of(module.DESCRIPTOR) for module in (health_pb2, reflection_pb2)]
     return pb.pool_of([*pb.files(), *others])
-
-
-async def refuse_taken_port(address: str) -> None:
-    """Raises ``ConfigError`` unless every address that ``address`` names is free.
-
-    gRPC is content with one of them: where a name has an IPv4 and an IPv6 address, it would share a port with
-    whoever has the other, and tell nobody.
-    """
-    endpoint = parse_endpoint(address)
-    if endpoint.port == 0:
-        return
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(
-            endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-    except OSError as error:
-        raise ConfigError(f"cannot listen for gRPC on {address}: {error.strerror}") from None
-    for family, kind, protocol, _, where in found:
-        try:
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                probe.bind(where)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise ConfigError(
-                    f"cannot listen for gRPC on {address}: the port is in use; "
-                    "is another master running? stop it, or give another port"
-                ) from None
