@@ -185,7 +185,9 @@ class NativeConnection(asyncio.Protocol):
 
     def end(self, code: ErrorCode, message: str) -> None:
         """Tell the client why, and close."""
-        self._put(_ERROR, 0, encode(replies.Failure(code, message[: bounds.TEXT_CHARS])))
+        failure = encode(replies.Failure(code, message[: bounds.TEXT_CHARS]))
+        # A client that was not greeted knows of no session yet.
+        self._put(_ERROR, 0, failure, session=None if self._greeted else 0)
         self._flush()
         self._ending = True
         self._ending_since = monotonic()
