@@ -14,6 +14,7 @@ No I/O, no threads, no clock.  One thread at a time.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
@@ -23,32 +24,53 @@ from umbp_core.journal import Answer, Numbering
 
 
 class _Words:
-    """What was not told yet of one tier: whether it was cleared, and then the last word on each hash."""
+    """What was not told yet of one tier: whether it was cleared, and then words on hashes, oldest first."""
 
-    __slots__ = ("cleared", "held")
+    __slots__ = ("_held", "_parts", "_size", "cleared")
 
     def __init__(self) -> None:
         self.cleared = False
-        self.held: dict[bytes, bool] = {}
+        self._held: dict[bytes, bool] = {}
+        self._parts: deque[dict[bytes, bool]] = deque()
+        self._size = 0
 
     def __bool__(self) -> bool:
-        return self.cleared or bool(self.held)
+        return self.cleared or len(self) > 0
 
-    def cut(self, tier: int, limit: int) -> tuple[list[Action], int]:
-        """Up to ``limit`` of the words, the oldest first, as actions; how many they are."""
-        held = self.held
-        if len(held) <= limit:
-            self.held = {}
-        else:
-            held = {key: self.held.pop(key) for key in list(islice(self.held, limit))}
-        parts = (
-            (ActionKind.REPORT, [key for key, is_held in held.items() if is_held]),
-            (ActionKind.REVOKE, [key for key, is_held in held.items() if not is_held]),
-        )
+    def __len__(self) -> int:
+        return self._size + len(self._held)
+
+    def say(self, hashes: Sequence[bytes], held: bool) -> None:
+        """The last word on ``hashes``."""
+        self._held.update(dict.fromkeys(hashes, held))
+
+    def cut(self, tier: int, room: int, size: int) -> tuple[list[Action], int]:
+        """Up to ``size`` of the oldest words as actions, if there is ``room`` for them; how many they are."""
+        if self._held and not self._parts:
+            self._split(size)
         actions = [Action(ActionKind.CLEAR, tier)] if self.cleared else []
-        actions += [Action(kind, tier, hashes) for kind, hashes in parts if hashes]
         self.cleared = False
-        return actions, len(held)
+        if not self._parts or len(self._parts[0]) > room:
+            return actions, 0
+        part = self._parts.popleft()
+        self._size -= len(part)
+        reported = [key for key, held in part.items() if held]
+        revoked = [key for key, held in part.items() if not held]
+        if reported:
+            actions.append(Action(ActionKind.REPORT, tier, reported))
+        if revoked:
+            actions.append(Action(ActionKind.REVOKE, tier, revoked))
+        return actions, len(part)
+
+    def _split(self, size: int) -> None:
+        """To take parts off the front of a large dictionary takes longer each time: it is divided up at one go."""
+        self._size = len(self._held)
+        if self._size <= size:
+            self._parts.append(self._held)
+        else:
+            words = iter(self._held.items())
+            self._parts.extend(iter(lambda: dict(islice(words, size)), {}))
+        self._held = {}
 
 
 class ReportJournal:
@@ -93,7 +115,7 @@ class ReportJournal:
 
     def __len__(self) -> int:
         """Hashes that wait to be told, those of the batch that is on its way left out."""
-        return sum([len(words.held) for words in self._words.values()])
+        return sum([len(words) for words in self._words.values()])
 
     def report(self, hashes: Sequence[bytes], tier: int) -> None:
         """``hashes`` can be used from ``tier`` now."""
@@ -172,24 +194,23 @@ class ReportJournal:
         words = self._words.get(tier)
         if words is None:
             words = self._words[tier] = _Words()
-        words.held.update(dict.fromkeys(hashes, held))
+        words.say(hashes, held)
         if len(self) > self._max_hashes:
             self.request_full_sync()
 
     def _cut(self) -> list[Action]:
         if self._snapshot is not None:
-            actions = next(self._snapshot, None)
-            if actions is not None:
-                return actions
+            piece = next(self._snapshot, None)
+            if piece is not None:
+                return piece
             self._snapshot = None
         room = self._batch_hashes
-        actions = []
+        actions: list[Action] = []
         for tier in [tier for tier, words in self._words.items() if words]:
-            part, count = self._words[tier].cut(tier, room)
+            words = self._words[tier] = self._words.pop(tier)  # the next batch begins with another tier
+            part, count = words.cut(tier, room, self._batch_hashes)
             actions += part
             room -= count
-            if not room:
-                break
         return actions
 
 

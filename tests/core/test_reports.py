@@ -13,7 +13,7 @@ from umbp_core.reports import ReportJournal
 from umbp_core.testing.machines_telling import ReportsMachine
 
 A, B, C, D = b"a", b"b", b"c", b"d"
-HBM, DRAM = 1, 2
+HBM, DRAM, SSD = 1, 2, 3
 LIFE = 7
 
 ReportsMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
@@ -120,7 +120,27 @@ def test_batches_are_bounded_numbered_and_given_out_until_acknowledged() -> None
     journal.receive(LIFE, 1, request_full_sync=False)
     assert journal.batch() is first
     acknowledge(journal)
-    assert acknowledge(journal) == Batch(LIFE, 3, [report(D), revoke(A)])
+    assert [acknowledge(journal), acknowledge(journal)] == [Batch(LIFE, 3, [report(D)]), Batch(LIFE, 4, [revoke(A)])]
+
+
+def test_a_busy_tier_does_not_keep_the_others_from_being_told() -> None:
+    journal = synced()
+    journal.report([A, B, C], DRAM)
+    told = []
+    for _ in range(4):
+        journal.report([A, B, C], HBM)
+        told += [action.tier for action in acknowledge(journal).actions]
+    assert sorted(told) == [HBM, HBM, HBM, DRAM]
+
+
+def test_a_part_that_does_not_fit_waits_for_the_next_batch() -> None:
+    journal = synced()
+    journal.report([A, B], HBM)
+    journal.report([A, B, C, D], DRAM)
+    journal.revoke([D], SSD)
+    batches = [acknowledge(journal).actions for _ in range(3)]
+    assert batches == [[report(A, B), revoke(D, tier=SSD)], [report(A, B, C, tier=DRAM)], [report(D, tier=DRAM)]]
+    assert journal.settled
 
 
 def test_overflow_drops_everything_and_a_full_sync_is_due() -> None:
