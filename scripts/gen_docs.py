@@ -1,4 +1,4 @@
-"""Rewrites the generated parts of docs/: configuration keys, hooks, command line.
+"""Rewrites the generated parts of docs/: configuration keys, hooks, command line, the master's metrics.
 
 A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``.  ``--check`` changes nothing
 and fails when a page is not up to date; a test does the same.
@@ -15,12 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import typer
-from pydantic import BeforeValidator
+from annotated_types import Le
+from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
 from umbp_connectors import hookspecs
 from umbp_connectors.cli import app
 from umbp_connectors.config_model import UmbpConfig, parse_size
+from umbp_connectors.master.metrics_families import FAMILIES, PREFIX
+from umbp_connectors.master.settings import MasterConfig
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 _PART = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -42,6 +45,8 @@ def kind_of(field: FieldInfo) -> str:
     """What a value of ``field`` looks like."""
     if any(isinstance(m, BeforeValidator) and m.func is parse_size for m in field.metadata):
         return "size"
+    if any(isinstance(m, Le) and m.le == 1 for m in field.metadata):
+        return "0 to 1"
     return _kind(field.annotation)
 
 
@@ -64,16 +69,24 @@ def default_of(field: FieldInfo) -> str:
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if kind_of(field) == "size":
-        return f"`{value >> 30}GiB`"
+        return f"`{value >> 30}GiB`" if value >> 30 else f"`{value >> 20}MiB`"
     return f"`{value}`"
 
 
-def configuration_keys() -> str:
+def configuration_keys(model: type[BaseModel], env_name: Callable[[str], str]) -> str:
     """One row per key."""
     rows = ["| key | environment | value | default | meaning |", "|---|---|---|---|---|"]
-    for key, field in UmbpConfig.model_fields.items():
-        name = UmbpConfig.env_name(key)
-        rows.append(f"| `{key}` | `{name}` | {kind_of(field)} | {default_of(field)} | {field.description} |")
+    for key, field in model.model_fields.items():
+        rows.append(f"| `{key}` | `{env_name(key)}` | {kind_of(field)} | {default_of(field)} | {field.description} |")
+    return "\n".join(rows)
+
+
+def master_metrics() -> str:
+    """One row per metric that a master emits about itself."""
+    rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
+    for family in FAMILIES:
+        labels = ", ".join(f"`{label}`" for label in family.labels) or "-"
+        rows.append(f"| `{PREFIX}{family.name}` | {family.kind} | {labels} | {family.help} |")
     return "\n".join(rows)
 
 
@@ -93,14 +106,25 @@ def command_line() -> str:
     group = typer.main.get_command(app)
     parts = []
     for name, command in sorted(typing.cast("typing.Any", group).commands.items()):
-        rows = "".join(f"| `{' '.join(p.opts)}` | {p.help} |\n" for p in command.params)
+        rows = "".join(map(_parameter, command.params))
         options = f"\n| option | meaning |\n|---|---|\n{rows}" if rows else ""
         parts.append(f"### `umbp {name}`\n\n{inspect.cleandoc(command.help or '')}\n{options}")
     return "\n".join(parts)
 
 
+def _parameter(parameter: typing.Any) -> str:
+    """The row of an option or argument; empty for one that is not for people."""
+    if parameter.hidden:
+        return ""
+    name = parameter.metavar if parameter.param_type_name == "argument" else " ".join(parameter.opts)
+    variable = f" Environment: `{parameter.envvar}`." if parameter.envvar else ""
+    return f"| `{name}` | {parameter.help}{variable} |\n"
+
+
 PARTS: dict[str, Callable[[], str]] = {
-    "configuration-keys": configuration_keys,
+    "configuration-keys": lambda: configuration_keys(UmbpConfig, UmbpConfig.env_name),
+    "master-keys": lambda: configuration_keys(MasterConfig, MasterConfig.env_name),
+    "master-metrics": master_metrics,
     "hooks": hook_pages,
     "command-line": command_line,
 }
