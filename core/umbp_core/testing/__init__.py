@@ -1,6 +1,6 @@
 """Test kit: plain models, hypothesis machines and fakes that third parties may reuse.
 
-Only this package may import hypothesis; install it to use the machines (extra ``[dev]``).  A machine drives a
+Only this package may import hypothesis and pytest; install them to use the machines and suites (extra ``[dev]``).  A machine drives a
 real part and a plain model side by side and compares them after every step.  Subclass it to test a part of your
 own, and give its ``TestCase`` to the test runner::
 
@@ -12,4 +12,7 @@ own, and give its ``TestCase`` to the test runner::
             return MySlowButObviousPolicy()
 
     TestMyPolicy = MyPolicyMachine.TestCase
+
+A suite (``suite_master``, ``suite_native``) is a class of tests for pytest: subclass it, and give it the part under test
+as a fixture.
 """
