@@ -352,8 +352,11 @@ class MasterSuite:
 
     def test_metrics_are_taken(self, scene: Scene) -> None:
         """Of every kind, also of a node that is not known."""
-        values: tuple[CounterDelta | GaugeValue | HistogramDelta, ...]
-        values = (CounterDelta(2.0), GaugeValue(-1.5), HistogramDelta((0.1, 1.0), (1, 2), 3, 4.5))
-        samples = [MetricSample(f"m{number}", value, "help", (("k", "v"),)) for number, value in enumerate(values)]
+        labels = (("k", "v"),)
+        samples = [
+            MetricSample("m1", CounterDelta(2.0), "help", labels),
+            MetricSample("m2", GaugeValue(-1.5), labels=labels),
+            MetricSample("m3", HistogramDelta((0.1, 1.0), (1, 2), 3, 4.5)),
+        ]
         scene.transport.report_metrics(scene.register("n"), samples, T)
         scene.transport.report_metrics(scene.name("ghost"), samples, T)
