@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,6 @@ TokenFileOption = Annotated[
     Path | None,
     typer.Option("--token-file", metavar="PATH", envvar="UMBP_MASTER_TOKEN_FILE", help="File with the master's token."),
 ]
-TokenOption = Annotated[str, typer.Option("--token", envvar="UMBP_MASTER_TOKEN", hidden=True)]
 CaOption = Annotated[
     Path | None,
     typer.Option("--tls-ca", metavar="PATH", envvar="UMBP_MASTER_TLS_CA", help="Use TLS, and trust this CA (PEM)."),
@@ -54,7 +54,6 @@ HashArguments = Annotated[
 def nodes(
     master: MasterOption = DEFAULT_MASTER,
     token_file: TokenFileOption = None,
-    token: TokenOption = "",
     tls_ca: CaOption = None,
     tls_cert: CertOption = None,
     tls_key: KeyOption = None,
@@ -64,7 +63,7 @@ def nodes(
     """Show the nodes that a master knows: whether they live, how full they are, and what they hold."""
     from umbp_connectors import cli_views as views
 
-    with _connected(master, token, token_file, (tls_ca, tls_cert, tls_key), timeout) as transport:
+    with _connected(master, token_file, (tls_ca, tls_cert, tls_key), timeout) as transport:
         infos = _native(transport, "list nodes").list_nodes(timeout)
     if as_json:
         _print_json([views.node_values(info) for info in infos])
@@ -83,7 +82,6 @@ def match(
     ] = "",
     master: MasterOption = DEFAULT_MASTER,
     token_file: TokenFileOption = None,
-    token: TokenOption = "",
     tls_ca: CaOption = None,
     tls_cert: CertOption = None,
     tls_key: KeyOption = None,
@@ -92,7 +90,7 @@ def match(
 ) -> None:
     """Ask which nodes hold which of some hashes, on which tiers."""
     keys = _hashes(hashes)
-    with _connected(master, token, token_file, (tls_ca, tls_cert, tls_key), timeout) as transport:
+    with _connected(master, token_file, (tls_ca, tls_cert, tls_key), timeout) as transport:
         if explain:
             values, shown = _explained(transport, explain, keys, timeout)
         elif prefix:
@@ -109,7 +107,6 @@ def hits(
     hashes: HashArguments,
     master: MasterOption = DEFAULT_MASTER,
     token_file: TokenFileOption = None,
-    token: TokenOption = "",
     tls_ca: CaOption = None,
     tls_cert: CertOption = None,
     tls_key: KeyOption = None,
@@ -120,7 +117,7 @@ def hits(
     from umbp_connectors import cli_views as views
 
     keys = _hashes(hashes)
-    with _connected(master, token, token_file, (tls_ca, tls_cert, tls_key), timeout) as transport:
+    with _connected(master, token_file, (tls_ca, tls_cert, tls_key), timeout) as transport:
         counts = transport.hit_counts(keys, timeout)
     if as_json:
         _print_json([{"hash": views.text_of(key), "hits": number} for key, number in counts])
@@ -135,7 +132,6 @@ def top(
     looks: Annotated[int, typer.Option("--looks", metavar="N", min=0, help="End after so many; 0: never.")] = 0,
     master: MasterOption = DEFAULT_MASTER,
     token_file: TokenFileOption = None,
-    token: TokenOption = "",
     tls_ca: CaOption = None,
     tls_cert: CertOption = None,
     tls_key: KeyOption = None,
@@ -146,7 +142,7 @@ def top(
 
     A master that goes away is waited for.
     """
-    with _connected(master, token, token_file, (tls_ca, tls_cert, tls_key), timeout) as transport:
+    with _connected(master, token_file, (tls_ca, tls_cert, tls_key), timeout) as transport:
         client = _native(transport, "list nodes")
         look = _Look(lambda: client.list_nodes(timeout))
         rounds = iter(int, 1) if looks == 0 else iter(range(looks))
@@ -214,18 +210,19 @@ class _Look:
 @contextmanager
 def _connected(
     text: str,
-    token: str,
     token_file: Path | None,
     tls_files: tuple[Path | None, Path | None, Path | None],
     timeout: float,
 ) -> Iterator[MasterTransport]:
-    """A connection to the first of the addresses in ``text`` that answers.  Raises a ``UmbpError``."""
+    """A connection to the first of the addresses in ``text`` that answers.  Raises a ``UmbpError``.
+
+    Without a file the token comes from the environment; other users would see an argument.
+    """
     from umbp_connectors.client.addresses import parse_addresses
     from umbp_connectors.client.dial import ClientTls, Dialer
     from umbp_connectors.master.security import read_token
 
-    if token_file is not None:
-        token = read_token(token_file).decode()
+    token = os.environ.get("UMBP_MASTER_TOKEN", "") if token_file is None else read_token(token_file).decode()
     tls = ClientTls(*tls_files) if any(tls_files) else None
     dialer = Dialer(token, tls, role="cli")
     failures = []

@@ -6,13 +6,12 @@ process: every scrape has a registry of its own.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from umbp_connectors.master import metrics_families as families
 from umbp_connectors.master.metrics_families import Family, Histogram
-from umbp_connectors.master.metrics_nodes import ReportedFamily, ReportedMetrics
+from umbp_connectors.master.metrics_nodes import ReportedMetrics, ReportedSnapshot
 from umbp_core.master.model import NodeInfo, NodeStatus
 from umbp_core.master.samples import MetricSample
 from umbp_core.tiers import Tier
@@ -46,10 +45,12 @@ class Snapshot:
     """Everything at one moment; may be read by any thread."""
 
     nodes: Sequence[NodeInfo]
-    counters: Mapping[str, Mapping[Labels, float]]
-    """By the name of the family."""
+    counters: Sequence[tuple[str, Mapping[tuple[str, Labels], float]]]
+    """By node; each series has the name of its family and its other labels."""
+    totals: Mapping[str, Mapping[Labels, float]]
+    """Counters without a node, by the name of the family."""
     calls: Mapping[Labels, Histogram]
-    reported: Sequence[ReportedFamily]
+    reported: ReportedSnapshot
     store: StoreStats | None
 
 
@@ -134,18 +135,15 @@ class MasterMetrics:
 
     def snapshot(self, nodes: Sequence[NodeInfo], store: StoreStats | None) -> Snapshot:
         """A copy of everything; ``nodes`` are those that the master knows now."""
-        counters: dict[str, dict[Labels, float]] = defaultdict(dict)
-        for node, series in self._nodes.items():
-            for (name, labels), value in series.items():
-                key = (node, *labels)
-                counters[name][key] = value
-        counters[families.MATCHES.name][()] = self._matches
-        counters[families.MATCH_QUERIED.name][()] = self._queried
-        counters[families.MATCH_MATCHED.name][()] = self._matched
-        for reason, count in self._reported.rejected.items():
-            counters[families.REJECTED_SAMPLES.name][(reason,)] = count
+        counters = [(node, dict(series)) for node, series in self._nodes.items()]
+        totals = {
+            families.MATCHES.name: {(): float(self._matches)},
+            families.MATCH_QUERIED.name: {(): float(self._queried)},
+            families.MATCH_MATCHED.name: {(): float(self._matched)},
+            families.REJECTED_SAMPLES.name: {(why,): float(n) for why, n in self._reported.rejected.items()},
+        }
         calls = {key: histogram.copy() for key, histogram in self._calls.items()}
-        return Snapshot(nodes, counters, calls, self._reported.families(), store)
+        return Snapshot(nodes, counters, totals, calls, self._reported.snapshot(), store)
 
     def _series_of(self, node: str) -> dict[tuple[str, Labels], float]:
         series = self._nodes.get(node)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from umbp_connectors.master.metrics_families import FAMILIES, PREFIX, Kind
 from umbp_core.master.samples import CounterDelta, GaugeValue, HistogramDelta, MetricSample
@@ -29,21 +30,18 @@ MAX_TEXT = 256
 Labels = tuple[tuple[str, str], ...]
 
 
-@dataclass(slots=True)
-class Buckets:
+class Buckets(NamedTuple):
     """The sum of histogram deltas that have the same bounds."""
 
     bounds: tuple[float, ...]
-    cumulative: list[int]
+    cumulative: tuple[int, ...]
     observed: int
     total: float
 
-    def copy(self) -> Buckets:
-        """The same, that others may read while this goes on."""
-        return Buckets(self.bounds, list(self.cumulative), self.observed, self.total)
-
 
 Value = float | Buckets
+Series = dict[tuple[str, Labels], Value]
+"""Name and labels of each series of a node to its value, which never changes: a copy of the dictionary is enough."""
 
 
 @dataclass(slots=True)
@@ -55,9 +53,8 @@ class _Name:
     series: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class ReportedFamily:
-    """One metric of nodes with its series: labels, ``node`` among them, to value."""
+class ReportedFamily(NamedTuple):
+    """One metric of nodes with its series: labels, ``node`` among them, and value."""
 
     name: str
     kind: Kind
@@ -65,16 +62,31 @@ class ReportedFamily:
     series: list[tuple[Labels, Value]]
 
 
+class ReportedSnapshot(NamedTuple):
+    """The samples of all nodes at one moment.  Any thread."""
+
+    nodes: list[tuple[str, Series]]
+    kinds: dict[str, tuple[Kind, str]]
+
+    def families(self) -> list[ReportedFamily]:
+        """The same by name."""
+        families = {name: ReportedFamily(name, *kind, []) for name, kind in sorted(self.kinds.items())}
+        for node, series in self.nodes:
+            for (name, labels), value in series.items():
+                families[name].series.append(((("node", node), *labels), value))
+        return list(families.values())
+
+
 class ReportedMetrics:
     """The samples of all nodes: counters and histograms are summed, of a gauge the last value counts.
 
-    One thread at a time, but for what :meth:`families` returned.
+    One thread at a time.
     """
 
     def __init__(self, max_series: int = MAX_SERIES, max_series_per_node: int = MAX_SERIES_PER_NODE) -> None:
         self._max_series = max_series
         self._max_series_per_node = max_series_per_node
-        self._nodes: dict[str, dict[tuple[str, Labels], Value]] = {}
+        self._nodes: dict[str, Series] = {}
         self._names: dict[str, _Name] = {}
         self._exposed: dict[str, str] = {}
         self._series = 0
@@ -86,7 +98,10 @@ class ReportedMetrics:
     def add(self, node: str, tags: Iterable[str], samples: Sequence[MetricSample]) -> None:
         """Take over ``samples`` of ``node``, whose ``tags`` of the form ``name=value`` become labels."""
         common = tag_labels(tags)
-        for sample in samples:
+        looked_at = samples[: self._max_series_per_node]
+        if len(looked_at) < len(samples):
+            self.rejected["bound"] += len(samples) - len(looked_at)
+        for sample in looked_at:
             reason = self._add(node, common, sample)
             if reason:
                 self.rejected[reason] += 1
@@ -103,16 +118,10 @@ class ReportedMetrics:
                 for exposed in _exposed(name, known.kind):
                     del self._exposed[exposed]
 
-    def families(self) -> list[ReportedFamily]:
-        """A copy of everything, by name, for a thread that renders it."""
-        families = {
-            name: ReportedFamily(name, known.kind, known.help, []) for name, known in sorted(self._names.items())
-        }
-        for node, series in self._nodes.items():
-            for (name, labels), value in series.items():
-                copy = value.copy() if isinstance(value, Buckets) else value
-                families[name].series.append(((("node", node), *labels), copy))
-        return list(families.values())
+    def snapshot(self) -> ReportedSnapshot:
+        """A copy of everything."""
+        nodes = [(node, dict(series)) for node, series in self._nodes.items()]
+        return ReportedSnapshot(nodes, {name: (known.kind, known.help) for name, known in self._names.items()})
 
     def _add(self, node: str, common: Labels, sample: MetricSample) -> str:
         """Take over one sample; returns why not, or nothing."""
@@ -200,13 +209,11 @@ def _combined(before: Value | None, value: CounterDelta | GaugeValue | Histogram
     if isinstance(value, CounterDelta):
         return value.delta if before is None or isinstance(before, Buckets) else before + value.delta
     if not isinstance(before, Buckets):
-        return Buckets(value.bounds, list(value.cumulative), value.observed, value.total)
+        return Buckets(*value)
     if before.bounds != value.bounds:
         return None
-    before.cumulative = [a + b for a, b in zip(before.cumulative, value.cumulative, strict=True)]
-    before.observed += value.observed
-    before.total += value.total
-    return before
+    cumulative = tuple(a + b for a, b in zip(before.cumulative, value.cumulative, strict=True))
+    return Buckets(before.bounds, cumulative, before.observed + value.observed, before.total + value.total)
 
 
 def _exposed(name: str, kind: Kind) -> tuple[str, ...]:

@@ -41,14 +41,18 @@ class _Frozen(Collector):
         yield from _own(snapshot)
         yield from _nodes(snapshot.nodes)
         yield from _store(snapshot)
-        yield from map(_reported, snapshot.reported)
+        yield from map(_reported, snapshot.reported.families())
 
 
 def _own(snapshot: Snapshot) -> Iterator[Metric]:
+    counters: dict[str, dict[Labels, float]] = defaultdict(dict, {k: dict(v) for k, v in snapshot.totals.items()})
+    for node, series in snapshot.counters:
+        for (name, labels), value in series.items():
+            key = (node, *labels)
+            counters[name][key] = value
     for family in families.FAMILIES:
-        series = snapshot.counters.get(family.name)
-        if series:
-            yield _plain(family, series)
+        if counters.get(family.name):
+            yield _plain(family, counters[family.name])
     yield _histograms(families.CALLS, snapshot.calls)
     yield _plain(families.INFO, {(__version__,): 1})
 

@@ -240,21 +240,23 @@ def test_what_cannot_be_served_is_refused_and_counted(reason: str, sample: Metri
     assert found[at("client_count")] == 0
 
 
-def test_series_are_bounded_per_node_and_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_series_are_bounded_per_node_and_in_all() -> None:
     reported = metrics_nodes.ReportedMetrics(max_series=15, max_series_per_node=10)
     samples = [MetricSample("x_total", CounterDelta(1), labels=(("i", str(i)),)) for i in range(12)]
     reported.add("n1", (), samples)
     reported.add("n2", (), samples)
     assert reported.rejected == {"bound": 2 + 7}
-    assert len(reported.families()[0].series) == 15
+    assert len(reported.snapshot().families()[0].series) == 15
     reported.forget("n1")
     reported.add("n3", (), samples)
-    assert len(reported.families()[0].series) == 15
+    assert len(reported.snapshot().families()[0].series) == 15
     for name in ("n2", "n3"):
         reported.forget(name)
-    assert reported.families() == []
+    assert reported.snapshot().families() == []
     reported.add("n4", (), [MetricSample("x_total_", GaugeValue(1)), MetricSample("x_total", GaugeValue(1))])
-    assert [family.kind for family in reported.families()] == ["gauge", "gauge"], "a name is free when its series are"
+    assert [family.kind for family in reported.snapshot().families()] == ["gauge", "gauge"], (
+        "a name is free when its series are"
+    )
 
 
 @given(st.text(max_size=40), st.text(max_size=40))
@@ -269,6 +271,24 @@ def test_any_text_survives_as_a_label(node_id: str, value: str) -> None:
         assert {"node": node_id, "v": value} in found
     else:
         assert found
+
+
+def test_a_snapshot_does_not_change_any_more() -> None:
+    metrics = MasterMetrics()
+    samples = [MetricSample("h", HistogramDelta((1.0,), (1,), 1, 1.0)), MetricSample("x_total", CounterDelta(1))]
+
+    def count() -> None:
+        metrics.metrics_reported("n1", (), samples)
+        metrics.call_finished("grpc", "Heartbeat", "OK", 0.1)
+        metrics.reported("n1", 1, 1, True)
+        metrics.matched(1, 1)
+
+    count()
+    snapshot = metrics.snapshot((), None)
+    before = [line for line in render(snapshot).splitlines() if line.startswith(b"mori_umbp_")]
+    count()
+    metrics.node_gone("n1")
+    assert [line for line in render(snapshot).splitlines() if line.startswith(b"mori_umbp_")] == before
 
 
 def test_store_and_redis() -> None:
