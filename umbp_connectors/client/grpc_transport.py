@@ -11,7 +11,7 @@ from typing import Any
 from umbp_connectors.wire_grpc import channel as wire
 from umbp_connectors.wire_grpc import convert, grpc
 from umbp_connectors.wire_grpc import messages as pb
-from umbp_connectors.wire_grpc.codec import MAX_MESSAGE, parse, require_utf8
+from umbp_connectors.wire_grpc.codec import MAX_MESSAGE, parse, read_matches, require_utf8
 from umbp_connectors.wire_grpc.messages import Message, MessageClass
 from umbp_core.errors import InvalidRequest, MasterUnavailable, ProtocolError
 from umbp_core.master.model import (
@@ -57,9 +57,11 @@ class GrpcTransport:
         call.
         """
         transport = cls(address, token=token, credentials=credentials)
+        ready = grpc.channel_ready_future(transport._channel)
         try:
-            grpc.channel_ready_future(transport._channel).result(timeout)
+            ready.result(timeout)
         except grpc.FutureTimeoutError:
+            ready.cancel()
             transport.close()
             raise MasterUnavailable(
                 f"no gRPC connection to the master at {address} within {timeout:g} s; is it running, and is TLS on at "
@@ -148,14 +150,7 @@ class GrpcTransport:
         """See ``MasterTransport``."""
         require_keys(hashes)
         fields = {"hashes": hashes, "count_as_hit": count_as_hit}
-        answer = self._call("MatchExternalKv", timeout, pb.MatchExternalKvRequest, **fields)
-        reply = parse(pb.MatchExternalKvResponse, answer)
-        return [
-            ExternalMatch(
-                match.node_id, match.peer_address, {part.tier: list(part.hashes) for part in match.hashes_by_tier}
-            )
-            for match in reply.matches
-        ]
+        return read_matches(self._call("MatchExternalKv", timeout, pb.MatchExternalKvRequest, **fields))
 
     def hit_counts(self, hashes: Sequence[bytes], timeout: float) -> list[tuple[bytes, int]]:
         """See ``MasterTransport``."""

@@ -7,13 +7,15 @@ piece, with other work in between.  Pure functions; no I/O.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
-from umbp_connectors.wire_grpc.messages import Message, MessageClass, TierHashes
+from umbp_connectors.wire_grpc.messages import MatchExternalKvResponse, Message, MessageClass, TierHashes
 from umbp_core.errors import InvalidRequest, ProtocolError
+from umbp_core.master.model import ExternalMatch
 
 MAX_MESSAGE = 64 << 20
 """Bytes of a message, both ways, as UMBP's master and client have it."""
@@ -21,6 +23,9 @@ LENGTH_DELIMITED = 2
 _VARINT, _FIXED64, _GROUP, _END_GROUP, _FIXED32 = 0, 1, 3, 4, 5
 _MAX_VARINT = 10
 _MAX_DEPTH = 100
+_TIER_TAG = b"\x08"
+_KNOWN_BUCKETS = 8
+"""Different buckets of one match that are remembered while it is read."""
 
 
 class MessageTooLarge(InvalidRequest):
@@ -144,6 +149,32 @@ class MatchWriter:
     def finish(self) -> bytes:
         """The message."""
         return b"".join(self._parts)
+
+
+def read_matches(data: bytes) -> list[ExternalMatch]:
+    """A ``MatchExternalKvResponse``; what several nodes or tiers hold alike is read once.  Raises ``ProtocolError``."""
+    known: deque[tuple[bytes, list[bytes]]] = deque(maxlen=_KNOWN_BUCKETS)
+    matches = []
+    for match in parse(MatchExternalKvResponse, data).matches:
+        tiers = dict(_read_bucket(bucket, known) for bucket in match.hashes_by_tier)
+        matches.append(ExternalMatch(match.node_id, match.peer_address, tiers))
+    return matches
+
+
+def _read_bucket(data: bytes, known: deque[tuple[bytes, list[bytes]]]) -> tuple[int, list[bytes]]:
+    """Tier and hashes of a ``TierHashes``; a tier that does not stand first, as writers put it, is found too."""
+    end = _varint(data, 1)[1] if data.startswith(_TIER_TAG) else 0
+    tier: int = parse(TierHashes, data[:end]).tier
+    rest = data[end:]
+    for same, hashes in known:
+        if same == rest:
+            return tier, hashes.copy()
+    bucket = parse(TierHashes, rest)
+    hashes = list(bucket.hashes)
+    if bucket.tier:
+        return bucket.tier, hashes
+    known.append((rest, hashes))
+    return tier, hashes
 
 
 def encode_hashes(hashes: Sequence[bytes]) -> bytes:

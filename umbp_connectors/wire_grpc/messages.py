@@ -21,8 +21,9 @@ MessageClass: TypeAlias = Any
 PACKAGE = "umbp"
 MASTER_SERVICE = "umbp.UMBPMaster"
 PEER_SERVICE = "umbp.UMBPPeer"
-BYTE_FIELDS = frozenset({"hash", "hashes", "key", "keys"})
-"""Fields that are strings in the ``.proto`` and bytes in the classes of this module."""
+BYTE_FIELDS = frozenset({"hash", "hashes", "key", "keys", "hashes_by_tier"})
+"""Fields that are bytes in the classes of this module: hashes, keys, and the buckets of a match, whose messages
+(``TierHashes``) are read one by one, because many of them are the same."""
 
 
 def files() -> list[Any]:
@@ -51,6 +52,7 @@ def _with_bytes(descriptors: list[Any]) -> list[Any]:
             for field in message.field:
                 if field.name in BYTE_FIELDS:
                     field.type = field.TYPE_BYTES
+                    field.ClearField("type_name")
     return descriptors
 
 

@@ -15,7 +15,7 @@ from umbp_connectors.wire_grpc import messages as pb
 from umbp_core.errors import InvalidRequest, ProtocolError
 from umbp_core.index_match import NodeMatch
 from umbp_core.journal import Bundle, Delta
-from umbp_core.master.model import Heartbeat, Registration, TierCapacity
+from umbp_core.master.model import ExternalMatch, Heartbeat, Registration, TierCapacity
 from umbp_core.master.samples import CounterDelta, GaugeValue, HistogramDelta, MetricSample
 
 T = TypeVar("T")
@@ -62,6 +62,33 @@ def test_matches_are_written_as_protobuf_writes_them(found: list[tuple[str, str,
         ]
     )
     assert data == expected.SerializeToString()
+    assert codec.read_matches(data) == [ExternalMatch(node, address, held) for node, address, held in found]
+
+
+@given(st.lists(st.tuples(tiers, hash_lists, st.booleans()), max_size=12), st.sampled_from([b"", b"\x1a\x01x"]))
+def test_buckets_are_read_alike_however_they_were_written(
+    buckets: list[tuple[int, list[bytes], bool]], unknown: bytes
+) -> None:
+    """Tier first or last, with fields that nobody knows; the same hashes again and again."""
+    node = b""
+    for tier, hashes, tier_first in [*buckets, *buckets]:
+        parts = [
+            pb.TierHashes(tier=tier).SerializeToString(),
+            pb.TierHashes(hashes=hashes).SerializeToString() + unknown,
+        ]
+        bucket = b"".join(parts if tier_first else reversed(parts))
+        node += b"\x1a" + codec.encode_varint(len(bucket)) + bucket
+    (found,) = codec.read_matches(b"\x0a" + codec.encode_varint(len(node)) + node)
+    assert found.tiers == {tier: hashes for tier, hashes, _ in buckets}
+    lists = list(found.tiers.values())
+    assert len({id(hashes) for hashes in lists}) == len(lists), "each belongs to the caller alone"
+
+
+@pytest.mark.parametrize("bucket", [b"\x08", b"\x08\xff", b"\x12\x05ab", b"\x08\x01\x12\x09x"])
+def test_buckets_that_are_none_are_protocol_errors(bucket: bytes) -> None:
+    node = b"\x1a" + codec.encode_varint(len(bucket)) + bucket
+    with pytest.raises(ProtocolError):
+        codec.read_matches(b"\x0a" + codec.encode_varint(len(node)) + node)
 
 
 def test_lists_that_are_shared_are_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,8 +103,8 @@ def test_lists_that_are_shared_are_written_once(monkeypatch: pytest.MonkeyPatch)
     matches = [NodeMatch("n1", {1: shared, 2: own}), NodeMatch("n2", {1: shared, 2: shared})]
     data, _ = run(grpc_raw.write_matches(matches, lambda _: ""))
     assert written == [shared, own]
-    answer = pb.MatchExternalKvResponse.FromString(data)
-    assert [[list(part.hashes) for part in match.hashes_by_tier] for match in answer.matches] == [
+    answer = message("MatchExternalKvResponse").FromString(data)
+    assert [[[h.encode() for h in part.hashes] for part in match.hashes_by_tier] for match in answer.matches] == [
         [shared, own],
         [shared, shared],
     ]
@@ -87,8 +114,8 @@ def test_a_large_answer_lets_others_in() -> None:
     hashes = [b"%d" % number for number in range(5 * grpc_raw.SLICE)]
     data, breaths = run(grpc_raw.write_matches([NodeMatch("n", {1: hashes})], lambda _: ""))
     assert breaths >= 5
-    (match,) = pb.MatchExternalKvResponse.FromString(data).matches
-    assert list(match.hashes_by_tier[0].hashes) == hashes
+    (match,) = codec.read_matches(data)
+    assert match.tiers == {1: hashes}
 
 
 # --- Pieces.
