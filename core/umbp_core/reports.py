@@ -22,6 +22,9 @@ from umbp_core.errors import StateError
 from umbp_core.index_gate import Action, ActionKind, Batch
 from umbp_core.journal import Answer, Numbering
 
+_PIECE = 1 << 14
+"""Hashes that are noted at one go: other threads get their turn between two pieces."""
+
 
 class _Words:
     """What was not told yet of one tier: whether it was cleared, and then words on hashes, oldest first."""
@@ -194,7 +197,8 @@ class ReportJournal:
         words = self._words.get(tier)
         if words is None:
             words = self._words[tier] = _Words()
-        words.say(hashes, held)
+        for start in range(0, len(hashes), _PIECE):
+            words.say(hashes[start : start + _PIECE], held)
         if len(self) > self._max_hashes:
             self.request_full_sync()
 

@@ -22,8 +22,9 @@ class Barrier:
     abandoned: bool = False
 
 
-class _Call(NamedTuple):
-    weight: int
+class Call(NamedTuple):
+    """``call(*args)`` is to be made."""
+
     call: Callable[..., None]
     args: tuple[Any, ...]
 
@@ -32,17 +33,19 @@ class _Call(NamedTuple):
 class Taken:
     """Calls to make, in order; then, if there is one, a barrier to reach before more is taken."""
 
-    calls: list[_Call]
+    calls: list[Call]
     barrier: Barrier | None
     overflowed: bool
-    """Something was dropped before the first of ``calls``."""
+    """Something that was put before ``calls`` is missing."""
 
 
 class Intake:
     """A queue of calls, which the one thread that takes them makes; ``max_weight`` bounds what they carry in total.
 
-    When the bound is passed everything in it is dropped, barriers excepted, and the taker is told so.  ``wait`` returns
-    ``flush_interval`` seconds after the first call was put, or when as much as ``flush_weight`` waits.
+    When the bound is passed, everything up to the next take is dropped, barriers excepted, and the taker is told so.
+    ``wait`` returns ``flush_interval`` seconds after the first call was put, or when as much as ``flush_weight`` waits.
+
+    All that happens under the lock takes constant time: who says something never waits for who takes it.
     """
 
     def __init__(self, clock: Clock, max_weight: int, flush_weight: int, flush_interval: float) -> None:
@@ -51,8 +54,10 @@ class Intake:
         self._flush_weight = flush_weight
         self._flush_interval = flush_interval
         self._changed = threading.Condition()
-        self._entries: deque[_Call | Barrier] = deque()
+        self._calls: list[Call] = []
+        self._sealed: deque[tuple[list[Call], int, Barrier]] = deque()
         self._weight = 0
+        self._sealed_weight = 0
         self._first_at: float | None = None
         self._held = False
         self._overflowed = False
@@ -61,28 +66,31 @@ class Intake:
     @property
     def weight(self) -> int:
         """What waits."""
-        return self._weight
+        return self._weight + self._sealed_weight
 
     def put(self, weight: int, call: Callable[..., None], *args: Any) -> None:
         """``call(*args)`` is to be made, and carries ``weight``.  Any thread; never blocks."""
         with self._changed:
-            self._weight += weight
-            if self._weight > self._max_weight:
-                self._entries = deque(entry for entry in self._entries if isinstance(entry, Barrier))
-                self._weight = 0
+            if self._overflowed:
+                return
+            before = self._weight
+            if before + self._sealed_weight + weight > self._max_weight:
                 self._overflowed = True
             else:
-                self._entries.append(_Call(weight, call, args))
+                self._weight += weight
+                self._calls.append(Call(call, args))
             if self._first_at is None:
                 self._first_at = self._clock()
                 self._changed.notify()
-            elif self._weight >= self._flush_weight > self._weight - weight:
+            elif self._weight >= self._flush_weight > before:
                 self._changed.notify()
 
     def put_barrier(self, barrier: Barrier) -> None:
         """``barrier`` is reached after all that was put before.  Any thread."""
         with self._changed:
-            self._entries.append(barrier)
+            self._sealed.append((self._calls, self._weight, barrier))
+            self._sealed_weight += self._weight
+            self._calls, self._weight = [], 0
             self._kick()
 
     def kick(self) -> None:
@@ -95,21 +103,29 @@ class Intake:
 
         After a barrier, what waits ends no wait before the next take.
         """
-        calls: list[_Call] = []
-        barrier = None
         with self._changed:
-            while self._entries:
-                entry = self._entries.popleft()
-                if isinstance(entry, Barrier):
-                    barrier = entry
-                    break
-                calls.append(entry)
-                self._weight -= entry.weight
-            if not self._entries:
-                self._first_at = None
-            self._held = barrier is not None
             overflowed, self._overflowed = self._overflowed, False
-        return Taken(calls, barrier, overflowed)
+            dropped = self._drop() if overflowed else []
+            if self._sealed:
+                calls, weight, barrier = self._sealed.popleft()
+                self._sealed_weight -= weight
+                taken = Taken(calls, barrier, overflowed)
+            else:
+                taken = Taken(self._calls, None, overflowed)
+                self._calls, self._weight = [], 0
+            self._held = taken.barrier is not None
+            if not (self._calls or self._sealed):
+                self._first_at = None
+        dropped.clear()  # here, where nobody waits for it
+        return taken
+
+    def _drop(self) -> list[list[Call]]:
+        """Keep nothing but the barriers; returns what is dropped."""
+        dropped = [self._calls, *(calls for calls, _, _ in self._sealed)]
+        self._sealed = deque(([], 0, barrier) for _, _, barrier in self._sealed)
+        self._calls = []
+        self._weight = self._sealed_weight = 0
+        return dropped
 
     def wait(self, until: float) -> None:
         """Wait until there is something to do, or ``until``.  The taker's thread."""

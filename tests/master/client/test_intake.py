@@ -43,11 +43,13 @@ def test_more_than_the_bound_is_dropped_and_told_but_barriers_stay() -> None:
     intake.put(9, print, "a")
     intake.put_barrier(barrier)
     intake.put(2, print, "b")
-    intake.put(3, print, "c")
+    intake.put(1, print, "c")
+    assert intake.weight == 9
     taken = intake.take()
-    assert (said(taken), taken.barrier, taken.overflowed) == ([], barrier, True)
+    assert (said(taken), taken.barrier, taken.overflowed, intake.weight) == ([], barrier, True, 0)
+    intake.put(10, print, "d")
     taken = intake.take()
-    assert (said(taken), taken.overflowed, intake.weight) == (["c"], False, 0)
+    assert (said(taken), taken.overflowed, intake.weight) == (["d"], False, 0)
 
 
 def test_a_single_call_that_is_more_than_the_bound_is_dropped_too() -> None:
