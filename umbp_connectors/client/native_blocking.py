@@ -219,24 +219,26 @@ class NativeBlockingClient:
             self._waiting -= 1
 
     def _connect(self, deadline: float) -> NativeLink:
+        """A new connection; the caller has counted it already."""
         link = None
         try:
             link = connect(self.address, self._identity, deadline, self._tls)
-            link.greet(deadline)
-        except BaseException:
-            if link is not None:
-                link.close()
+        finally:
             with self._lock:
                 self._connecting -= 1
-                self._change.notify()
+                closed = self._closed
+                if link is not None:
+                    self._busy.add(link)
+                elif self._waiting:
+                    self._change.notify()
+        try:
+            if closed:
+                raise self._is_closed()
+            link.greet(deadline)
+        except BaseException:
+            self._discard(link)
             raise
-        with self._lock:
-            self._connecting -= 1
-            self._busy.add(link)
-            if not self._closed:
-                return link
-        self._discard(link)
-        raise self._is_closed()
+        return link
 
     def _give_back(self, link: NativeLink) -> None:
         with self._lock:
