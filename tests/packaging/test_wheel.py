@@ -40,9 +40,10 @@ def test_every_package_is_typed_and_has_an_init(wheel: zipfile.ZipFile, package:
     assert {f"{package}/py.typed", f"{package}/__init__.py"} <= set(wheel.namelist())
 
 
-def test_nothing_but_code_is_shipped(wheel: zipfile.ZipFile) -> None:
+def test_nothing_but_code_and_the_old_wire_is_shipped(wheel: zipfile.ZipFile) -> None:
     shipped = [name for name in wheel.namelist() if ".dist-info/" not in name]
-    assert [name for name in shipped if not name.endswith((".py", "py.typed"))] == []
+    others = {name for name in shipped if not name.endswith((".py", "py.typed"))}
+    assert others == {f"umbp_connectors/master/proto/{name}.proto" for name in ("umbp", "umbp_peer")}
 
 
 def test_licence_is_shipped(wheel: zipfile.ZipFile, metadata: Message) -> None:
@@ -54,13 +55,15 @@ def test_licence_is_shipped(wheel: zipfile.ZipFile, metadata: Message) -> None:
 def test_entry_points(entry_points: configparser.ConfigParser) -> None:
     found = {group: dict(entry_points[group]) for group in entry_points.sections()}
     expected = {group: {"umbp": value} for group, value in ENTRY_POINTS.items()}
-    assert found == expected | {"console_scripts": {"umbp": "umbp_connectors.cli:main"}}
+    scripts = {"umbp": "umbp_connectors.cli:main", "umbp-master": "umbp_connectors.cli_master:main"}
+    assert found == expected | {"console_scripts": scripts}
 
 
 def test_entry_points_without_an_engine_lead_to_functions(entry_points: configparser.ConfigParser) -> None:
     for group in entry_points.sections():
-        module, _, name = entry_points[group]["umbp"].partition(":")
-        assert callable(vars(importlib.import_module(module))[name])
+        for target in entry_points[group].values():
+            module, _, name = target.partition(":")
+            assert callable(vars(importlib.import_module(module))[name])
 
 
 def test_base_install_pulls_neither_an_engine_nor_torch(metadata: Message) -> None:
@@ -71,6 +74,7 @@ def test_base_install_pulls_neither_an_engine_nor_torch(metadata: Message) -> No
         "msgspec",
         "numpy",
         "pluggy",
+        "prometheus-client",
         "pydantic",
         "rich",
         "tomli",

@@ -136,11 +136,11 @@ class MasterMetrics:
     def snapshot(self, nodes: Sequence[NodeInfo], store: StoreStats | None) -> Snapshot:
         """A copy of everything; ``nodes`` are those that the master knows now."""
         counters = [(node, dict(series)) for node, series in self._nodes.items()]
-        totals = {
-            families.MATCHES.name: {(): float(self._matches)},
-            families.MATCH_QUERIED.name: {(): float(self._queried)},
-            families.MATCH_MATCHED.name: {(): float(self._matched)},
-            families.REJECTED_SAMPLES.name: {(why,): float(n) for why, n in self._reported.rejected.items()},
+        totals: dict[str, dict[Labels, float]] = {
+            families.MATCHES.name: {(): self._matches},
+            families.MATCH_QUERIED.name: {(): self._queried},
+            families.MATCH_MATCHED.name: {(): self._matched},
+            families.REJECTED_SAMPLES.name: {(why,): n for why, n in self._reported.rejected.items()},
         }
         calls = {key: histogram.copy() for key, histogram in self._calls.items()}
         return Snapshot(nodes, counters, totals, calls, self._reported.snapshot(), store)
