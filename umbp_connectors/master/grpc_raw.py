@@ -26,8 +26,8 @@ from umbp_core.index_match import NodeMatch
 from umbp_core.journal import Bundle, Delta
 from umbp_core.master.model import Heartbeat
 
-WHOLE = 256 << 10
-"""Bytes of a message that is parsed at one go: a millisecond or two at most."""
+WHOLE = 1 << 20
+"""Bytes of a message that is parsed at one go: half a millisecond, or 8 when somebody fills it with empty strings."""
 SLICE = 8192
 """Hashes, events or fields that are looked at before the loop may do something else: a millisecond or two."""
 _BUNDLES = 2

@@ -60,32 +60,47 @@ def parse_more(message: Message, data: bytes) -> None:
 
 def fields(data: bytes) -> Iterator[Field]:
     """The fields of a message, whatever they mean.  Raises ``ProtocolError`` where it cannot be one."""
-    position, size = 0, len(data)
-    while position < size:
-        start = position
-        tag, position = _varint(data, position)
-        number, wire_type = tag >> 3, tag & 7
-        payload = position
-        if wire_type == LENGTH_DELIMITED:
-            length, payload = _varint(data, position)
-            position = payload + length
-        else:
-            position = _skip(data, position, number, wire_type)
-        if position > size:
-            raise ProtocolError("a message ends in the middle of a field; it was cut on its way")
-        yield Field(number, wire_type, start, payload, position)
+    position = 0
+    while position < len(data):
+        field = _field(data, position)
+        position = field.end
+        yield field
 
 
 def cut(data: bytes, piece_fields: int) -> Iterator[bytes]:
     """The message in pieces of ``piece_fields`` fields at most.  Raises ``ProtocolError`` where it cannot be one."""
-    begin = end = 0
-    for count, field in enumerate(fields(data), start=1):
-        end = field.end
-        if count % piece_fields == 0:
-            yield data[begin:end]
-            begin = end
-    if begin < end:
-        yield data[begin:end]
+    position, size = 0, len(data)
+    while position < size:
+        begin = position
+        for _ in range(piece_fields):
+            # Short strings, of which messages that are worth cutting consist: one byte of tag, one of length.
+            if position + 1 < size and data[position] & 0x87 == LENGTH_DELIMITED and data[position + 1] < 0x80:
+                position += 2 + data[position + 1]
+            elif position < size:
+                position = _field(data, position).end
+            else:
+                break
+        if position > size:
+            raise _ended()
+        yield data[begin:position]
+
+
+def _field(data: bytes, start: int) -> Field:
+    tag, position = _varint(data, start)
+    number, wire_type = tag >> 3, tag & 7
+    payload = position
+    if wire_type == LENGTH_DELIMITED:
+        length, payload = _varint(data, position)
+        position = payload + length
+    else:
+        position = _skip(data, position, number, wire_type)
+    if position > len(data):
+        raise _ended()
+    return Field(number, wire_type, start, payload, position)
+
+
+def _ended() -> ProtocolError:
+    return ProtocolError("a message ends in the middle of a field; it was cut on its way")
 
 
 def require_utf8(items: Sequence[bytes], data: bytes = b"\xff") -> None:

@@ -199,7 +199,7 @@ def test_large_requests_are_read_in_pieces(size: int) -> None:
 
 
 def test_what_is_wrong_at_the_end_of_a_large_request_is_seen() -> None:
-    data = pb.ReportExternalKvBlocksRequest(hashes=[b"h%d" % number for number in range(100_000)]).SerializeToString()
+    data = pb.ReportExternalKvBlocksRequest(hashes=[b"h%d" % number for number in range(200_000)]).SerializeToString()
     with pytest.raises(ProtocolError, match="middle"):
         run(grpc_raw.read(pb.ReportExternalKvBlocksRequest, data[:-1]))
     spoilt = data[:-1] + b"\xff"
@@ -264,11 +264,11 @@ def test_heartbeats_come_back_whole_or_in_pieces(heartbeat: Heartbeat) -> None:
 
 
 def test_a_large_full_sync_lets_others_in() -> None:
-    bundle = Bundle(1, tuple(Delta(b"key %d" % number, 2, number) for number in range(50_000)))
+    bundle = Bundle(1, tuple(Delta(b"key %d" % number, 2, number) for number in range(100_000)))
     heartbeat = Heartbeat("n", [bundle], True, 7)
     found, breaths = run(grpc_raw.read_heartbeat(convert.heartbeat_message(heartbeat).SerializeToString()))
     assert found == heartbeat
-    assert breaths >= 2 * (50_000 // grpc_raw.SLICE)
+    assert breaths >= 2 * (100_000 // grpc_raw.SLICE)
 
 
 @given(st.lists(samples, max_size=3))
