@@ -207,10 +207,12 @@ def _record_of(registration: Registration, known: Client | None) -> ClientRecord
     """Who registers; what is not told is as it was known, unless the node is at another address now."""
     node_address, peer_address = registration.node_address, registration.peer_address
     engine_desc = registration.engine_desc
-    if known is not None and node_address in ("", known.node_address) and not peer_address:
-        node_address = known.node_address
-        peer_address = known.peer_address
-        engine_desc = engine_desc or known.engine_desc
+    if known is not None:
+        moved = bool(node_address and known.node_address) and node_address != known.node_address
+        node_address = node_address or known.node_address
+        if not peer_address and not moved:
+            peer_address = known.peer_address
+            engine_desc = engine_desc or known.engine_desc
     return ClientRecord(
         registration.node_id,
         node_address,

@@ -330,10 +330,7 @@ class MasterState:
         self._clients.forgive(seconds)
 
     def _begin_life(self, client: Client, now: float) -> None:
-        if client.incarnation:
-            self._external.register(client.node_id, client.incarnation, now)
-        else:
-            self._external.forget(client.node_id, now, "registered anew")
+        self._external.register(client.node_id, client.incarnation, now)
         self.blocks.register(client.node_id)
 
     def _expire(self, client: Client, now: float) -> None:

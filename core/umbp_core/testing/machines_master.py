@@ -213,7 +213,7 @@ class MasterMachine(RuleBasedStateMachine):
             return
         row = self.model.rows.get(node)
         own = 0 if row is None else row.incarnation
-        incarnation = data.draw(st.sampled_from((own, own, own - 1, own + 1))) or 9
+        incarnation = data.draw(st.sampled_from((own, own, own - 1, own + 1)))
         sent = Batch(incarnation, ahead + (0 if row is None else row.acked), told, full)
         answer = self.model.judge(node, sent, self.now)
         running = self.state.apply_batch_steps(node, sent, self.now)

@@ -76,16 +76,18 @@ class MasterModel:
             if told.incarnation == 0 or told.incarnation < row.incarnation:
                 return None
             new_life = told.incarnation > row.incarnation
-        address = told.peer_address
-        if not address and row is not None and told.node_address in ("", row.node_address):
-            address = row.peer_address
+        address, host = told.peer_address, told.node_address
+        if row is not None:
+            if not address and (not host or not row.node_address or host == row.node_address):
+                address = row.peer_address
+            host = host or row.node_address
         if new_life or row is None:
             self.drop(told.node_id)
             self.rows.pop(told.node_id, None)
-            row = self.rows[told.node_id] = Row(told.incarnation, told.node_address, address, now)
+            row = self.rows[told.node_id] = Row(told.incarnation, host, address, now)
             self.blocks.acked[told.node_id] = 0
             self.blocks.lost.discard(told.node_id)
-        row.peer_address, row.node_address = address, told.node_address or row.node_address
+        row.peer_address, row.node_address = address, host
         row.capacities = told.capacities
         row.seen, row.status, row.heard = now, NodeStatus.ALIVE, True
         return new_life

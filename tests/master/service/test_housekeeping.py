@@ -1,0 +1,203 @@
+"""What the service does between calls."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+from tests.master.service.kit import (
+    DRAM,
+    HBM,
+    QUICK,
+    A,
+    B,
+    Master,
+    MemoryStore,
+    Peers,
+    add,
+    beat,
+    master,
+    run,
+    turns,
+)
+from umbp_core.master.model import ClientRecord, NodeStatus, TierCapacity
+
+
+@asynccontextmanager
+async def kept(made: Master) -> AsyncIterator[asyncio.Task[None]]:
+    task = asyncio.ensure_future(made.service.run_housekeeping())
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def test_silent_nodes_expire() -> None:
+    async def scenario() -> None:
+        made = master(QUICK)
+        made.register("n1")
+        await made.service.report("n1", [A], HBM)
+        async with kept(made):
+            change = asyncio.ensure_future(made.service.changed())
+            await turns(1)
+            made.clock.now += 0.4
+            await made.notes.wait("gone", "n1")
+            await change
+        info = made.service.node("n1")
+        assert info is not None
+        assert info.status is NodeStatus.EXPIRED
+        assert made.held() == 0
+        assert "n1" in made.store.records
+
+    run(scenario())
+
+
+def test_nodes_that_are_forgotten_are_not_kept() -> None:
+    class Deletions(MemoryStore):
+        def delete(self, node_id: str) -> None:
+            super().delete(node_id)
+            deleted.set()
+
+    deleted = asyncio.Event()
+
+    async def scenario() -> None:
+        made = master(replace(QUICK, expired_retention=0.5), store=Deletions())
+        made.register("n1")
+        async with kept(made):
+            made.clock.now += 0.4
+            await made.notes.wait("gone", "n1")
+            made.clock.now += 0.4
+            await deleted.wait()
+        assert made.store.records == {}
+        assert made.service.node("n1") is None
+
+    run(scenario())
+
+
+def test_nobody_expires_because_the_master_stood_still() -> None:
+    async def scenario() -> None:
+        made = master(QUICK, evictions=(peers := Peers()))
+        made.register("n1", "n2", room=0)
+        await made.service.heartbeat(beat("n2", add(A)))
+        async with kept(made):
+            await peers.asked.wait()
+            peers.asked.clear()
+            peers.answer.set()
+            await turns(10)
+            made.clock.now += 100
+            await peers.asked.wait()  # the next round: the jump was seen
+            assert made.service.state.is_alive("n1")
+            made.clock.now += 0.4
+            await made.notes.wait("gone", "n1")
+
+    run(scenario())
+
+
+def test_what_was_cleared_is_freed_at_once() -> None:
+    async def scenario() -> None:
+        made = master()
+        made.register("n1")
+        keys = [b"%d" % number for number in range(10_000)]
+        await made.service.report("n1", keys, HBM)
+        await made.service.heartbeat(beat("n1", *map(add, keys)))
+        async with kept(made):
+            await turns(5)
+            made.service.clear_node("n1")
+            await made.service.heartbeat(beat("n1", add(A), seq=2, full_sync=True))
+            await turns(1)
+            assert made.service.state.index.stats().keys > 0
+            while made.service.state.index.stats().keys or made.service.state.blocks.stats().keys > 1:
+                await turns(1)
+
+    run(scenario())
+
+
+def test_old_hit_counters_are_forgotten() -> None:
+    async def scenario() -> None:
+        made = master(replace(QUICK, heartbeat_ttl=1000.0, hit_ttl=0.5, hit_gc_interval=0.6))
+        made.register("n1")
+        keys = [b"%d" % number for number in range(20_000)]
+        await made.service.report("n1", keys, HBM)
+        await made.service.match(keys, True)
+        async with kept(made):
+            await turns(3)
+            made.clock.now += 0.55
+            await asyncio.sleep(0.01)
+            assert len(made.service.state.index.hits) == 20_000
+            made.clock.now += 0.55
+            while len(made.service.state.index.hits):
+                await turns(1)
+
+    run(scenario())
+
+
+def test_peers_are_asked_to_evict_one_order_at_a_time() -> None:
+    async def scenario() -> None:
+        peers = Peers()
+        made = master(replace(QUICK, heartbeat_ttl=1000.0, eviction_interval=0.01), evictions=peers)
+        made.register("n1", "n2")
+        for node in ("n1", "n2"):
+            await made.service.heartbeat(beat(node, *(add(b"%d" % number) for number in range(10))))
+        async with kept(made):
+            while len(peers.orders) < 2:
+                await peers.asked.wait()
+                peers.asked.clear()
+            for _ in range(5):
+                made.clock.now += 0.5
+                await asyncio.sleep(0.005)
+            assert [(order.node_id, len(order.keys), order.nbytes) for order in peers.orders] == [
+                ("n1", 3, 30),
+                ("n2", 3, 30),
+            ]
+            peers.answer.set()
+            while peers.answered < 4:
+                made.clock.now += 0.5
+                await asyncio.sleep(0.001)
+        assert made.service.lookup([b"0"]) == [True]
+
+    run(scenario())
+
+
+def test_without_a_sender_nobody_is_asked() -> None:
+    async def scenario() -> None:
+        made = master(replace(QUICK, eviction_interval=0.01))
+        made.register("n1")
+        await made.service.heartbeat(beat("n1", add(A)))
+        async with kept(made):
+            made.clock.now += 0.4
+            await made.notes.wait("gone", "n1")
+
+    run(scenario())
+
+
+def test_the_end_ends_what_is_under_way() -> None:
+    async def scenario() -> None:
+        peers = Peers()
+        made = master(QUICK, evictions=peers)
+        made.register("n1")
+        await made.service.heartbeat(beat("n1", add(A), add(B)))
+        before = asyncio.all_tasks()
+        async with kept(made) as task:
+            await peers.asked.wait()
+        assert task.cancelled()
+        assert peers.answered == 0
+        assert asyncio.all_tasks() == before
+
+    run(scenario())
+
+
+def test_a_master_that_begins_again_lets_go_of_nodes_that_are_gone() -> None:
+    async def scenario() -> None:
+        record = ClientRecord("n1", "host", "host:1", b"", (), 0, (TierCapacity(DRAM, 1, 1),))
+        made = master(QUICK, store=MemoryStore({"n1": record}))
+        made.service.restore()
+        async with kept(made):
+            assert made.service.peer_address("n1") == "host:1"
+            made.clock.now += 0.4
+            await made.notes.wait("gone", "n1")
+        assert made.service.peer_address("n1") == ""
+
+    run(scenario())

@@ -1,0 +1,449 @@
+"""The service: what it answers, tells and keeps; large requests beside small ones."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+
+import pytest
+
+from tests.master.service.kit import DRAM, HBM, QUICK, A, B, C, Master, add, beat, master, run, turns
+from umbp_core.errors import InvalidRequest
+from umbp_core.index_gate import Action, ActionKind, Batch, Verdict
+from umbp_core.master.changes import Slices
+from umbp_core.master.model import GetRoute, NodeStatus, PositionMatch, PutOutcome, Registration
+from umbp_core.master.samples import MetricSample
+
+SMALL = Slices(hashes=8, deltas=8, query=8)
+"""Requests of more than eight are large."""
+KEYS = [b"%03d" % number for number in range(100)]
+
+
+def small() -> Master:
+    made = master(slices=SMALL)
+    made.register("n1", "n2", incarnation=5)
+    made.notes.take()
+    return made
+
+
+async def ended(tasks: list[asyncio.Task[object]]) -> list[object]:
+    return list(await asyncio.gather(*tasks))
+
+
+# Answers, and what observers are told.
+
+
+def test_external_blocks() -> None:
+    async def scenario() -> None:
+        made = small()
+        service = made.service
+        assert await service.report("n1", [A, B], HBM)
+        assert not await service.report("ghost", [A], HBM)
+        await service.report("n1", [A], DRAM)
+        (match,) = await service.match([A, B, C], True)
+        assert (match.node, match.tiers) == ("n1", {HBM: [A, B], DRAM: [A]})
+        bitmaps = PositionMatch("n1", {HBM: b"\3", DRAM: b"\1"})
+        assert await service.match_positions([A, B, C], False) == [bitmaps]
+        (prefix,) = await service.match_prefix([A, B, C], None)
+        assert (prefix.node, prefix.length) == ("n1", 2)
+        assert service.hit_counts([A, C]) == [(A, 1)]
+        assert service.list_blocks("n1", DRAM, 0, 10).hashes == [A]
+        assert service.explain("n1", C).tiers == ()
+        await service.revoke("n1", [B], HBM)
+        service.clear_tier("n1", DRAM)
+        service.clear_node("n1")
+        assert await service.match([A, B], False) == []
+        assert made.notes.take() == [
+            ("reported", "n1", HBM, 2, True),
+            ("reported", "ghost", HBM, 1, False),
+            ("reported", "n1", DRAM, 1, True),
+            ("matched", 3, 2),
+            ("matched", 3, 2),
+            ("revoked", "n1", HBM, 1),
+            ("revoked", "n1", DRAM, None),
+            ("revoked", "n1", None, None),
+            ("matched", 2, 0),
+        ]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("count", [8, 100])
+def test_matched_hashes_are_counted_per_node(count: int) -> None:
+    async def scenario() -> None:
+        made = small()
+        keys = KEYS[:count]
+        await made.service.report("n1", keys, HBM)
+        await made.service.report("n1", keys[::2], DRAM)
+        await made.service.report("n2", keys, HBM)
+        await made.service.report("n2", keys, DRAM)
+        made.notes.take()
+        await made.service.match(keys, False)
+        await made.service.match_positions(keys, False)
+        assert made.notes.take() == [("matched", count, 2 * count)] * 2
+        (prefix, _) = await made.service.match_prefix(keys, None)
+        assert prefix.length == count
+
+    run(scenario())
+
+
+def test_blocks_that_nodes_own() -> None:
+    async def scenario() -> None:
+        made = small()
+        service = made.service
+        made.register("n3", room=50)
+        assert (await service.heartbeat(beat("n1", add(A)))).acked_seq == 1
+        assert (await service.heartbeat(beat("ghost", add(A)))).status is NodeStatus.UNKNOWN
+        assert (await service.heartbeat(beat("n1", add(B), seq=7))).request_full_sync
+        made.notes.take()
+        assert service.route_get("n2", [A, B], ()) == [GetRoute("n1", DRAM, 10, "n1.host:1"), None]
+        assert service.route_get("n2", [B], (), batch=False) == [None]
+        routes = service.route_put("n2", [A, B, C], [10, 10, 90], ())
+        assert [(route.outcome, route.node_id) for route in routes] == [
+            (PutOutcome.ALREADY_EXISTS, ""),
+            (PutOutcome.ROUTED, "n3"),
+            (PutOutcome.UNAVAILABLE, ""),
+        ]
+        service.route_put("n2", [B], [10], (), batch=False)
+        service.route_get("n2", [A], (), batch=False)
+        assert service.lookup([A, B], "n2") == [True, False]
+        assert service.lookup([A]) == [True]
+        assert made.notes.take() == [
+            ("routed", "batch_route_get", "n2", 1),
+            ("routed", "batch_route_put", "n2", 1),
+            ("routed", "route_put", "n2", 1),
+            ("routed", "route_get", "n2", 1),
+            ("routed", "lookup", "n2", 2),
+        ]
+
+    run(scenario())
+
+
+def test_heartbeats_and_metrics_are_told() -> None:
+    async def scenario() -> None:
+        made = small()
+        await made.service.heartbeat(beat("n1", add(A), add(B)))
+        await made.service.heartbeat(beat("n1", add(A), seq=9))
+        await made.service.heartbeat(beat("ghost"))
+        sample = MetricSample("name", "help", (), 1.0)
+        made.service.report_metrics("n1", [sample])
+        made.service.report_metrics("ghost", [sample, sample])
+        assert made.notes.take() == [
+            ("heartbeat", "n1", 2, False),
+            ("heartbeat", "n1", 1, True),
+            ("metrics", "n1", ("rack=3",), 1),
+            ("metrics", "ghost", (), 2),
+        ]
+
+    run(scenario())
+
+
+def test_nodes_come_and_go() -> None:
+    async def scenario() -> None:
+        made = master()
+        made.register("n1")
+        assert made.service.peer_address("n1") == "n1.host:1"
+        assert [info.node_id for info in made.service.list_nodes()] == ["n1"]
+        info = made.service.node("n1")
+        assert info is not None
+        assert info.status is NodeStatus.ALIVE
+        made.service.unregister("n1")
+        made.service.unregister("n1")
+        assert made.service.node("n1") is None
+        assert made.notes.take() == [("changed", "n1"), ("gone", "n1")]
+
+    run(scenario())
+
+
+def test_a_node_that_comes_back_is_told_of() -> None:
+    async def scenario() -> None:
+        made = master(QUICK)
+        made.register("n1", "n2", "n3", incarnation=5)
+        made.clock.now += 1
+        made.service.state.tick(made.clock.now)
+        made.notes.take()
+        await made.service.heartbeat(beat("n1"))
+        made.service.probe("n2", 5, 0)
+        await made.service.apply_batch("n3", Batch(5, 1, []))
+        for node in ("n1", "n2", "n3"):
+            assert made.notes.notes.count(("changed", node)) == 1
+        made.notes.take()
+        await made.service.heartbeat(beat("n1"))
+        made.service.probe("n2", 5, 0)
+        assert made.notes.take() == [("heartbeat", "n1", 0, True)]
+
+    run(scenario())
+
+
+# What is kept.
+
+
+def test_nodes_are_kept_for_the_next_master() -> None:
+    async def scenario() -> None:
+        first = master()
+        first.register("n1", "n2")
+        first.service.unregister("n2")
+        second = master(store=first.store)
+        assert second.service.restore() == 1
+        assert second.notes.take() == [("changed", "n1")]
+        assert second.service.peer_address("n1") == "n1.host:1"
+        second.service.register(Registration("n1", "n1.host"))
+        assert second.store.records["n1"].peer_address == "n1.host:1"
+
+    run(scenario())
+
+
+# Order.
+
+
+def test_changes_of_a_node_keep_their_order() -> None:
+    async def scenario() -> None:
+        made = small()
+        service = made.service
+        calls = [
+            service.report("n1", KEYS, HBM),
+            service.revoke("n1", KEYS[:50], HBM),
+            service.report("n1", KEYS[:1], HBM),
+            service.report("n2", KEYS[:1], HBM),
+        ]
+        tasks: list[asyncio.Task[object]] = [asyncio.ensure_future(call) for call in calls]
+        await turns(1)
+        assert (made.held("n1"), made.held("n2")) == (0, 1)
+        await ended(tasks)
+        assert made.held("n1") == 51
+        await service.revoke("n1", KEYS, HBM)
+        assert made.held("n1") == 0
+
+    run(scenario())
+
+
+def test_a_small_change_is_made_at_once() -> None:
+    async def scenario() -> None:
+        made = small()
+        call = made.service.report("n1", KEYS[:8], HBM)
+        with pytest.raises(StopIteration):
+            call.send(None)
+        assert made.held() == 8
+
+    run(scenario())
+
+
+def test_others_are_served_between_the_steps_of_a_large_change() -> None:
+    async def scenario() -> None:
+        made = small()
+        task = asyncio.ensure_future(made.service.report("n1", KEYS, HBM))
+        seen = set()
+        while not task.done():
+            seen.add(len(made.service.match_now(KEYS[:8] + KEYS[-8:], False)))
+            seen.add(made.held())
+            await turns(1)
+        assert {8, 16, 80} <= seen
+        assert made.held() == 100
+
+    run(scenario())
+
+
+def test_a_change_whose_caller_is_gone_is_made_to_its_end() -> None:
+    async def scenario() -> None:
+        made = small()
+        first = asyncio.ensure_future(made.service.report("n1", KEYS, HBM))
+        second = asyncio.ensure_future(made.service.revoke("n1", KEYS[:10], HBM))
+        await turns(3)
+        assert 0 < made.held() < 100
+        first.cancel()
+        second.cancel()
+        await made.service.report("n1", [A], HBM)
+        assert made.held() == 91
+        assert first.cancelled()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("clear", ["tier", "node", "unregister"])
+def test_a_clear_comes_after_what_was_called_for_before_it(clear: str) -> None:
+    async def scenario() -> None:
+        made = small()
+        tasks: list[asyncio.Task[object]] = [
+            asyncio.ensure_future(made.service.report("n1", KEYS, HBM)),
+            asyncio.ensure_future(made.service.report("n1", [A], HBM)),
+        ]
+        await turns(3)
+        assert made.held() > 0
+        calls = {
+            "tier": lambda: made.service.clear_tier("n1", HBM),
+            "node": lambda: made.service.clear_node("n1"),
+            "unregister": lambda: made.service.unregister("n1"),
+        }
+        calls[clear]()
+        assert made.held() == 0
+        assert await ended(tasks) == [True, True]
+        assert made.held() == 0
+        if clear != "unregister":
+            await made.service.report("n1", [B], HBM)
+            assert made.held() == 1
+
+    run(scenario())
+
+
+def test_a_change_that_is_refused_holds_nobody_up() -> None:
+    async def scenario() -> None:
+        made = small()
+        many = [add(b"%d" % tier, tier) for tier in range(40)]
+        task = asyncio.ensure_future(made.service.heartbeat(beat("n1", *many)))
+        await turns(1)
+        after = asyncio.ensure_future(made.service.report("n1", [A], HBM))
+        with pytest.raises(InvalidRequest, match="more than 32 tiers"):
+            await task
+        assert await after
+        with pytest.raises(InvalidRequest, match="hashes must not be empty"):
+            await made.service.report("n1", [], HBM)
+
+    run(scenario())
+
+
+def test_a_large_batch() -> None:
+    async def scenario() -> None:
+        made = small()
+        batch = Batch(5, 1, [Action(ActionKind.REPORT, HBM, KEYS), Action(ActionKind.CLEAR, DRAM)])
+        task = asyncio.ensure_future(made.service.apply_batch("n1", batch))
+        await turns(3)
+        assert 0 < made.held() < 100
+        assert made.service.probe("n1", 5, 0).acked == 0
+        assert (await task).verdict is Verdict.APPLY
+        assert made.held() == 100
+        assert (await made.service.apply_batch("n1", batch)).verdict is Verdict.REPLAY
+
+    run(scenario())
+
+
+# Nobody sees half of anything.
+
+
+def test_readers_see_a_full_sync_as_a_whole() -> None:
+    async def scenario() -> None:
+        made = small()
+        service = made.service
+        old, new = KEYS[:50], KEYS[50:]
+        await service.heartbeat(beat("n1", *map(add, old), full_sync=True))
+        seen = set()
+        for seq, keys in enumerate((new, old, new, old), start=2):
+            task = asyncio.ensure_future(service.heartbeat(beat("n1", *map(add, keys), seq=seq, full_sync=True)))
+            while not task.done():
+                found = service.lookup(KEYS)
+                seen.add((all(found[:50]), any(found[:50]), all(found[50:]), any(found[50:])))
+                routes = service.route_get("n2", KEYS, ())
+                assert sum(route is not None for route in routes) == 50
+                await turns(1)
+        assert seen == {(True, True, False, False), (False, False, True, True)}
+
+    run(scenario())
+
+
+def test_long_questions_see_a_cleared_node_wholly_or_not_at_all() -> None:
+    async def scenario() -> None:
+        made = small()
+        service = made.service
+        answers = set()
+        for wait in range(20):
+            await service.report("n1", KEYS, HBM)
+            await service.report("n2", KEYS, HBM)
+            match = asyncio.ensure_future(service.match(KEYS, False))
+            positions = asyncio.ensure_future(service.match_positions(KEYS, False))
+            prefix = asyncio.ensure_future(service.match_prefix(KEYS, None))
+            await turns(wait)
+            service.clear_node("n1")
+            by_hash = {found.node: len(found.tiers[HBM]) for found in await match}
+            by_position = {found.node: found.matched() for found in await positions}
+            lengths = {found.node: found.length for found in await prefix}
+            for answer in (by_hash, by_position, lengths):
+                assert answer in ({"n2": 100}, {"n1": 100, "n2": 100})
+                answers.add(len(answer))
+        assert answers == {1, 2}
+
+    run(scenario())
+
+
+def test_writers_and_readers_side_by_side() -> None:
+    async def scenario() -> None:
+        made = small()
+        service = made.service
+        stop = False
+
+        async def read() -> None:
+            while not stop:
+                for match in await service.match(KEYS, True):
+                    assert match.tiers[HBM] == sorted(match.tiers[HBM])
+                    assert set(match.tiers[HBM]) <= set(KEYS)
+                await turns(1)
+
+        async def write(node: str) -> None:
+            for _ in range(20):
+                await service.report(node, KEYS, HBM)
+                await service.revoke(node, KEYS[::2], HBM)
+                assert made.held(node) == 50
+                service.clear_node(node)
+                assert made.held(node) == 0
+
+        readers = [asyncio.ensure_future(read()) for _ in range(3)]
+        await asyncio.gather(write("n1"), write("n2"))
+        stop = True
+        await asyncio.gather(*readers)
+        service.state.sweep(10**6)
+        assert service.state.index.stats().keys == 0
+
+    run(scenario())
+
+
+# Following.
+
+
+def test_changes_are_told_as_they_come() -> None:
+    async def scenario() -> None:
+        made = small()
+        service = made.service
+        snapshot = service.snapshot()
+        followed = []
+
+        async def follow() -> None:
+            async with aclosing(service.subscribe(snapshot.incarnation, snapshot.cursor, 1)) as pages:
+                async for page in pages:
+                    followed.extend((change.kind.name, change.node, change.hashes) for change in page.changes)
+                    if len(followed) == 5:
+                        return
+
+        task = asyncio.ensure_future(follow())
+        await turns(2)
+        await service.report("n1", [A, B], HBM)
+        await turns(3)
+        assert followed == [("REPORTED", "n1", (A, B))]
+        await service.revoke("n1", [A], HBM)
+        await service.apply_batch("n2", Batch(5, 1, [Action(ActionKind.REPORT, HBM, [C])]))
+        service.clear_tier("n1", HBM)
+        service.unregister("n2")
+        await task
+        assert [kind for kind, _, _ in followed] == ["REPORTED", "REVOKED", "REPORTED", "CLEARED", "CLEARED"]
+
+    run(scenario())
+
+
+def test_who_missed_changes_is_told_once() -> None:
+    async def scenario() -> None:
+        made = small()
+        pages = [page async for page in made.service.subscribe(99, 0)]
+        assert [(page.lost, page.changes) for page in pages] == [(True, [])]
+
+    run(scenario())
+
+
+def test_who_stops_waiting_is_forgotten() -> None:
+    async def scenario() -> None:
+        made = small()
+        waiting = asyncio.ensure_future(made.service.changed())
+        going = asyncio.ensure_future(made.service.changed())
+        await turns(1)
+        going.cancel()
+        await made.service.report("n1", [A], HBM)
+        await waiting
+        assert going.cancelled() or await asyncio.gather(going, return_exceptions=True)
+
+    run(scenario())
