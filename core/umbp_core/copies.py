@@ -6,9 +6,11 @@ Bookkeeping for :mod:`umbp_core.directory`, which is the door to use.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import msgspec
 
 from umbp_core.errors import CapacityError
 from umbp_core.eviction import EvictionPolicy
@@ -16,7 +18,7 @@ from umbp_core.pages import PageAllocator
 from umbp_core.tiers import Tier
 
 
-class Copy(NamedTuple):
+class Copy(msgspec.Struct, frozen=True, gc=False):
     """One published object in one tier.  ``checksum`` is whatever ``commit`` was given."""
 
     tier: Tier
@@ -75,7 +77,7 @@ class TierStats:
     reserved: int
 
 
-class Reservation(NamedTuple):
+class Reservation(msgspec.Struct, frozen=True, gc=False):
     """A copy that ``owner`` is writing."""
 
     owner: str
@@ -107,6 +109,11 @@ class TierCopies:
         """Whether ``key`` is published or being written."""
         return key in self.published or key in self.pending
 
+    def lacking(self, keys: Iterable[bytes]) -> dict[bytes, None]:
+        """Those of ``keys`` that are neither published nor being written, each once."""
+        published, pending = self.published, self.pending
+        return {key: None for key in keys if key not in published and key not in pending}
+
     def reserve(self, key: bytes, reservation: Reservation) -> None:
         """Note that the pages of ``reservation`` are being written."""
         self.pending[key] = reservation
@@ -122,6 +129,19 @@ class TierCopies:
         """Make ``copy`` readable."""
         self.published[key] = copy
         self.policy.added(key, copy.depth)
+
+    def publish_reserved(self, written: Mapping[bytes, bytes]) -> list[Copy]:
+        """Publish the reservation of each key of ``written`` with its checksum."""
+        pending, published, added = self.pending, self.published, self.policy.added
+        copies: list[Copy] = []
+        for key, checksum in written.items():
+            reserved = pending.pop(key)
+            self.held_pages -= len(reserved.pages)
+            copy = Copy(self.tier, reserved.pages, reserved.nbytes, checksum, reserved.depth)
+            published[key] = copy
+            added(key, copy.depth)
+            copies.append(copy)
+        return copies
 
     def unpublish(self, key: bytes) -> Copy:
         """Make the copy of ``key`` unreadable; its pages are freed now, or at its last unpin."""

@@ -188,27 +188,30 @@ class Directory:
         """
         state = self._state(tier)
         page_bytes = state.allocator.page_bytes
-        unfit = [nbytes for _, nbytes, _ in wanted if not 0 < nbytes <= page_bytes]
-        if unfit:
-            raise StateError(f"an object of {unfit[0]} bytes does not take one page of {page_bytes}; reserve it alone")
-        new = {key: (nbytes, depth) for key, nbytes, depth in reversed(wanted) if not state.has(key)}
-        found = self._pages_for_each(state, len(new))
-        if found is None:
-            return [self.reserve(owner, key, tier, *new[key]) if key in new else None for key, _, _ in wanted]
+        for _, nbytes, _ in wanted:
+            if not 0 < nbytes <= page_bytes:
+                raise StateError(
+                    f"an object of {nbytes} bytes does not take one page of {page_bytes}; reserve it alone"
+                )
+        new = state.lacking([key for key, _, _ in wanted])
+        free = self._pages_for_each(state, len(new))
+        if free is None:
+            return [self.reserve(owner, key, tier, *sized) if key in new else None for key, *sized in wanted]
         if not new:
             return [None] * len(wanted)
+        state.held_pages += len(free)
+        free.reverse()
         mine = self._reservations.setdefault(owner, {})
-        free = iter(found)
         places: list[tuple[int, ...] | None] = []
-        for key, _, _ in wanted:
-            sized = new.pop(key, None)
-            if sized is None:
+        for key, nbytes, depth in wanted:
+            if key not in new:
                 places.append(None)
                 continue
-            pages = (next(free),)
+            del new[key]
+            pages = (free.pop(),)
             places.append(pages)
-            state.reserve(key, Reservation(owner, pages, *sized))
-            mine[(tier, key)] = None
+            state.pending[key] = Reservation(owner, pages, nbytes, depth)
+            mine[tier, key] = None
         return places
 
     def commit(self, owner: str, key: bytes, tier: Tier, checksum: bytes) -> None:
@@ -228,14 +231,10 @@ class Directory:
             if (tier, key) not in mine:
                 raise self._not_reserved(owner, key, tier)
         masks, bit = self._masks, state.bit
-        copies = []
-        for key, checksum in written.items():
-            del mine[(tier, key)]
-            _, pages, nbytes, depth = state.settle(key)
-            copy = Copy(tier, pages, nbytes, checksum, depth)
-            state.publish(key, copy)
+        copies = state.publish_reserved(written)
+        for key in written:
+            del mine[tier, key]
             masks[key] = masks.get(key, 0) | bit
-            copies.append(copy)
         self._tell(EventKind.ADDED, state, written, copies)
         if not mine:
             self._reservations.pop(owner, None)
@@ -338,7 +337,10 @@ class Directory:
 
     def _tell(self, kind: EventKind, state: TierCopies, keys: Iterable[bytes], copies: Iterable[Copy]) -> None:
         if state.told:
-            self._events += [DirectoryEvent(kind, key, *copy) for key, copy in zip(keys, copies, strict=True)]
+            self._events += [
+                DirectoryEvent(kind, key, copy.tier, copy.pages, copy.nbytes, copy.checksum, copy.depth)
+                for key, copy in zip(keys, copies, strict=True)
+            ]
 
     def _evict_for(self, state: TierCopies, nbytes: int) -> tuple[int, ...] | None:
         return state.allocator.allocate(nbytes) if self._make_room(state, nbytes) else None
@@ -356,8 +358,7 @@ class Directory:
     def _pages_for_each(self, state: TierCopies, count: int) -> list[int] | None:
         """A page for each of ``count`` objects, evicting; ``None``, with nothing evicted, when that makes no room."""
         allocator = state.allocator
-        if count > allocator.free_pages and not (
-            count <= allocator.total_pages and self._make_room(state, count * allocator.page_bytes)
-        ):
-            return None
-        return allocator.allocate_each(count)
+        pages = allocator.allocate_each(count)
+        if pages is None and count <= allocator.total_pages and self._make_room(state, count * allocator.page_bytes):
+            pages = allocator.allocate_each(count)
+        return pages

@@ -7,6 +7,7 @@ dtype, layout or rank therefore never share bytes by accident (architecture §4)
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -27,7 +28,13 @@ IDENTITY_BYTES = 32
 
 def block_key(block_hash: bytes, group: int) -> BlockKey:
     """The key of a block of KV group ``group`` whose engine hash is ``block_hash``."""
-    return BlockKey(block_hash + group.to_bytes(4, "big"))
+    return BlockKey(block_hash + key_suffix(group))
+
+
+@functools.cache
+def key_suffix(group: int) -> bytes:
+    """What follows the engine's block hash in the block keys of KV group ``group``."""
+    return group.to_bytes(4, "big")
 
 
 def digest_of(description: Mapping[str, object]) -> bytes:

@@ -43,6 +43,8 @@ class OpStatus(enum.Enum):
     CANCELLED = "cancelled"
     EXPIRED = "expired"
 
+    __hash__ = object.__hash__  # as Direction's: members are keys on hot paths
+
 
 class RequirementKind(enum.IntEnum):
     """When an op may touch HBM."""

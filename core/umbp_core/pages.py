@@ -102,10 +102,15 @@ class PageAllocator:
         stack, used = self._stack, self._map
         pages: list[int] = []
         while len(pages) < count:
-            page = stack.pop() if stack else self._pop_page()
-            if not used[page]:
-                used[page] = _USED
-                pages.append(page)
+            if stack:
+                page = stack.pop()
+                if used[page]:
+                    continue
+            else:
+                page = used.find(_FREE, self._cursor)
+                self._cursor = page + 1
+            used[page] = _USED
+            pages.append(page)
         self._book(pages, -1)
         return pages
 

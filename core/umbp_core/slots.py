@@ -11,6 +11,9 @@ from umbp_core.slot_table import JOINT, LIFE, TRANSACTION, Life, LifeEvent, Tran
 
 __all__ = ["Life", "LifeEvent", "Slot", "SlotTable", "Transaction", "TransactionEvent"]
 
+_JOINED = frozenset(life for life, _ in JOINT)
+"""The lives that a joint rule can end."""
+
 
 class Slot:
     """The state of one request; made by :meth:`SlotTable.create`.
@@ -89,12 +92,18 @@ class Slot:
 
     def begin_onboard(self, op_id: str) -> None:
         """Load ``op_id`` was issued for the staged match, or is another one of the same match."""
-        self._begin(op_id, Direction.LOAD, LifeEvent.BEGIN_ONBOARD, TransactionEvent.LOAD_BEGUN)
+        if op_id in self._ops:
+            raise self._known_op(op_id)
+        self._step(LifeEvent.BEGIN_ONBOARD, TransactionEvent.LOAD_BEGUN)
+        self._ops[op_id] = Direction.LOAD
         self._loads += 1
 
     def begin_store(self, op_id: str) -> None:
         """Store ``op_id`` was issued; the last one of a request before :meth:`finish`."""
-        self._begin(op_id, Direction.STORE, LifeEvent.BEGIN_STORE, TransactionEvent.STORE_BEGUN)
+        if op_id in self._ops:
+            raise self._known_op(op_id)
+        self._step(LifeEvent.BEGIN_STORE, TransactionEvent.STORE_BEGUN)
+        self._ops[op_id] = Direction.STORE
 
     def op_ended(self, op_id: str, status: OpStatus) -> bool:
         """Op ``op_id`` ended on all ranks with ``status`` (the worst of them).
@@ -109,13 +118,15 @@ class Slot:
             self._load_ended(status)
         elif len(self._ops) == self._loads:
             self._step(None, TransactionEvent.STORES_ENDED)
-        if not self._ops:
+        if not self._ops and self._transaction is not Transaction.NONE:
             self._step(None, TransactionEvent.RELEASED)
         return True
 
     def scheduled(self, decoding: bool) -> None:
         """The engine put the request into the current step."""
-        self._step(LifeEvent.DECODE if decoding else LifeEvent.PREFILL)
+        event = LifeEvent.DECODE if decoding else LifeEvent.PREFILL
+        if LIFE[self._life].get(event) is not self._life:
+            self._step(event)
 
     def skipped(self) -> None:
         """The request is running but absent from the current step."""
@@ -134,11 +145,8 @@ class Slot:
         if not self._loads:
             self._staged_tokens = 0
 
-    def _begin(self, op_id: str, direction: Direction, event: LifeEvent, transfer: TransactionEvent) -> None:
-        if op_id in self._ops:
-            raise StateError(f"slot {self.request_id}: op {op_id} is in flight already; every op needs its own id")
-        self._step(event, transfer)
-        self._ops[op_id] = direction
+    def _known_op(self, op_id: str) -> StateError:
+        return StateError(f"slot {self.request_id}: op {op_id} is in flight already; every op needs its own id")
 
     def _load_ended(self, status: OpStatus) -> None:
         self._loads -= 1
@@ -150,20 +158,20 @@ class Slot:
 
     def _step(self, event: LifeEvent | None, transfer: TransactionEvent | None = None) -> None:
         """Advance both machines together, then apply the joint rules; all or nothing."""
-        life = self._life
+        life, transaction = self._life, self._transaction
         if event is not None:
             next_life = LIFE[life].get(event)
             if next_life is None:
                 raise IllegalTransition("life", f"request {self.request_id}", life.name, event.name)
             life = next_life
         if transfer is not None:
-            next_transaction = TRANSACTION[self._transaction].get(transfer)
+            next_transaction = TRANSACTION[transaction].get(transfer)
             if next_transaction is None:
                 raise self._illegal_transaction(transfer)
-            self._transaction = next_transaction
-        while (life, self._transaction) in JOINT:
-            life = JOINT[life, self._transaction]
-        self._life = life
+            transaction = next_transaction
+        while life in _JOINED and (life, transaction) in JOINT:
+            life = JOINT[life, transaction]
+        self._life, self._transaction = life, transaction
 
     def _illegal_transaction(self, event: TransactionEvent) -> IllegalTransition:
         return IllegalTransition("transaction", f"request {self.request_id}", self._transaction.name, event.name)

@@ -45,7 +45,7 @@ def test_the_verdict_comes_with_the_last_rank_and_joins_checksums_in_rank_order(
     assert ledger.blocks_in_flight(Direction.STORE) == 2
     verdict = only(ledger.add(0, done(op, 7)))
     assert verdict.status is OpStatus.DONE
-    assert verdict.checksums(1) == bytes([7]) * 16 + bytes([1]) * 16
+    assert verdict.checksums()[1] == bytes([7]) * 16 + bytes([1]) * 16
     assert (verdict.moved_bytes, len(ledger), ledger.blocks_in_flight(Direction.STORE)) == (16, 0, 0)
 
 
@@ -81,7 +81,7 @@ def test_replicated_ranks_take_the_writers_checksums() -> None:
     op = store("a", 1)
     ledger.open(op)
     ledger.add(1, OpResult(op.op_id, op.request_id, op.direction, OpStatus.DONE))
-    assert only(ledger.add(0, done(op, 5))).checksums(0) == bytes([5]) * 32
+    assert only(ledger.add(0, done(op, 5))).checksums()[0] == bytes([5]) * 32
 
 
 def test_unknown_ops_and_ranks_change_nothing() -> None:

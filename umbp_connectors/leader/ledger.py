@@ -36,10 +36,13 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
     quarantined: bool
     stored: tuple[bytes, ...]
 
-    def checksums(self, index: int) -> bytes:
-        """The stored checksums of block ``index`` of a store, one per rank in world-rank order."""
-        start = index * CHECKSUM_BYTES
-        return b"".join([checksums[start : start + CHECKSUM_BYTES] for checksums in self.stored])
+    def checksums(self) -> list[bytes]:
+        """The stored checksums of each block of a store, those of all ranks in world-rank order."""
+        ends = range(CHECKSUM_BYTES, CHECKSUM_BYTES * (len(self.op.blocks) + 1), CHECKSUM_BYTES)
+        if len(self.stored) == 1:
+            (stored,) = self.stored
+            return [stored[end - CHECKSUM_BYTES : end] for end in ends]
+        return [b"".join([stored[end - CHECKSUM_BYTES : end] for stored in self.stored]) for end in ends]
 
 
 @dataclass(slots=True)
@@ -110,18 +113,29 @@ class OpLedger:
         return len(self._quarantine)
 
     def _verdict(self, flight: _InFlight) -> Verdict:
-        results = flight.results
-        bad = [results[rank] for rank in range(self._ranks) if results[rank].status is not OpStatus.DONE]
+        op, results = flight.op, flight.results
+        status = OpStatus.DONE
         failed: set[int] = set()
-        for result in bad:
-            failed.update(result.failed or range(len(flight.op.blocks)))
+        reasons: dict[str, None] = {}
+        moved_bytes, seconds = 0, 0.0
+        for rank in range(self._ranks):
+            result = results[rank]
+            moved_bytes += result.moved_bytes
+            seconds = max(seconds, result.seconds)
+            if result.status is OpStatus.DONE:
+                continue
+            if status is OpStatus.DONE:
+                status = result.status
+            failed.update(result.failed or range(len(op.blocks)))
+            if result.reason:
+                reasons[result.reason] = None
         return Verdict(
-            op=flight.op,
-            status=bad[0].status if bad else OpStatus.DONE,
+            op=op,
+            status=status,
             failed=frozenset(failed),
-            reasons=tuple(dict.fromkeys(result.reason for result in bad if result.reason)),
-            moved_bytes=sum([result.moved_bytes for result in results.values()]),
-            seconds=max([result.seconds for result in results.values()]),
-            quarantined=flight.op.op_id in self._quarantine,
+            reasons=tuple(reasons),
+            moved_bytes=moved_bytes,
+            seconds=seconds,
+            quarantined=op.op_id in self._quarantine,
             stored=tuple([results[writer].checksums for writer in self._writers]),
         )

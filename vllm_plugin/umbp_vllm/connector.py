@@ -99,7 +99,7 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
 
     # ---- scheduler role ------------------------------------------------------------------------------
 
-    @property
+    @functools.cached_property
     def leader(self) -> Leader:
         """The scheduler half; only in the scheduler process."""
         if self._leader is None:
@@ -176,20 +176,13 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
         split = {CacheHitSource.HOST: tokens.get("dram", 0), CacheHitSource.DISK: tokens.get("ssd", 0)}
         return {source: count for source, count in split.items() if count}
 
-    @_guarded(lambda: ())
     def take_events(self) -> Iterable[Any]:
         """KV events of the DRAM and SSD tiers since the last call."""
-        pool = self.leader.pool
-        return pool.events.take() if pool is not None else ()
+        return self.leader.take_events()
 
-    @_guarded(lambda: None)
     def get_kv_connector_stats(self) -> UmbpStats | None:
         """Counters since the last call; only the scheduler counts, it sees every rank."""
-        if self._leader is None or self._leader.stats.is_empty():
-            return None
-        stats = UmbpStats(data=self._leader.stats.data)
-        self._leader.stats.reset()
-        return stats
+        return self._leader.stats.take() if self._leader is not None else None
 
     @_guarded(lambda: False)
     def has_pending_push_work(self) -> bool:

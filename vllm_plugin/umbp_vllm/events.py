@@ -6,7 +6,7 @@ A router that follows the engine's event stream then also learns what DRAM (medi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,14 +34,14 @@ class EventLog:
 
     def __init__(self, groups: Sequence[KvGroup], *, enabled: bool) -> None:
         self._groups = groups
-        self._enabled = enabled
+        self.enabled = enabled
         self._origins: dict[bytes, BlockOrigin] = {}
         self._tiers: dict[bytes, set[Tier]] = {}
         self._events: list[KVCacheEvent] = []
 
     def remember(self, request: Any, group: KvGroup, block: int, key: bytes) -> None:
         """Note the tokens of a block that is about to be stored for ``request``."""
-        if not self._enabled:
+        if not self.enabled:
             return
         first = block * group.block_tokens
         parent_index = block * group.hashes_per_block - 1
@@ -58,21 +58,26 @@ class EventLog:
         if key not in self._tiers:
             self._origins.pop(key, None)
 
-    def changed(self, key: bytes, tier: Tier, *, added: bool) -> None:
-        """``key`` became readable in ``tier``, or stopped being so."""
-        if not self._enabled or tier not in MEDIA:
+    def changed(self, keys: Iterable[bytes], tier: Tier, *, added: bool) -> None:
+        """``keys`` became readable in ``tier``, or stopped being so."""
+        if not self.enabled or tier not in MEDIA:
             return
-        tiers = self._tiers.setdefault(key, set())
-        if added:
-            tiers.add(tier)
-            self._events.append(self._stored(key, tier))
-            return
+        change = self._added if added else self._removed
+        for key in keys:
+            change(key, tier)
+
+    def _added(self, key: bytes, tier: Tier) -> None:
+        self._tiers.setdefault(key, set()).add(tier)
+        self._events.append(self._stored(key, tier))
+
+    def _removed(self, key: bytes, tier: Tier) -> None:
+        tiers = self._tiers.get(key, set())
         tiers.discard(tier)
         self._events.append(
             BlockRemoved(block_hashes=[_published(key)], medium=MEDIA[tier], group_idx=_group_index(key))
         )
         if not tiers:
-            del self._tiers[key]
+            self._tiers.pop(key, None)
             self._origins.pop(key, None)
 
     def _stored(self, key: bytes, tier: Tier) -> BlockStored:
@@ -90,6 +95,8 @@ class EventLog:
 
     def take(self) -> list[KVCacheEvent]:
         """The events since the last call, in order."""
+        if not self._events:
+            return []
         events, self._events = self._events, []
         return events
 

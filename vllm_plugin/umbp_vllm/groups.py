@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from umbp_core.errors import ConfigError
-from umbp_core.ids import BlockKey, block_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +37,6 @@ class KvGroup:
         if self.chunk is not None:
             return (end // self.chunk * self.chunk) // self.block_tokens
         return 0
-
-    def key(self, hashes: Sequence[bytes], block: int) -> BlockKey:
-        """The block key of the group's ``block``-th block."""
-        return block_key(bytes(hashes[(block + 1) * self.hashes_per_block - 1]), self.index)
 
 
 def _full(_spec: Any) -> tuple[int | None, int | None]:

@@ -8,7 +8,7 @@ an op reads it (law L3), whatever happens to the request.  No request is ever re
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, overload
+from typing import Any
 
 from umbp_core.errors import StateError
 
@@ -50,29 +50,6 @@ class HeldBlocks:
             self._pool.free_blocks(reversed(held))
 
 
-class _BlockIds(Sequence[int]):
-    """The ids of a list of vLLM's blocks, looked up one by one: a long list is not copied for one of them."""
-
-    __slots__ = ("_blocks",)
-
-    def __init__(self, blocks: Sequence[Any]) -> None:
-        self._blocks = blocks
-
-    def __len__(self) -> int:
-        return len(self._blocks)
-
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[int]: ...
-
-    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
-        if isinstance(index, slice):
-            return [int(block.block_id) for block in self._blocks[index]]
-        return int(self._blocks[index].block_id)
-
-
 class BlockTables:
     """A request's block list per group, always the engine's whole truth.
 
@@ -105,11 +82,13 @@ class BlockTables:
             for table, more in zip(self._tables[request_id], new, strict=True):
                 table.extend(more)
 
-    def of(self, request_id: str) -> tuple[Sequence[int], ...]:
-        """The request's block ids per group; empty when unknown."""
+    def blocks(self, request_id: str, group: int, first: int, end: int) -> list[int]:
+        """The ids of the request's blocks ``first`` (included) to ``end`` (excluded) in ``group``, those that exist."""
         if self._manager is not None:
-            return tuple([_BlockIds(blocks) for blocks in self._manager.get_blocks(request_id).blocks])
-        return self._tables.get(request_id, ())
+            blocks = self._manager.get_blocks(request_id).blocks[group]
+            return [block.block_id for block in blocks[first:end]]
+        tables = self._tables.get(request_id)
+        return tables[group][first:end] if tables else []
 
     def forget(self, request_id: str) -> None:
         """The request is gone."""

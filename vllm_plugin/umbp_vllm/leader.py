@@ -57,7 +57,7 @@ class Leader:
         if self._pool is None and not self._refused_pool and len(self._hellos) == self._setup.ranks:
             ordered = [self._hellos[rank] for rank in range(self._setup.ranks)]
             try:
-                self._pool = open_pool(self._setup, ordered, self._clock, self.held, self.stats)
+                self._pool = open_pool(self._setup, ordered, self._clock, self.held, self.tables, self.stats)
             except UmbpError as error:
                 self._refused_pool = True
                 self.degraded("pool", str(error))
@@ -150,39 +150,46 @@ class Leader:
 
     def plan_step(self, output: Any) -> None:
         """Decide the stores and demotions of this step from vLLM's scheduler output."""
-        if self._pool is not None:
-            for state in self._pool.stores.give_up_unsent():
-                self._retire(state)
+        pool = self._pool
+        if pool is not None:
+            for state in pool.stores.give_up_unsent():
+                if state.slot.is_finished:
+                    self._retire(state)
         if output.preempted_req_ids:
             self._preempted(output.preempted_req_ids)
         if self.tables.follows_outputs:
             self._follow_tables(output)
         if not self._refused_pool:
             self._look(output)
-        if self._pool is None:
+        if pool is None:
             return
-        self._pool.loads.expire(self._clock())
-        for op in (*self._pool.stores.flush(self._iteration), *self._pool.plan_demotions()):
+        pool.loads.expire(self._clock())
+        pool.stores.flush(self._iteration, self._unsent.ops)
+        for op in pool.plan_demotions():
             self._send(op)
-        self._pool.settle()
+        pool.settle()
 
     def _look(self, output: Any) -> None:
-        """Look at the requests of this step that are new in it or reached their next event."""
+        """Look at the requests of this step that are new in it or have their next event."""
         scheduled = output.num_scheduled_tokens
         joined, due, left = self._agenda.step(self._iteration, output)
         for request_id in left:
             self._skipped(request_id)
         for request_id in joined:
-            self._look_at(request_id, scheduled[request_id])
+            state = self._requests.get(request_id)
+            if state is None:
+                self.stats.add("vllm:umbp_degraded", 1, "unknown_request")
+                continue
+            self._look_at(state, state.request.num_computed_tokens + scheduled[request_id])
         for request_id in due:
             state = self._requests.get(request_id)
             if state is None or request_id not in scheduled:
                 continue
-            quiet = state.quiet_until - state.request.num_computed_tokens - scheduled[request_id]
-            if quiet < 0:
-                self._look_at(request_id, scheduled[request_id])
+            computed = state.request.num_computed_tokens + scheduled[request_id]
+            if computed > state.quiet_until:
+                self._look_at(state, computed)
             else:
-                self._agenda.meet(request_id, quiet)
+                self._agenda.meet(request_id, state.quiet_until - computed)
         self._agenda.seen()
 
     def drain(self) -> StepMetadata:
@@ -219,27 +226,22 @@ class Leader:
             if state is not None:
                 state.preempted()
 
-    def _look_at(self, request_id: str, tokens: int) -> None:
-        """A request is new in the batch or has its next event: advance its slot and store the blocks that get full."""
-        state = self._requests.get(request_id)
-        if state is None:
-            self.stats.add("vllm:umbp_degraded", 1, "unknown_request")
-            return
-        computed = state.request.num_computed_tokens + tokens
+    def _look_at(self, state: RequestState, computed: int) -> None:
+        """Advance the request's slot, store the blocks that ``computed`` tokens fill, and set its next appointment."""
+        request = state.request
         try:
-            state.slot.scheduled(decoding=computed > state.request.num_prompt_tokens)
+            state.slot.scheduled(decoding=computed > request.num_prompt_tokens)
             self._store(state, computed)
         except UmbpError as error:
             state.quiet_until = NEVER
-            self.degraded("request", f"request {request_id} is not stored any more: {error}")
+            self.degraded("request", f"request {request.request_id} is not stored any more: {error}")
             return
         state.looked_at(self._groups, computed)
-        self._agenda.meet(request_id, state.quiet_until - computed)
+        self._agenda.meet(request.request_id, state.quiet_until - computed)
 
     def _store(self, state: RequestState, computed: int) -> None:
-        if self._pool is None or not self._setup.may_store or not state.slot.may_store:
-            return
-        self._pool.stores.collect(state, computed, self.tables.of(state.request.request_id))
+        if self._pool is not None and self._setup.may_store and state.slot.may_store:
+            self._pool.stores.collect(state, computed)
 
     # ---- results -------------------------------------------------------------------------------------
 
@@ -262,15 +264,13 @@ class Leader:
         verdict = pool.ledger.add(rank, result)
         if verdict is None:
             return
-        direction = verdict.op.direction.label
-        self.stats.add("vllm:umbp_ops", 1, direction, verdict.status.value)
-        self.stats.add("vllm:umbp_bytes", verdict.moved_bytes, direction)
-        self.stats.add("vllm:umbp_op_seconds", verdict.seconds, direction)
+        self.stats.op_ended(verdict.op.direction, verdict.status, verdict.moved_bytes, verdict.seconds)
         states = pool.ended(verdict)
         if not verdict.quarantined:
             pool.release(verdict.op.op_id)
         for state in states:
-            self._retire(state)
+            if state.slot.is_finished:
+                self._retire(state)
 
     # ---- the end of a request ------------------------------------------------------------------------
 
@@ -289,14 +289,13 @@ class Leader:
             if state.loading is not None:
                 self._unsent.cancels.append(state.loading)
             self._store(state, request.num_computed_tokens)
-            for op in self._pool.stores.flush(self._iteration):
-                self._send(op)
+            self._pool.stores.flush(self._iteration, self._unsent.ops)
         state.slot.finish()
-        self._retire(state)
+        if state.slot.is_finished:
+            self._retire(state)
 
     def _retire(self, state: RequestState) -> None:
-        if not state.slot.is_finished:
-            return
+        """Forget a request that is over and whose last op has ended."""
         self._slots.remove(state.slot.request_id)
         request_id = state.request.request_id
         if self._requests.get(request_id) is state:
@@ -304,6 +303,10 @@ class Leader:
             self.tables.forget(request_id)
 
     # ---- what vLLM asks about us ---------------------------------------------------------------------
+
+    def take_events(self) -> Iterable[Any]:
+        """KV events since the last call."""
+        return self._pool.events.take() if self._pool is not None else ()
 
     @property
     def has_work(self) -> bool:

@@ -14,6 +14,7 @@ import msgspec
 
 from umbp_core.directory import Copy, Directory
 from umbp_core.errors import StateError
+from umbp_core.ids import key_suffix
 from umbp_core.ops import BlockCopy
 from umbp_core.tiers import Tier
 from umbp_vllm.groups import KvGroup
@@ -47,8 +48,11 @@ class RequestKeys:
         """The keys of all complete blocks of ``group`` whose tokens are known."""
         keys = self._keys[group.index]
         hashes = self._request.block_hashes
-        for block in range(len(keys), len(hashes) // group.hashes_per_block):
-            keys.append(group.key(hashes, block))
+        each = group.hashes_per_block
+        if len(hashes) // each > len(keys):
+            suffix = key_suffix(group.index)
+            for block_hash in hashes[(len(keys) + 1) * each - 1 :: each]:
+                keys.append(block_hash + suffix)
         return keys
 
 

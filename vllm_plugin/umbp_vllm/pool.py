@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 
 from umbp_connectors.config import UmbpConfig
 from umbp_connectors.leader.demotions import DemotionQueue
@@ -24,15 +25,19 @@ from umbp_core.ports import Clock
 from umbp_core.tiers import Tier
 from umbp_vllm.events import EventLog
 from umbp_vllm.groups import KvGroup
-from umbp_vllm.hbm import HeldBlocks
+from umbp_vllm.hbm import BlockTables, HeldBlocks
 from umbp_vllm.loads import LoadPlanner, LoadPolicy
 from umbp_vllm.matching import Matcher
 from umbp_vllm.metadata import PROTOCOL_VERSION, RankHello
 from umbp_vllm.requests import RequestState
-from umbp_vllm.stats import UmbpStats
+from umbp_vllm.stats import UmbpStats, counter
 from umbp_vllm.stores import StorePlanner, StorePolicy
 
 logger = logging.getLogger("vllm.umbp.pool")
+
+_KIND_AND_TIER = attrgetter("kind", "tier")
+_STORED_IN = {tier: counter("vllm:umbp_stored_blocks", tier.name.lower()) for tier in Tier}
+_EVICTED_FROM = {tier: counter("vllm:umbp_evicted_blocks", tier.name.lower()) for tier in Tier}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +130,12 @@ class LeaderPool:
         events = self.directory.drain_events()
         if not events:
             return
-        for event in events:
-            added = event.kind is EventKind.ADDED
-            name = "vllm:umbp_stored_blocks" if added else "vllm:umbp_evicted_blocks"
-            self.stats.add(name, 1, event.tier.name.lower())
-            self.events.changed(event.key, event.tier, added=added)
-        for (tier, added), run in groupby(events, key=lambda event: (event.tier, event.kind is EventKind.ADDED)):
+        for (kind, tier), run in groupby(events, key=_KIND_AND_TIER):
             keys = [event.key for event in run]
-            self.plugins.blocks_changed(keys if added else [], [] if added else keys, tier)
+            added = kind is EventKind.ADDED
+            self.stats.count((_STORED_IN if added else _EVICTED_FROM)[tier], len(keys))
+            self.events.changed(keys, tier, added=added)
+            self.plugins.blocks_changed(keys if added else (), () if added else keys, tier)
         if self.catalogue is not None:
             self.catalogue.follow(events)
 
@@ -161,7 +164,12 @@ _ENDED: Mapping[Direction, Callable[[LeaderPool, Verdict], Iterable[RequestState
 
 
 def open_pool(
-    setup: LeaderSetup, hellos: Sequence[RankHello], clock: Clock, held: HeldBlocks, stats: UmbpStats
+    setup: LeaderSetup,
+    hellos: Sequence[RankHello],
+    clock: Clock,
+    held: HeldBlocks,
+    tables: BlockTables,
+    stats: UmbpStats,
 ) -> LeaderPool:
     """Build the pool from what the workers said, in world-rank order.
 
@@ -191,6 +199,7 @@ def open_pool(
         object_bytes,
         _store_policy(setup.config),
         held,
+        tables,
         ledger,
         demotions,
         events,

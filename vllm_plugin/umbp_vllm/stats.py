@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from umbp_core.ops import Direction
+from umbp_core.ops import Direction, OpStatus
 
 SEPARATOR = "|"
 
@@ -33,8 +33,20 @@ METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 @functools.cache
-def _key(name: str, *labels: str) -> str:
+def counter(name: str, *labels: str) -> str:
+    """The key of counter ``name`` with ``labels`` in the order of :data:`METRICS`."""
     return SEPARATOR.join((name, *labels))
+
+
+_OF_OP: dict[tuple[Direction, OpStatus], tuple[str, str, str]] = {
+    (direction, status): (
+        counter("vllm:umbp_ops", direction.label, status.value),
+        counter("vllm:umbp_bytes", direction.label),
+        counter("vllm:umbp_op_seconds", direction.label),
+    )
+    for direction in Direction
+    for status in OpStatus
+}
 
 
 class UmbpStats(KVConnectorStats):
@@ -46,9 +58,28 @@ class UmbpStats(KVConnectorStats):
 
     def add(self, name: str, amount: float, *labels: str) -> None:
         """Add ``amount`` to counter ``name`` with ``labels`` in the order of :data:`METRICS`."""
-        key = _key(name, *labels)
+        self.count(counter(name, *labels), amount)
+
+    def count(self, key: str, amount: float) -> None:
+        """Add ``amount`` to the counter whose key is :func:`counter`'s."""
         data = self.data
         data[key] = data.get(key, 0) + amount
+
+    def op_ended(self, direction: Direction, status: OpStatus, moved_bytes: int, seconds: float) -> None:
+        """Count an op that ended."""
+        ops, moved, took = _OF_OP[direction, status]
+        data = self.data
+        data[ops] = data.get(ops, 0) + 1
+        data[moved] = data.get(moved, 0) + moved_bytes
+        data[took] = data.get(took, 0) + seconds
+
+    def take(self) -> UmbpStats | None:
+        """What was counted since the last call, if anything; counting starts from zero."""
+        if not self.data:
+            return None
+        taken = UmbpStats(data=self.data)
+        self.reset()
+        return taken
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         """Add ``other``'s counters to these."""

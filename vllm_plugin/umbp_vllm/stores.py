@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+
+import msgspec
 
 from umbp_connectors.leader.demotions import DemotionQueue
 from umbp_connectors.leader.ledger import OpLedger, Verdict
@@ -12,7 +15,7 @@ from umbp_core.ops import BlockCopy, Direction, LeaderTransferRequest, OpStatus,
 from umbp_core.tiers import Tier
 from umbp_vllm.events import EventLog
 from umbp_vllm.groups import KvGroup
-from umbp_vllm.hbm import NULL_BLOCK, HeldBlocks
+from umbp_vllm.hbm import NULL_BLOCK, BlockTables, HeldBlocks
 from umbp_vllm.requests import RequestState
 from umbp_vllm.stats import UmbpStats
 
@@ -29,11 +32,29 @@ class StorePolicy:
     decode_blocks: bool
 
 
+class _FullBlocks(msgspec.Struct, frozen=True):
+    """Blocks of one request and group that got full, from block ``first`` on."""
+
+    state: RequestState
+    group: int
+    first: int
+    keys: Sequence[bytes]
+
+
+class _NewBlock(msgspec.Struct, frozen=True):
+    """A full block that the pool does not have."""
+
+    state: RequestState
+    group: int
+    index: int
+    key: bytes
+    hbm_block: int
+
+
 @dataclass(slots=True)
 class _Batch:
-    """The blocks of one op, of one or more requests, while it is put together and until it has ended."""
+    """What one op stores, how deep each block lies in its chain, and for whom, until the op has ended."""
 
-    op_id: str
     blocks: list[BlockCopy] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     states: list[RequestState] = field(default_factory=list)
@@ -54,6 +75,7 @@ class StorePlanner:
         object_bytes: Sequence[int],
         policy: StorePolicy,
         held: HeldBlocks,
+        tables: BlockTables,
         ledger: OpLedger,
         demotions: DemotionQueue | None,
         events: EventLog,
@@ -65,123 +87,150 @@ class StorePlanner:
         self._object_bytes = object_bytes
         self._policy = policy
         self._held = held
+        self._tables = tables
         self._ledger = ledger
         self._demotions = demotions
         self._events = events
         self._stats = stats
         self._new_op_id = new_op_id
-        self._open: list[_Batch] = []
+        self._full: list[_FullBlocks] = []
+        self._unsent: str | None = None
         self._in_flight: dict[str, _Batch] = {}
 
-    def collect(self, state: RequestState, computed: int, tables: Sequence[Sequence[int]]) -> None:
+    def collect(self, state: RequestState, computed: int) -> None:
         """Decide about the blocks that are full once ``computed`` tokens are; :meth:`flush` sends them.
 
         Every block is decided once.  What is in the pool or on its way there is not copied again; what finds
         no room is dropped and counted.
         """
-        if not self._held.bound or not tables:
+        if not self._held.bound:
             return
-        prompt_only = not self._policy.decode_blocks
-        known_tokens = state.request.num_tokens
-        limit = min(computed, state.request.num_prompt_tokens) if prompt_only else computed
+        limit = min(computed, state.request.num_tokens)
+        if not self._policy.decode_blocks:
+            limit = min(limit, state.request.num_prompt_tokens)
         for group in self._groups:
-            keys = state.keys.of(group)
-            tokens = min(limit, known_tokens) - group.volatile_tail
-            full = min(tokens // group.block_tokens, len(keys))
             first = state.evaluated[group.index]
-            if full <= first:
-                continue
-            state.evaluated[group.index] = full
-            table = tables[group.index]
-            for block in range(first, min(full, len(table))):
-                if table[block] != NULL_BLOCK:
-                    self._collect_block(state, group, block, keys[block], table[block])
+            full = (limit - group.volatile_tail) // group.block_tokens
+            if full > first:
+                keys = state.keys.of(group)[first:full]
+                state.evaluated[group.index] = first + len(keys)
+                self._full.append(_FullBlocks(state, group.index, first, keys))
 
-    def _collect_block(self, state: RequestState, group: KvGroup, block: int, key: bytes, hbm_block: int) -> None:
-        directory = self._directory
-        if directory.tiers_of(key) or directory.is_present_or_pending(key, Tier.DRAM):
-            return
-        batch = self._batch()
-        if self._ledger.blocks_in_flight(Direction.STORE) + len(batch.blocks) >= self._policy.max_pending_blocks:
-            self._stats.add("vllm:umbp_dropped_stores", 1, "backlog")
-            return
-        pages = directory.reserve(batch.op_id, key, Tier.DRAM, self._object_bytes[group.index], block)
-        if pages is None:
-            self._stats.add("vllm:umbp_dropped_stores", 1, "no_room")
-            return
-        if not batch.states or batch.states[-1] is not state:
-            state.slot.begin_store(batch.op_id)
-            batch.states.append(state)
-        self._events.remember(state.request, group, block, key)
-        batch.blocks.append(BlockCopy(key, group.index, hbm_block, pages[0]))
-        batch.depths.append(block)
-
-    def _batch(self) -> _Batch:
-        """The batch that is being filled; a new one when there is none or it is full."""
-        if not self._open or len(self._open[-1].blocks) >= BLOCKS_PER_OP:
-            self._open.append(_Batch(self._new_op_id()))
-        return self._open[-1]
-
-    def flush(self, iteration: int) -> list[LeaderTransferRequest]:
-        """The ops for what was collected; they wait until step ``iteration`` has ended.
+    def flush(self, iteration: int, ops: list[LeaderTransferRequest]) -> None:
+        """Send what was collected: add its ops, which wait until step ``iteration`` has ended, to ``ops``.
 
         From here on their HBM blocks are held.
         """
-        if not self._open:
-            return []
-        batches, self._open = self._open, []
+        if not self._full:
+            return
+        full, self._full = self._full, []
+        new = self._new_blocks(full)
+        room = max(0, self._policy.max_pending_blocks - self._ledger.blocks_in_flight(Direction.STORE))
+        if len(new) > room:
+            self._stats.add("vllm:umbp_dropped_stores", len(new) - room, "backlog")
+            del new[room:]
         requirement = Requirement(RequirementKind.ITERATION_COMPLETE, iteration)
-        return [self._op(batch, requirement) for batch in batches if batch.blocks]
+        for start in range(0, len(new), BLOCKS_PER_OP):
+            self._send(new[start : start + BLOCKS_PER_OP], requirement, ops)
+
+    def _new_blocks(self, full: Sequence[_FullBlocks]) -> list[_NewBlock]:
+        """Those that no tier has, with where they are in HBM."""
+        known = iter(self._directory.contains_many([key for blocks in full for key in blocks.keys]))
+        new: list[_NewBlock] = []
+        for blocks in full:
+            state, group, first, keys = blocks.state, blocks.group, blocks.first, blocks.keys
+            offsets = [offset for offset, is_known in enumerate(islice(known, len(keys))) if not is_known]
+            if not offsets:
+                continue
+            table = self._tables.blocks(state.request.request_id, group, first, first + len(keys))
+            new += [
+                _NewBlock(state, group, first + offset, keys[offset], table[offset])
+                for offset in offsets
+                if offset < len(table) and table[offset] != NULL_BLOCK
+            ]
+        return new
+
+    def _send(self, new: Sequence[_NewBlock], requirement: Requirement, ops: list[LeaderTransferRequest]) -> None:
+        op_id = self._unsent = self._new_op_id()
+        batch = self._in_flight[op_id] = _Batch()
+        wanted = [(block.key, self._object_bytes[block.group], block.index) for block in new]
+        for block, pages in zip(new, self._directory.reserve_many(op_id, wanted, Tier.DRAM), strict=True):
+            state = block.state
+            if pages is None:
+                self._refused(block.key)
+                continue
+            if not batch.states or batch.states[-1] is not state:
+                state.slot.begin_store(op_id)
+                batch.states.append(state)
+            if self._events.enabled:
+                self._events.remember(state.request, self._groups[block.group], block.index, block.key)
+            batch.blocks.append(BlockCopy(block.key, block.group, block.hbm_block, pages[0]))
+            batch.depths.append(block.index)
+        if batch.blocks:
+            self._held.hold(op_id, [block.hbm_block for block in batch.blocks])
+            op = LeaderTransferRequest(
+                op_id=op_id,
+                request_id=batch.states[0].request.request_id if len(batch.states) == 1 else "",
+                direction=Direction.STORE,
+                blocks=tuple(batch.blocks),
+                requirement=requirement,
+                timeout_s=self._policy.timeout_s,
+            )
+            self._ledger.open(op)
+            ops.append(op)
+        else:
+            del self._in_flight[op_id]
+        self._unsent = None
+
+    def _refused(self, key: bytes) -> None:
+        """Another request's op brings the block already, or there is no page for it."""
+        if not self._directory.is_present_or_pending(key, Tier.DRAM):
+            self._stats.add("vllm:umbp_dropped_stores", 1, "no_room")
 
     def give_up_unsent(self) -> list[RequestState]:
-        """Forget what was collected and never flushed, because something in between went wrong; whose it was.
+        """Forget what was collected and never sent, because something in between went wrong; whose it was.
 
-        Its HBM blocks are not held, so from the next step on they may be somebody else's.
+        Its HBM blocks need not be held, so from the next step on they may be somebody else's.
         """
-        batches, self._open = self._open, []
-        for batch in batches:
-            self._directory.abort_owner(batch.op_id)
-            for block in batch.blocks:
-                self._events.forget(block.key)
-            for state in batch.states:
-                state.slot.op_ended(batch.op_id, OpStatus.CANCELLED)
-        return [state for batch in batches for state in batch.states]
-
-    def _op(self, batch: _Batch, requirement: Requirement) -> LeaderTransferRequest:
-        self._held.hold(batch.op_id, [block.hbm_block for block in batch.blocks])
-        self._in_flight[batch.op_id] = batch
-        return LeaderTransferRequest(
-            op_id=batch.op_id,
-            request_id=batch.states[0].request.request_id if len(batch.states) == 1 else "",
-            direction=Direction.STORE,
-            blocks=tuple(batch.blocks),
-            requirement=requirement,
-            timeout_s=self._policy.timeout_s,
-        )
+        self._full.clear()
+        op_id, self._unsent = self._unsent, None
+        batch = self._in_flight.pop(op_id, None) if op_id is not None else None
+        if op_id is None or batch is None:
+            return []
+        self._directory.abort_owner(op_id)
+        self._held.release(op_id)
+        for block in batch.blocks:
+            self._events.forget(block.key)
+        for state in batch.states:
+            state.slot.op_ended(op_id, OpStatus.CANCELLED)
+        return batch.states
 
     def ended(self, verdict: Verdict) -> Iterable[RequestState]:
         """Take the end of a store: publishes what every rank holds; returns the requests it was for.
 
         What the op still owns afterwards (pages not published, HBM blocks) is for the caller to release.
         """
-        op = verdict.op
-        batch = self._in_flight.pop(op.op_id, None)
+        op_id, blocks = verdict.op.op_id, verdict.op.blocks
+        batch = self._in_flight.pop(op_id, None)
         if batch is None:
             return ()
-        for index, block in enumerate(op.blocks):
-            if batch.void or index in verdict.failed:
-                self._events.forget(block.key)
-                continue
-            self._directory.commit(op.op_id, block.key, Tier.DRAM, verdict.checksums(index))
-            if self._demotions is not None:
-                self._demotions.offer(block.key, block.group, batch.depths[index])
+        written = {block.key: checksum for block, checksum in zip(blocks, verdict.checksums(), strict=True)}
+        for index in range(len(blocks)) if batch.void else verdict.failed:
+            del written[blocks[index].key]
+            self._events.forget(blocks[index].key)
+        self._directory.commit_many(op_id, written, Tier.DRAM)
+        if self._demotions is not None:
+            for block, depth in zip(blocks, batch.depths, strict=True):
+                if block.key in written:
+                    self._demotions.offer(block.key, block.group, depth)
         for reason in verdict.reasons:
             self._stats.add("vllm:umbp_failed_blocks", len(verdict.failed), "store", reason)
         for state in batch.states:
-            state.slot.op_ended(op.op_id, verdict.status)
+            state.slot.op_ended(op_id, verdict.status)
         return batch.states
 
     def void_in_flight(self) -> None:
         """What is on its way was computed before a cache reset and must not be published."""
-        for batch in (*self._open, *self._in_flight.values()):
+        self._full.clear()
+        for batch in self._in_flight.values():
             batch.void = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -254,7 +255,7 @@ class DirectoryMachine(RuleBasedStateMachine):
     @invariant()
     def events_agree(self) -> None:
         """What changed since the last step, in order and each once."""
-        expected = [DirectoryEvent(kind, copy.key, *_copy_of(copy)) for kind, copy in self.model.events]
+        expected = [DirectoryEvent(kind, copy.key, *msgspec.structs.astuple(_copy_of(copy))) for kind, copy in self.model.events]
         self.model.events = []
         assert self.directory.drain_events() == expected
 

@@ -258,10 +258,10 @@ def test_an_exception_between_two_requests_of_a_step(make_umbp: MakeUmbp, monkey
     original = leader._look_at
     turns = iter([False, True])
 
-    def look_at(request_id: str, tokens: int) -> None:
+    def look_at(state: Any, computed: int) -> None:
         if next(turns, False):
             raise ZeroDivisionError("made by the test")
-        original(request_id, tokens)
+        original(state, computed)
 
     monkeypatch.setattr(leader, "_look_at", look_at)
     engine.expects_internal_failures = True
