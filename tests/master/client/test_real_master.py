@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.master.app.master_process import MasterProcess
+from tests.master.app.master_process import MasterProcess, environment
 from umbp_connectors.client.dial import ClientTls, Dialer
 from umbp_connectors.client.master_client import MasterClient
 from umbp_connectors.client.settings import ClientSettings
@@ -26,6 +28,7 @@ INTERVAL = 1.0
 SLACK = 3.0
 """What a busy machine may add to two of them."""
 FAST = {"UMBP_HEARTBEAT_TTL_SEC": "2"}
+HASTY = ClientSettings(connect_timeout=0.5)
 SETTINGS = ClientSettings(upgrade_interval=0.2, connect_timeout=5.0)
 
 
@@ -43,7 +46,14 @@ def eventually(holds: Callable[[], bool], seconds: float = PATIENCE) -> bool:
 class Engine:
     """A node with content that does not change, whatever happens to its master."""
 
-    def __init__(self, name: str, address: str, hashes: int = 3000, dialer: Dialer | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        hashes: int = 3000,
+        dialer: Dialer | None = None,
+        settings: ClientSettings = SETTINGS,
+    ) -> None:
         self.name = name
         self.held = {
             HBM: [b"%s-%d" % (name.encode(), number) for number in range(hashes)],
@@ -55,7 +65,7 @@ class Engine:
             Registration(name, "127.0.0.1", f"127.0.0.1:{name}", tags=("role=test",)),
             snapshot=lambda: self.held.items(),
             blocks=lambda: self.owned,
-            settings=SETTINGS,
+            settings=settings,
             dial=dialer,
         )
         self.client.set_capacities([TierCapacity(DRAM, 1 << 30, 1 << 29)])
@@ -164,6 +174,55 @@ def test_a_stopped_master_makes_nobody_wait_and_goes_on_where_it_was(cleanup: Ex
     assert eventually(lambda: engine.known(client))
 
 
+CLIENT = """
+import sys
+from umbp_connectors.client.master_client import MasterClient
+from umbp_core.master.model import Registration
+held = [(1, [b"a", b"b"]), (3, [b"a"])]
+client = MasterClient(sys.argv[1], Registration("paused", peer_address="paused:1"), snapshot=lambda: held)
+client.start()
+print("told" if client.flush(60.0) else "not told", flush=True)
+sys.stdin.read()
+client.close()
+"""
+
+
+@pytest.mark.parametrize("door", ["umbp://{native}", "grpc://{grpc}"])
+def test_a_client_that_was_stopped_beyond_its_expiry_is_known_again(
+    cleanup: ExitStack, tmp_path: Path, door: str
+) -> None:
+    brief = {"UMBP_HEARTBEAT_TTL_SEC": "1", "UMBP_MAX_MISSED_HEARTBEATS": "1", "UMBP_REAPER_INTERVAL_SEC": "0.2"}
+    process = cleanup.enter_context(MasterProcess(tmp_path, **brief))
+    observer = engine_of(cleanup, "observer", f"umbp://{process.doors['native']}", hashes=0).client
+    assert observer.flush(PATIENCE)
+    engine = subprocess.Popen(
+        [sys.executable, "-c", CLIENT, door.format(**process.doors)],
+        env=environment(tmp_path),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def known() -> bool:
+        matches = observer.match([b"a", b"b"], timeout=5.0)
+        return [(match.peer_address, match.tiers) for match in matches] == [("paused:1", {1: [b"a", b"b"], 3: [b"a"]})]
+
+    try:
+        assert engine.stdout is not None
+        assert engine.stdout.readline() == "told\n"
+        assert known()
+        engine.send_signal(signal.SIGSTOP)
+        assert eventually(lambda: observer.match([b"a", b"b"], timeout=5.0) == [])
+        engine.send_signal(signal.SIGCONT)
+        assert eventually(known, 2 * 0.5 + SLACK)
+        engine.communicate(timeout=PATIENCE)
+        assert eventually(lambda: observer.match([b"a", b"b"], timeout=5.0) == [])
+    finally:
+        engine.kill()
+        engine.communicate(timeout=PATIENCE)
+    assert observer.stats().degraded == 0
+
+
 def test_a_close_is_bounded_though_the_master_is_stopped(cleanup: ExitStack, tmp_path: Path) -> None:
     process = cleanup.enter_context(MasterProcess(tmp_path, **FAST))
     engine = engine_of(cleanup, "one", f"umbp://{process.doors['native']}")
@@ -209,6 +268,6 @@ def test_a_master_with_a_token_and_certificates_takes_those_who_have_them(
     assert engine.client.flush(PATIENCE)
     assert engine.known(engine.client)
     for dialer in (Dialer("wrong", tls), Dialer("sesame", ClientTls(CERTS / "ca.pem")), Dialer("sesame")):
-        stranger = engine_of(cleanup, "stranger", address, dialer=dialer)
+        stranger = engine_of(cleanup, "stranger", address, dialer=dialer, settings=HASTY)
         assert eventually(lambda client=stranger.client: client.stats().failures > 0)  # type: ignore[misc]
         assert not stranger.client.stats().registered
