@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 from umbp_core.index_gate import Acknowledgement, Batch
 from umbp_core.index_match import PrefixMatch
@@ -29,8 +30,9 @@ from umbp_core.wire.messages import Message
 T = TypeVar("T")
 
 
-class Ask(NamedTuple, Generic[T]):
-    """One call."""
+@dataclass(slots=True)
+class Ask(Generic[T]):
+    """One call.  No NamedTuple, which cannot be generic in Python 3.10; not frozen, which costs every call."""
 
     request: Message
     reply: type[Message]
