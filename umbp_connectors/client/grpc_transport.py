@@ -187,7 +187,7 @@ class GrpcTransport:
                 call = self._calls[name] = self._channel.unary_unary(f"/{pb.MASTER_SERVICE}/{name}")
             answer: bytes = call(payload, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise wire.error_of(error.code(), error.details(), name, self._address) from None
+            raise wire.error_of(error.code(), error.details() or "", name, self._address) from None
         except ValueError as error:  # grpc's word for a channel that was closed
             raise MasterUnavailable(f"{name} at {self._address}: {error}; connect again") from None
         return answer

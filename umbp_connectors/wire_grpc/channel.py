@@ -34,6 +34,8 @@ CHANNEL_OPTIONS: tuple[Option, ...] = (
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
 AUTHORIZATION = "authorization"
+_BUSY = "Concurrent RPC limit exceeded"
+"""What gRPC for Python says, with the code of a request that is too large, when a server has enough to do."""
 _Code = grpc.StatusCode
 
 _CODES: tuple[tuple[type[MasterError], grpc.StatusCode], ...] = (
@@ -68,7 +70,7 @@ def code_of(error: MasterError) -> grpc.StatusCode:
 
 def error_of(code: grpc.StatusCode, details: str, call: str, target: str) -> MasterError:
     """The error that a status tells; the master's own words are part of it."""
-    kind = _KINDS.get(code, ProtocolError)
+    kind = MasterUnavailable if _BUSY in details else _KINDS.get(code, ProtocolError)
     return kind(f"{call} at {target}: {details or 'no details'} ({code.name})")
 
 

@@ -4,6 +4,7 @@ import asyncio
 import random
 import socket
 import threading
+import time
 
 import grpc
 import pytest
@@ -11,9 +12,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from tests.master.grpc.harness import DEADLINE, SIZES, Clock, Memory, Recorder, RunningMaster, Stub
+from umbp_connectors.master import grpc_server
 from umbp_connectors.master.grpc_server import GrpcServer
 from umbp_connectors.master.service import MasterService
-from umbp_core.errors import ConfigError
+from umbp_core.errors import ConfigError, MasterUnavailable
 from umbp_core.master.model import MasterSettings
 from umbp_core.master.state import MasterState
 
@@ -123,3 +125,34 @@ def test_a_stop_waits_for_calls_under_way(monkeypatch: pytest.MonkeyPatch) -> No
             channel.unary_unary("/umbp.UMBPMaster/Heartbeat")(b"", timeout=DEADLINE)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         master.run(master.door.stop(0))
+
+
+def test_calls_at_once_are_bounded_and_those_refused_may_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_server, "MAX_CALLS", 1)
+    with RunningMaster() as master:
+        entered, go_on = threading.Event(), asyncio.Event()
+
+        async def slow(*_arguments: object) -> bool:
+            entered.set()
+            await go_on.wait()
+            return True
+
+        monkeypatch.setattr(master.service, "report", slow)
+        transport = master.transport()
+        thread = threading.Thread(target=lambda: transport.report("n", [b"h"], 1, DEADLINE))
+        thread.start()
+        assert entered.wait(DEADLINE)
+        with pytest.raises(MasterUnavailable, match="limit"):
+            transport.lookup([b"k"], DEADLINE)
+        master.tell(go_on.set)
+        thread.join(DEADLINE)
+        # gRPC counts a call down some time after its answer is here.
+        wait_until = time.monotonic() + DEADLINE
+        while time.monotonic() < wait_until:
+            try:
+                assert transport.lookup([b"k"], DEADLINE) == [False]
+                break
+            except MasterUnavailable:
+                continue
+        else:
+            pytest.fail("no call is taken any more")
