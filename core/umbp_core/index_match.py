@@ -6,6 +6,7 @@ follows from a mask is worked out once.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, groupby
@@ -36,6 +37,8 @@ class NodeMatch:
     Tiers come by number, as on the wire: ``UNKNOWN`` first, then by speed.  Lists with the same content may be one
     object, also across nodes, so that an encoder can work once per list; nobody may change them.
     """
+    matched: int = field(default=0, compare=False)
+    """Positions of the query that the node holds, on whatever tier: :meth:`distinct` where no hash is named twice."""
 
     def distinct(self) -> int:
         """How many different hashes of the query the node holds, on whatever tier."""
@@ -92,11 +95,20 @@ def group_matches(hashes: Sequence[bytes], masks: Sequence[int], placements: Pla
     fill = _fill_by_code if len(distinct) <= _CODES else _fill_by_bits
     buckets = fill(hashes, masks, list(distinct), cells)
     by_node: dict[str, dict[int, list[bytes]]] = {}
+    bits: dict[str, int] = {}
     for cell in sorted(cells, key=_tier_of):
         by_node.setdefault(cell.node, {})[cell.tier] = buckets[cell.number]
-    if len(by_node) == 1:
-        return [NodeMatch(node, tiers) for node, tiers in by_node.items()]
-    return [NodeMatch(node, by_node[node]) for node in placements.nodes() if node in by_node]
+        bits[cell.node] = bits.get(cell.node, 0) | cell.bit
+    nodes = list(by_node) if len(by_node) == 1 else [node for node in placements.nodes() if node in by_node]
+    counts = Counter(masks) if len(cells) > len(nodes) else {}
+    return [NodeMatch(node, by_node[node], _matched(by_node[node], bits[node], counts)) for node in nodes]
+
+
+def _matched(tiers: Mapping[int, Sequence[bytes]], bits: int, counts: Mapping[int, int]) -> int:
+    """How many positions have one of ``bits``; ``counts`` says how many have each mask, and is used for several."""
+    if len(tiers) == 1:
+        return sum(map(len, tiers.values()))
+    return sum(count for mask, count in counts.items() if mask & bits)
 
 
 def match_positions(masks: Sequence[int], placements: Placements[C]) -> list[PositionMatch]:

@@ -36,7 +36,7 @@ def check(index: ExternalKvIndex, query: Sequence[bytes]) -> None:
         for tier, hashes in other.tiers.items():
             assert [query[position] for position in positions(match, tier, len(query))] == hashes
         held = {position for tier in match.tiers for position in positions(match, tier, len(query))}
-        assert match.matched() == len(held)
+        assert match.matched() == other.matched == len(held)
 
 
 def test_a_bitmap_names_positions_from_the_lowest_bit() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.core.master_kit import DRAM, EXPIRY, HBM, SSD, START, UNKNOWN, A, B, C, add, beat, master, register
 from umbp_core.errors import ConfigError, InvalidRequest
+from umbp_core.master.changes import finish
 from umbp_core.master.model import GetRoute, MasterSettings, PutOutcome, PutRoute, Registration, TierCapacity
 from umbp_core.master.state import MasterState
 
@@ -263,3 +264,24 @@ def test_excluded_nodes_are_not_read() -> None:
 
 def test_lookups_say_what_exists() -> None:
     assert holding(n1=(SSD,)).lookup([A, B, A]) == [True, False, True]
+
+
+# In steps.
+
+
+def test_a_large_batch_of_puts_sees_the_room_that_it_takes() -> None:
+    state = cluster(n1={DRAM: 1500}, n2={DRAM: 1000})
+    beat(state, "n2", (1, [add(b"new-7", SSD)]))
+    steps = state.route_put_steps("n1", [b"new-%d" % number for number in range(2502)], [1] * 2502, (), START)
+    assert Counter(route.node_id for route in finish(steps)) == {"n1": 1500, "n2": 1000, "": 2}
+
+
+def test_a_large_batch_of_gets_is_answered_in_order() -> None:
+    state = register(master(), "n1")
+    keys = [b"%d" % number for number in range(2500)]
+    beat(state, "n1", (1, [add(key) for key in keys[::2]]))
+    steps = state.route_get_steps("n2", keys, (), START)
+    next(steps)
+    assert [route is not None for route in finish(steps)] == state.lookup(keys) == [True, False] * 1250
+    with pytest.raises(InvalidRequest):
+        state.route_get_steps("n2", [A] * (2 << 20), (), START)

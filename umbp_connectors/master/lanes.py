@@ -39,10 +39,6 @@ class Lanes:
     def __init__(self) -> None:
         self._last: dict[str, asyncio.Task[Any]] = {}
 
-    def is_busy(self, node_id: str) -> bool:
-        """Whether a change of the node is under way."""
-        return node_id in self._last
-
     async def run(self, node_id: str, steps: Steps[T], large: bool) -> T:
         """Run the steps of a change of ``node_id``."""
         before = self._last.get(node_id)

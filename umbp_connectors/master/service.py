@@ -126,7 +126,7 @@ class MasterService:
     def route_put(
         self, node_id: str, keys: Sequence[bytes], sizes: Sequence[int], exclude: Collection[str], batch: bool = True
     ) -> list[PutRoute]:
-        """See ``MasterState.route_put``; ``batch`` says how the caller is counted."""
+        """See ``MasterState.route_put``; ``batch`` says how the caller is counted.  At one go."""
         routes = self.state.route_put(node_id, keys, sizes, exclude, self._clock())
         routed = sum(route.outcome is PutOutcome.ROUTED for route in routes)
         self._routed("batch_route_put" if batch else "route_put", node_id, routed)
@@ -139,6 +139,28 @@ class MasterService:
         routes = self.state.route_get(node_id, keys, exclude, self._clock())
         self._routed("batch_route_get" if batch else "route_get", node_id, len(routes) - routes.count(None))
         return routes
+
+    async def batch_route_put(
+        self, node_id: str, keys: Sequence[bytes], sizes: Sequence[int], exclude: Collection[str]
+    ) -> list[PutRoute]:
+        """:meth:`route_put` of any size, in steps.  The room is that at the first of them."""
+        routes = await run_steps(self.state.route_put_steps(node_id, keys, sizes, exclude, self._clock()))
+        self._routed("batch_route_put", node_id, sum(route.outcome is PutOutcome.ROUTED for route in routes))
+        return routes
+
+    async def batch_route_get(
+        self, node_id: str, keys: Sequence[bytes], exclude: Collection[str]
+    ) -> list[GetRoute | None]:
+        """:meth:`route_get` of any size, in steps."""
+        routes = await run_steps(self.state.route_get_steps(node_id, keys, exclude, self._clock()))
+        self._routed("batch_route_get", node_id, len(routes) - routes.count(None))
+        return routes
+
+    async def batch_lookup(self, keys: Sequence[bytes], node_id: str = "") -> list[bool]:
+        """:meth:`lookup` of any size, in steps."""
+        found = await run_steps(self.state.lookup_steps(keys))
+        self._routed("lookup", node_id, len(keys))
+        return found
 
     def lookup(self, keys: Sequence[bytes], node_id: str = "") -> list[bool]:
         """See ``MasterState.lookup``; ``node_id`` is who asks."""
@@ -197,13 +219,13 @@ class MasterService:
         if len(hashes) <= self.state.slices.query:
             return self.match_now(hashes, count_as_hit)
         matches = await run_steps(self.state.match_steps(hashes, count_as_hit, self._clock()))
-        self._observer.matched(len(hashes), sum(map(_held, matches)))
+        self._observer.matched(len(hashes), sum(match.matched for match in matches))
         return matches
 
     def match_now(self, hashes: Sequence[bytes], count_as_hit: bool) -> list[NodeMatch]:
         """The same at one go, for at most ``state.slices.query`` hashes."""
         matches = self.state.match(hashes, count_as_hit, self._clock())
-        self._observer.matched(len(hashes), sum(map(_held, matches)))
+        self._observer.matched(len(hashes), sum(match.matched for match in matches))
         return matches
 
     async def match_positions(self, hashes: Sequence[bytes], count_as_hit: bool) -> list[PositionMatch]:
@@ -280,10 +302,9 @@ class MasterService:
 
     def _appeared(self, node_id: str, was_alive: bool) -> None:
         """Tell of a node that is alive now and was not."""
-        if not was_alive and self.state.is_alive(node_id):
-            info = self.state.node(node_id, self._clock())
-            if info is not None:
-                self._observer.node_changed(info)
+        info = None if was_alive else self.state.node(node_id, self._clock())
+        if info is not None and info.status is NodeStatus.ALIVE:
+            self._observer.node_changed(info)
 
     def _routed(self, call: str, node_id: str, entries: int) -> None:
         if entries and node_id:
@@ -300,9 +321,3 @@ class MasterService:
             if not waiter.done():
                 waiter.set_result(None)
         self._waiters.clear()
-
-
-def _held(match: NodeMatch) -> int:
-    """How many different hashes a node holds; quick where it holds them on one tier, or the same on all."""
-    lists = list(match.tiers.values())
-    return len(set(lists[0])) if all(other is lists[0] for other in lists) else match.distinct()

@@ -28,6 +28,8 @@ class Slices(NamedTuple):
     """Of a change of the external index."""
     deltas: int = 2048
     """Of a heartbeat."""
+    keys: int = 1024
+    """To be routed."""
     query: int = 8192
     """Hashes of a question; a multiple of eight, since bitmaps are put together."""
 

@@ -116,6 +116,11 @@ class ClientTable:
         """Whether the node has not expired."""
         return node_id in self._alive
 
+    def peer_address(self, node_id: str) -> str:
+        """Where to reach a node; empty unless it has not expired."""
+        client = self._alive.get(node_id)
+        return "" if client is None else client.peer_address
+
     def register(self, registration: Registration, now: float) -> tuple[Client, bool]:
         """The node, and whether a new life of it begins; if so, what an earlier one said is void.
 

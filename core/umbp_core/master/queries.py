@@ -5,6 +5,7 @@ A tier that is cleared between two steps is left out of the answer, as if it had
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Generic, TypeVar
@@ -25,11 +26,13 @@ class Queries:
     def match(self, hashes: Sequence[bytes], count_as_hit: bool, now: float) -> Steps[list[NodeMatch]]:
         """Steps of ``ExternalKvIndex.match``."""
         found: _Found[list[bytes]] = _Found(self._index)
+        matched: Counter[str] = Counter()
         counted: set[bytes] = set()
         for _, part in self._slices(hashes):
             if count_as_hit:
                 self._count(part, counted, now)
             for match in self._index.match(part):
+                matched[match.node] += match.matched
                 for tier, held in match.tiers.items():
                     found.add(match.node, tier, held)
             yield
@@ -43,7 +46,7 @@ class Queries:
                     lists[same] = list(chain.from_iterable(parts))
                     yield
                 whole[tier] = lists[same]
-            matches.append(NodeMatch(node, whole))
+            matches.append(NodeMatch(node, whole, matched[node]))
         return matches
 
     def match_positions(self, hashes: Sequence[bytes], count_as_hit: bool, now: float) -> Steps[list[PositionMatch]]:

@@ -213,17 +213,11 @@ class PutRouter:
         """Begin a batch of ``requester``, whose blocks that do not exist yet have ``total`` bytes together."""
         return self._affinity(Room(offers, self._select, self._rng), requester, total)
 
-    def route(
-        self, requester: str, sizes: Sequence[int], exists: Sequence[bool], offers: Sequence[Offer]
-    ) -> list[PutRoute]:
-        """A route for each block of a batch; blocks that exist take no room."""
-        total = sum(size for size, known in zip(sizes, exists, strict=True) if not known)
-        place = self.begin(offers, requester, total)
-        return [ALREADY_EXISTS if known else place(size) for size, known in zip(sizes, exists, strict=True)]
-
 
 def choose_copy(copies: Sequence[Location], requester: str, rng: random.Random) -> Location:
     """The copy to read: of the fastest tier the requester's own, else any.  ``copies`` come fastest tier first."""
+    if len(copies) == 1:
+        return copies[0]
     best = [copy for copy in copies if copy.tier == copies[0].tier]
     own = next((copy for copy in best if copy.node == requester), None)
     return rng.choice(best) if own is None else own

@@ -18,7 +18,7 @@ import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from umbp_core.block_index import BlockIndex, Location
+from umbp_core.block_index import BlockIndex
 from umbp_core.errors import InvalidRequest
 from umbp_core.hits import HitCounters
 from umbp_core.index import ExternalKvIndex, NodeMatch, PositionMatch, PrefixMatch, Snapshot
@@ -43,7 +43,7 @@ from umbp_core.master.model import (
     TickEffects,
 )
 from umbp_core.master.queries import Queries
-from umbp_core.master.routing import Offer, PutRouter, choose_copy
+from umbp_core.master.routes import Routes
 from umbp_core.master.victims import EvictionPlanner
 
 M = TypeVar("M", NodeMatch, PositionMatch, PrefixMatch)
@@ -68,12 +68,11 @@ class MasterState:
         """To be read; changed by this class only."""
         self.blocks = BlockIndex()
         """To be read; changed by this class only."""
-        self._rng = rng
         self._clients = ClientTable(settings)
         self._external = BatchApplier(self.index)
         self._changes = Changes(self._clients, self._external, self.blocks, slices)
         self._queries = Queries(self.index, slices.query)
-        self._router = PutRouter(settings.put_select, settings.put_affinity, rng)
+        self._routes = Routes(settings, self._clients, self.blocks, rng, slices.keys)
         self._planner = EvictionPlanner(settings, self.blocks)
         self._next_round = float("-inf")
 
@@ -112,8 +111,7 @@ class MasterState:
 
     def peer_address(self, node_id: str) -> str:
         """Where to reach a node; empty unless it is alive."""
-        client = self._clients.get(node_id)
-        return client.peer_address if client is not None and client.status is NodeStatus.ALIVE else ""
+        return self._clients.peer_address(node_id)
 
     def is_alive(self, node_id: str) -> bool:
         """Whether the node is known and has not expired."""
@@ -145,33 +143,40 @@ class MasterState:
 
         Nodes that were not heard since the master began, and others that nobody can reach, are given none.
         """
+        return finish(self.route_put_steps(node_id, keys, sizes, exclude, now))
+
+    def route_put_steps(
+        self, node_id: str, keys: Sequence[bytes], sizes: Sequence[int], exclude: Collection[str], now: float
+    ) -> Steps[list[PutRoute]]:
+        """The same in steps."""
         if len(keys) != len(sizes):
             raise InvalidRequest(
                 f"keys and block_sizes must have the same length; {len(keys)} keys and {len(sizes)} sizes were given"
             )
         self._check("keys", len(keys))
-        excluded = {*exclude, *self._clients.silent(now)}
-        offers = [
-            Offer(client.node_id, client.peer_address, client.capacities)
-            for client in self._clients
-            if client.heard and client.status is NodeStatus.ALIVE and client.node_id not in excluded
-            if client.peer_address or client.node_id == node_id
-        ]
-        return self._router.route(node_id, sizes, self.blocks.exists(keys), offers)
+        return self._routes.puts(node_id, keys, sizes, exclude, now)
 
     def route_get(
         self, node_id: str, keys: Sequence[bytes], exclude: Collection[str], now: float
     ) -> list[GetRoute | None]:
         """Where ``node_id`` should get blocks from; what is found is leased and counts as used."""
+        return finish(self.route_get_steps(node_id, keys, exclude, now))
+
+    def route_get_steps(
+        self, node_id: str, keys: Sequence[bytes], exclude: Collection[str], now: float
+    ) -> Steps[list[GetRoute | None]]:
+        """The same in steps."""
         self._check("keys", len(keys))
-        excluded = {*exclude, *self._clients.silent(now)}
-        found = self.blocks.route(keys, now, self.settings.lease_duration, excluded)
-        return [self._get_route(choose_copy(copies, node_id, self._rng)) if copies else None for copies in found]
+        return self._routes.gets(node_id, keys, exclude, now)
 
     def lookup(self, keys: Sequence[bytes]) -> list[bool]:
         """For each key whether any node has it; without side effects."""
+        return finish(self.lookup_steps(keys))
+
+    def lookup_steps(self, keys: Sequence[bytes]) -> Steps[list[bool]]:
+        """The same in steps."""
         self._check("keys", len(keys))
-        return self.blocks.exists(keys)
+        return self._routes.lookups(keys)
 
     # External blocks.
 
@@ -356,9 +361,6 @@ class MasterState:
             {tier: use.blocks for tier, use in self.blocks.use(client.node_id).items()},
             dict(client.counts),
         )
-
-    def _get_route(self, copy: Location) -> GetRoute:
-        return GetRoute(copy.node, copy.tier, copy.size, self.peer_address(copy.node))
 
     def _audible(self, matches: list[M], now: float) -> list[M]:
         """Without the nodes that are about to expire."""

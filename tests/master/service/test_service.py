@@ -119,6 +119,31 @@ def test_blocks_that_nodes_own() -> None:
     run(scenario())
 
 
+def test_large_batches_of_routes() -> None:
+    async def scenario() -> None:
+        made = master(slices=Slices(keys=8))
+        made.register("n1", room=1000)
+        service = made.service
+        await service.heartbeat(beat("n1", *map(add, KEYS[:50])))
+        made.notes.take()
+        gets = asyncio.ensure_future(service.batch_route_get("n1", KEYS, ()))
+        await turns(2)
+        assert not gets.done()
+        assert await gets == service.route_get("n1", KEYS, ())
+        puts = await service.batch_route_put("n1", KEYS, [10] * 100, ())
+        assert puts == service.route_put("n1", KEYS, [10] * 100, ())
+        assert await service.batch_lookup(KEYS, "n1") == service.lookup(KEYS)
+        assert made.notes.take() == [
+            ("routed", "batch_route_get", "n1", 50),
+            ("routed", "batch_route_get", "n1", 50),
+            ("routed", "batch_route_put", "n1", 50),
+            ("routed", "batch_route_put", "n1", 50),
+            ("routed", "lookup", "n1", 100),
+        ]
+
+    run(scenario())
+
+
 def test_heartbeats_and_metrics_are_told() -> None:
     async def scenario() -> None:
         made = small()
