@@ -117,11 +117,12 @@ class Directory:
         An owner may pin several times, also the same copy.  All or nothing: raises ``UnknownOwner`` when a key has
         no such copy (any more).
         """
-        masks = self._masks
+        masks, spaces = self._masks, self._spaces
         copies = []
         for key in keys:
             where = _FASTEST[masks.get(key, 0)] if tier is None else tier
-            copy = None if where is None else self.copy(key, where)
+            state = spaces.get(where) if where is not None else None
+            copy = state.published.get(key) if state is not None else None
             if copy is None:
                 place = "any tier" if tier is None else tier.name
                 raise UnknownOwner(
@@ -129,7 +130,7 @@ class Directory:
                 )
             copies.append(copy)
         for copy in copies:
-            self._spaces[copy.tier].pin(copy)
+            spaces[copy.tier].pin(copy)
         if copies:
             self._pinned.setdefault(owner, []).extend(copies)
         return copies

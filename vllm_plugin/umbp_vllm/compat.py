@@ -155,14 +155,6 @@ def is_idle(forward_context: Any) -> bool:
     return optional(forward_context, "attn_metadata") is None
 
 
-def skips_reading(request: Any) -> bool:
-    """True for a request whose KV must all be computed (prompt logprobs, for instance).
-
-    From 0.31 on the scheduler drops our answer for such a request by itself.
-    """
-    return bool(optional(request, "skip_reading_prefix_cache", False))
-
-
 def hash_tokens(vllm_config: Any, kv_cache_config: Any) -> int:
     """Tokens per block hash, as ``Request.block_hashes`` has them.
 

@@ -132,7 +132,7 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Blocks exist; a promised load starts.  One that cannot start is reported as failed, never forgotten."""
         try:
-            self.leader.allocated(request, blocks.get_block_ids(), num_external_tokens)
+            self.leader.allocated(request, blocks, num_external_tokens)
         except Exception as error:  # noqa: BLE001 - the engine boundary, as above
             self._failed("update_state_after_alloc", error)
             if num_external_tokens:

@@ -16,7 +16,6 @@ from umbp_core.ops import LeaderTransferRequest, OpResult
 from umbp_core.ports import Clock
 from umbp_core.slots import SlotTable
 from umbp_core.tiers import Tier
-from umbp_vllm import compat
 from umbp_vllm.agenda import Agenda
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.hbm import BlockTables, HeldBlocks
@@ -90,7 +89,7 @@ class Leader:
     def match(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """Answer ``get_num_new_matched_tokens``: tokens beyond ``computed``, and whether they load asynchronously."""
         state = self._requests.get(request.request_id)
-        if state is None or not self._setup.may_load or compat.skips_reading(request):
+        if state is None or not self._setup.may_load or request.skip_reading_prefix_cache:
             return 0, False
         now = self._clock()
         if self._pool is None:
@@ -112,20 +111,19 @@ class Leader:
             return None
         return 0
 
-    def allocated(self, request: Any, tables: Sequence[Sequence[int]], external_tokens: int) -> None:
+    def allocated(self, request: Any, blocks: Any, external_tokens: int) -> None:
         """Take ``update_state_after_alloc``: HBM blocks exist now; start the load if one was promised."""
         state = self._requests.get(request.request_id)
-        self.tables.set(request.request_id, tables)
+        if self.tables.follows_outputs:
+            self.tables.set(request.request_id, blocks.get_block_ids())
         if state is None or self._pool is None:
             if external_tokens:
                 raise StateError(f"request {request.request_id}: vLLM loads {external_tokens} tokens never promised")
             return
         if external_tokens == 0:
-            self._pool.loads.unstage(state)
-            self._pool.loads.promoted(state)
+            self._pool.loads.give_up(state)
             return
-        op = self._pool.loads.load(state, external_tokens, tables)
-        self._send(op)
+        self._send(self._pool.loads.load(state, external_tokens, blocks.get_block_ids()))
 
     def refuse_load(self, request: Any, tables: Sequence[Sequence[int]]) -> None:
         """The engine waits for a load that cannot be planned: have the workers report it as failed."""
@@ -284,8 +282,7 @@ class Leader:
         if state is None:
             return
         if self._pool is not None:
-            self._pool.loads.unstage(state)
-            self._pool.loads.promoted(state)
+            self._pool.loads.give_up(state)
             if state.loading is not None:
                 self._unsent.cancels.append(state.loading)
             self._store(state, request.num_computed_tokens)

@@ -16,12 +16,16 @@ from umbp_vllm.events import EventLog
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.matching import Matcher, StagedMatch
 from umbp_vllm.requests import RequestState
-from umbp_vllm.stats import UmbpStats
+from umbp_vllm.stats import UmbpStats, counter
 
 STAGED_FOR_S = 5.0
 """A match that vLLM neither loads nor asks for again is given up after this time."""
 
 VERIFY_FAILED = "verify"
+
+_LOOKUPS = counter("vllm:umbp_lookups")
+_LOOKUP_TOKENS = counter("vllm:umbp_lookup_tokens")
+_HIT_TOKENS = {tier: counter("vllm:umbp_hit_tokens", tier) for tier in ("dram", "ssd")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ class LoadPlanner:
         self._policy = policy
         self._events = events
         self._stats = stats
+        self._least_tokens = policy.min_blocks * min(group.block_tokens for group in groups)
         self._staged: dict[str, RequestState] = {}
         self._loading: dict[bytes, str] = {}
         self._in_flight: dict[str, RequestState] = {}
@@ -69,21 +74,23 @@ class LoadPlanner:
         Asking again for the same ``start`` repeats the answer and renews the promise.
         """
         request = state.request
-        if state.staged is not None and state.staged.start == start:
-            state.staged = msgspec.structs.replace(state.staged, since=now)
-            return state.staged.tokens
-        self.unstage(state)
+        if state.staged is not None:
+            if state.staged.start == start:
+                state.staged = msgspec.structs.replace(state.staged, since=now)
+                return state.staged.tokens
+            self.unstage(state)
         if not state.may_load or not state.slot.may_match:
             return 0
-        end = self._matcher.longest(state.keys, start, self._matcher.most(request.num_tokens))
+        num_tokens = request.num_tokens
+        end = self._matcher.longest(state.keys, start, self._matcher.most(num_tokens))
         if self._must_wait(state, start, end, now):
             self._stats.add("vllm:umbp_lookup_waits", 1, "shared_load")
             return None
         state.asked_since = None
-        self._stats.add("vllm:umbp_lookups", 1)
-        self._stats.add("vllm:umbp_lookup_tokens", request.num_tokens - start)
+        self._stats.count(_LOOKUPS, 1)
+        self._stats.count(_LOOKUP_TOKENS, num_tokens - start)
         self._matcher.touch(state.keys, end)
-        if end - start < self._policy.min_blocks * min(group.block_tokens for group in self._groups):
+        if end - start < self._least_tokens:
             return 0
         match = self._matcher.stage(state.keys, start, end, now)
         if match is None:
@@ -111,8 +118,17 @@ class LoadPlanner:
             self._matcher.release(match.op_id)
             state.slot.unstage()
 
+    def give_up(self, state: RequestState) -> None:
+        """The engine goes on without a load: nothing is promised and nobody needs to wait for this request."""
+        if state.staged is not None:
+            self.unstage(state)
+        if state.shared_keys:
+            self.promoted(state)
+
     def expire(self, now: float) -> None:
         """Give up promises that nobody asked about for :data:`STAGED_FOR_S`."""
+        if not self._staged:
+            return
         for state in [s for s in self._staged.values() if s.staged and now - s.staged.since > STAGED_FOR_S]:
             self.unstage(state)
 
@@ -137,11 +153,12 @@ class LoadPlanner:
         for key in state.shared_keys:
             self._loading.setdefault(key, state.request.request_id)
         self._in_flight[match.op_id] = state
-        for staged in match.blocks:
-            self._events.remember(state.request, self._groups[staged.group], staged.index, staged.key)
+        if self._events.enabled:
+            for staged in match.blocks:
+                self._events.remember(state.request, self._groups[staged.group], staged.index, staged.key)
         state.hit_tokens = self._by_tier(match, tokens)
         for tier, count in state.hit_tokens.items():
-            self._stats.add("vllm:umbp_hit_tokens", count, tier)
+            self._stats.count(_HIT_TOKENS[tier], count)
         return LeaderTransferRequest(
             op_id=match.op_id,
             request_id=state.request.request_id,
@@ -152,8 +169,9 @@ class LoadPlanner:
 
     def _by_tier(self, match: StagedMatch, tokens: int) -> dict[str, int]:
         from_ssd = min(tokens, match.tokens_from_ssd(self._groups))
-        split = {"dram": tokens - from_ssd, "ssd": from_ssd}
-        return {tier: count for tier, count in split.items() if count}
+        if not from_ssd:
+            return {"dram": tokens}
+        return {"dram": tokens - from_ssd, "ssd": from_ssd} if from_ssd < tokens else {"ssd": from_ssd}
 
     def promoted(self, state: RequestState) -> None:
         """The engine has taken the loaded blocks over (or the request is gone): nobody needs to wait any more."""

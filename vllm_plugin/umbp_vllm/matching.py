@@ -84,7 +84,10 @@ class StagedMatch(msgspec.Struct, frozen=True):
         """Tokens whose KV comes from SSD, judged by the group that needs the most blocks from there."""
         counts = [0] * len(groups)
         for block in self.blocks:
-            counts[block.group] += block.source.tier is Tier.SSD
+            if block.source.tier is Tier.SSD:
+                counts[block.group] += 1
+        if not any(counts):
+            return 0
         return min(self.tokens, max(count * group.block_tokens for count, group in zip(counts, groups, strict=True)))
 
 
@@ -104,6 +107,7 @@ class Matcher:
     ) -> None:
         self._directory = directory
         self._groups = groups
+        self._windowed = [group for group in groups if group.reach is not None or group.chunk is not None]
         self._alignment = alignment
         self._object_bytes = object_bytes
         self._new_op_id = new_op_id
@@ -114,8 +118,7 @@ class Matcher:
         When it brings all of them, vLLM computes the last one again, and in a group with a window that token sees
         one token further back than the next one would: what it sees may be neither loaded nor allocated.
         """
-        windowed = any(group.reach is not None or group.chunk is not None for group in self._groups)
-        return num_tokens - 1 if windowed else num_tokens
+        return num_tokens - 1 if self._windowed else num_tokens
 
     def longest(self, keys: RequestKeys, start: int, limit: int) -> int:
         """The largest ``end`` <= ``limit`` such that tokens ``start`` to ``end`` can be loaded; ``start`` if none.
@@ -131,7 +134,9 @@ class Matcher:
                 last = first + self._directory.count_prefix(known[first:last]) if last > first else first
             end = min(end, last * group.block_tokens)
             end -= end % self._alignment
-        windowed = [group for group in self._groups if group.reach is not None or group.chunk is not None]
+        windowed = self._windowed
+        if not windowed:
+            return max(end, start)
         runs = {group.index: self._runs(keys.of(group), start // group.block_tokens, end, group) for group in windowed}
         while end > start and not all(self._window_present(group, runs[group.index], start, end) for group in windowed):
             end -= self._alignment
@@ -181,9 +186,7 @@ class Matcher:
         """Pin ``needed`` into ``staged``; the token where it had to stop, or ``None`` if all went in."""
         copies = self._directory.pin(op_id, [key for _, _, key in needed])
         for (group, block, key), copy in zip(needed, copies, strict=True):
-            page: int | None = copy.pages[0]
-            if copy.tier is not Tier.DRAM:
-                page = self._page_for(op_id, key, group, block)
+            page = copy.pages[0] if copy.tier is Tier.DRAM else self._page_for(op_id, key, group, block)
             if page is None:
                 return block * group.block_tokens
             staged.append(StagedBlock(key, group.index, block, copy, page))
@@ -214,28 +217,24 @@ class Matcher:
         guessed from what was appended.  Raises ``StateError`` when more is asked for than was staged, or a
         block table is too short.
         """
-        windowed = any(group.reach is not None or group.chunk is not None for group in self._groups)
-        if tokens > match.tokens or (tokens < match.tokens and windowed):
+        if tokens > match.tokens or (tokens < match.tokens and self._windowed):
             raise StateError(f"op {match.op_id}: vLLM wants {tokens} external tokens, {match.tokens} were promised")
         end = match.start + tokens
-        return tuple(
-            self._load_block(block, hbm_blocks[block.group], match.op_id)
-            for block in match.blocks
-            if (block.index + 1) * self._groups[block.group].block_tokens <= end
-        )
-
-    @staticmethod
-    def _load_block(block: StagedBlock, table: Sequence[int], op_id: str) -> BlockCopy:
-        if block.index >= len(table):
-            raise StateError(
-                f"op {op_id}: block {block.index} of group {block.group} lies beyond its table of {len(table)} blocks"
+        copies = []
+        for block in match.blocks:
+            if (block.index + 1) * self._groups[block.group].block_tokens > end:
+                continue
+            table = hbm_blocks[block.group]
+            if block.index >= len(table):
+                raise StateError(
+                    f"op {match.op_id}: block {block.index} of group {block.group} lies beyond its table of "
+                    f"{len(table)} blocks"
+                )
+            source = block.source
+            ssd_slot = source.pages[0] if source.tier is Tier.SSD else -1
+            copies.append(
+                BlockCopy(
+                    block.key, block.group, table[block.index], block.dram_page, ssd_slot, checksums=source.checksum
+                )
             )
-        from_ssd = block.source.tier is Tier.SSD
-        return BlockCopy(
-            key=block.key,
-            group=block.group,
-            hbm_block=table[block.index],
-            dram_page=block.dram_page,
-            ssd_slot=block.source.pages[0] if from_ssd else -1,
-            checksums=block.source.checksum,
-        )
+        return tuple(copies)
