@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 
-from umbp_connectors.master.grpc_raw import read, read_heartbeat, read_items, write_matches
+from umbp_connectors.master.grpc_raw import (
+    OBJECTS,
+    in_turns,
+    read,
+    read_heartbeat,
+    read_items,
+    read_samples,
+    write_matches,
+)
 from umbp_connectors.master.service import MasterService
 from umbp_connectors.wire_grpc import convert
 from umbp_connectors.wire_grpc import messages as pb
@@ -103,35 +111,42 @@ class MasterCalls:
         routes = self._service.route_put(
             request.node_id, keys, list(request.block_sizes), list(request.exclude_nodes), batch=True
         )
-        entries = [pb.BatchRoutePutEntry(**_put_fields(route)) for route in routes]
+        entries = [pb.BatchRoutePutEntry(**_put_fields(route)) async for route in in_turns(routes)]
         return _bytes(pb.BatchRoutePutResponse(entries=entries))
 
     async def batch_route_get(self, data: bytes) -> bytes:
         """Where to get blocks, in columns; references to nodes count from 1."""
         request = await read(pb.BatchRouteGetRequest, data)
-        keys = await read_items(request.keys, data)
-        routes = self._service.route_get(request.node_id, keys, list(request.exclude_nodes), batch=True)
+        keys, exclude = await read_items(request.keys, data), list(request.exclude_nodes)
         refs: dict[tuple[str, str], int] = {}
-        columns = [
-            (0, 0, 0)
-            if route is None
-            else (refs.setdefault((route.node_id, route.peer_address), len(refs) + 1), route.tier, route.size)
-            for route in routes
-        ]
-        return _bytes(
-            pb.BatchRouteGetResponse(
-                nodes=[pb.NodeInfo(node_id=node_id, peer_address=address) for node_id, address in refs],
-                node_ref=[ref for ref, _, _ in columns],
-                tier=[tier for _, tier, _ in columns],
-                size=[size for _, _, size in columns],
-            )
-        )
+        answer = pb.BatchRouteGetResponse()
+        async for part in in_turns(self._parts(keys), 1):
+            columns = [
+                (0, 0, 0)
+                if route is None
+                else (refs.setdefault((route.node_id, route.peer_address), len(refs) + 1), route.tier, route.size)
+                for route in self._service.route_get(request.node_id, part, exclude, batch=True)
+            ]
+            answer.node_ref.extend(ref for ref, _, _ in columns)
+            answer.tier.extend(tier for _, tier, _ in columns)
+            answer.size.extend(size for _, _, size in columns)
+        answer.nodes.extend(pb.NodeInfo(node_id=node_id, peer_address=address) for node_id, address in refs)
+        return _bytes(answer)
 
     async def batch_lookup(self, data: bytes) -> bytes:
         """Whether blocks exist."""
         request = await read(pb.BatchLookupRequest, data)
         keys = await read_items(request.keys, data)
-        return _bytes(pb.BatchLookupResponse(found=self._service.lookup(keys, request.node_id)))
+        answer = pb.BatchLookupResponse()
+        async for part in in_turns(self._parts(keys), 1):
+            answer.found.extend(self._service.lookup(part, request.node_id))
+        return _bytes(answer)
+
+    def _parts(self, keys: list[bytes]) -> list[list[bytes]]:
+        """``keys`` in parts that are looked up at one go; all of them if they are too many, to be refused."""
+        if len(keys) <= OBJECTS or len(keys) > self._service.state.settings.query_max:
+            return [keys]
+        return [keys[start : start + OBJECTS] for start in range(0, len(keys), OBJECTS)]
 
     async def report(self, data: bytes) -> bytes:
         """External blocks come to a tier; a node that does not live is answered the same, and nothing is kept."""
@@ -177,7 +192,7 @@ class MasterCalls:
         request = await read(pb.ReportMetricsRequest, data)
         if not request.node_id:
             raise InvalidRequest("node_id must not be empty")
-        self._service.report_metrics(request.node_id, convert.samples_of(request.metrics))
+        self._service.report_metrics(request.node_id, await read_samples(request.metrics))
         return _NOTHING
 
 

@@ -6,7 +6,8 @@ pieces; the loop serves others in between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import TypeVar
 
 from umbp_connectors.master.service import breathe
 from umbp_connectors.wire_grpc import convert
@@ -25,11 +26,16 @@ from umbp_connectors.wire_grpc.messages import Message, MessageClass
 from umbp_core.index_match import NodeMatch
 from umbp_core.journal import Bundle, Delta
 from umbp_core.master.model import Heartbeat
+from umbp_core.master.samples import MetricSample
+
+T = TypeVar("T")
 
 WHOLE = 1 << 20
 """Bytes of a message that is parsed at one go: half a millisecond, or 8 when somebody fills it with empty strings."""
 SLICE = 8192
-"""Hashes, events or fields that are looked at before the loop may do something else: a millisecond or two."""
+"""Hashes or fields that are looked at before the loop may do something else: a millisecond or two."""
+OBJECTS = 1024
+"""The same for messages in messages: events, bundles, metrics, routes, nodes of an answer."""
 _BUNDLES = 2
 """The field of a heartbeat that carries bundles."""
 
@@ -53,12 +59,11 @@ async def read_items(items: Sequence[bytes], data: bytes) -> list[bytes]:
         return whole
     ascii_only = data.isascii()
     result: list[bytes] = []
-    for start in range(0, len(items), SLICE):
+    async for start in in_turns(range(0, len(items), SLICE), 1):
         part = items[start : start + SLICE]
         if not ascii_only:
             require_utf8(part)
         result += part
-        await breathe()
     return result
 
 
@@ -66,28 +71,41 @@ async def read_heartbeat(data: bytes) -> Heartbeat:
     """A heartbeat.  Raises ``ProtocolError``, and ``InvalidRequest`` for kinds of events that are not known."""
     if len(data) <= WHOLE:
         message = parse(pb.HeartbeatRequest, data)
-        return _heartbeat(message, [await _bundle(bundle) for bundle in message.bundles])
-    rest, bundles, parts = bytearray(), [], []
+        return _heartbeat(message, [await _bundle(bundle) async for bundle in in_turns(message.bundles)])
+    rest, spans = bytearray(), []
     for count, field in enumerate(fields(data), start=1):
         if field.number == _BUNDLES and field.wire_type == LENGTH_DELIMITED:
-            parts.append((field.payload, field.end))
+            spans.append((field.payload, field.end))
         else:
             rest += data[field.start : field.end]
-        if count % SLICE == 0:
+        if count % OBJECTS == 0:
             await breathe()
     message = parse(pb.HeartbeatRequest, bytes(rest))
-    for count, (start, end) in enumerate(parts, start=1):
-        bundles.append(await _bundle(await read(pb.EventBundle, data[start:end])))
-        if count % SLICE == 0:
-            await breathe()
+    bundles = [await _bundle(await read(pb.EventBundle, data[start:end])) async for start, end in in_turns(spans)]
     return _heartbeat(message, bundles)
 
 
-async def write_matches(matches: Iterable[NodeMatch], address_of: Callable[[str], str]) -> bytes:
+async def read_samples(entries: Sequence[Message]) -> list[MetricSample]:
+    """The metrics that a node hands over."""
+    samples: list[MetricSample] = []
+    async for start in in_turns(range(0, len(entries), OBJECTS), 1):
+        samples += convert.samples_of(entries[start : start + OBJECTS])
+    return samples
+
+
+async def in_turns(items: Iterable[T], at_once: int = OBJECTS) -> AsyncIterator[T]:
+    """``items``, others having their turn before each ``at_once`` of them but the first."""
+    for count, item in enumerate(items):
+        if count and count % at_once == 0:
+            await breathe()
+        yield item
+
+
+async def write_matches(matches: Sequence[NodeMatch], address_of: Callable[[str], str]) -> bytes:
     """The answer to a match.  Raises ``MessageTooLarge``."""
     writer = MatchWriter()
     written: dict[int, bytes] = {}
-    for match in matches:
+    async for match in in_turns(matches):
         buckets = []
         for tier, hashes in match.tiers.items():
             data = written.get(id(hashes))
@@ -101,21 +119,17 @@ async def write_matches(matches: Iterable[NodeMatch], address_of: Callable[[str]
 async def _write_hashes(hashes: Sequence[bytes]) -> bytes:
     if len(hashes) <= SLICE:
         return encode_hashes(hashes)
-    parts = []
-    for start in range(0, len(hashes), SLICE):
-        parts.append(encode_hashes(hashes[start : start + SLICE]))
-        await breathe()
-    return b"".join(parts)
+    slices = in_turns(range(0, len(hashes), SLICE), 1)
+    return b"".join([encode_hashes(hashes[start : start + SLICE]) async for start in slices])
 
 
 async def _bundle(message: Message) -> Bundle:
     events = message.events
-    if len(events) <= SLICE:
+    if len(events) <= OBJECTS:
         return Bundle(message.seq, _deltas(events))
     deltas: list[Delta] = []
-    for start in range(0, len(events), SLICE):
-        deltas += _deltas(events[start : start + SLICE])
-        await breathe()
+    async for start in in_turns(range(0, len(events), OBJECTS), 1):
+        deltas += _deltas(events[start : start + OBJECTS])
     return Bundle(message.seq, tuple(deltas))
 
 
