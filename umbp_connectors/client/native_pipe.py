@@ -144,7 +144,7 @@ class NativePipe(asyncio.Protocol):
             return
         self.broken = True
         if self._transport is not None:
-            self._transport.close()
+            self._transport.abort()  # there is nothing to wait for
         if self._timer is not None:
             self._timer.cancel()
         waiting, self._waiting = self._waiting, {}

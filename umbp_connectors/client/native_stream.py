@@ -48,7 +48,7 @@ async def watch_events(
                 if session.splitter.error is not None:
                     raise session.splitter.error
         finally:
-            writer.close()
+            writer.transport.abort()
     except (OSError, asyncio.TimeoutError) as error:
         raise unreachable(address, error) from error
 
@@ -66,7 +66,7 @@ async def _open(
         while not session.greeted(await _read(reader)):
             pass
     except BaseException:
-        writer.close()
+        writer.transport.abort()
         raise
     return reader, writer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from tests.master.native.harness import Master, RawClient, client, master
 from umbp_connectors.client.native_blocking import NativeBlockingClient
 
 
-@pytest.fixture
-def running() -> Iterator[Master]:
-    with master() as it:
+@pytest.fixture(params=["asyncio", "uvloop"])
+def running(request: pytest.FixtureRequest) -> Iterator[Master]:
+    loops = asyncio if request.param == "asyncio" else pytest.importorskip("uvloop")
+    with master(loops.new_event_loop()) as it:
         yield it
 
 

@@ -104,9 +104,8 @@ class Master:
 
 
 @contextmanager
-def master() -> Iterator[Master]:
-    """A master that ends with the block."""
-    loop = asyncio.new_event_loop()
+def master(loop: asyncio.AbstractEventLoop) -> Iterator[Master]:
+    """A master on ``loop`` that ends with the block."""
     thread = threading.Thread(target=loop.run_forever, name="master")
     thread.start()
     try:
@@ -128,7 +127,11 @@ class RawClient:
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         self.socket.settimeout(DEADLINE)
-        self.socket.connect(address)
+        try:
+            self.socket.connect(address)
+        except OSError:
+            self.socket.close()
+            raise
         self.session = 0
         self.sequence = 0
 
@@ -184,6 +187,12 @@ class RawClient:
             return self.socket.recv(1) == b""
         except ConnectionResetError:
             return True
+
+    def drain(self) -> None:
+        """Take all that the server says, until it closes."""
+        with suppress(ConnectionResetError):
+            while self.socket.recv(1 << 16):
+                pass
 
     def _exactly(self, count: int) -> bytes:
         data = b""
