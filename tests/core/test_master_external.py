@@ -100,6 +100,7 @@ def test_what_was_cleared_is_swept(state: MasterState) -> None:
     state.report("n1", [A, B], HBM, START)
     beat(state, "n1", (1, [add(A), add(B)]))
     state.unregister("n1", START)
+    assert state.sweep(0) == 4
     assert state.sweep(1) == 2
     assert state.sweep(2) == 0
     assert (state.index.stats().keys, state.blocks.stats().keys) == (0, 0)

@@ -45,6 +45,7 @@ class Lanes:
         if before is None and not large:
             return finish(steps)
         task = asyncio.get_running_loop().create_task(self._run(node_id, steps, before))
+        task.add_done_callback(_look)
         self._last[node_id] = task
         return await asyncio.shield(task)
 
@@ -56,3 +57,9 @@ class Lanes:
         finally:
             if self._last.get(node_id) is asyncio.current_task():
                 del self._last[node_id]
+
+
+def _look(task: asyncio.Task[Any]) -> None:
+    """Whoever asked for a change may be gone when it fails; then nobody is left to be told."""
+    if not task.cancelled():
+        task.exception()

@@ -312,7 +312,8 @@ class MasterService:
 
     def _cleared(self) -> None:
         """The external index changed, and there may be memory to free."""
-        self._housekeeping.wake()
+        if self.state.sweep(0):
+            self._housekeeping.wake()
         self._tell()
 
     def _tell(self) -> None:

@@ -323,7 +323,10 @@ class MasterState:
         )
 
     def sweep(self, limit: int) -> int:
-        """Free memory of up to ``limit`` entries that were cleared; returns how many are left, 0 when none."""
+        """Free memory of up to ``limit`` entries that were cleared; returns how many are left, 0 when none.
+
+        With limit 0 it only says how many there are.
+        """
         return self.index.sweep(limit) + self.blocks.sweep(limit)
 
     def collect_hits(self, limit: int, now: float) -> int:
