@@ -144,3 +144,18 @@ def test_a_round_goes_on_with_the_next_call() -> None:
     assert {part.node_id for part in second} == {"n2"}
     assert sum(len(part.keys) for part in second) == MAX_VICTIMS
     assert third == ()
+
+
+def test_blocks_of_the_same_moment_are_all_there() -> None:
+    state = register(master(MasterSettings(eviction_low_watermark=0.0)), "n1")
+    keys = [b"%02d" % number for number in range(50)]
+    beat(state, "n1", (1, map(add, keys)))
+    beat(state, "n1", capacities=[TierCapacity(DRAM, 500, 0)])
+    assert orders(state) == (order(*keys),)
+
+
+def test_a_lease_lasts_as_long_as_it_is_set_to() -> None:
+    state = filled(settings=MasterSettings(lease_duration=60.0, heartbeat_ttl=100.0))
+    state.route_get("n2", KEYS, (), START + 1)
+    assert orders(state, START + 11) == ()
+    assert orders(state, START + 62) == (order(*KEYS[:3]),)

@@ -182,3 +182,15 @@ async def turns(count: int) -> None:
     """Let the loop go round."""
     for _ in range(count):
         await asyncio.sleep(0)
+
+
+SMALL = Slices(hashes=8, deltas=8, query=8)
+"""Requests of more than eight are large."""
+KEYS = [b"%03d" % number for number in range(100)]
+
+
+def small() -> Master:
+    made = master(slices=SMALL)
+    made.register("n1", "n2", incarnation=5)
+    made.notes.take()
+    return made
