@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
@@ -49,6 +51,13 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable outpu
 HashArguments = Annotated[
     list[str], typer.Argument(metavar="HASH...", help="Hashes as the engine publishes them; `-`: from standard input.")
 ]
+
+OptionalHashArguments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[HASH...]", help="Hashes as the engine publishes them; `-`: from standard input."),
+]
+HASHES_PER_CALL = 1024
+"""Well below what any master lets one question name."""
 
 
 def nodes(
@@ -104,7 +113,11 @@ def match(
 
 
 def hits(
-    hashes: HashArguments,
+    hashes: OptionalHashArguments = None,
+    most: Annotated[int, typer.Option("--top", metavar="N", min=1, help="Without hashes: show so many.")] = 20,
+    scan: Annotated[
+        int, typer.Option("--scan", metavar="N", min=1, help="Without hashes: look at so many at most.")
+    ] = 100_000,
     master: MasterOption = DEFAULT_MASTER,
     token_file: TokenFileOption = None,
     tls_ca: CaOption = None,
@@ -113,16 +126,23 @@ def hits(
     timeout: TimeoutOption = 5.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Show how often some hashes were matched; those without a counter are left out."""
+    """Show how often hashes were matched; those without a counter are left out.
+
+    Without hashes, the most often matched ones of those that nodes hold.
+    """
     from umbp_connectors import cli_views as views
 
-    keys = _hashes(hashes)
+    keys = _hashes(hashes) if hashes else []
     with _connected(master, token_file, (tls_ca, tls_cert, tls_key), timeout) as transport:
-        counts = transport.hit_counts(keys, timeout)
+        if keys:
+            counts = transport.hit_counts(keys, timeout)
+        else:
+            held = islice(_held(_native(transport, "list hashes"), timeout), scan)
+            counts = _most_matched(transport, held, most, timeout)
     if as_json:
         _print_json([{"hash": views.text_of(key), "hits": number} for key, number in counts])
     else:
-        _print(views.hit_table(counts) if counts else "none of them has a counter")
+        _print(views.hit_table(counts) if counts else "no hash of these has a counter")
 
 
 def top(
@@ -159,6 +179,28 @@ def top(
                         pause.wait(interval)
         except KeyboardInterrupt:
             return
+
+
+def _held(client: NativeTransport, timeout: float) -> Iterator[bytes]:
+    """The hashes that nodes hold, node by node; some of them several times."""
+    for info in client.list_nodes(timeout):
+        for tier in info.external_counts:
+            cursor = 0
+            while True:
+                page = client.list_blocks(info.node_id, tier, cursor, HASHES_PER_CALL, timeout)
+                yield from page.hashes
+                cursor = page.cursor
+                if not cursor:
+                    break
+
+
+def _most_matched(
+    transport: MasterTransport, hashes: Iterator[bytes], most: int, timeout: float
+) -> list[tuple[bytes, int]]:
+    counts: dict[bytes, int] = {}
+    while batch := list(islice(hashes, HASHES_PER_CALL)):
+        counts.update(transport.hit_counts(batch, timeout))
+    return heapq.nsmallest(most, counts.items(), key=lambda item: (-item[1], item[0]))
 
 
 class _Look:
@@ -273,8 +315,8 @@ def _explained(transport: MasterTransport, node: str, keys: list[bytes], timeout
     return values, Text("\n".join(f"{value['hash']}: {value['text']}" for value in values))
 
 
-def _hashes(given: list[str]) -> list[bytes]:
-    texts = sys.stdin.read().split() if given == ["-"] else given
+def _hashes(given: Sequence[str]) -> list[bytes]:
+    texts = sys.stdin.read().split() if list(given) == ["-"] else given
     if not texts:
         raise ConfigError("no hashes on standard input; give one per line")
     return [text.encode() for text in texts]

@@ -147,7 +147,28 @@ def test_hits_are_those_that_were_asked_to_count(address: str) -> None:
     after = {each["hash"]: each["hits"] for each in answer("hits", "--master", address, "4", "nobody")}
     assert after == {"4": before.get("4", 0) + 1}
     assert "4" in asked("hits", "--master", address, "4")
-    assert "none of them has a counter" in asked("hits", "--master", address, "nobody")
+    assert "no hash of these has a counter" in asked("hits", "--master", address, "nobody")
+
+
+def test_hits_without_hashes_are_the_most_matched_ones_that_nodes_hold(tmp_path: Path) -> None:
+    with MasterProcess(tmp_path) as master:
+        address = f"umbp://{master.doors['native']}"
+        assert answer("hits", "--master", address) == []
+        client = master.native()
+        keys = [b"%04d" % number for number in range(3000)]
+        for node, tier in (("n1", Tier.HBM), ("n1", Tier.SSD), ("n2", Tier.DRAM)):
+            if tier is not Tier.SSD:
+                client.register(Registration(node), CALL)
+            client.report(node, keys, tier, CALL)
+        client.match(keys, True, CALL)
+        client.match([b"2999", b"0007"], True, CALL)
+        client.match([b"2999"], True, CALL)
+        client.close()
+        found = answer("hits", "--master", address, "--top", "3")
+        assert found == [{"hash": "2999", "hits": 3}, {"hash": "0007", "hits": 2}, {"hash": "0000", "hits": 1}]
+        assert len(answer("hits", "--master", address, "--top", "5000", "--scan", "1500")) == 1500
+        assert "2999" in asked("hits", "--master", address)
+        assert master.end() == 0
 
 
 def test_hashes_come_from_standard_input(folder: Path, native: str) -> None:
