@@ -187,6 +187,34 @@ def test_any_bytes_are_cut_as_protobuf_reads_them(data: bytes) -> None:
     assert b"".join(data[field.start : field.end] for field in fields) == data
 
 
+@pytest.mark.parametrize("depth", [1, 2, 50, 90, 1000])
+def test_groups_are_passed_over_as_protobuf_does(depth: int) -> None:
+    """Nobody uses them any more; field 15 starts one with 0x7b and ends it with 0x7c."""
+    data = b"\x7b" * depth + b"\x12\x02xy\x08\x01" + b"\x7c" * depth
+    if whole(pb.UnregisterClientRequest, data) is None:
+        with pytest.raises(ProtocolError, match="deeper"):
+            list(codec.fields(data))
+    else:
+        (field,) = codec.fields(data)
+        assert (field.number, field.start, field.end) == (15, 0, len(data))
+
+
+@pytest.mark.parametrize("data", [b"\x7b\x74", b"\x7b\x7c\x7c", b"\x7b", b"\x7b\x12\x05a\x7c", b"\x7e", b"\x7f"])
+def test_groups_that_do_not_end_as_they_began_are_no_message(data: bytes) -> None:
+    assert whole(pb.UnregisterClientRequest, data) is None
+    with pytest.raises(ProtocolError):
+        list(codec.fields(data))
+
+
+@pytest.mark.parametrize("data", [b"\x12\x05\x08\x01", b"\x0a\x01n\x12\x81\x01\x08\x01", b"\x12"])
+def test_a_heartbeat_that_was_cut_on_its_way_is_none(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    """Even where what is left of its last bundle is one."""
+    for whole_bytes in (grpc_raw.WHOLE, -1):
+        monkeypatch.setattr(grpc_raw, "WHOLE", whole_bytes)
+        with pytest.raises(ProtocolError):
+            run(grpc_raw.read_heartbeat(data))
+
+
 @pytest.mark.parametrize("size", [10, 200_000])
 def test_large_requests_are_read_in_pieces(size: int) -> None:
     hashes = [b"%d" % number for number in range(size)]
