@@ -24,6 +24,8 @@ _KINDS: dict[type, Kind] = {CounterDelta: "counter", GaugeValue: "gauge", Histog
 MAX_SERIES_PER_NODE = 2000
 MAX_SERIES = 200_000
 MAX_BOUNDS = 64
+MAX_LABELS = 32
+"""Labels of a sample, and tags of a node that become labels."""
 MAX_TEXT = 256
 """Characters of a name, a label's name or a label's value."""
 
@@ -167,17 +169,17 @@ class ReportedMetrics:
 
 def tag_labels(tags: Iterable[str]) -> Labels:
     """The labels that a node's tags make; tags without ``=`` and what Prometheus could not read are left out."""
-    labels = {}
+    labels: dict[str, str] = {}
     for tag in tags:
         name, separator, value = tag.partition("=")
-        if separator and _is_label(name, value) and name != "tier":
+        if separator and _is_label(name, value) and name != "tier" and len(labels) < MAX_LABELS:
             labels[name] = value
     return tuple(sorted(labels.items()))
 
 
 def _merged(labels: Labels, common: Labels) -> Labels | None:
     """The labels of one series, sorted; ``None`` when they cannot be used.  Those of the sample win over tags."""
-    if not all(_is_label(name, value) for name, value in labels):
+    if len(labels) > MAX_LABELS or not all(_is_label(name, value) for name, value in labels):
         return None
     merged = dict(common) | dict(labels)
     return tuple(sorted(merged.items())) if len(dict(labels)) == len(labels) else None

@@ -5,6 +5,7 @@ import contextlib
 import socket
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
+from random import Random
 
 import pytest
 
@@ -113,6 +114,19 @@ def test_more_connections_than_the_bound_are_closed_and_the_others_served(monkey
         for reader, writer in idle:
             assert (await reader.read()).endswith(b"hello\n")
             await leave(writer)
+        assert (await ask(endpoint, b"GET /hello HTTP/1.1\r\n\r\n")).endswith(b"hello\n")
+
+    served(scenario)
+
+
+def test_nonsense_is_answered_or_left_and_never_more_than_that() -> None:
+    random = Random(7)
+
+    async def scenario(endpoint: Endpoint) -> None:
+        for _ in range(200):
+            line = random.choice([b"GET ", b"", b"HEAD /hello ", b"GET /hello HTTP/1.1"]) + random.randbytes(20)
+            answer = await ask(endpoint, line + b"\r\n\r\n")
+            assert answer.startswith(b"HTTP/1.1 ")
         assert (await ask(endpoint, b"GET /hello HTTP/1.1\r\n\r\n")).endswith(b"hello\n")
 
     served(scenario)

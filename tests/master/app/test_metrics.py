@@ -210,6 +210,7 @@ HOSTILE = [
     ("invalid", MetricSample("x", GaugeValue(1), labels=(("a-b", ""),))),
     ("invalid", MetricSample("x", GaugeValue(1), labels=(("a", "1"), ("a", "2")))),
     ("invalid", MetricSample("x", GaugeValue(1), labels=(("a", "v" * 1000),))),
+    ("invalid", MetricSample("x", GaugeValue(1), labels=tuple((f"l{i}", "") for i in range(33)))),
     ("invalid", MetricSample("h", HistogramDelta((1.0,), (1, 2), 2, 0.0))),
     ("invalid", MetricSample("h", HistogramDelta((2.0, 1.0), (1, 2), 2, 0.0))),
     ("invalid", MetricSample("h", HistogramDelta((1.0, 2.0), (2, 1), 2, 0.0))),

@@ -1,10 +1,12 @@
 """A master that was killed knows its nodes again, wherever it keeps them."""
 
+import contextlib
 import re
 import shutil
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from tests.master.app.master_process import CALL, DEADLINE, MasterProcess
 from umbp_connectors.client.native_blocking import NativeBlockingClient
 from umbp_connectors.master.sqlite_store import SqliteBackend
 from umbp_connectors.master.stores import decoded
+from umbp_core.errors import MasterError
 from umbp_core.journal import Bundle, Delta
 from umbp_core.master.model import Heartbeat, NodeStatus, Registration, TierCapacity
 from umbp_core.tiers import Tier
@@ -70,6 +73,47 @@ def test_a_surviving_node_is_routable_after_a_restart(tmp_path: Path, number: si
         assert (route.node_id, route.size, route.peer_address) == ("n1", 100, NODE.peer_address)
         client.close()
         grpc.close()
+        assert master.end() == 0
+
+
+def test_a_kill_amid_registrations_leaves_a_table_that_can_be_read(tmp_path: Path) -> None:
+    with MasterProcess(tmp_path, *STATE) as master:
+        client = master.native()
+        stopped = threading.Event()
+        told: list[str] = []
+
+        def register_on_and_on() -> None:
+            with contextlib.suppress(MasterError):
+                while not stopped.is_set():
+                    client.register(Registration(f"n{len(told)}", peer_address=f"10.0.0.1:{len(told)}"), CALL)
+                    told.append(f"n{len(told)}")
+
+        thread = threading.Thread(target=register_on_and_on)
+        thread.start()
+        wait_until_written(master, 3)
+        master.end(signal.SIGKILL)
+        stopped.set()
+        thread.join(DEADLINE)
+        client.close()
+    with MasterProcess(tmp_path, *STATE) as master:
+        assert "moved" not in master.log
+        client = master.native()
+        infos = client.list_nodes(CALL)
+        assert 0 < len(infos) <= len(told) + 1
+        assert len(infos) == int(master.doors["nodes"])
+        assert all(info.peer_address == f"10.0.0.1:{info.node_id[1:]}" for info in infos)
+        client.close()
+        assert master.end() == 0
+
+
+def test_a_default_folder_that_cannot_be_made_is_no_refusal(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with MasterProcess(tmp_path, "--listen", f"127.0.0.1:{port}", HOME="/dev/null") as master:
+        assert "starts without what it knew of nodes" in master.log
+        client = master.native()
+        client.register(NODE, CALL)
+        client.close()
         assert master.end() == 0
 
 
