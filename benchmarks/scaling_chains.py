@@ -90,10 +90,10 @@ class Group:
     """Block to a mask over the nodes that hold it on any tier."""
 
     def entries(self) -> Iterator[tuple[int, int, list[bytes]]]:
-        """Node, tier and hashes, for every tier of every node."""
+        """Node, tier and hashes, for every tier of every node; hashes in the order in which they were first computed."""
         for node, tiers in enumerate(self.caches):
             for tier, cache in tiers.items():
-                yield node, tier, [hash_of(block) for block in cache.blocks]
+                yield node, tier, [hash_of(block) for block in sorted(cache.blocks)]
 
 
 def hash_of(block: int) -> bytes:
