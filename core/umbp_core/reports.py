@@ -211,10 +211,11 @@ class ReportJournal:
         room = self._batch_hashes
         actions: list[Action] = []
         for tier in [tier for tier, words in self._words.items() if words]:
-            words = self._words[tier] = self._words.pop(tier)  # the next batch begins with another tier
-            part, count = words.cut(tier, room, self._batch_hashes)
+            part, count = self._words[tier].cut(tier, room, self._batch_hashes)
             actions += part
             room -= count
+            if count:
+                self._words[tier] = self._words.pop(tier)  # the others come first in the next batch
         return actions
 
 

@@ -30,7 +30,7 @@ class ReportsMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.latest = 1000
+        self.latest = self.earliest = 1000
         self.truth: set[tuple[int, bytes]] = set()
         self.journal = self._journal(self.latest)
         self.messages: list[Batch] = []
@@ -106,9 +106,10 @@ class ReportsMachine(RuleBasedStateMachine):
         if later:
             self.latest += 100
         else:
+            self.earliest -= 100
             self.messages, self.answers = [], []
         self.truth = set()
-        self.journal = self._journal(self.latest if later else self.latest - 500)
+        self.journal = self._journal(self.latest if later else self.earliest)
 
     @rule(how=st.sampled_from(("expire", "forget")))
     def lose_state(self, how: str) -> None:

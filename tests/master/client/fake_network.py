@@ -71,6 +71,8 @@ class FakeNetwork:
     calls: list[str] = field(default_factory=list)
     late: list[Callable[[], object]] = field(default_factory=list)
     dials: int = 0
+    transports: list[FakeTransport] = field(default_factory=list)
+    registrations: list[Registration] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.lives = 0
@@ -101,7 +103,8 @@ class FakeNetwork:
             raise MasterUnavailable(f"{address} does not answer")
         if not (self.native_door if native else self.grpc_door):
             raise ProtocolError(f"{address} speaks something else")
-        return FakeTransport(self, native, self.lives)
+        self.transports.append(FakeTransport(self, native, self.lives))
+        return self.transports[-1]
 
     def call(self, name: str, made: Callable[[], T], timeout: float, life: int, native: bool) -> T:
         """One call of a transport that was connected in ``life`` of the master."""
@@ -173,6 +176,7 @@ class FakeTransport:
 
     def register(self, registration: Registration, timeout: float) -> RegistrationAck:
         told = registration if self._native else _without_incarnation(registration)
+        self._network.registrations.append(told)
         return self._call("register", lambda state, now: state.register(told, now), timeout)
 
     def unregister(self, node_id: str, timeout: float) -> None:

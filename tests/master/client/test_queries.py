@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from tests.master.client.fake_network import GRPC, NATIVE, FakeNetwork, FakeTransport
+from tests.master.client.fake_network import GRPC, NATIVE, FakeNetwork
 from umbp_connectors.client.addresses import MasterAddress
 from umbp_connectors.client.dialects import Dialect
 from umbp_connectors.client.queries import Queries
@@ -14,6 +14,7 @@ from umbp_core.breaker import Backoff, Breaker, BreakerState
 from umbp_core.errors import InvalidRequest, MasterUnavailable
 from umbp_core.index_match import PrefixMatch, TierRun
 from umbp_core.master.model import ExternalMatch, Registration
+from umbp_core.master.transport import MasterTransport
 
 A, B, C = b"a", b"b", b"c"
 HBM, DRAM = 1, 2
@@ -75,6 +76,7 @@ def test_a_failing_master_costs_one_deadline_and_then_a_trial_now_and_then() -> 
     asker.network.clock.now += 2.0
     assert len(asker.match()) == 1
     assert asker.queries.degraded == 52
+    assert [transport.closed for transport in asker.network.transports[1:]] == [True, False]
 
 
 def test_a_question_that_the_master_refuses_is_no_failure_of_the_master() -> None:
@@ -123,7 +125,7 @@ def test_while_one_caller_connects_another_waits_no_longer_than_it_may() -> None
     net = network()
     connecting, go_on = threading.Event(), threading.Event()
 
-    def slow(address: MasterAddress, timeout: float) -> FakeTransport:
+    def slow(address: MasterAddress, timeout: float) -> MasterTransport:
         connecting.set()
         assert go_on.wait(10.0)
         raise MasterUnavailable("at last")
@@ -138,15 +140,39 @@ def test_while_one_caller_connects_another_waits_no_longer_than_it_may() -> None
     assert (first.is_alive(), queries.degraded) == (False, 2)
 
 
+def test_callers_that_come_together_share_one_connection() -> None:
+    net = network()
+    queries = Queries(lambda: NATIVE, lambda to, t: slow(to, t), Breaker(lambda: 0.0), net.clock)
+    dials = net.dials
+    connecting, go_on, answers = threading.Event(), threading.Event(), []
+
+    def slow(address: MasterAddress, timeout: float) -> MasterTransport:
+        connecting.set()
+        assert go_on.wait(10.0)
+        return net.dial(address, timeout)
+
+    def ask() -> None:
+        answers.append(queries.ask(lambda dialect, left: dialect.transport.match([A], False, left), NOTHING, 10.0))
+
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    assert connecting.wait(10.0)
+    assert not threads[1].join(0.05)
+    go_on.set()
+    for thread in threads:
+        thread.join(10.0)
+    assert [len(answer) for answer in answers] == [1, 1, 1, 1]
+    assert net.dials == dials + 1
+
+
 def test_a_connection_that_is_made_during_the_close_is_closed() -> None:
     net = network()
-    made = []
 
-    def dial(address: MasterAddress, timeout: float) -> FakeTransport:
+    def dial(address: MasterAddress, timeout: float) -> MasterTransport:
         queries.close()
-        made.append(net.dial(address, timeout))
-        return made[0]
+        return net.dial(address, timeout)
 
     queries = Queries(lambda: NATIVE, dial, Breaker(lambda: 0.0), net.clock)
     assert queries.ask(lambda dialect, left: dialect.transport.match([A], False, left), NOTHING, 1.0) == []
-    assert made[0].closed
+    assert net.transports[-1].closed

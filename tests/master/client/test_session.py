@@ -9,7 +9,7 @@ from tests.master.client.reporting_node import SMALL, ReportingNode
 from umbp_connectors.client.addresses import MasterAddress, Wire
 from umbp_connectors.client.link import Link
 from umbp_core.breaker import BreakerState
-from umbp_core.errors import InvalidRequest
+from umbp_core.errors import InvalidRequest, MasterUnavailable
 from umbp_core.index_gate import Acknowledgement, Batch
 from umbp_core.journal import Delta
 from umbp_core.master.model import Heartbeat, HeartbeatReply, NodeStatus, Registration, TierCapacity
@@ -230,10 +230,14 @@ def test_the_best_address_that_answers_is_used_and_a_better_one_when_it_is_back(
     node.record([Delta(A, DRAM, 1)])
     node.run(INTERVAL)
     assert (node.link.address, node.told()) == (GRPC, True)
+    dials = network.dials
+    node.run(5 * SMALL.upgrade_interval)
+    assert 4 <= network.dials - dials <= 6
     network.native_door = True
     node.report([B], HBM)
     node.run(30.0)
     assert (node.link.address, node.told(), node.counters.failures) == (NATIVE, True, 0)
+    assert [transport.closed for transport in network.transports] == [True, False]
     network.native_door = False
     network.restart_master(persistent=False)
     node.run(2 * INTERVAL)
@@ -328,6 +332,28 @@ def test_leaving_unregisters_only_if_there_is_time() -> None:
     node = settled_node()
     node.session.leave(unregister=True)
     assert (node.network.state.list_nodes(node.clock.now), node.link.address) == ([], None)
+
+
+def test_what_was_said_before_the_registration_is_part_of_it() -> None:
+    node = ReportingNode(FakeNetwork())
+    node.intake.put(0, node.blocks.set_capacities, (TierCapacity(DRAM, 7, 6),), None)
+    node.step()
+    assert [told.capacities for told in node.network.registrations] == [(TierCapacity(DRAM, 7, 6),)]
+
+
+def test_a_master_that_knows_nobody_is_not_asked_at_full_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = ReportingNode(FakeNetwork())
+    monkeypatch.setattr(node.network.state, "heartbeat", lambda message, now: HeartbeatReply(NodeStatus.UNKNOWN))
+    node.run(60.0)
+    assert 20 < node.counters.registrations < 40
+
+
+def test_when_the_time_is_up_nothing_is_dialled() -> None:
+    node = ReportingNode(FakeNetwork())
+    node.link.limit(node.clock.now)
+    with pytest.raises(MasterUnavailable, match="no time"):
+        node.link.connect()
+    assert node.network.dials == 0
 
 
 def test_an_empty_node_id_ends_in_pauses_not_in_a_crash() -> None:
