@@ -182,6 +182,9 @@ def test_unregistering_takes_everything_along() -> None:
     assert state.blocks.nodes() == ["n2"]
     assert beat(state, "n1").status is NodeStatus.UNKNOWN
     assert not state.unregister("n1", START)
+    assert (state.is_alive("n1"), state.peer_address("n1")) == (False, "")
+    beat(state, "n2", at=START + EXPIRY)
+    assert state.tick(START + EXPIRY + 1).expired == ()
 
 
 def test_silent_nodes_expire_once_and_alone() -> None:
@@ -246,6 +249,15 @@ def test_expired_nodes_are_forgotten_after_a_day() -> None:
     assert [info.node_id for info in state.list_nodes(START + 1000.1)] == ["n2"]
     assert beat(state, "n1", at=START + 1001).status is NodeStatus.UNKNOWN
     assert state.tick(START + 1500.1).purged == ("n2",)
+
+
+def test_a_node_that_came_back_keeps_no_other_from_being_forgotten() -> None:
+    state = register(master(MasterSettings(expired_retention=1000.0)), "n1", "n2")
+    state.tick(START + EXPIRY + 1)
+    beat(state, "n1", at=START + EXPIRY + 2)
+    beat(state, "n1", at=START + 1000)
+    assert state.tick(START + 1000.1).purged == ("n2",)
+    assert state.is_alive("n1")
 
 
 def test_a_master_that_stood_still_blames_no_node() -> None:

@@ -107,6 +107,14 @@ def test_a_clear_of_another_tier_does_not_disturb(state: MasterState) -> None:
     assert hashes_of(state) == len(MANY)
 
 
+def test_a_registration_that_is_repeated_does_not_disturb(state: MasterState) -> None:
+    steps = state.report_steps("n1", MANY, HBM, START)
+    next(steps)
+    register(state, "n1", incarnation=5)
+    finish(steps)
+    assert hashes_of(state) == len(MANY)
+
+
 def test_clears_of_very_many_tiers_are_remembered(state: MasterState) -> None:
     steps = state.report_steps("n1", MANY, 7, START)
     next(steps)

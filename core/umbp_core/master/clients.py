@@ -159,16 +159,14 @@ class ClientTable:
         self._expired.pop(node_id, None)
         return self._clients.pop(node_id, None)
 
-    def hear(self, client: Client, now: float) -> bool:
-        """A sign of life; whether the node had expired, or was not heard before."""
-        back = client.status is not NodeStatus.ALIVE or not client.heard
+    def hear(self, client: Client, now: float) -> None:
+        """A sign of life."""
         client.seen = max(client.seen, now)
         client.heard = True
         client.status = NodeStatus.ALIVE
         self._expired.pop(client.node_id, None)
         self._alive.pop(client.node_id, None)
         self._alive[client.node_id] = client
-        return back
 
     def silent(self, now: float) -> Collection[str]:
         """The nodes that will expire with the next :meth:`expire`."""
