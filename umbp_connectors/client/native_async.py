@@ -216,9 +216,9 @@ class NativeAsyncClient:
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             await asyncio.wait_for(pipe.greeting, timeout)
-        except BaseException:
-            pipe.close()
-            raise
+        finally:
+            if not pipe.ready:
+                pipe.close()
         return pipe
 
 

@@ -174,15 +174,18 @@ class NativeBlockingClient:
     def _ask(self, ask: Ask[T], timeout: float) -> T:
         deadline = monotonic() + timeout
         link = self._take(deadline)
+        usable = False
         try:
             reply = link.ask(ask.request, ask.reply, deadline)
+            usable = True
         except Refused as refusal:
-            self._give_back(link)
+            usable = True
             raise refusal.error from None
-        except BaseException:
-            self._discard(link)
-            raise
-        self._give_back(link)
+        finally:
+            if usable:
+                self._give_back(link)
+            else:
+                self._discard(link)
         return ask.read(reply)
 
     def _take(self, deadline: float) -> NativeLink:
@@ -231,13 +234,15 @@ class NativeBlockingClient:
                     self._busy.add(link)
                 elif self._waiting:
                     self._change.notify()
+        usable = False
         try:
             if closed:
                 raise self._is_closed()
             link.greet(deadline)
-        except BaseException:
-            self._discard(link)
-            raise
+            usable = True
+        finally:
+            if not usable:
+                self._discard(link)
         return link
 
     def _give_back(self, link: NativeLink) -> None:

@@ -79,6 +79,11 @@ class NativePipe(asyncio.Protocol):
     # for the client
 
     @property
+    def ready(self) -> bool:
+        """Whether the master has greeted."""
+        return self._session.welcome is not None and not self.broken
+
+    @property
     def full(self) -> bool:
         """Whether a new request has to wait."""
         return self._stalled or len(self._waiting) >= self._limit

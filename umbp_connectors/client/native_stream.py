@@ -65,9 +65,9 @@ async def _open(
         writer.write(session.hello())
         while not session.greeted(await _read(reader)):
             pass
-    except BaseException:
-        writer.transport.abort()
-        raise
+    finally:
+        if session.welcome is None:
+            writer.transport.abort()
     return reader, writer
 
 
