@@ -28,6 +28,7 @@ from examples.random_model import TOKEN_SETTINGS, medium_llama, prompt, write_mo
 __all__ = [
     "medium_llama",
     "prompt",
+    "tiny_eagle",
     "tiny_linear_attention",
     "tiny_llama",
     "tiny_lora",
@@ -139,4 +140,40 @@ def tiny_lora(folder: Path, *, seed: int = 1, layers: int = 4) -> Path:
         "base_model_name_or_path": "tiny",
     }
     (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def tiny_eagle(folder: Path, *, seed: int = 2) -> Path:
+    """An EAGLE head for :func:`tiny_llama`: one layer, whose drafts are never right.  Returns ``folder``."""
+    hidden, inner, queries, keys = 128, 256, 128, 64
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "fc": (hidden, 2 * hidden),
+        "layers.0.self_attn.q_proj": (queries, hidden),
+        "layers.0.self_attn.k_proj": (keys, hidden),
+        "layers.0.self_attn.v_proj": (keys, hidden),
+        "layers.0.self_attn.o_proj": (hidden, queries),
+        "layers.0.mlp.gate_proj": (inner, hidden),
+        "layers.0.mlp.up_proj": (inner, hidden),
+        "layers.0.mlp.down_proj": (hidden, inner),
+    }
+    tensors = {
+        f"{name}.weight": torch.randn(*shape, generator=generator) / math.sqrt(shape[1])
+        for name, shape in shapes.items()
+    }
+    tensors["layers.0.post_attention_layernorm.weight"] = torch.ones(hidden)
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=4096,
+        dtype="float32",
+        **TOKEN_SETTINGS,
+    )
+    config.save_pretrained(folder)
+    save_file(tensors, folder / "model.safetensors")
     return folder
