@@ -254,6 +254,8 @@ def test_equal_copies_are_used_equally() -> None:
     counts = Counter(got(state) for _ in range(3000))
     assert set(counts) == {("n1", DRAM), ("n2", DRAM), ("n3", DRAM)}
     assert all(0.27 < count / 3000 < 0.4 for count in counts.values())
+    state = holding(n1=(DRAM,), n2=(DRAM,))
+    assert {got(state) for _ in range(40)} == {("n1", DRAM), ("n2", DRAM)}
 
 
 def test_excluded_nodes_are_not_read() -> None:
