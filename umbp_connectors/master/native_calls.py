@@ -12,8 +12,8 @@ from umbp_core.wire.columns import pack_bitmap
 from umbp_core.wire.hashes import count_hashes, unpack_hashes, unpack_in_parts
 from umbp_core.wire.messages import Message
 
-AT_ONCE = 8192
-"""Hashes of a request that is answered without letting others in; about a millisecond."""
+_BREATH = 8192
+"""Hashes that are unpacked without letting others in; about a millisecond."""
 Answer = Message | Coroutine[Any, Any, Message]
 _DONE = replies.Done()
 
@@ -35,6 +35,8 @@ class NativeCalls:
     def __init__(self, service: MasterService, max_hashes: int) -> None:
         self._service = service
         self._max_hashes = max_hashes
+        self._few = service.state.slices.keys
+        self._at_once = service.state.slices.query
         self.table: dict[type[Message], Call] = {
             messages.Register: Call("RegisterClient", self._register),
             messages.Unregister: Call("UnregisterClient", self._unregister),
@@ -58,7 +60,7 @@ class NativeCalls:
         }
 
     def _match(self, request: messages.Match) -> Answer:
-        if len(request.hashes) > AT_ONCE and count_hashes(request.hashes) > AT_ONCE:
+        if len(request.hashes) > self._at_once and count_hashes(request.hashes) > self._at_once:
             return self._match_in_steps(request)
         hashes = unpack_hashes(request.hashes)
         matches = self._service.match_positions_now(hashes, request.count_as_hit)
@@ -95,15 +97,25 @@ class NativeCalls:
 
     def _route_put(self, request: messages.RoutePut) -> Answer:
         keys, sizes = self._keys(request.keys), values_nodes.sizes_of(request)
-        return values_nodes.put_routes_message(
-            self._service.route_put(request.node_id, keys, sizes, frozenset(request.exclude))
-        )
+        if len(keys) > self._few:
+            return self._route_put_in_steps(request, keys, sizes)
+        routes = self._service.route_put(request.node_id, keys, sizes, request.exclude, batch=len(keys) != 1)
+        return values_nodes.put_routes_message(routes)
+
+    async def _route_put_in_steps(self, request: messages.RoutePut, keys: list[bytes], sizes: list[int]) -> Message:
+        routes = await self._service.batch_route_put(request.node_id, keys, sizes, request.exclude)
+        return values_nodes.put_routes_message(routes)
 
     def _route_get(self, request: messages.RouteGet) -> Answer:
         keys = self._keys(request.keys)
-        return values_nodes.get_routes_message(
-            self._service.route_get(request.node_id, keys, frozenset(request.exclude))
-        )
+        if len(keys) > self._few:
+            return self._route_get_in_steps(request, keys)
+        routes = self._service.route_get(request.node_id, keys, request.exclude, batch=len(keys) != 1)
+        return values_nodes.get_routes_message(routes)
+
+    async def _route_get_in_steps(self, request: messages.RouteGet, keys: list[bytes]) -> Message:
+        routes = await self._service.batch_route_get(request.node_id, keys, request.exclude)
+        return values_nodes.get_routes_message(routes)
 
     def _lookup(self, request: messages.Lookup) -> Answer:
         return replies.Found(pack_bitmap(self._service.lookup(self._keys(request.keys))))
@@ -167,7 +179,7 @@ class NativeCalls:
 
 
 class _Pace:
-    """Lets others in after every ``AT_ONCE`` items."""
+    """Lets others in after every ``_BREATH`` items."""
 
     def __init__(self) -> None:
         self._items = 0
@@ -175,6 +187,6 @@ class _Pace:
     async def worked(self, items: int) -> None:
         """``items`` more, and one for the trouble, were worked on."""
         self._items += items + 1
-        if self._items > AT_ONCE:
+        if self._items > _BREATH:
             self._items = 0
             await breathe()

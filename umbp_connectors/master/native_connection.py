@@ -337,6 +337,9 @@ class NativeConnection(asyncio.Protocol):
             self._watch.cancel()
 
     def _greet(self, payload: memoryview) -> None:
+        if self._greeted:
+            self.end(ErrorCode.PROTOCOL, "this connection was greeted already")
+            return
         try:
             hello = decode_hello(payload)
         except WireError as error:

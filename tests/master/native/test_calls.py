@@ -165,6 +165,11 @@ def test_large_requests_are_answered_too(ask: NativeTransport) -> None:
     bundles = [Bundle(1, tuple(Delta(key, DRAM, 7) for key in hashes))]
     assert ask.heartbeat(Heartbeat(A, bundles), DEADLINE).acked_seq == 1
     assert ask.lookup(hashes[:10_000], DEADLINE) == [True] * 10_000
+    routes = ask.route_get("", hashes[:10_000], [], DEADLINE)
+    assert {route and route[:3] for route in routes} == {(A, DRAM, 7)}
+    outcomes = ask.route_put("", [b"new", *hashes[:9_999]], [1] * 10_000, [], DEADLINE)
+    assert [route.outcome for route in outcomes[:2]] == [PutOutcome.ROUTED, PutOutcome.ALREADY_EXISTS]
+    assert len(outcomes) == 10_000
 
 
 def test_batches(ask: NativeTransport) -> None:

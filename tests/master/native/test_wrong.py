@@ -82,6 +82,13 @@ def test_a_greeting_that_is_not_understood_ends_the_connection(path: str, data: 
         assert ended(raw, code)
 
 
+def test_nobody_greets_twice(path: str) -> None:
+    with RawClient(path) as raw:
+        raw.send(2 * encode_frame(FrameType.HELLO, 0, 0, msgspec.msgpack.encode([1])))
+        assert raw.receive()[0] == FrameType.HELLO
+        assert "already" in ended(raw, ErrorCode.PROTOCOL)
+
+
 def test_the_token_is_checked(running: Master, tmp_path: Path) -> None:
     path = tmp_path / "locked"
     running.serve(path, token=b"secret")
