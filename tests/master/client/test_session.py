@@ -346,6 +346,10 @@ def test_a_master_that_knows_nobody_is_not_asked_at_full_speed(monkeypatch: pyte
     monkeypatch.setattr(node.network.state, "heartbeat", lambda message, now: HeartbeatReply(NodeStatus.UNKNOWN))
     node.run(60.0)
     assert 20 < node.counters.registrations < 40
+    before = node.counters.registrations
+    for _ in range(100):
+        node.step()
+    assert node.counters.registrations <= before + 1
 
 
 def test_when_the_time_is_up_nothing_is_dialled() -> None:
