@@ -23,7 +23,7 @@ from umbp_connectors.wire_grpc import messages as pb
 from umbp_connectors.wire_grpc.codec import MAX_MESSAGE, parse, require_utf8, too_large
 from umbp_connectors.wire_grpc.messages import Message
 from umbp_core.errors import InvalidRequest
-from umbp_core.master.model import PutOutcome, PutRoute
+from umbp_core.master.model import PutRoute
 
 Call = Callable[[bytes], Awaitable[bytes]]
 _NOTHING = b""
@@ -105,8 +105,6 @@ class MasterCalls:
     async def batch_route_put(self, data: bytes) -> bytes:
         """Where to put blocks; empty keys are keys here."""
         request = await read(pb.BatchRoutePutRequest, data)
-        if len(request.keys) != len(request.block_sizes):
-            raise InvalidRequest("keys and block_sizes must have the same length")
         keys = await read_items(request.keys, data)
         routes = self._service.route_put(
             request.node_id, keys, list(request.block_sizes), list(request.exclude_nodes), batch=True
@@ -212,8 +210,6 @@ def _key(request: Message, data: bytes) -> bytes:
 
 
 def _put_fields(route: PutRoute) -> dict[str, object]:
-    if route.outcome is not PutOutcome.ROUTED:
-        return {"outcome": route.outcome}
     return {
         "outcome": route.outcome,
         "node_id": route.node_id,

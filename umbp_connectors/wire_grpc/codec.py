@@ -200,9 +200,7 @@ def encode_hashes(hashes: Sequence[bytes]) -> bytes:
 
 def too_large() -> MessageTooLarge:
     """What is raised when an answer does not fit a message."""
-    return MessageTooLarge(
-        f"the answer has more than the {MAX_MESSAGE} bytes of a message; ask for fewer hashes at once"
-    )
+    return MessageTooLarge(f"the answer has more than the {MAX_MESSAGE} bytes of a message; ask for less at once")
 
 
 def _malformed(message_class: MessageClass) -> ProtocolError:

@@ -206,6 +206,12 @@ def test_groups_that_do_not_end_as_they_began_are_no_message(data: bytes) -> Non
         list(codec.fields(data))
 
 
+def test_what_has_the_number_of_bundles_and_another_type_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for whole_bytes in (grpc_raw.WHOLE, -1):
+        monkeypatch.setattr(grpc_raw, "WHOLE", whole_bytes)
+        assert run(grpc_raw.read_heartbeat(b"\x0a\x01n" + b"\x10\x05"))[0] == Heartbeat("n", [])
+
+
 @pytest.mark.parametrize("data", [b"\x12\x05\x08\x01", b"\x0a\x01n\x12\x81\x01\x08\x01", b"\x12"])
 def test_a_heartbeat_that_was_cut_on_its_way_is_none(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
     """Even where what is left of its last bundle is one."""

@@ -129,3 +129,13 @@ def test_batches_of_any_size_keep_their_order(call: Stub, count: int) -> None:
     assert list(call("BatchLookup", keys=keys).found) == [True] * count
     put = call("BatchRoutePut", keys=[f"new {key}" for key in keys], block_sizes=[1] * count)
     assert [part.outcome for part in put.entries] == [ROUTED] * count
+
+
+def test_an_answer_that_fits_no_message_is_refused_with_a_sentence(call: Stub) -> None:
+    name = "n" * (1 << 20)
+    register(call, name, "n:1", room(DRAM, 1000))
+    keys = [str(number) for number in range(70)]
+    code, details = call.error("BatchRoutePut", keys=keys, block_sizes=[1] * len(keys))
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "at once" in details
+    assert len(call("BatchRoutePut", keys=keys[:2], block_sizes=[1, 1]).entries) == 2

@@ -69,6 +69,14 @@ def test_a_second_master_on_the_port_is_refused(master: RunningMaster, call: Stu
     call("RegisterClient", node_id="n1")
 
 
+def test_grpc_shares_the_port_with_nobody_who_comes_between(
+    master: RunningMaster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc_server, "check_free", lambda *_: None)
+    with pytest.raises(ConfigError, match="cannot listen for gRPC"), RunningMaster(address=master.target):
+        pass
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
 def test_a_port_of_another_program_is_refused(host: str) -> None:
     """Also where gRPC would be content with what is left of a name's addresses."""
