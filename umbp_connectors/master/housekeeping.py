@@ -48,6 +48,7 @@ class Housekeeping:
         self._tell = tell
         settings = state.settings
         self._period = min(TICK_SECONDS, settings.reaper_interval, settings.eviction_interval)
+        self._seen = 0.0
         self._wake = asyncio.Event()
         self._sends: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(MAX_SENDS)
@@ -58,13 +59,16 @@ class Housekeeping:
 
     async def run(self) -> None:
         """Go on until cancelled."""
-        next_collection = self._clock() + self._state.settings.hit_gc_interval
+        self._seen = self._clock()
+        next_collection = self._seen + self._state.settings.hit_gc_interval
         try:
             while True:
-                now = await self._rest()
+                await self._rest()
+                now = self._look()
                 self._tick(now)
                 while self._state.sweep(SWEEP_SLICE):
                     await breathe()
+                    self._look()
                 if now >= next_collection:
                     next_collection = now + self._state.settings.hit_gc_interval
                     await self._collect_hits(now)
@@ -74,17 +78,20 @@ class Housekeeping:
                 send.cancel()
             await asyncio.gather(*sends, return_exceptions=True)
 
-    async def _rest(self) -> float:
-        """Wait until there is something to do; returns the time.  No node pays for a loop that stood still."""
-        before = self._clock()
+    async def _rest(self) -> None:
+        """Wait until there is something to do."""
         timer = asyncio.get_running_loop().call_later(self._period, self._wake.set)
         await self._wake.wait()
         timer.cancel()
         self._wake.clear()
+
+    def _look(self) -> float:
+        """The time.  No node pays for it when the whole loop stood still since the last look."""
         now = self._clock()
-        if now - before > self._period + AWAY_SECONDS:
-            logger.warning("the master stood still for %.1f s; its nodes get as much longer", now - before)
-            self._state.forgive(now - before)
+        away, self._seen = now - self._seen, now
+        if away > self._period + AWAY_SECONDS:
+            logger.warning("the master stood still for %.1f s; its nodes get as much longer", away)
+            self._state.forgive(away)
         return now
 
     def _tick(self, now: float) -> None:
@@ -118,3 +125,4 @@ class Housekeeping:
         for _ in range(0, len(self._state.index.hits), HITS_SLICE):
             self._state.collect_hits(HITS_SLICE, now)
             await breathe()
+            self._look()

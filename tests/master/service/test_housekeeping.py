@@ -96,6 +96,26 @@ def test_nobody_expires_because_the_master_stood_still() -> None:
     run(scenario())
 
 
+def test_nor_because_it_stood_still_while_it_freed_memory() -> None:
+    async def scenario() -> None:
+        made = master(QUICK)
+        made.register("n1", "n2")
+        await made.service.report("n1", [b"%d" % number for number in range(50_000)], HBM)
+        async with kept(made):
+            made.service.clear_node("n1")
+            while made.service.state.sweep(0) > 40_000:
+                await turns(1)
+            made.clock.now += 100
+            while made.service.state.sweep(0):
+                await turns(1)
+            await asyncio.sleep(0.02)
+            assert made.service.state.is_alive("n2")
+            made.clock.now += 0.4
+            await made.notes.wait("gone", "n2")
+
+    run(scenario())
+
+
 def test_what_was_cleared_is_freed_at_once() -> None:
     async def scenario() -> None:
         made = master()
