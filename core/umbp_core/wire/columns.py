@@ -62,7 +62,7 @@ def bitmap_bytes(count: int) -> int:
     return (count + 7) >> 3
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def full_bitmap(count: int) -> bytes:
     """The bitmap with all of ``count`` positions."""
     return ((1 << count) - 1).to_bytes(bitmap_bytes(count), "little")

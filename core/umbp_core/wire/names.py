@@ -9,16 +9,35 @@ from umbp_core.errors import ProtocolError
 from umbp_core.wire import bounds
 from umbp_core.wire.hashes import pack_hashes, unpack_hashes
 
+_FEW = 64
+"""Names of a table that is remembered: most answers name the same few nodes."""
+_SHORT = 4096
+"""Bytes of one that is remembered when it is read."""
 
-@lru_cache(maxsize=1024)
+
 def pack_names(names: tuple[str, ...]) -> bytes:
-    """``names`` as a packed list in UTF-8; most answers name the same few nodes."""
+    """``names`` as a packed list in UTF-8."""
+    return _packed(names) if len(names) <= _FEW else _pack(names)
+
+
+def unpack_names(blob: bytes) -> tuple[str, ...]:
+    """The names in ``blob``.  Raises ``ProtocolError``."""
+    return _unpacked(blob) if len(blob) <= _SHORT else _unpack(blob)
+
+
+def read_table(nodes: bytes, addresses: bytes) -> list[tuple[str, str]]:
+    """Names with their addresses.  Raises ``ProtocolError`` when there are not as many of these."""
+    names, places = unpack_names(nodes), unpack_names(addresses)
+    if len(names) != len(places):
+        raise ProtocolError(f"a table has {len(names)} nodes and {len(places)} addresses")
+    return list(zip(names, places, strict=True))
+
+
+def _pack(names: tuple[str, ...]) -> bytes:
     return pack_hashes([name.encode() for name in names])
 
 
-@lru_cache(maxsize=1024)
-def unpack_names(blob: bytes) -> tuple[str, ...]:
-    """The names in ``blob``.  Raises ``ProtocolError``."""
+def _unpack(blob: bytes) -> tuple[str, ...]:
     try:
         names = tuple([name.decode() for name in unpack_hashes(blob, bounds.LIST)])
     except UnicodeDecodeError:
@@ -28,13 +47,8 @@ def unpack_names(blob: bytes) -> tuple[str, ...]:
     return names
 
 
-@lru_cache(maxsize=1024)
-def read_table(nodes: bytes, addresses: bytes) -> tuple[tuple[str, str], ...]:
-    """Names with their addresses.  Raises ``ProtocolError`` when there are not as many of these."""
-    names, places = unpack_names(nodes), unpack_names(addresses)
-    if len(names) != len(places):
-        raise ProtocolError(f"a table has {len(names)} nodes and {len(places)} addresses")
-    return tuple(zip(names, places, strict=True))
+_packed = lru_cache(maxsize=256)(_pack)
+_unpacked = lru_cache(maxsize=256)(_unpack)
 
 
 class NodeTable:

@@ -151,7 +151,7 @@ def put_routes_message(routes: Sequence[PutRoute]) -> replies.PutRoutes:
 
 def put_routes_of(message: replies.PutRoutes, count: int) -> list[PutRoute]:
     """What the answer to a question with ``count`` keys says.  Raises ``ProtocolError``."""
-    table = (("", ""), *read_table(message.nodes, message.addresses))
+    table = [("", ""), *read_table(message.nodes, message.addresses)]
     refs = unpack_column("I", message.refs, count)
     check_refs(refs, table[1:])
     if len(message.outcomes) != count or max(message.outcomes, default=0) > max(PutOutcome):
