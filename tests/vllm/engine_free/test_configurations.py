@@ -45,10 +45,12 @@ def test_random_traffic_with_an_ssd_tier(make_umbp: MakeUmbp, name: str, tmp_pat
 def test_a_small_engine_that_preempts(make_umbp: MakeUmbp, name: str) -> None:
     blocks = 60 if name == "hybrid" else 30
     engine = make_umbp(num_blocks=blocks, max_model_len=96, **configuration(name))
+    engine.pace()
     traffic = Traffic(engine, random.Random(name), max_tokens=40)
     traffic.run(steps=250)
     engine.check_stored()
     engine.close()
+    assert traffic.preemptions > 0
 
 
 GROUPS: dict[str, tuple[GroupSpec, ...]] = {

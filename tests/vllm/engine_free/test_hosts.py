@@ -63,11 +63,13 @@ def test_the_older_interface(make_umbp: MakeUmbp, spec: dict[str, Any]) -> None:
     """Block tables are then followed through the scheduler's outputs, preemptions included."""
     engine = make_umbp(**{"num_blocks": 30, "max_model_len": 96, **spec})
     assert engine.leader.leader.tables.follows_outputs
+    engine.pace()
     traffic = Traffic(engine, random.Random(3), max_tokens=40)
     loaded = traffic.run(steps=250)
     engine.check_stored()
     engine.close()
     assert loaded > 0
+    assert traffic.preemptions > 0
 
 
 @pytest.mark.usefixtures("old_interface")

@@ -15,7 +15,7 @@ from vllm.v1.request import Request
 
 import umbp_vllm
 from tests.vllm.harness.engine import Harness
-from tests.vllm.harness.errors import ConnectorFault, LeakDetected
+from tests.vllm.harness.errors import ConnectorFault, LeakDetected, StuckTransfer
 from tests.vllm.harness.model import Prefix, start_state
 from tests.vllm.harness.rank import make_layers
 from tests.vllm.harness.spec import EngineSpec
@@ -148,6 +148,38 @@ class UmbpHarness(Harness):
         if not self.reset_prefix_cache():
             raise ConnectorFault("blocks are held although the engine is idle")
 
+    def pace(self) -> None:
+        """From now on every transfer ends in the step that started it, whatever the machine's speed.
+
+        Copies pass only at the end of a step, and then all of them, so what a run does follows from its events alone.
+        """
+        step = self._step
+        for worker in self.workers:
+            worker.fence = self._open_during(worker.fence)  # type: ignore[method-assign]
+
+        def paced_step() -> bool:
+            for direction in (Direction.LOAD, Direction.STORE):
+                self.hold(direction)
+            executed = step()
+            for direction in (Direction.LOAD, Direction.STORE):
+                self.release(direction)
+            for worker in self.workers:
+                if not worker.engine.wait([str(op["op_id"]) for op in worker.engine.dump()], GATE_SECONDS):
+                    raise StuckTransfer(f"transfers that nothing holds do not end: {worker.engine.dump()}")
+            return executed
+
+        self._step = paced_step  # type: ignore[method-assign]
+
+    def _open_during(self, fence: Callable[[Any], None]) -> Callable[[Any], None]:
+        """A fence waits for copies that are held in its step."""
+
+        def open_fence(metadata: Any) -> None:
+            self.release(Direction.STORE)
+            fence(metadata)
+            self.hold(Direction.STORE)
+
+        return open_fence
+
     def hold(self, direction: Direction) -> None:
         """Hold the copies of ``direction`` on every rank."""
         for copier in self.copiers:
@@ -260,8 +292,20 @@ class UmbpHarness(Harness):
     # Checks --------------------------------------------------------------------------------------------
 
     def _guard_allocations(self) -> None:
-        """L3: whatever the connector says, a block that an op in flight names must not get a new owner."""
+        """L3: whatever the connector says, a block that an op in flight names must not get a new owner.
+
+        Unless the connector let go of it for a reset and fences the op; then its bytes tell (:meth:`check_stored`).
+        """
         block_pool = self.scheduler.kv_cache_manager.block_pool
+        let_go = self.leader.leader.held.let_go  # type: ignore[attr-defined]
+        fenced: set[str] = set()
+
+        def noted_let_go() -> list[str]:
+            ops: list[str] = let_go()
+            fenced.update(ops)
+            return ops
+
+        self.leader.leader.held.let_go = noted_let_go  # type: ignore[attr-defined]
         original: Callable[[int], list[Any]] = block_pool.get_new_blocks
 
         def get_new_blocks(count: int) -> list[Any]:
@@ -270,7 +314,7 @@ class UmbpHarness(Harness):
             pool = self.leader.leader.pool  # type: ignore[attr-defined]
             for flight in () if pool is None else pool.ledger._in_flight.values():
                 named = {copy.hbm_block for copy in flight.op.blocks if copy.hbm_block >= 0}
-                if given & named:
+                if given & named and flight.op.op_id not in fenced:
                     raise ConnectorFault(f"blocks {sorted(given & named)} got a new owner during {flight.op}")
             return blocks
 
