@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import importlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,6 +154,20 @@ def transfer_group_ids(kv_cache_config: Any) -> tuple[int, ...]:
 def is_idle(forward_context: Any) -> bool:
     """True in a step without tokens: vLLM then sets a forward context without attention metadata."""
     return optional(forward_context, "attn_metadata") is None
+
+
+def before_reset(block_pool: Any, callback: Callable[[], None]) -> None:
+    """Have ``callback`` called whenever vLLM is about to empty its prefix cache, before it looks whether it may.
+
+    No version tells a connector in time: ``reset_cache`` comes after it, and only where the pool is to be emptied too.
+    """
+    reset = block_pool.reset_prefix_cache
+
+    def reset_prefix_cache() -> bool:
+        callback()
+        return bool(reset())
+
+    block_pool.reset_prefix_cache = reset_prefix_cache
 
 
 def hash_tokens(vllm_config: Any, kv_cache_config: Any) -> int:

@@ -108,12 +108,20 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         """Take vLLM's block pool, so that blocks under a store can be held."""
-        self.leader.held.bind(gpu_block_pool)
+        self._hold_in(gpu_block_pool)
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         """Take vLLM's cache manager (0.30 and later): it knows every request's blocks."""
         self.leader.tables.bind(kv_cache_manager)
-        self.leader.held.bind(kv_cache_manager.block_pool)
+        self._hold_in(kv_cache_manager.block_pool)
+
+    def _hold_in(self, block_pool: Any) -> None:
+        if self.leader.held.bind(block_pool):
+            compat.before_reset(block_pool, self._let_go_of_blocks)
+
+    @_guarded(lambda: None)
+    def _let_go_of_blocks(self) -> None:
+        self.leader.let_go_of_blocks()
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[Any, Any]) -> None:
         """Take the workers' hellos before the first request."""
@@ -211,6 +219,15 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
     def get_handshake_metadata(self) -> Any:
         """This rank's hello."""
         return HandshakeHello(self._worker.hello) if self._worker is not None else None
+
+    @_guarded(lambda: None)
+    def handle_preemptions(self, kv_connector_metadata: StepMetadata) -> None:
+        """Blocks may be overwritten from here on: end the stores that still read some of them.
+
+        Waits only after a reset of vLLM's prefix cache, for the copies that were under way.
+        """
+        if self._worker is not None and kv_connector_metadata.fences:
+            self._worker.fence(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Note whether the step computes anything; its ops start in :meth:`wait_for_save`, behind its fence.

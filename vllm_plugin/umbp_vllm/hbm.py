@@ -1,8 +1,10 @@
 """The engine's HBM blocks as the leader handles them: where a request's blocks are, and holding them.
 
 A held block has one more reference in vLLM's own block pool, so vLLM neither reuses nor frees it while
-an op reads it (law L3), whatever happens to the request.  No request is ever reported through
-``finished_sending``; therefore no report can name a request that vLLM has already forgotten.
+an op reads it (law L3), whatever happens to the request.  Only a reset of vLLM's prefix cache, which suffers no
+reference, takes blocks away from ops; the workers end these before they write anything (``StepMetadata.fences``).
+No request is ever reported through ``finished_sending``; therefore no report can name a request that vLLM has
+already forgotten.
 """
 
 from __future__ import annotations
@@ -31,9 +33,12 @@ class HeldBlocks:
         """Whether vLLM has given its block pool; without it nothing may be stored."""
         return self._pool is not None
 
-    def bind(self, block_pool: Any) -> None:
-        """Take vLLM's ``BlockPool`` (``bind_gpu_block_pool``)."""
+    def bind(self, block_pool: Any) -> bool:
+        """Take vLLM's ``BlockPool``; False when it has been taken already."""
+        if self._pool is block_pool:
+            return False
         self._pool = block_pool
+        return True
 
     def hold(self, op_id: str, blocks: Iterable[int]) -> None:
         """Keep ``blocks`` until :meth:`release`.  Raises ``StateError`` when an op holds twice."""
@@ -48,6 +53,13 @@ class HeldBlocks:
         held = self._held.pop(op_id, None)
         if held:
             self._pool.free_blocks(reversed(held))
+
+    def let_go(self) -> list[str]:
+        """Give all blocks back although ops still read them; which ops must end before any block is written."""
+        ops = list(self._held)
+        for op_id in ops:
+            self.release(op_id)
+        return ops
 
 
 class BlockTables:

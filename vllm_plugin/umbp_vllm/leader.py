@@ -318,6 +318,10 @@ class Leader:
         """Requests that are not over, or whose ops are not."""
         return len(self._slots)
 
+    def let_go_of_blocks(self) -> None:
+        """Hold no HBM block any more; stores that are under way end before the next step writes."""
+        self._unsent.fences += self.held.let_go()
+
     def reset_cache(self) -> bool:
         """Empty the pool; what is on its way is not published.  True: nothing old can be matched any more."""
         if self._pool is None:

@@ -15,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 from umbp_core.ops import LeaderTransferRequest, OpResult
 from umbp_vllm.compat import KVConnectorHandshakeMetadata, KVConnectorWorkerMetadata
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Raised whenever the meaning of a field below changes; a leader refuses workers of another version."""
 
 
@@ -53,13 +53,15 @@ class StepMetadata(KVConnectorMetadata):
 
     ``iteration`` grows by exactly one per step.  ``ops`` start in this step at the earliest.  ``cancels``
     are op ids whose request is gone.  ``refused_loads`` are loads that vLLM waits for but that the
-    leader could not plan: request id and the HBM blocks that therefore hold nothing.
+    leader could not plan: request id and the HBM blocks that therefore hold nothing.  ``fences`` are stores, sent
+    earlier or now, that must have read their HBM blocks before this step writes any: the blocks may be somebody else's.
     """
 
     iteration: int
     ops: list[LeaderTransferRequest] = field(default_factory=list)
     cancels: list[str] = field(default_factory=list)
     refused_loads: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    fences: list[str] = field(default_factory=list)
 
 
 @dataclass

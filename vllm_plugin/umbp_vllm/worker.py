@@ -8,10 +8,13 @@ which there is nothing to compute and a load is on its way (see :meth:`Worker.po
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+
+import msgspec
 
 from umbp_connectors.transfer.engine import TransferEngine
 from umbp_core.errors import UmbpError
@@ -27,6 +30,10 @@ IDLE_WAIT_S = 0.005
 As long as a load of some thousand tokens takes, so that most loads end within one wait, and no longer than what a new
 request that arrives meanwhile would not notice beside its own prefill.
 """
+
+
+FENCE_S = 30.0
+"""How long a forward pass waits for copies that read blocks which it may write: they take milliseconds."""
 
 
 @dataclass(slots=True)
@@ -74,6 +81,7 @@ class Worker:
         self._hello_sent = False
         self._loads: dict[str, LeaderTransferRequest] = {}
         self._results: list[OpResult] = []
+        self._torn: set[str] = set()
         self._refused: list[tuple[str, tuple[int, ...]]] = []
 
     def step(self, metadata: StepMetadata) -> None:
@@ -84,6 +92,25 @@ class Worker:
         self.engine.begin_iteration(metadata.iteration)
         self.engine.end_iteration(metadata.iteration, self._copier.fence())
         self._submit(metadata)
+
+    def fence(self, metadata: StepMetadata) -> None:
+        """End the stores in ``metadata.fences`` before the forward pass writes HBM again (law L3).
+
+        Those that come with this very step read what earlier steps wrote, so they start first.  One that does not end
+        within :data:`FENCE_S` counts as failed, whatever it brings: its blocks may have changed while it read them.
+        """
+        fences = set(metadata.fences)
+        early = [op for op in metadata.ops if op.op_id in fences]
+        if self._writes and early:
+            with contextlib.suppress(
+                UmbpError
+            ):  # it comes again when the same ops are submitted with the step's others
+                self.engine.submit(early)
+        if not self.engine.wait(fences, FENCE_S):
+            self._torn |= fences & {str(op["op_id"]) for op in self.engine.dump()}
+            logger.error(
+                "umbp: stores did not end within %.0f s before their blocks were reused; they are void", FENCE_S
+            )
 
     def _submit(self, metadata: StepMetadata) -> None:
         self._refused += metadata.refused_loads
@@ -110,7 +137,7 @@ class Worker:
         outcome = LoadOutcome()
         if idle and self._loads and not self._results and not self._refused:
             self.engine.wait(self._loads, IDLE_WAIT_S, first=True)
-        self._results += self.engine.poll()
+        self._results += [self._whole(result) for result in self.engine.poll()]
         for result in self._results:
             op = self._loads.pop(result.op_id, None)
             if op is not None:
@@ -121,6 +148,13 @@ class Worker:
             outcome.bad_blocks.update(blocks)
         self._refused = []
         return outcome
+
+    def _whole(self, result: OpResult) -> OpResult:
+        """The result, or a failure where the op's blocks were taken away while it read them."""
+        if result.op_id not in self._torn:
+            return result
+        self._torn.discard(result.op_id)
+        return msgspec.structs.replace(result, status=OpStatus.FAILED, failed=(), checksums=b"", reason="fence")
 
     def take_report(self) -> WorkerReport | None:
         """Results, releases and (once) the hello for the leader; ``None`` when there is nothing to say."""

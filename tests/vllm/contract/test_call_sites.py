@@ -180,7 +180,8 @@ def test_the_data_we_read_has_its_fields(path: str) -> None:
 METHODS: dict[str, list[str]] = {
     "vllm.v1.core.block_pool.BlockPool.touch": ["self", "blocks"],
     "vllm.v1.core.block_pool.BlockPool.free_blocks": ["self", "ordered_blocks"],
-    "vllm.v1.core.kv_cache_manager.KVCacheManager.get_block_ids": ["self", "request_id"],
+    "vllm.v1.core.block_pool.BlockPool.reset_prefix_cache": ["self"],
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.get_blocks": ["self", "request_id"],
 }
 
 

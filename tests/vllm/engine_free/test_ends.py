@@ -186,43 +186,6 @@ def test_preempted_requests_come_back_from_the_pool(make_umbp: MakeUmbp) -> None
     engine.close()
 
 
-@pytest.mark.parametrize("v2_runner", [False, True])
-def test_preemption_by_reset_while_stores_are_held(make_umbp: MakeUmbp, v2_runner: bool) -> None:
-    """A reset that preempts: the request resumes in the same step, in either runner's convention."""
-    engine = make_umbp(v2_runner=v2_runner)
-    name = engine.add(tokens(24), max_tokens=20)
-    while len(engine.tokens[name]) < 9:
-        engine.step()
-    while len(engine.pool.held):  # without a step more than needed: the request must still be running
-        for worker in engine.workers:
-            assert worker.engine.wait([str(op["op_id"]) for op in worker.engine.dump()], 10.0)
-        engine.step()
-    if not engine.reset_prefix_cache(running=True):
-        raise AssertionError("nothing was held, so the reset must succeed")
-    engine.drain()
-    assert len(engine.ledger.lives[name].loads) == 1
-    engine.check_stored()
-    engine.close()
-
-
-def test_a_reset_that_comes_while_a_store_reads_blocks(make_umbp: MakeUmbp) -> None:
-    """vLLM refuses to forget blocks that are in use, loudly if it preempted for it; nothing else happens."""
-    engine = make_umbp()
-    engine.hold(Direction.STORE)
-    name = engine.add(tokens(24), max_tokens=12)
-    engine.step()
-    engine.step()
-    assert not engine.reset_prefix_cache()
-    with pytest.raises(RuntimeError, match="Failed to reset KV cache"):
-        engine.reset_prefix_cache(running=True)
-    engine.release(Direction.STORE)
-    engine.drain()
-    assert engine.finish_reasons[name] == "length"
-    assert engine.reset_prefix_cache()
-    engine.check_stored()
-    engine.close()
-
-
 def test_a_request_that_must_wait_for_blocks_under_a_store(make_umbp: MakeUmbp) -> None:
     """Statement 100: while stores hold blocks the engine waits instead of preempting, and not for ever."""
     engine = make_umbp(num_blocks=20, max_model_len=64)
