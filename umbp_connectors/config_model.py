@@ -110,6 +110,11 @@ class UmbpConfig(BaseModel):
     ssd_capacity: Size = Field(
         32 * GIB, description="SSD tier, total over all ranks; bounds everything below `ssd_dir`, catalogue included."
     )
+    ssd_engines: Count = Field(
+        1,
+        description="Engines that use `ssd_dir` together, each with an equal part of `ssd_capacity`; "
+        "those of `--data-parallel-size` are counted without it.",
+    )
     ssd_direct_io: bool = Field(
         True, description="Use O_DIRECT where the file system has it, so that the page cache is left to others."
     )

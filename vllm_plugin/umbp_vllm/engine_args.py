@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from umbp_core.errors import ConfigError
@@ -23,6 +23,8 @@ SIZE_KEY = "cpu_bytes_to_use"
 
 MULTI = "MultiConnector"
 """vLLM's connector that asks several others."""
+ENGINES_KEY = "ssd_engines"
+"""The key of the connector's extra config that says how many engines share the SSD folder."""
 POLICY_KEY = "load_failure_policy"
 """The key of the connector's extra config that says what a failed load means for its request."""
 
@@ -127,11 +129,42 @@ def let_children_recompute(args: Any) -> None:
     config = args.kv_transfer_config
     if config is None or config.kv_connector != MULTI:
         return
-    children = config.kv_connector_extra_config.get("connectors") or ()
-    ours = [child for child in children if child.get("kv_connector") == CONNECTOR]
-    wants_failure = any((child.get("kv_connector_extra_config") or {}).get(POLICY_KEY) == "fail" for child in ours)
+    ours = [c for c in _children(config.kv_connector_extra_config) if c.get("kv_connector") == CONNECTOR]
+    wants_failure = any(_extra_of(child).get(POLICY_KEY) == "fail" for child in ours)
     if ours and not wants_failure and config.kv_load_failure_policy != "recompute":
         args.kv_transfer_config = dataclasses.replace(config, kv_load_failure_policy="recompute")
+
+
+def count_engines(vllm_config: Any) -> None:
+    """Tell umbp how many data-parallel engines there are: vLLM hides it from the engines of a dense model.
+
+    They share the SSD folder and its capacity.  What the user says about it stays.
+    """
+    engines = vllm_config.parallel_config.data_parallel_size
+    config = vllm_config.kv_transfer_config
+    if config is None or engines == 1:
+        return
+    extra = config.kv_connector_extra_config
+    if config.kv_connector == CONNECTOR:
+        extra = {ENGINES_KEY: engines, **extra}
+    elif config.kv_connector == MULTI:
+        extra = {**extra, "connectors": [_counted(child, engines) for child in _children(extra)]}
+    vllm_config.kv_transfer_config = dataclasses.replace(config, kv_connector_extra_config=extra)
+
+
+def _counted(child: dict[str, Any], engines: int) -> dict[str, Any]:
+    if child.get("kv_connector") != CONNECTOR:
+        return child
+    return {**child, "kv_connector_extra_config": {ENGINES_KEY: engines, **_extra_of(child)}}
+
+
+def _children(extra: dict[str, Any]) -> Sequence[dict[str, Any]]:
+    """The connectors under a ``MultiConnector`` with this extra config."""
+    return extra.get("connectors") or ()
+
+
+def _extra_of(child: dict[str, Any]) -> dict[str, Any]:
+    return child.get("kv_connector_extra_config") or {}
 
 
 def _fields_of(config: Any) -> dict[str, Any]:
@@ -153,7 +186,9 @@ def _translating(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         translate_offloading(self)
         let_children_recompute(self)
-        return original(self, *args, **kwargs)
+        vllm_config = original(self, *args, **kwargs)
+        count_engines(vllm_config)
+        return vllm_config
 
     return create_engine_config
 

@@ -77,7 +77,7 @@ def make_leader(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> L
         alignment=math.lcm(*(group.block_tokens for group in groups)),
         ranks=parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
         identity=_identity(namespace),
-        folder=_folder(namespace, parallel),
+        folder=_folder(namespace, parallel, settings),
         share_loads=bool(vllm_config.cache_config.enable_prefix_caching),
         persistent=stability.stable,
         kv_events=_kv_events(vllm_config),
@@ -103,12 +103,12 @@ def make_worker(vllm_config: Any, kv_cache_config: Any, settings: Settings, kv_c
     writer_rank = pp_rank * tp_size if shared else world_rank
     writes = writer_rank == world_rank
     spec = SsdTierSpec(
-        namespace=_folder(namespace, parallel),
+        namespace=_folder(namespace, parallel, settings),
         layout=layout,
         slot_bytes=geometry.page_bytes,
         rank=writer_rank,
         ranks=parallel.pipeline_parallel_size if shared else tp_size * parallel.pipeline_parallel_size,
-        engines=parallel.data_parallel_size,
+        engines=_engines(parallel, settings),
     )
     slab, problem = _rank_slab(settings, spec, shared=shared, writes=writes)
     object_bytes = tuple(geometry.object_bytes(group.index) for group in geometry.groups)
@@ -201,11 +201,23 @@ def _identity(namespace: str) -> bytes:
     return digest_of({"namespace": namespace})
 
 
-def _folder(namespace: str, parallel: Any) -> str:
-    """This engine's folder below the SSD folder; data-parallel engines have one each."""
-    if parallel.data_parallel_size == 1:
+def _engines(parallel: Any, settings: Settings) -> int:
+    """How many engines share the SSD folder."""
+    return max(int(parallel.data_parallel_size), settings.config.ssd_engines)
+
+
+def _folder(namespace: str, parallel: Any, settings: Settings) -> str:
+    """This engine's folder below the SSD folder; data-parallel engines have one each.
+
+    An engine of a dense model believes to be the only one (size 1, rank 0) and keeps its place as its index alone.
+    """
+    engines = _engines(parallel, settings)
+    if engines == 1:
         return namespace
-    return f"{namespace}-dp{parallel.data_parallel_rank}of{parallel.data_parallel_size}"
+    rank = parallel.data_parallel_rank
+    if parallel.data_parallel_size == 1:
+        rank = compat.optional(parallel, "data_parallel_index", rank)
+    return f"{namespace}-dp{rank}of{engines}"
 
 
 def _kv_events(vllm_config: Any) -> bool:

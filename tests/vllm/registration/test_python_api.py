@@ -70,6 +70,15 @@ def test_below_multi_connector_a_failed_load_is_recomputed_too(answers: dict[str
     assert answers["multi_untouched"] == "fail"
 
 
+def test_umbp_hears_how_many_data_parallel_engines_there_are(answers: dict[str, Any]) -> None:
+    # vLLM hides it from the engines of a dense model.  What the user says stays, and so do the user's objects.
+    plain, said, multi = answers["two_engines"]
+    assert (plain, said) == ({"namespace": "a", "ssd_engines": 2}, {"ssd_engines": 4})
+    assert multi["connectors"][0]["kv_connector_extra_config"] == {"ssd_engines": 2}
+    assert "kv_connector_extra_config" not in multi["connectors"][1]
+    assert answers["two_untouched"] == [{"namespace": "a"}, True]
+
+
 def test_no_import_hook_is_left_behind(answers: dict[str, Any]) -> None:
     assert answers["new_finders"] == []
 

@@ -85,6 +85,12 @@ def policy(extra):
     return used.kv_load_failure_policy
 
 
+def engines(config):
+    """What the engines' configuration says of ``config`` when there are two of them."""
+    args = EngineArgs(**COMMON, kv_transfer_config=config, data_parallel_size=2)
+    return described(args.create_engine_config().kv_transfer_config)["extra"]
+
+
 answers = {
     "llm": attempt(lambda: llm(kv_connector="umbp"), config=True),
     "llm_offloading": attempt(lambda: llm(kv_offloading_backend="umbp", kv_offloading_size=4), config=True),
@@ -125,5 +131,10 @@ if "umbp" in KVConnectorFactory._registry:
     )
     answers["multi"] = attempt(lambda: EngineArgs(**COMMON, kv_transfer_config=multi), config=True)
     answers["multi_policies"] = [policy(children), policy(failing), policy(others)]
+    two = KVTransferConfig(kv_connector="umbp", kv_role="kv_both", kv_connector_extra_config={"namespace": "a"})
+    said = {"ssd_engines": 4}
+    four = KVTransferConfig(kv_connector="umbp", kv_role="kv_both", kv_connector_extra_config=said)
+    answers["two_engines"] = [engines(two), engines(four), engines(multi)]
+    answers["two_untouched"] = [two.kv_connector_extra_config, multi.kv_connector_extra_config == children]
     answers["multi_untouched"] = multi.kv_load_failure_policy
 sys.stdout.write("\n" + json.dumps(answers) + "\n")
