@@ -274,8 +274,11 @@ def test_lookups_say_what_exists() -> None:
 def test_a_large_batch_of_puts_sees_the_room_that_it_takes() -> None:
     state = cluster(n1={DRAM: 1500}, n2={DRAM: 1000})
     beat(state, "n2", (1, [add(b"new-7", SSD)]))
-    steps = state.route_put_steps("n1", [b"new-%d" % number for number in range(2502)], [1] * 2502, (), START)
-    assert Counter(route.node_id for route in finish(steps)) == {"n1": 1500, "n2": 1000, "": 2}
+    keys = [b"new-%d" % number for number in range(2502)]
+    routes = finish(state.route_put_steps("n1", keys, [1] * 2502, (), START))
+    assert Counter(route.node_id for route in routes) == {"n1": 1500, "n2": 1000, "": 2}
+    slices = 3
+    assert len(list(state.route_put_steps("n1", keys, [1] * 2502, (), START))) == 2 * slices
 
 
 def test_a_large_batch_of_gets_is_answered_in_order() -> None:

@@ -59,7 +59,7 @@ class EvictionPlanner:
     def _excess(self, capacity: TierCapacity) -> int:
         """Bytes that ``capacity`` holds too much; 0 while it is below the high watermark."""
         used = capacity.total - capacity.available
-        if capacity.total <= 0 or used < self._high * capacity.total:
+        if used < self._high * capacity.total:
             return 0
         return max(0, used - int(self._low * capacity.total))
 
