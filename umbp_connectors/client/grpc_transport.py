@@ -11,7 +11,7 @@ from typing import Any
 from umbp_connectors.wire_grpc import channel as wire
 from umbp_connectors.wire_grpc import convert, grpc
 from umbp_connectors.wire_grpc import messages as pb
-from umbp_connectors.wire_grpc.codec import MAX_MESSAGE, parse, read_matches, require_utf8
+from umbp_connectors.wire_grpc.codec import parse, read_matches, require_utf8
 from umbp_connectors.wire_grpc.messages import Message, MessageClass
 from umbp_core.errors import InvalidRequest, MasterUnavailable, ProtocolError
 from umbp_core.master.model import (
@@ -177,10 +177,6 @@ class GrpcTransport:
             payload = build(**fields).SerializeToString()
         except ValueError as error:  # numbers that a field has no room for, and strings that are no Unicode
             raise InvalidRequest(f"{name} cannot be said on UMBP's wire: {error}") from None
-        if len(payload) > MAX_MESSAGE:
-            raise InvalidRequest(
-                f"{name} of {len(payload)} bytes is more than the {MAX_MESSAGE} of a message; send less at once"
-            )
         call = self._calls.get(name)
         try:
             if call is None:

@@ -142,16 +142,25 @@ def test_calls_at_once_are_bounded() -> None:
 
 def test_connections_are_kept_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "MAX_CHANNELS", 2)
+    opened: list[str] = []
+    connect = grpc.aio.insecure_channel
 
-    async def scenario() -> list[list[list[bytes]]]:
+    def counted(target: str, options: object) -> grpc.aio.Channel:
+        opened.append(target)
+        return connect(target, options)
+
+    async def scenario() -> list[int]:
         evictions = PeerEvictions()
         async with Peer() as first, Peer() as second, Peer() as third:
+            monkeypatch.setattr(grpc.aio, "insecure_channel", counted)
             for turn in (first, second, first, third, first, second):
                 await evictions.send(turn.order(b"k"))
             await evictions.close()
-            return [first.asked, second.asked, third.asked]
+            names = {f"dns:///{peer.address}": number for number, peer in enumerate((first, second, third), start=1)}
+            assert [len(peer.asked) for peer in (first, second, third)] == [3, 2, 1]
+            return [names[target] for target in opened]
 
-    assert [len(asked) for asked in asyncio.run(scenario())] == [3, 2, 1]
+    assert asyncio.run(scenario()) == [1, 2, 3, 2], "the one that was used least recently gives way"
 
 
 def test_an_address_brings_no_scheme_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
