@@ -1,0 +1,85 @@
+"""Data-parallel engines behind one server: each has a pool, an SSD folder and a part of the SSD capacity of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from examples.serving import MODEL_NAME, VllmServer, cpu_environment
+from tests.vllm.engine.local import BLOCK, Ask
+from tests.vllm.engine.oracle import Oracle
+from tests.vllm.models import prompt
+
+EXTRA = "--kv-transfer-config.kv_connector_extra_config"
+CAPACITY = 32 << 20
+FULL = 288
+"""Tokens in the nine full blocks of a prompt of 300; DRAM has room for twelve."""
+
+
+def complete(server: VllmServer, rank: int, text: Sequence[int]) -> tuple[tuple[int, ...], int]:
+    """Greedy tokens from engine ``rank``, and how much of the prompt it did not compute."""
+    body = {
+        "model": MODEL_NAME,
+        "prompt": list(text),
+        "max_tokens": 12,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    headers = {"Content-Type": "application/json", "X-data-parallel-rank": str(rank)}
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
+    with contextlib.closing(connection):
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        answer = json.loads(connection.getresponse().read())
+    details = answer["usage"].get("prompt_tokens_details") or {}
+    return tuple(answer["choices"][0]["token_ids"]), details.get("cached_tokens") or 0
+
+
+@pytest.mark.slow
+def test_two_engines_behind_one_server(llama: Path, oracle: Oracle, tmp_path: Path) -> None:
+    texts = [prompt(300, seed=70 + rank) for rank in range(2)]
+    right = [reply.tokens for reply in oracle.ask(llama, *[Ask(text) for text in texts])]
+    folder = tmp_path / "ssd"
+    arguments = ["--data-parallel-size", "2", "--kv-connector", "umbp", f"{EXTRA}.ssd_dir", str(folder)]
+    arguments += [f"{EXTRA}.ssd_capacity", str(CAPACITY), f"{EXTRA}.dram_capacity", "768KiB"]
+    arguments += ["--api-server-count", "1"]
+    arguments += ["--enforce-eager", "--dtype", "float32", "--block-size", str(BLOCK), "--max-model-len", "1024"]
+    arguments += ["--max-num-seqs", "8", "--enable-prompt-tokens-details"]
+    environment = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "UMBP_DRAM_PREFAULT": "false",
+        **cpu_environment(),
+    }
+    server = VllmServer(llama, tmp_path / "server.log", arguments, environment)
+    with server:
+        cold = [complete(server, rank, text) for rank, text in enumerate(texts)]
+        _forget(server, 9)
+        from_dram = [complete(server, rank, text) for rank, text in enumerate(texts)]
+        found = [server.metric("vllm:umbp_hit_tokens", tier="dram", engine=str(rank)) for rank in range(2)]
+        strangers = [complete(server, 1 - rank, text) for rank, text in enumerate(texts)]
+        _forget(server, 18)
+        from_both = [complete(server, rank, text) for rank, text in enumerate(texts)]
+        found_on_ssd = [server.metric("vllm:umbp_hit_tokens", tier="ssd", engine=str(rank)) for rank in range(2)]
+    assert cold == [(tokens, 0) for tokens in right]
+    assert from_dram == from_both == [(tokens, FULL) for tokens in right]
+    assert found == [FULL, FULL]
+    assert strangers == [(tokens, 0) for tokens in right], "an engine does not see the other's pool"
+    assert all(tokens > 0 for tokens in found_on_ssd), "what the others' prompts drove out of DRAM"
+    homes = [home for home in folder.iterdir() if home.is_dir()]
+    used = [sum(file.stat().st_size for file in home.rglob("*") if file.is_file()) for home in homes]
+    assert len(homes) == 2
+    assert all(CAPACITY // 4 < nbytes <= CAPACITY // 2 for nbytes in used)
+    assert "Traceback" not in server.log.read_text()
+
+
+def _forget(server: VllmServer, blocks: int) -> None:
+    """Wait until each engine has this many blocks on SSD, then empty vLLM's own caches."""
+    for rank in range(2):
+        server.wait_for_metric("vllm:umbp_stored_blocks", blocks, tier="ssd", engine=str(rank))
+    server.reset_prefix_cache()
