@@ -31,6 +31,7 @@ class Queries:
         for _, part in self._slices(hashes):
             if count_as_hit:
                 self._count(part, counted, now)
+                yield
             for match in self._index.match(part):
                 matched[match.node] += match.matched
                 for tier, held in match.tiers.items():
@@ -56,6 +57,7 @@ class Queries:
         for start, part in self._slices(hashes):
             if count_as_hit:
                 self._count(part, counted, now)
+                yield
             for match in self._index.match_positions(part):
                 for tier, bitmap in match.tiers.items():
                     found.add(match.node, tier, (start // 8, bitmap))
