@@ -214,6 +214,21 @@ def test_a_long_question_is_answered_like_a_short_one(loaded: MasterState) -> No
     assert loaded.match_prefix([], None, START) == []
 
 
+@pytest.mark.parametrize("count", [2 * QUERY_SLICE, QUERY_SLICE + 8, QUERY_SLICE + 7])
+def test_bitmaps_are_as_long_as_the_question(loaded: MasterState, count: int) -> None:
+    positions = {match.node: match.tiers for match in finish(loaded.match_positions_steps(LONG[:count], False, START))}
+    assert positions == {match.node: match.tiers for match in loaded.match_positions(LONG[:count], False, START)}
+
+
+def test_every_slice_is_a_step(loaded: MasterState) -> None:
+    slices, lists = 3, 3
+    assert len(list(loaded.match_steps(LONG, False, START))) == slices + lists
+    assert len(list(loaded.match_steps(LONG, True, START))) == 2 * slices + lists
+    assert len(list(loaded.match_positions_steps(LONG, False, START))) == slices
+    assert len(list(loaded.match_positions_steps(LONG, True, START))) == 2 * slices
+    assert len(list(loaded.match_prefix_steps(LONG, None, START))) == 1
+
+
 def test_lists_with_the_same_content_are_one(loaded: MasterState) -> None:
     (match,) = (match for match in finish(loaded.match_steps(LONG, False, START)) if match.node == "n2")
     assert match.tiers[DRAM] is match.tiers[SSD]
