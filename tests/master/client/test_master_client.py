@@ -223,5 +223,5 @@ def test_a_close_ends_a_call_that_is_under_way(network: FakeNetwork) -> None:
     client = MasterClient([NATIVE], NODE, dial=lambda address, timeout: Hanging())  # type: ignore[arg-type,return-value]
     client.start()
     assert called.wait(PATIENCE)
-    assert client.close(0.2)
+    assert client.close(1.0)
     assert client.stats().breaker is BreakerState.CLOSED
