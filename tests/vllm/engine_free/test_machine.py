@@ -6,6 +6,7 @@ reported from the scheduler's own state.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -112,6 +113,13 @@ class UmbpMachine(RuleBasedStateMachine):
     @rule()
     def reset_engine_cache(self) -> None:
         self.running.reset_prefix_cache()
+
+    @rule()
+    def reset_engine_cache_and_preempt(self) -> None:
+        """Refused, loudly, only for what vLLM holds itself: a request that is loading, or a step under way."""
+        with contextlib.suppress(RuntimeError):
+            self.running.reset_prefix_cache(running=True)
+        assert not len(self.running.pool.held)
 
     @rule()
     def reset_pool(self) -> None:

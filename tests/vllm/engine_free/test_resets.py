@@ -55,6 +55,7 @@ def test_a_reset_that_comes_while_a_store_reads_blocks(
 ) -> None:
     """The blocks are free at once; the next step writes none of them before the store has read them (law L3)."""
     engine = make_umbp(num_blocks=16, max_model_len=60, **spec)
+    engine.fences_wait = True  # for what the test itself lets go on
     engine.hold(Direction.STORE)
     name = engine.add(tokens(24), max_tokens=12)
     engine.step_until(lambda: all(copier.entered[Direction.STORE].is_set() for copier in engine.copiers))
@@ -78,10 +79,10 @@ def test_a_store_that_outlasts_the_fence_is_void(make_umbp: MakeUmbp, monkeypatc
     """A copy hangs while its blocks are reused: whatever it reads is never published (law L1)."""
     monkeypatch.setattr(worker_module, "FENCE_S", 0.05)
     engine = make_umbp(num_blocks=16, max_model_len=60)
+    engine.fences_wait = True
     engine.hold(Direction.STORE)
-    name = engine.add(tokens(24), max_tokens=12)
+    engine.run_until_finished(engine.add(tokens(24), max_tokens=1))
     engine.step_until(engine.copiers[0].entered[Direction.STORE].is_set)
-    engine.abort(name)
     assert engine.reset_prefix_cache()
     other = engine.add(tokens(50, 500), max_tokens=2)
     engine.run_until_finished(other)

@@ -52,6 +52,10 @@ class GatedCopier:
         self.entered[direction].clear()
         self._open[direction].clear()
 
+    def is_held(self, direction: Direction) -> bool:
+        """Whether copies of ``direction`` wait."""
+        return not self._open[direction].is_set()
+
     def release(self, direction: Direction) -> None:
         """Let the copies go on."""
         self._open[direction].set()
@@ -101,6 +105,10 @@ class UmbpHarness(Harness):
         self.rotten: set[bytes] = set()
         """Keys that :meth:`corrupt` was used on; their bytes are not compared any more."""
         self.copiers = [self._gate(worker) for worker in self.workers]
+        self.fences_wait = False
+        """Whether a fence waits for stores that the test holds; otherwise these pass during it."""
+        for worker, copier in zip(self.workers, self.copiers, strict=True):
+            worker.fence = self._fence(worker.fence, copier)  # type: ignore[method-assign]
         self._guard_allocations()
 
     # What is inside ------------------------------------------------------------------------------------
@@ -154,8 +162,6 @@ class UmbpHarness(Harness):
         Copies pass only at the end of a step, and then all of them, so what a run does follows from its events alone.
         """
         step = self._step
-        for worker in self.workers:
-            worker.fence = self._open_during(worker.fence)  # type: ignore[method-assign]
 
         def paced_step() -> bool:
             for direction in (Direction.LOAD, Direction.STORE):
@@ -170,15 +176,16 @@ class UmbpHarness(Harness):
 
         self._step = paced_step  # type: ignore[method-assign]
 
-    def _open_during(self, fence: Callable[[Any], None]) -> Callable[[Any], None]:
-        """A fence waits for copies that are held in its step."""
-
-        def open_fence(metadata: Any) -> None:
-            self.release(Direction.STORE)
+    def _fence(self, fence: Callable[[Any], None], copier: GatedCopier) -> Callable[[Any], None]:
+        def passing_fence(metadata: Any) -> None:
+            passes = copier.is_held(Direction.STORE) and not self.fences_wait
+            if passes:
+                copier.release(Direction.STORE)
             fence(metadata)
-            self.hold(Direction.STORE)
+            if passes:
+                copier.hold(Direction.STORE)
 
-        return open_fence
+        return passing_fence
 
     def hold(self, direction: Direction) -> None:
         """Hold the copies of ``direction`` on every rank."""
