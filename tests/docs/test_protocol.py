@@ -20,6 +20,7 @@ WORDS = {
     "Column": "column", "Bitmap": "bitmap", "Count": "int", "SmallCount": "int", "TierNumber": "tier",
     "Tags": "[text]", "Names": "[text]", "Capacities": "[capacity]", "TierCounts": "{tier: int}",
     "TierWeights": "{tier: float}", "None": "nil",
+    "AnyText": "text", "AnyTags": "[text]", "AnyCapacities": "[capacity]", "AnyTierCounts": "{tier: int}",
 }  # fmt: skip
 STRUCTS: list[type[msgspec.Struct]] = [
     kind

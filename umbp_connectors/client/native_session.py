@@ -76,7 +76,10 @@ class NativeSession:
 
     def request(self, message: Message) -> bytes:
         """The frame of a new request, which gets the next number.  Raises ``InvalidRequest`` if it is too large."""
-        payload = encode(message)
+        try:
+            payload = encode(message)
+        except (OverflowError, UnicodeError) as error:
+            raise InvalidRequest(f"a request has a value that cannot be sent: {error}") from None
         if len(payload) > self._max_request:
             raise InvalidRequest(
                 f"a request of {len(payload)} bytes is above the master's bound of {self._max_request}; split it"

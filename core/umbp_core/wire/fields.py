@@ -33,3 +33,11 @@ Capacity = tuple[TierNumber, Count, Count]
 Capacities = Annotated[tuple[Capacity, ...], Meta(max_length=bounds.SMALL_LIST)]
 TierCounts = Annotated[dict[TierNumber, Count], Meta(max_length=bounds.SMALL_LIST)]
 TierWeights = Annotated[dict[TierNumber, float], Meta(max_length=bounds.SMALL_LIST)]
+
+# What a master passes on came from others, some of them through UMBP's wire, which has other bounds: these are bounded
+# by the frame alone.
+AnyText = str
+AnyTags = tuple[str, ...]
+AnyCount = Annotated[int, Meta(ge=0)]
+AnyCapacities = tuple[tuple[TierNumber, AnyCount, AnyCount], ...]
+AnyTierCounts = dict[TierNumber, AnyCount]

@@ -39,12 +39,9 @@ def _pack(names: tuple[str, ...]) -> bytes:
 
 def _unpack(blob: bytes) -> tuple[str, ...]:
     try:
-        names = tuple([name.decode() for name in unpack_hashes(blob, bounds.LIST)])
+        return tuple([name.decode() for name in unpack_hashes(blob, bounds.LIST)])
     except UnicodeDecodeError:
         raise ProtocolError("a table of nodes names one that is not UTF-8") from None
-    if any(len(name) > bounds.STRING_CHARS for name in names):
-        raise ProtocolError(f"a table of nodes has a name of more than {bounds.STRING_CHARS} characters")
-    return names
 
 
 _packed = lru_cache(maxsize=256)(_pack)

@@ -9,16 +9,17 @@ from msgspec import Meta
 
 from umbp_core.wire import bounds
 from umbp_core.wire.fields import (
+    AnyCapacities,
+    AnyTags,
+    AnyText,
+    AnyTierCounts,
     Bitmap,
-    Capacities,
     Column,
     Count,
     LongText,
     Packed,
     SmallCount,
-    Tags,
     Text,
-    TierCounts,
     TierNumber,
 )
 from umbp_core.wire.messages import Message
@@ -143,16 +144,16 @@ class Prefixes(Message, frozen=True, tag=133):
 class NodeRow(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """One node."""
 
-    node_id: Text
+    node_id: AnyText
     status: SmallCount
-    node_address: Text
-    peer_address: Text
-    tags: Tags
+    node_address: AnyText
+    peer_address: AnyText
+    tags: AnyTags
     incarnation: Count
-    capacities: Capacities
+    capacities: AnyCapacities
     last_heartbeat_age: float
-    external_counts: TierCounts
-    block_counts: TierCounts
+    external_counts: AnyTierCounts
+    block_counts: AnyTierCounts
 
 
 class Nodes(Message, frozen=True, tag=134):
@@ -173,10 +174,10 @@ class ChangeRow(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     seq: Count
     kind: SmallCount
-    node_id: Text
+    node_id: AnyText
     tier: TierNumber
     hashes: Packed
-    reason: LongText = ""
+    reason: AnyText = ""
 
 
 class Changes(Message, frozen=True, tag=136):
@@ -198,17 +199,17 @@ class ExplainedChange(msgspec.Struct, array_like=True, frozen=True, gc=False):
     tier: TierNumber
     kind: Text
     age: float
-    reason: LongText
+    reason: AnyText
 
 
 class Explained(Message, frozen=True, tag=137):
     """Why a hash can, or cannot, be used on a node."""
 
-    node_id: Text
+    node_id: AnyText
     status: SmallCount
     tiers: Annotated[tuple[TierNumber, ...], Meta(max_length=bounds.LIST)]
     changes: Annotated[tuple[ExplainedChange, ...], Meta(max_length=bounds.LIST)]
-    text: LongText
+    text: AnyText
 
 
 Reply = (

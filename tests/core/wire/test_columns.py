@@ -85,8 +85,8 @@ def test_large_tables_come_back_too() -> None:
 def test_names_are_text_of_a_bounded_length() -> None:
     with pytest.raises(ProtocolError, match="UTF-8"):
         unpack_names(pack_hashes([b"\xff\xfe"]))
-    with pytest.raises(ProtocolError, match="characters"):
-        unpack_names(pack_hashes([b"x" * (bounds.STRING_CHARS + 1)]))
+    with pytest.raises(ProtocolError, match="longer than"):
+        unpack_names(b"\2\1" + bytes(7) + b"x" * (bounds.HASH_BYTES + 1))
     with pytest.raises(ProtocolError, match="above the bound"):
         unpack_names(pack_hashes([b""] * (bounds.LIST + 1)))
 

@@ -341,6 +341,12 @@ def test_what_is_too_large_is_not_sent(blocking: NativeBlockingClient) -> None:
         blocking.lookup([b""] * (bounds.HASHES + 1), DEADLINE)
     with pytest.raises(InvalidRequest, match="bits on the wire"):
         blocking.route_put("n", [b"k"], [-1], [], DEADLINE)
+    with pytest.raises(InvalidRequest, match="cannot be sent"):
+        blocking.probe("n", 1 << 64, 0, DEADLINE)
+    with pytest.raises(InvalidRequest, match="cannot be sent"):
+        blocking.clear_node("\ud800", DEADLINE)
+    with pytest.raises(InvalidRequest, match="9223372036854775807"):
+        blocking.probe("n", 1 << 63, 0, DEADLINE)
     assert blocking.lookup([b"k"], DEADLINE) == [False]
 
 

@@ -224,6 +224,20 @@ def test_listing_blocks(ask: NativeTransport) -> None:
     assert ask.list_blocks(A, SSD, 0, 10, DEADLINE).hashes == []
 
 
+def test_nodes_from_another_wire_have_other_bounds(ask: NativeTransport, running: Master) -> None:
+    node = "n" * 5000
+    capacity, tags = TierCapacity(DRAM, 2**64 - 1, 2**64 - 1), tuple(map(str, range(1000)))
+    running.loop.call_soon_threadsafe(
+        running.service.register, Registration(node, "h" * 2000, "p" * 2000, b"", (capacity,), tags)
+    )
+    ask.lookup([], DEADLINE)
+    [info] = ask.list_nodes(DEADLINE)
+    assert (info.node_id, info.capacities, info.tags) == (node, (capacity,), tags)
+    running.run(running.service.report(node, [b"1"], DRAM))
+    assert ask.match([b"1"], False, DEADLINE) == [ExternalMatch(node, "p" * 2000, {DRAM: [b"1"]})]
+    assert ask.match_prefix([b"1"], None, DEADLINE)[0].node == node
+
+
 def test_explaining(ask: NativeTransport, running: Master) -> None:
     register(ask, A)
     ask.report(A, [b"1", b"2"], DRAM, DEADLINE)
