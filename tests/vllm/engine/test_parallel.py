@@ -42,10 +42,13 @@ def test_two_tensor_parallel_ranks(llama: Path, oracle: Oracle, tmp_path: Path) 
 def test_two_pipeline_stages(llama: Path, oracle: Oracle, tmp_path: Path) -> None:
     asks = [Ask(prompt(300, seed=seed)) for seed in range(3)]
     right = [reply.tokens for reply in oracle.ask(llama, *asks)]
-    cold, dram = in_child(_serve, llama, pool(tmp_path), PP, asks, 2, timeout=280)
-    for phase in (cold, dram):
+    tiers = pool(tmp_path, dram_capacity="32MiB", ssd_capacity="64MiB")
+    cold, dram = in_child(_serve, llama, tiers, PP, asks, 2, timeout=280)
+    (ssd,) = in_child(_serve, llama, tiers, PP, asks, 1, timeout=280)
+    for phase in (cold, dram, ssd):
         assert [tokens for tokens, _ in phase] == right
     assert [cached for _, cached in dram] == [288] * 3
+    assert [cached for _, cached in ssd] == [288] * 3
 
 
 def _serve(
