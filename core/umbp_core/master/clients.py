@@ -17,6 +17,9 @@ from umbp_core.master.model import ClientRecord, Heartbeat, MasterSettings, Node
 MAX_TIERS = 32
 """Tiers that one node may name: the wire's enumeration is open, and every tier of a node costs every mask a bit."""
 
+MAX_NAME = 8192
+"""Characters of a node's name and addresses: answers repeat them, and every wire has to be able to carry them."""
+
 
 class Client:
     """One life of one node.  Changed by ``ClientTable`` and by ``MasterState`` only."""
@@ -129,6 +132,8 @@ class ClientTable:
         """
         if not registration.node_id:
             raise InvalidRequest("node_id must not be empty; register with an id of your own")
+        if max(map(len, (registration.node_id, registration.node_address, registration.peer_address))) > MAX_NAME:
+            raise InvalidRequest(f"node_id and addresses have at most {MAX_NAME} characters; take shorter ones")
         known = self._clients.get(registration.node_id)
         new_life = True
         if known is not None and known.heard and not self._is_overdue(known, now):

@@ -238,6 +238,14 @@ def test_nodes_from_another_wire_have_other_bounds(ask: NativeTransport, running
     assert ask.match_prefix([b"1"], None, DEADLINE)[0].node == node
 
 
+@pytest.mark.parametrize("field", ["node_id", "node_address", "peer_address"])
+def test_no_node_has_a_name_that_no_answer_can_carry(running: Master, field: str) -> None:
+    with pytest.raises(InvalidRequest, match="at most 8192 characters"):
+        running.state.register(Registration(**{"node_id": "n", field: "x" * 8193}), running.now)
+    longest = Registration(**{"node_id": "n", field: "\U0001f600" * 8192})
+    running.state.register(longest, running.now)
+
+
 def test_explaining(ask: NativeTransport, running: Master) -> None:
     register(ask, A)
     ask.report(A, [b"1", b"2"], DRAM, DEADLINE)
