@@ -224,6 +224,7 @@ def test_a_page_is_bounded(state: MasterState) -> None:
     page = state.list_blocks("n1", HBM, 0, 10**9)
     assert len(page.hashes) == PAGE_HASHES
     assert len(state.list_blocks("n1", HBM, page.cursor, 10**9).hashes) == 1
+    assert len(state.list_blocks("n1", HBM, 0, 1).hashes) == 1
 
 
 @pytest.mark.parametrize(("cursor", "limit"), [(-1, 1), (0, 0)])

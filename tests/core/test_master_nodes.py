@@ -276,7 +276,8 @@ def test_nodes_of_an_earlier_master_are_alive_and_owe_everything() -> None:
     assert state.record("n1") == record()
     assert status(state, "n1") is NodeStatus.ALIVE
     assert state.peer_address("n1") == "n1.host:1"
-    assert beat(state, "n1", (41, [add(A)]), at=START + 1) == asked(0)
+    assert beat(state, "n1", at=START + 1) == asked(0)
+    assert beat(state, "n1", (1, [add(A)]), at=START + 1) == asked(0)
     assert full_sync(state, "n1", 41, add(A), at=START + 1) == alive(41)
     assert state.route_get("n2", [A], (), START + 1) == [GetRoute("n1", DRAM, 10, "n1.host:1")]
 
@@ -284,7 +285,9 @@ def test_nodes_of_an_earlier_master_are_alive_and_owe_everything() -> None:
 def test_their_batches_owe_everything_too() -> None:
     state = master()
     state.restore([record(incarnation=5)], START)
-    assert state.probe("n1", 5, 3, START).request_full_sync
+    assert state.probe("n1", 5, 0, START).request_full_sync
+    earlier = Batch(4, 9, [Action(ActionKind.REPORT, HBM, [A])], full_sync=True)
+    assert state.apply_batch("n1", earlier, START).incarnation == 5
     later = Batch(5, 4, [Action(ActionKind.REPORT, HBM, [A])])
     assert state.apply_batch("n1", later, START).request_full_sync
     assert matched(state, [A]) == {}
