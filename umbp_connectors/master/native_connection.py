@@ -14,7 +14,6 @@ import socket
 from collections import deque
 from collections.abc import Coroutine
 from time import monotonic
-from types import CoroutineType
 from typing import Any, Protocol, cast
 
 from umbp_connectors.master.native_calls import NativeCalls
@@ -269,7 +268,7 @@ class NativeConnection(asyncio.Protocol):
                 return
             name = call.name
             answer = call.run(request)
-            if type(answer) is CoroutineType:
+            if not isinstance(answer, Message):
                 later = self._later(sequence, name, answer, self._began)
                 self._task = asyncio.get_running_loop().create_task(later)
                 return

@@ -25,7 +25,10 @@ PAGE_CHANGES = 256
 class Listener(Protocol):
     """The connection that a stream writes to."""
 
-    stalled: bool
+    @property
+    def stalled(self) -> bool:
+        """Whether the client leaves too much unread."""
+        ...
 
     def send_event(self, sequence: int, event: Message) -> None:
         """Send a part of the stream."""
