@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import inspect
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+
+import pytest
 
 from tests.master.service.kit import (
     DRAM,
@@ -22,6 +25,7 @@ from tests.master.service.kit import (
     run,
     turns,
 )
+from umbp_core.index_gate import Action, ActionKind, Batch
 from umbp_core.master.model import ClientRecord, NodeStatus, TierCapacity
 
 
@@ -116,21 +120,40 @@ def test_nor_because_it_stood_still_while_it_freed_memory() -> None:
     run(scenario())
 
 
-def test_what_was_cleared_is_freed_at_once() -> None:
+def everything_again(made: Master) -> object:
+    return made.service.heartbeat(beat("n1", add(A), seq=9, full_sync=True))
+
+
+def a_clearing_batch(made: Master) -> object:
+    return made.service.apply_batch("n1", Batch(5, 1, [Action(ActionKind.CLEAR, HBM)]))
+
+
+@pytest.mark.parametrize(
+    "clear",
+    [
+        lambda made: made.service.clear_node("n1"),
+        lambda made: made.service.clear_tier("n1", HBM),
+        lambda made: made.service.unregister("n1"),
+        lambda made: made.register("n1", incarnation=6),
+        a_clearing_batch,
+        everything_again,
+    ],
+)
+def test_what_was_cleared_is_freed_at_once(clear: Callable[[Master], object]) -> None:
     async def scenario() -> None:
         made = master()
-        made.register("n1")
+        made.register("n1", incarnation=5)
         keys = [b"%d" % number for number in range(10_000)]
         await made.service.report("n1", keys, HBM)
         await made.service.heartbeat(beat("n1", *map(add, keys)))
         async with kept(made):
             await turns(5)
-            made.service.clear_node("n1")
-            await made.service.heartbeat(beat("n1", add(A), seq=2, full_sync=True))
-            await turns(1)
-            assert made.service.state.index.stats().keys > 0
-            while made.service.state.index.stats().keys or made.service.state.blocks.stats().keys > 1:
-                await turns(1)
+            done = clear(made)
+            if inspect.isawaitable(done):
+                await done
+            assert made.service.state.sweep(0) >= 10_000
+            await turns(30)  # one slice in a turn, and far less than the second between two ticks
+            assert made.service.state.sweep(0) == 0
 
     run(scenario())
 

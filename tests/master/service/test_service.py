@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+from collections.abc import Callable
 from contextlib import aclosing
 
 import pytest
 
 from tests.master.service.kit import DRAM, HBM, KEYS, QUICK, A, B, C, add, beat, master, run, small, turns
+from umbp_connectors.master.service import MasterService
 from umbp_core.index_gate import Action, ActionKind, Batch
 from umbp_core.master.changes import Slices
 from umbp_core.master.model import GetRoute, NodeStatus, PositionMatch, PutOutcome, Registration
@@ -229,6 +232,34 @@ def test_changes_are_told_as_they_come() -> None:
         service.unregister("n2")
         await task
         assert [kind for kind, _, _ in followed] == ["REPORTED", "REVOKED", "REPORTED", "CLEARED", "CLEARED"]
+
+    run(scenario())
+
+
+CHANGES: dict[str, Callable[[MasterService], object]] = {
+    "report": lambda service: service.report("n1", [B], HBM),
+    "revoke": lambda service: service.revoke("n1", [A], HBM),
+    "clear a tier": lambda service: service.clear_tier("n1", HBM),
+    "clear a node": lambda service: service.clear_node("n1"),
+    "unregister": lambda service: service.unregister("n1"),
+    "begin a life": lambda service: service.register(Registration("n1", incarnation=6)),
+    "batch": lambda service: service.apply_batch("n1", Batch(5, 1, [Action(ActionKind.REPORT, HBM, [B])])),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_is_told_at_once(change: str) -> None:
+    async def scenario() -> None:
+        made = small()
+        await made.service.report("n1", [A], HBM)
+        waiting = asyncio.ensure_future(made.service.changed())
+        await turns(1)
+        assert not waiting.done()
+        done = CHANGES[change](made.service)
+        if inspect.isawaitable(done):
+            await done
+        await turns(1)
+        assert waiting.done()
 
     run(scenario())
 
