@@ -106,10 +106,10 @@ class Directory:
 
         The first becomes the most recently used in each of its tiers: the others are of no use without it.
         """
-        states = tuple(self._spaces.values())
-        for key in reversed(keys):
-            for state in states:
-                state.policy.touched(key)
+        for state in self._spaces.values():
+            touched = state.policy.touched
+            for key in reversed(keys):
+                touched(key)
 
     def pin(self, owner: str, keys: Iterable[bytes], tier: Tier | None = None) -> list[Copy]:
         """Pin the copy of each of ``keys`` in ``tier`` (default: its fastest one) until ``owner`` unpins.
