@@ -255,7 +255,8 @@ class DirectoryMachine(RuleBasedStateMachine):
     @invariant()
     def events_agree(self) -> None:
         """What changed since the last step, in order and each once."""
-        expected = [DirectoryEvent(kind, copy.key, *msgspec.structs.astuple(_copy_of(copy))) for kind, copy in self.model.events]
+        told = [(kind, copy.key, _copy_of(copy)) for kind, copy in self.model.events]
+        expected = [DirectoryEvent(kind, key, *msgspec.structs.astuple(copy)) for kind, key, copy in told]
         self.model.events = []
         assert self.directory.drain_events() == expected
 
