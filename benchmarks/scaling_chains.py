@@ -90,7 +90,7 @@ class Group:
     """Block to a mask over the nodes that hold it on any tier."""
 
     def entries(self) -> Iterator[tuple[int, int, list[bytes]]]:
-        """Node, tier and hashes, for every tier of every node; hashes in the order in which they were first computed."""
+        """Node, tier and hashes of every tier of every node; hashes in the order in which they were computed."""
         for node, tiers in enumerate(self.caches):
             for tier, cache in tiers.items():
                 yield node, tier, [hash_of(block) for block in sorted(cache.blocks)]
