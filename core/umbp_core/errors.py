@@ -12,6 +12,12 @@
         VerificationError     bytes arrived but are not the ones that were stored
         DeadlineExceeded      an op did not end in time
       TierUnavailable         a tier cannot be used: missing, read-only, full, locked, foreign
+      MasterError             a call to a master did not do what it should
+        InvalidRequest        the request is malformed or out of bounds; repeating it does not help
+        AlreadyRegistered     a living node has this id
+        MasterUnavailable     the master was not reached, or not in time
+        ProtocolError         the other side sent what is not understood
+        AccessDenied          a token or a certificate is wanted and was not given
 
 Every message says what happened, to which id, and what to do about it.
 """

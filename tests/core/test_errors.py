@@ -16,6 +16,12 @@ TREE = {
     "VerificationError": "TransferError",
     "DeadlineExceeded": "TransferError",
     "TierUnavailable": "UmbpError",
+    "MasterError": "UmbpError",
+    "InvalidRequest": "MasterError",
+    "AlreadyRegistered": "MasterError",
+    "MasterUnavailable": "MasterError",
+    "ProtocolError": "MasterError",
+    "AccessDenied": "MasterError",
 }
 
 
