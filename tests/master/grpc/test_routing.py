@@ -132,9 +132,9 @@ def test_batches_of_any_size_keep_their_order(call: Stub, count: int) -> None:
 
 
 def test_an_answer_that_fits_no_message_is_refused_with_a_sentence(call: Stub) -> None:
-    name = "n" * (1 << 20)
-    register(call, name, "n:1", room(DRAM, 1000))
-    keys = [str(number) for number in range(70)]
+    name = "n" * 8192
+    keys = [str(number) for number in range(8500)]
+    register(call, name, "n:1", room(DRAM, len(keys)))
     code, details = call.error("BatchRoutePut", keys=keys, block_sizes=[1] * len(keys))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "at once" in details
