@@ -62,3 +62,12 @@ def test_a_whole_collection_after_small_steps_misses_nothing() -> None:
     assert hits.collect(5.0, 2) == 0
     assert hits.collect(11.0) == 2
     assert list(hits.counts([A, B, C, b"d"])) == [C, b"d"]
+
+
+def test_nothing_counts_nothing() -> None:
+    hits = HitCounters()
+    hits.record([], 1.0)
+    assert len(hits) == 0
+    hits.record([A], 0.0)
+    hits.record([], 2.0)
+    assert hits.counts([A]) == {A: 1}
