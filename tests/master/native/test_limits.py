@@ -137,8 +137,7 @@ def test_a_stop_answers_what_is_under_way_and_lets_go_of_the_rest(running: Maste
         thread = threading.Thread(target=lambda: received.append(busy.receive()[:2]))
         thread.start()
         busy.send(frame)
-        running.run(until_busy(server))
-        running.run(server.stop(DEADLINE))
+        running.run(stopped_when_busy(server))
         thread.join(DEADLINE)
         assert received == [(FrameType.REPLY, 9)]
         assert busy.at_end()
@@ -156,6 +155,12 @@ async def until_busy(server: NativeServer) -> None:
     """Until a connection works on something large."""
     while not any(connection._task for connection in server._connections):  # noqa: ASYNC110 - nobody else would tell
         await asyncio.sleep(0)
+
+
+async def stopped_when_busy(server: NativeServer) -> None:
+    """In one turn of the loop: the request must not end in between, for then the client hears why it is let go."""
+    await until_busy(server)
+    await server.stop(DEADLINE)
 
 
 def test_a_stop_does_not_wait_longer_than_it_may(running: Master, tmp_path: Path) -> None:
