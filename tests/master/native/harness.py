@@ -120,6 +120,24 @@ def master(loop: asyncio.AbstractEventLoop) -> Iterator[Master]:
         loop.close()
 
 
+def exactly(sock: socket.socket, count: int) -> bytes:
+    """The next ``count`` bytes.  Raises ``EOFError`` when the other side closes before."""
+    data = b""
+    while len(data) < count:
+        part = sock.recv(count - len(data))
+        if not part:
+            raise EOFError(f"the other side closed after {len(data)} of {count} bytes")
+        data += part
+    return data
+
+
+def drain(sock: socket.socket) -> None:
+    """Take all that the other side says, until it closes."""
+    with suppress(ConnectionResetError):
+        while sock.recv(1 << 16):
+            pass
+
+
 class RawClient:
     """A socket on which anything may be said."""
 
@@ -178,8 +196,8 @@ class RawClient:
 
     def receive_bytes(self) -> bytes:
         """The next frame as it is."""
-        header = self._exactly(40)
-        return header + self._exactly(HEADER.unpack(header)[6])
+        header = exactly(self.socket, 40)
+        return header + exactly(self.socket, HEADER.unpack(header)[6])
 
     def at_end(self) -> bool:
         """Whether the server has closed, with nothing more said."""
@@ -190,18 +208,7 @@ class RawClient:
 
     def drain(self) -> None:
         """Take all that the server says, until it closes."""
-        with suppress(ConnectionResetError):
-            while self.socket.recv(1 << 16):
-                pass
-
-    def _exactly(self, count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            part = self.socket.recv(count - len(data))
-            if not part:
-                raise EOFError(f"the server closed after {len(data)} of {count} bytes")
-            data += part
-        return data
+        drain(self.socket)
 
 
 class FakeMaster:
@@ -265,23 +272,12 @@ class RawServerEnd:
 
     def receive(self) -> tuple[int, int, list[Any]]:
         """Type, sequence and fields of the next frame."""
-        header = HEADER.unpack(self._exactly(40))
-        return header[2], header[5], msgspec.msgpack.decode(self._exactly(header[6]))
+        header = HEADER.unpack(exactly(self.socket, 40))
+        return header[2], header[5], msgspec.msgpack.decode(exactly(self.socket, header[6]))
 
     def until_closed(self) -> None:
         """Read until the client has closed."""
-        with suppress(ConnectionResetError):
-            while self.socket.recv(1 << 16):
-                pass
-
-    def _exactly(self, count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            part = self.socket.recv(count - len(data))
-            if not part:
-                raise EOFError(f"the client closed after {len(data)} of {count} bytes")
-            data += part
-        return data
+        drain(self.socket)
 
 
 @contextmanager
