@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = Path(name)
         model = medium_llama(folder / "model")
         tiers = [f"{EXTRA}.ssd_dir", str(folder / "ssd"), f"{EXTRA}.dram_capacity", "2GiB"]
+        tiers += [f"{EXTRA}.ssd_capacity", "4GiB"]
         on = stack.enter_context(_server(model, folder / "on.log", ["--kv-connector", "umbp", *tiers], options))
         off = stack.enter_context(_server(model, folder / "off.log", [], options))
         seeds = itertools.count()

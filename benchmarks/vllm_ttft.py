@@ -127,6 +127,7 @@ def _rows(figures: dict[str, list[float]]) -> list[Row]:
 
 def _server(folder: Path, options: argparse.Namespace) -> VllmServer:
     arguments = ["--kv-connector", "umbp", f"{EXTRA}.ssd_dir", str(folder / "ssd"), f"{EXTRA}.dram_capacity", "3GiB"]
+    arguments += [f"{EXTRA}.ssd_capacity", "4GiB"]
     arguments += ["--max-model-len", str(options.tokens + 128), "--max-num-seqs", "8"]
     arguments += ["--enforce-eager", "--enable-prompt-tokens-details"]
     environment = {"VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1"}

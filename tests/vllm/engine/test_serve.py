@@ -43,8 +43,9 @@ def test_kv_connector_flag_end_to_end(make_server: MakeServer, oracle: Oracle, l
     texts = [prompt(300, seed=seed) for seed in range(3)]
     right = [reply.tokens for reply in oracle.ask(llama, *[Ask(text) for text in texts])]
     server = make_server(
-        "--kv-connector", "umbp", f"{EXTRA}.ssd_dir", str(tmp_path / "ssd"), f"{EXTRA}.dram_capacity", "64MiB"
-    )
+        "--kv-connector", "umbp", f"{EXTRA}.dram_capacity", "64MiB",
+        f"{EXTRA}.ssd_dir", str(tmp_path / "ssd"), f"{EXTRA}.ssd_capacity", "64MiB",
+    )  # fmt: skip
 
     def ask() -> list[Answer]:
         return [server.complete(text, max_tokens=12) for text in texts]
