@@ -12,9 +12,10 @@ from umbp_core.block_index import BlockIndex, FullSync, HeartbeatAck, Location, 
 from umbp_core.hits import HitCounters
 from umbp_core.index import ExternalKvIndex, Snapshot
 from umbp_core.index_feed import ChangeFeed, ChangeKind
-from umbp_core.index_gate import Acknowledgement, Batch, BatchApplier
+from umbp_core.index_gate import Acknowledgement
 from umbp_core.journal import Bundle, Delta, Journal
 from umbp_core.placements import preference
+from umbp_core.testing.machines_channel import ChannelMachine
 from umbp_core.testing.models_index import BlockModel, Entries, HitModel, IndexModel, TellingNode, follow
 
 NODES = ("n1", "n2", "n3")
@@ -295,7 +296,7 @@ class BlockIndexMachine(RuleBasedStateMachine):
                 ]
 
 
-class JournalMachine(RuleBasedStateMachine):
+class JournalMachine(ChannelMachine):
     """A node's journal, a channel that cannot be trusted, and a receiver; all three may fail at any moment."""
 
     max_deltas = 12
@@ -305,16 +306,9 @@ class JournalMachine(RuleBasedStateMachine):
         super().__init__()
         self.latest = self.earliest = 1000
         self._new_node(self.latest)
-        self.messages: list[Batch] = []
-        self.answers: list[Acknowledgement] = []
-        self._new_receiver()
 
     def _new_node(self, incarnation: int) -> None:
         self.node = TellingNode(Journal(incarnation, self.max_deltas, self.bundle_deltas))
-
-    def _new_receiver(self) -> None:
-        self.index = ExternalKvIndex()
-        self.applier = BatchApplier(self.index)
 
     @rule(part=delta_lists)
     def record(self, part: list[Delta]) -> None:
@@ -327,18 +321,7 @@ class JournalMachine(RuleBasedStateMachine):
         """Onto the channel, from where it may never arrive."""
         batches = self.node.compose(retry)
         assert all(batch.full_sync or 0 < len(batch.actions) <= self.bundle_deltas for batch in batches)
-        self.messages = (self.messages + batches)[-8:]
-
-    @precondition(lambda self: self.messages)
-    @rule(data=st.data(), keep=st.booleans(), lose=st.booleans())
-    def deliver(self, data: st.DataObject, keep: bool, lose: bool) -> None:
-        """Any message, once or several times; the answer may be lost."""
-        batch = data.draw(st.sampled_from(self.messages))
-        if not keep:
-            self.messages.remove(batch)
-        answer = self.applier.apply("node", batch)
-        if not lose:
-            self.answers = [*self.answers, answer][-8:]
+        self.transmit(*batches)
 
     @precondition(lambda self: self.answers)
     @rule(data=st.data(), keep=st.booleans())
@@ -369,7 +352,7 @@ class JournalMachine(RuleBasedStateMachine):
     def lose_state(self, how: str) -> None:
         """The receiver forgets."""
         if how == "restart":
-            self._new_receiver()
+            self.new_receiver()
         elif how == "expire":
             self.applier.expire("node")
         else:

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from umbp_core.breaker import Backoff, Breaker, BreakerState
-from umbp_core.index import ExternalKvIndex
-from umbp_core.index_gate import Acknowledgement, Batch, BatchApplier
+from umbp_core.index_gate import Acknowledgement
 from umbp_core.reports import ReportJournal
+from umbp_core.testing.machines_channel import ChannelMachine
 
 KEYS = tuple(b"%d" % number for number in range(9))
 TIERS = (1, 2, 3)
@@ -19,7 +19,7 @@ keys = st.lists(st.sampled_from(KEYS), max_size=6)
 tiers = st.sampled_from(TIERS)
 
 
-class ReportsMachine(RuleBasedStateMachine):
+class ReportsMachine(ChannelMachine):
     """A node that reports, a channel that loses, repeats and reorders, and a receiver that forgets (law L11).
 
     The truth changes while a snapshot of it is being read, slice by slice.
@@ -33,10 +33,6 @@ class ReportsMachine(RuleBasedStateMachine):
         self.latest = self.earliest = 1000
         self.truth: set[tuple[int, bytes]] = set()
         self.journal = self._journal(self.latest)
-        self.messages: list[Batch] = []
-        self.answers: list[Acknowledgement] = []
-        self.index = ExternalKvIndex()
-        self.applier = BatchApplier(self.index)
 
     def _journal(self, incarnation: int) -> ReportJournal:
         return ReportJournal(incarnation, self.max_hashes, self.batch_hashes)
@@ -78,18 +74,7 @@ class ReportsMachine(RuleBasedStateMachine):
         batch = self.journal.batch()
         if batch is not None:
             assert sum(len(action.hashes) for action in batch.actions) <= self.batch_hashes
-            self.messages = [*self.messages, batch][-8:]
-
-    @precondition(lambda self: self.messages)
-    @rule(data=st.data(), keep=st.booleans(), lose=st.booleans())
-    def deliver(self, data: st.DataObject, keep: bool, lose: bool) -> None:
-        """Any message, once or several times; the answer may be lost."""
-        batch = data.draw(st.sampled_from(self.messages))
-        if not keep:
-            self.messages.remove(batch)
-        answer = self.applier.apply("node", batch)
-        if not lose:
-            self.answers = [*self.answers, answer][-8:]
+            self.transmit(batch)
 
     @precondition(lambda self: self.answers)
     @rule(data=st.data())
