@@ -74,7 +74,7 @@ def test_page_names_the_plans_of_the_simulation(benchmarks: dict[str, types.Modu
     assert [row["groups x shards by hash"] for row in on_page()["plans"]] == plans
 
 
-def claims_hold(tables: dict[str, Rows]) -> None:
+def assert_claims_hold(tables: dict[str, Rows]) -> None:
     """What the page says in words."""
     plans = {row["groups x shards by hash"]: row for row in tables["plans"]}
     assert plans["1 x 1"]["fits"] == "no"
@@ -98,7 +98,7 @@ def claims_hold(tables: dict[str, Rows]) -> None:
 
 
 def test_claims_hold_on_the_page() -> None:
-    claims_hold(on_page())
+    assert_claims_hold(on_page())
 
 
 def test_claims_hold_in_a_small_simulation(tables: dict[str, list[dict[str, object]]]) -> None:
@@ -107,7 +107,7 @@ def test_claims_hold_in_a_small_simulation(tables: dict[str, list[dict[str, obje
     fits = {"1 x 1": "no", "256 x 1": "yes"}
     for row in judged["plans"]:
         row["fits"] = fits.get(row["groups x shards by hash"], row["fits"])
-    claims_hold(judged)
+    assert_claims_hold(judged)
 
 
 def test_same_seed_same_play(benchmarks: dict[str, types.ModuleType]) -> None:

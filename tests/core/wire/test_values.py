@@ -208,9 +208,13 @@ def prefixes_of(**fields: bytes) -> object:
 
 
 def test_the_good_ones_are_good() -> None:
-    deltas()
-    matches_of(bytes(8), b"\1")
-    prefixes_of()
+    rows = deltas()
+    assert isinstance(rows, list)
+    assert len(rows) == 1
+    assert matches_of(bytes(8), b"\1") == [ExternalMatch("a", "a", {0: [b"h"]})]
+    prefixes = prefixes_of()
+    assert isinstance(prefixes, list)
+    assert len(prefixes) == 1
 
 
 @pytest.mark.parametrize("read", HALF_ANSWERS.values(), ids=HALF_ANSWERS)

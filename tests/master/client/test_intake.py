@@ -66,12 +66,13 @@ def test_a_wait_ends_at_once_when_it_is_time_or_enough_was_said() -> None:
     intake.put(1, print, "a")
     clock.now += 2.0
     intake.wait(clock.now + 1000.0)
-    intake.take()
+    assert said(intake.take()) == ["a"]
     intake.put(5, print, "b")
     intake.wait(clock.now + 1000.0)
-    intake.take()
+    assert said(intake.take()) == ["b"]
     intake.kick()
     intake.wait(clock.now + 1000.0)
+    assert said(intake.take()) == []
 
 
 def woken_by(intake: Intake, action: threading.Event, until: float) -> threading.Thread:

@@ -100,7 +100,9 @@ def test_the_port_is_free_again_after_a_stop() -> None:
     with RunningMaster() as first:
         address = first.target
     with RunningMaster(address=address) as second:
+        assert second.target == address
         second.stub()("RegisterClient", node_id="n1")
+        assert [node.node_id for node in second.service.list_nodes()] == ["n1"]
 
 
 def test_a_stop_waits_for_calls_under_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,6 +212,8 @@ def test_without_a_sender_nobody_is_asked() -> None:
         async with kept(made):
             made.clock.now += 0.4
             await made.notes.wait("gone", "n1")
+        assert made.service.lookup([A]) == [False]
+        assert [node.status for node in made.service.list_nodes()] == [NodeStatus.EXPIRED]
 
     run(scenario())
 
