@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import heapq
 import json
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,35 +16,13 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from umbp_core.errors import ConfigError, MasterError, MasterUnavailable
+from umbp_connectors.cli_access import MasterAccess, asks_master
+from umbp_core.errors import ConfigError, MasterUnavailable
 
 if TYPE_CHECKING:
     from umbp_core.master.model import NodeInfo
     from umbp_core.master.transport import MasterTransport, NativeTransport
 
-DEFAULT_MASTER = "umbp://127.0.0.1:50052,grpc://127.0.0.1:50051"
-
-MasterOption = Annotated[
-    str,
-    typer.Option(
-        "--master",
-        metavar="ADDRESS",
-        envvar="UMBP_MASTER_ADDRESS",
-        help="umbp://, umbp+unix:// or grpc:// address, or HOST:PORT; several, separated by commas, are alternatives.",
-    ),
-]
-TokenFileOption = Annotated[
-    Path | None,
-    typer.Option("--token-file", metavar="PATH", envvar="UMBP_MASTER_TOKEN_FILE", help="File with the master's token."),
-]
-CaOption = Annotated[
-    Path | None,
-    typer.Option("--tls-ca", metavar="PATH", envvar="UMBP_MASTER_TLS_CA", help="Use TLS, and trust this CA (PEM)."),
-]
-CertOption = Annotated[Path | None, typer.Option("--tls-cert", metavar="PATH", help="Certificate to show (PEM).")]
-KeyOption = Annotated[Path | None, typer.Option("--tls-key", metavar="PATH", help="Its private key (PEM).")]
-TimeoutOption = Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0.01, help="Deadline of a call.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 HashArguments = Annotated[
     list[str], typer.Argument(metavar="HASH...", help="Hashes as the engine publishes them; `-`: from standard input.")
 ]
@@ -60,27 +35,22 @@ HASHES_PER_CALL = 1024
 """Well below what any master lets one question name."""
 
 
-def nodes(
-    master: MasterOption = DEFAULT_MASTER,
-    token_file: TokenFileOption = None,
-    tls_ca: CaOption = None,
-    tls_cert: CertOption = None,
-    tls_key: KeyOption = None,
-    timeout: TimeoutOption = 5.0,
-    as_json: JsonOption = False,
-) -> None:
+@asks_master
+def nodes(access: MasterAccess) -> None:
     """Show the nodes that a master knows: whether they live, how full they are, and what they hold."""
     from umbp_connectors import cli_views as views
 
-    with _connected(master, token_file, (tls_ca, tls_cert, tls_key), timeout) as transport:
-        infos = _native(transport, "list nodes").list_nodes(timeout)
-    if as_json:
+    with access.connected() as transport:
+        infos = _native(transport, "list nodes").list_nodes(access.timeout)
+    if access.as_json:
         _print_json([views.node_values(info) for info in infos])
     else:
         _print(views.node_table(infos) if infos else "no nodes")
 
 
+@asks_master
 def match(
+    access: MasterAccess,
     hashes: HashArguments,
     prefix: Annotated[
         bool, typer.Option("--prefix", help="The hashes are one chain: how much of its beginning each node has.")
@@ -89,42 +59,30 @@ def match(
     explain: Annotated[
         str, typer.Option("--explain", metavar="NODE", help="Why each hash can, or cannot, be used on this node.")
     ] = "",
-    master: MasterOption = DEFAULT_MASTER,
-    token_file: TokenFileOption = None,
-    tls_ca: CaOption = None,
-    tls_cert: CertOption = None,
-    tls_key: KeyOption = None,
-    timeout: TimeoutOption = 5.0,
-    as_json: JsonOption = False,
 ) -> None:
     """Ask which nodes hold which of some hashes, on which tiers."""
     keys = _hashes(hashes)
-    with _connected(master, token_file, (tls_ca, tls_cert, tls_key), timeout) as transport:
+    with access.connected() as transport:
         if explain:
-            values, shown = _explained(transport, explain, keys, timeout)
+            values, shown = _explained(transport, explain, keys, access.timeout)
         elif prefix:
-            values, shown = _prefixes(transport, keys, timeout)
+            values, shown = _prefixes(transport, keys, access.timeout)
         else:
-            values, shown = _matches(transport, keys, count, timeout)
-    if as_json:
+            values, shown = _matches(transport, keys, count, access.timeout)
+    if access.as_json:
         _print_json(values)
     else:
         _print(shown if values else "no node holds any of them")
 
 
+@asks_master
 def hits(
+    access: MasterAccess,
     hashes: OptionalHashArguments = None,
     most: Annotated[int, typer.Option("--top", metavar="N", min=1, help="Without hashes: show so many.")] = 20,
     scan: Annotated[
         int, typer.Option("--scan", metavar="N", min=1, help="Without hashes: look at so many at most.")
     ] = 100_000,
-    master: MasterOption = DEFAULT_MASTER,
-    token_file: TokenFileOption = None,
-    tls_ca: CaOption = None,
-    tls_cert: CertOption = None,
-    tls_key: KeyOption = None,
-    timeout: TimeoutOption = 5.0,
-    as_json: JsonOption = False,
 ) -> None:
     """Show how often hashes were matched; those without a counter are left out.
 
@@ -133,42 +91,37 @@ def hits(
     from umbp_connectors import cli_views as views
 
     keys = _hashes(hashes) if hashes else []
-    with _connected(master, token_file, (tls_ca, tls_cert, tls_key), timeout) as transport:
+    with access.connected() as transport:
         if keys:
-            counts = transport.hit_counts(keys, timeout)
+            counts = transport.hit_counts(keys, access.timeout)
         else:
-            held = islice(_held(_native(transport, "list hashes"), timeout), scan)
-            counts = _most_matched(transport, held, most, timeout)
-    if as_json:
+            held = islice(_held(_native(transport, "list hashes"), access.timeout), scan)
+            counts = _most_matched(transport, held, most, access.timeout)
+    if access.as_json:
         _print_json([{"hash": views.text_of(key), "hits": number} for key, number in counts])
     else:
         _print(views.hit_table(counts) if counts else "no hash of these has a counter")
 
 
+@asks_master
 def top(
+    access: MasterAccess,
     interval: Annotated[
         float, typer.Option("--interval", metavar="SECONDS", min=0.1, help="Time between two looks.")
     ] = 1.0,
     looks: Annotated[int, typer.Option("--looks", metavar="N", min=0, help="End after so many; 0: never.")] = 0,
-    master: MasterOption = DEFAULT_MASTER,
-    token_file: TokenFileOption = None,
-    tls_ca: CaOption = None,
-    tls_cert: CertOption = None,
-    tls_key: KeyOption = None,
-    timeout: TimeoutOption = 5.0,
-    as_json: JsonOption = False,
 ) -> None:
     """Watch a master's nodes live, until Ctrl-C. With --json, one line per look.
 
     A master that goes away is waited for.
     """
-    with _connected(master, token_file, (tls_ca, tls_cert, tls_key), timeout) as transport:
+    with access.connected() as transport:
         client = _native(transport, "list nodes")
-        look = _Look(lambda: client.list_nodes(timeout))
+        look = _Look(lambda: client.list_nodes(access.timeout))
         rounds = iter(int, 1) if looks == 0 else iter(range(looks))
         pause = threading.Event()
         try:
-            if as_json:
+            if access.as_json:
                 for _ in rounds:
                     print(json.dumps(look.values()), flush=True)
                     pause.wait(interval)
@@ -247,41 +200,6 @@ class _Look:
         }
         seconds, self._at = now - self._at, now
         return {node: (held - before.get(node, held)) / seconds for node, held in self._held.items()}
-
-
-@contextmanager
-def _connected(
-    text: str,
-    token_file: Path | None,
-    tls_files: tuple[Path | None, Path | None, Path | None],
-    timeout: float,
-) -> Iterator[MasterTransport]:
-    """A connection to the first of the addresses in ``text`` that answers.  Raises a ``UmbpError``.
-
-    Without a file the token comes from the environment; other users would see an argument.
-    """
-    from umbp_connectors.client.addresses import parse_addresses
-    from umbp_connectors.client.dial import ClientTls, Dialer
-    from umbp_connectors.master.security import read_token
-
-    token = os.environ.get("UMBP_MASTER_TOKEN", "") if token_file is None else read_token(token_file).decode()
-    tls = ClientTls(*tls_files) if any(tls_files) else None
-    dialer = Dialer(token, tls, role="cli")
-    failures = []
-    for address in parse_addresses(text):
-        try:
-            transport = dialer(address, timeout)
-        except MasterError as error:
-            failures.append(error)
-            continue
-        try:
-            yield transport
-        finally:
-            transport.close()
-        return
-    if len(failures) == 1:
-        raise failures[0]
-    raise MasterUnavailable("no master answers: " + "; ".join(map(str, failures)))
 
 
 def _native(transport: MasterTransport, wish: str) -> NativeTransport:

@@ -112,6 +112,21 @@ def test_attributes_are_probed_in_compat_only(path: Path) -> None:
     assert calls == [] or path.name == "compat.py"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("test_*.py")), ids=name_of)
+def test_every_test_says_what_it_expects(path: Path) -> None:
+    tests = (each for each in functions(ast.parse(path.read_text(encoding="utf-8"))) if each.name.startswith("test_"))
+    silent = [each.name for each in tests if not any(map(_expects, ast.walk(each)))]
+    assert silent == [], "a test that only runs code passes for the wrong reasons"
+
+
+def _expects(node: ast.AST) -> bool:
+    """Whether something may fail here: an assert, an expected error, or a helper whose name says that it asserts."""
+    if not isinstance(node, ast.Call):
+        return isinstance(node, ast.Assert | ast.Raise)
+    called = ast.unparse(node.func).rpartition(".")[2]
+    return called in ("raises", "warns", "fail", "run_state_machine_as_test") or called.startswith(("assert_", "check"))
+
+
 @pytest.mark.parametrize("what", FORBIDDEN)
 def test_repository_does_not_name(what: str) -> None:
     pattern = FORBIDDEN[what]
