@@ -105,16 +105,22 @@ def test_the_port_is_free_again_after_a_stop() -> None:
         assert [node.node_id for node in second.service.list_nodes()] == ["n1"]
 
 
+def reports_wait(master: RunningMaster, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, asyncio.Event]:
+    """Reports do not end before the second event is set; the first one says that one has begun."""
+    entered, go_on = threading.Event(), asyncio.Event()
+
+    async def slow(*_arguments: object) -> bool:
+        entered.set()
+        await go_on.wait()
+        return True
+
+    monkeypatch.setattr(master.service, "report", slow)
+    return entered, go_on
+
+
 def test_a_stop_waits_for_calls_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     with RunningMaster() as master:
-        entered, go_on = threading.Event(), asyncio.Event()
-
-        async def slow(*_arguments: object) -> bool:
-            entered.set()
-            await go_on.wait()
-            return True
-
-        monkeypatch.setattr(master.service, "report", slow)
+        entered, go_on = reports_wait(master, monkeypatch)
         call = master.stub()
         answers: list[object] = []
         thread = threading.Thread(
@@ -140,14 +146,7 @@ def test_a_stop_waits_for_calls_under_way(monkeypatch: pytest.MonkeyPatch) -> No
 def test_calls_at_once_are_bounded_and_those_refused_may_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpc_server, "MAX_CALLS", 1)
     with RunningMaster() as master:
-        entered, go_on = threading.Event(), asyncio.Event()
-
-        async def slow(*_arguments: object) -> bool:
-            entered.set()
-            await go_on.wait()
-            return True
-
-        monkeypatch.setattr(master.service, "report", slow)
+        entered, go_on = reports_wait(master, monkeypatch)
         transport = master.transport()
         thread = threading.Thread(target=lambda: transport.report("n", [b"h"], 1, DEADLINE))
         thread.start()
