@@ -1,0 +1,68 @@
+"""What was computed once comes back from storage, byte for byte, on every layout and for every pool."""
+
+from __future__ import annotations
+
+import pytest
+from sglang.test.kits.unified_radix_cache.config import CacheConfig
+
+from tests.sglang.kit.conftest import World
+from tests.sglang.kit.rig import BACKENDS, Engine, Setup
+from tests.sglang.kit.shapes import FULL, LARGE_PAGES, MAMBA, SWA, prompt_of
+from tests.sglang.kit.content import Prompt
+
+PAGES = 10
+LAYOUTS = ("page_first", "page_first_direct", "page_head", "layer_first")
+CASES = [
+    *(pytest.param(FULL, layout, id=f"full-{layout}") for layout in LAYOUTS),
+    *(pytest.param(SWA, layout, id=f"swa-{layout}") for layout in LAYOUTS),
+    pytest.param(MAMBA, "page_first_direct", id="mamba"),
+    pytest.param(LARGE_PAGES, "page_first", id="large-pages"),
+]
+
+
+def check(engine: Engine, prompt: Prompt) -> None:
+    """The prompt comes from storage to the host and on to the device, and is what was computed."""
+    assert engine.prefetch(prompt) == len(prompt)
+    assert engine.check_host(prompt) > len(prompt)
+    assert engine.onboard(prompt) == len(prompt)
+    assert engine.check_device(prompt) > len(prompt)
+
+
+@pytest.mark.parametrize("backend", ["file"])
+@pytest.mark.parametrize(("cfg", "layout"), CASES)
+def test_after_a_flush(world: World, backend: str, cfg: CacheConfig, layout: str) -> None:
+    engine = world.engine(Setup(BACKENDS[backend], cfg, layout))
+    prompt = prompt_of(cfg, PAGES)
+    engine.compute(prompt)
+    engine.offload(prompt)
+    assert engine.check_host(prompt) > 0
+    engine.flush()
+    assert engine.match(prompt).host_hit_length == 0
+    check(engine, prompt)
+
+
+@pytest.mark.parametrize("backend", ["file"])
+@pytest.mark.parametrize(("cfg", "layout"), CASES)
+def test_after_a_restart(world: World, backend: str, cfg: CacheConfig, layout: str) -> None:
+    setup = Setup(BACKENDS[backend], cfg, layout)
+    prompt = prompt_of(cfg, PAGES)
+    first = world.engine(setup)
+    first.compute(prompt)
+    first.offload(prompt)
+    first.stop()
+    check(world.engine(setup), prompt)
+
+
+@pytest.mark.parametrize("backend", ["file"])
+@pytest.mark.parametrize("cfg", [FULL, SWA], ids=["full", "swa"])
+def test_host_memory_as_a_buffer_only(world: World, backend: str, cfg: CacheConfig) -> None:
+    setup = Setup(BACKENDS[backend], cfg, memory="buffer_only")
+    prompt = prompt_of(cfg, PAGES)
+    first = world.engine(setup)
+    first.compute(prompt)
+    first.offload(prompt)
+    first.stop()
+    second = world.engine(setup)
+    assert second.prefetch(prompt) == len(prompt)
+    assert second.match(prompt).device_prefix_len == len(prompt)
+    assert second.check_device(prompt) > len(prompt)
