@@ -20,6 +20,7 @@ BROAD_EXCEPTS = {
     "umbp_connectors/plugins.py": (3, "hook call sites: a plug-in may raise anything"),
     "umbp_connectors/pool/catalogue.py": (1, "top of the catalogue's writer thread"),
     "umbp_connectors/pool/demoter.py": (1, "top of a demotion thread"),
+    "umbp_connectors/pool/io.py": (1, "boundary of a job for the disk: who waits for it is told, the thread lives"),
     "umbp_connectors/transfer/jobs.py": (2, "op boundary of a transfer worker: the op fails, the worker lives"),
     "umbp_connectors/transfer/lanes.py": (1, "top of a transfer thread"),
     "vllm_plugin/umbp_vllm/__init__.py": (2, "engine boundary: an entry point never raises"),

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeVar
 
 from umbp_connectors.pool.arena import Arena
-from umbp_connectors.pool.books import Books, Wanted
-from umbp_connectors.pool.buffers import Bytes, round_up
-from umbp_connectors.pool.checksums import copy_checksummed, object_checksum
+from umbp_connectors.pool.books import Books
+from umbp_connectors.pool.buffers import View
+from umbp_connectors.pool.checksums import copy_checksummed
 from umbp_connectors.pool.demoter import Demoter
+from umbp_connectors.pool.loads import LoadBatch, Loader, WantedLoad
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
-from umbp_connectors.pool.slab import ALIGNMENT, SlabFile
+from umbp_connectors.pool.staged import StagedPut
 from umbp_core.directory import Copy
-from umbp_core.errors import TierUnavailable, TransferError
 from umbp_core.tiers import Tier
 
 Status = TypeVar("Status")
@@ -32,160 +34,234 @@ _SHARED_OBJECT_BYTES = 192 << 10
 """Objects that are smaller on average are left to one thread: several would wait for each other's GIL after each."""
 
 
+@dataclass(frozen=True, slots=True)
+class PutBatch:
+    """What one put wants.  ``deadline`` is in monotonic seconds."""
+
+    keys: Sequence[bytes]
+    views: Sequence[View]
+    depths: Sequence[int]
+    deadline: float | None
+
+    def part(self, start: int, stop: int) -> PutBatch:
+        """Some of it."""
+        return PutBatch(self.keys[start:stop], self.views[start:stop], self.depths[start:stop], self.deadline)
+
+
+@dataclass(frozen=True, slots=True)
+class GetBatch:
+    """What one get wants, and who pins it.  ``loads`` is what comes from SSD."""
+
+    keys: Sequence[bytes]
+    views: Sequence[View]
+    deadline: float | None
+    owner: str
+    loads: LoadBatch | None
+
+
+@dataclass(slots=True)
+class _Stage:
+    """What the threads of one staged put have written so far, as this owner."""
+
+    owner: str
+    written: dict[bytes, bytes] = field(default_factory=dict)
+
+
 class BatchMover:
     """Put and get for one open pool.  Any number of threads may call at once.
 
     ``arena`` is open.  ``prefix`` is the identity's digest, the first part of every object key.  A batch is split into
-    shares for ``copy_threads`` threads, of which the caller is one; loads from the slab run on ``io_threads`` others.
+    shares for ``copy_threads`` threads, of which the caller is one.  These copy from memory to memory only and look at
+    the deadline before each object, so that they never keep a caller for long; what is on SSD is left to the loader.
     """
 
-    def __init__(self, books: Books, arena: Arena, prefix: bytes, copy_threads: int, io_threads: int) -> None:
+    def __init__(self, books: Books, arena: Arena, prefix: bytes, copy_threads: int) -> None:
         self._books = books
         self._pages = arena.array
         # What is being written cannot be evicted: all threads together must not need the whole arena for it.
         self._chunk = max(1, min(_CHUNK, _CHUNK_BYTES // arena.page_bytes, arena.pages // (2 * max(1, copy_threads))))
         self._prefix = prefix
-        self._slab: SlabFile | None = None
+        self._loader: Loader | None = None
         self._demoter: Demoter | None = None
         self._copy_threads = copy_threads
         self._copies = ThreadPoolExecutor(max(1, copy_threads - 1), "umbp-copy")
-        self._loads = ThreadPoolExecutor(io_threads, "umbp-load")
         self._lock = threading.Lock()
+        self._closed = False
         self.puts: Counter[PutStatus] = Counter()
         self.gets: Counter[GetStatus] = Counter()
 
-    def use_ssd(self, slab: SlabFile, demoter: Demoter) -> None:
-        """Read from ``slab``, and tell ``demoter`` what was stored.  Before the first put."""
-        self._slab = slab
+    def use_ssd(self, loader: Loader, demoter: Demoter) -> None:
+        """Read through ``loader``, and tell ``demoter`` what was stored.  Before the first put."""
+        self._loader = loader
         self._demoter = demoter
 
-    def put(self, keys: Sequence[bytes], views: Sequence[Bytes], depths: Sequence[int]) -> list[PutStatus]:
-        """Copy ``views`` into the pool under ``keys``."""
-        statuses = self._shared(views, lambda start, stop: self._put_share(keys, views, depths, start, stop))
+    def put(self, batch: PutBatch) -> list[PutStatus]:
+        """Copy ``batch`` into the pool."""
+        statuses = self._shared(batch.views, lambda start, stop: self._put_share(batch, start, stop))
         with self._lock:
             self.puts.update(statuses)
         return statuses
 
-    def get(self, keys: Sequence[bytes], views: Sequence[Bytes]) -> list[GetStatus]:
+    def stage(self, batch: PutBatch) -> StagedPut:
+        """Copy ``batch`` into the pool without letting anybody read it yet."""
+        stage = _Stage(self._books.new_owner())
+        statuses: list[PutStatus] = []
+        try:
+            statuses = self._shared(batch.views, lambda start, stop: self._stage_share(stage, batch, start, stop))
+        finally:
+            if len(statuses) != len(batch.keys):
+                self._books.settle(stage.owner, {}, Tier.DRAM)
+        return StagedPut(statuses, lambda publish: self._settle_stage(stage, statuses, publish))
+
+    def get(self, keys: Sequence[bytes], views: Sequence[View], deadline: float | None) -> list[GetStatus]:
         """Copy the objects under ``keys`` into ``views``, verified."""
-        statuses = self._shared(views, lambda start, stop: self._get_share(keys, views, start, stop))
+        loads = LoadBatch(self._loader) if self._loader is not None else None
+        batch = GetBatch(keys, views, deadline, self._books.new_owner(), loads)
+        loaded: list[tuple[int, GetStatus]] = []
+        try:
+            statuses = self._shared(views, lambda start, stop: self._get_share(batch, start, stop))
+        finally:
+            try:
+                if loads is not None:
+                    loaded = loads.finish(deadline)
+            finally:
+                self._books.unpin(batch.owner)
+        for index, status in loaded:
+            statuses[index] = status
         with self._lock:
             self.gets.update(statuses)
         return statuses
 
     def close(self, idle: bool) -> None:
-        """End the threads; unless ``idle``, without waiting for the calls under way."""
+        """End the threads; unless ``idle``, without waiting for the calls under way.  Staged puts come to nothing."""
+        self._closed = True
         self._copies.shutdown(wait=idle)
-        self._loads.shutdown(wait=idle)
 
-    def _shared(self, views: Sequence[Bytes], work: Callable[[int, int], list[Status]]) -> list[Status]:
-        """``work`` on ranges that together are the whole batch, one range per thread; their results in order."""
+    def _shared(self, views: Sequence[View], work: Callable[[int, int], list[Status]]) -> list[Status]:
+        """``work`` on ranges that together are the whole batch, one range per thread; their results in order.
+
+        The caller takes over the ranges that nobody has begun when it is through with its own.
+        """
         count = len(views)
         nbytes = sum(view.nbytes for view in views)
         worth_sharing = nbytes >= _SHARED_OBJECT_BYTES * count
         shares = max(1, min(self._copy_threads, nbytes // _SHARE_BYTES, count)) if worth_sharing else 1
         bounds = [count * share // shares for share in range(shares + 1)]
-        others = [self._copies.submit(work, start, stop) for start, stop in pairwise(bounds[1:])]
+        others = [((start, stop), self._copies.submit(work, start, stop)) for start, stop in pairwise(bounds[1:])]
         try:
             results = work(0, bounds[1])
+            for bound, other in others:
+                results += work(*bound) if other.cancel() else other.result()
         finally:
-            wait(others)
-        for other in others:
-            results += other.result()
+            wait([other for _, other in others if not other.cancel()])
         return results
 
     # -- put
 
-    def _put_share(
-        self, keys: Sequence[bytes], views: Sequence[Bytes], depths: Sequence[int], start: int, stop: int
-    ) -> list[PutStatus]:
+    def _put_share(self, batch: PutBatch, start: int, stop: int) -> list[PutStatus]:
         statuses: list[PutStatus] = []
         for first in range(start, stop, self._chunk):
-            part = slice(first, min(first + self._chunk, stop))
-            statuses += self._put_chunk(keys[part], views[part], depths[part])
+            owner = self._books.new_owner()
+            written: dict[bytes, bytes] = {}
+            try:
+                statuses += self._write(owner, batch.part(first, min(first + self._chunk, stop)), written)
+            finally:
+                self._books.settle(owner, written, Tier.DRAM)
+            self._demote(written)
         return statuses
 
-    def _put_chunk(self, keys: Sequence[bytes], views: Sequence[Bytes], depths: Sequence[int]) -> list[PutStatus]:
-        owner = self._books.new_owner()
-        places = self._books.reserve_new(owner, keys, [view.nbytes for view in views], depths)
+    def _stage_share(self, stage: _Stage, batch: PutBatch, start: int, stop: int) -> list[PutStatus]:
         written: dict[bytes, bytes] = {}
+        statuses = [
+            status
+            for first in range(start, stop, self._chunk)
+            for status in self._write(stage.owner, batch.part(first, min(first + self._chunk, stop)), written)
+        ]
+        with self._lock:
+            stage.written.update(written)
+        return statuses
+
+    def _write(self, owner: str, batch: PutBatch, written: dict[bytes, bytes]) -> list[PutStatus]:
+        """Copy ``batch`` into pages that ``owner`` reserves; adds the checksums to ``written``."""
+        deadline, pages, prefix = batch.deadline, self._pages, self._prefix
+        if _is_over(deadline):
+            return [PutStatus.TIMED_OUT] * len(batch.keys)
+        places = self._books.reserve_new(owner, batch.keys, [view.nbytes for view in batch.views], batch.depths)
         statuses: list[PutStatus] = []
-        pages, prefix = self._pages, self._prefix
-        try:
-            for key, view, place in zip(keys, views, places, strict=True):
-                if isinstance(place, PutStatus):
-                    statuses.append(place)
-                    continue
+        for key, view, place in zip(batch.keys, batch.views, places, strict=True):
+            if isinstance(place, PutStatus):
+                statuses.append(place)
+            elif _is_over(deadline):
+                statuses.append(PutStatus.TIMED_OUT)
+            else:
                 written[key] = copy_checksummed(prefix + key, pages[place, : view.nbytes], view)
                 statuses.append(PutStatus.STORED)
-        finally:
-            self._books.settle(owner, written, Tier.DRAM)
+        return statuses
+
+    def _settle_stage(self, stage: _Stage, statuses: Sequence[PutStatus], publish: bool) -> bool:
+        publish = publish and not self._closed
+        done = self._books.settle(stage.owner, stage.written if publish else {}, Tier.DRAM) and publish
+        if done:
+            self._demote(stage.written)
+            with self._lock:
+                self.puts.update(statuses)
+        return done
+
+    def _demote(self, written: dict[bytes, bytes]) -> None:
         if self._demoter is not None and written:
             self._demoter.add(written)
-        return statuses
 
     # -- get
 
-    def _get_share(self, keys: Sequence[bytes], views: Sequence[Bytes], start: int, stop: int) -> list[GetStatus]:
+    def _get_share(self, batch: GetBatch, start: int, stop: int) -> list[GetStatus]:
         statuses: list[GetStatus] = []
-        loads: list[tuple[int, Future[GetStatus]]] = []
-        owner = self._books.new_owner()
-        try:
-            for first in range(start, stop, self._chunk):
-                part = slice(first, min(first + self._chunk, stop))
-                copies = self._books.pin(owner, keys[part])
-                for key, view, copy in zip(keys[part], views[part], copies, strict=True):
-                    if copy is not None and copy.tier is Tier.SSD and copy.nbytes == view.nbytes:
-                        loads.append((len(statuses), self._loads.submit(self._load, key, view, copy)))
-                    statuses.append(self._get_one(owner, key, view, copy))
-        finally:
-            wait([load for _, load in loads])
-            self._books.unpin(owner)
-        for index, load in loads:
-            statuses[index] = load.result()
+        for first in range(start, stop, self._chunk):
+            part = slice(first, min(first + self._chunk, stop))
+            statuses += self._get_chunk(batch, first, batch.keys[part], batch.views[part])
         return statuses
 
-    def _get_one(self, owner: str, key: bytes, view: Bytes, copy: Copy | None) -> GetStatus:
-        """Deliver from DRAM; for a copy on SSD only say what is known before its bytes are there."""
-        if copy is None:
-            return GetStatus.MISS
-        if copy.nbytes != view.nbytes:
-            return GetStatus.SIZE_MISMATCH
-        if copy.tier is Tier.SSD:
-            return GetStatus.SSD
+    def _get_chunk(self, batch: GetBatch, first: int, keys: Sequence[bytes], views: Sequence[View]) -> list[GetStatus]:
+        if _is_over(batch.deadline):
+            return [GetStatus.TIMED_OUT] * len(keys)
+        copies = self._books.pin(batch.owner, keys)
+        wanted = [
+            WantedLoad(index, key, copy, view)
+            for index, (key, view, copy) in enumerate(zip(keys, views, copies, strict=True), first)
+            if copy is not None and copy.tier is Tier.SSD and copy.nbytes == view.nbytes
+        ]
+        from_ssd = self._load(batch, wanted) if wanted else GetStatus.MISS
+        statuses: list[GetStatus] = []
+        for index, (key, view, copy) in enumerate(zip(keys, views, copies, strict=True), first):
+            if copy is None:
+                statuses.append(GetStatus.MISS)
+            elif copy.nbytes != view.nbytes:
+                statuses.append(GetStatus.SIZE_MISMATCH)
+            elif copy.tier is Tier.SSD:
+                statuses.append(from_ssd)
+            elif _is_over(batch.deadline):
+                statuses.append(GetStatus.TIMED_OUT)
+            else:
+                statuses.append(self._get_one(batch, index, key, view, copy))
+        return statuses
+
+    def _get_one(self, batch: GetBatch, index: int, key: bytes, view: View, copy: Copy) -> GetStatus:
+        """Deliver from DRAM, or from SSD when the bytes there are not what they were."""
         page = self._pages[copy.pages[0], : copy.nbytes]
         if copy_checksummed(self._prefix + key, view, page) == copy.checksum:
             return GetStatus.DRAM
         self._books.drop(key, Tier.DRAM, copy)
-        (second,) = self._books.pin(owner, [key])
+        (second,) = self._books.pin(batch.owner, [key])
         if second is None or second.tier is not Tier.SSD:
             return GetStatus.CORRUPT
-        return self._load(key, view, second)
+        began = self._load(batch, [WantedLoad(index, key, second, view)])
+        return GetStatus.CORRUPT if began is GetStatus.MISS else began
 
-    def _load(self, key: bytes, view: Bytes, copy: Copy) -> GetStatus:
-        """Read a pinned copy from its slot, deliver it, and keep it in DRAM if there is room."""
-        slab = self._slab
-        if slab is None:
-            return GetStatus.MISS
-        owner = self._books.new_owner()
-        page = self._books.reserve(owner, Wanted(key, copy.nbytes, copy.depth), Tier.DRAM)
-        verified: dict[bytes, bytes] = {}
-        try:
-            if page is None:
-                slab.read_into(copy.pages[0], view)
-                found = object_checksum(self._prefix + key, view)
-            else:
-                whole = self._pages[page, : round_up(copy.nbytes, ALIGNMENT)]
-                slab.read_into(copy.pages[0], whole)
-                found = copy_checksummed(self._prefix + key, view, whole[: copy.nbytes])
-            if found == copy.checksum:
-                verified[key] = found
-        except (TransferError, TierUnavailable):
-            verified = {}
-        finally:
-            if page is not None:
-                self._books.settle(owner, verified, Tier.DRAM)
-        if not verified:
-            self._books.drop(key, Tier.SSD, copy)
-            return GetStatus.CORRUPT
-        return GetStatus.SSD
+    @staticmethod
+    def _load(batch: GetBatch, wanted: Sequence[WantedLoad]) -> GetStatus:
+        """Begin to load ``wanted``; what to say about them until they end."""
+        began = batch.loads is not None and batch.loads.add(wanted)
+        return GetStatus.SSD if began else GetStatus.MISS
+
+
+def _is_over(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() >= deadline

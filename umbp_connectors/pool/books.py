@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from umbp_connectors.pool.catalogue import Catalogue, CatalogueRow
+from umbp_connectors.pool.fence import ReadFence
 from umbp_connectors.pool.outcomes import PutStatus
 from umbp_core.directory import Copy, Directory, EventKind, TierSpace, TierStats
 from umbp_core.errors import StateError
@@ -37,15 +38,22 @@ class Books:
         self._directory = Directory([self._dram])
         self._lock = threading.Lock()
         self._catalogue: Catalogue | None = None
+        self._fence: ReadFence | None = None
         self._numbers = itertools.count()
+        self._writing: set[str] = set()
+        """Owners that have reserved something."""
+        self._void: set[str] = set()
+        """Those of them that began before a clear: what they write is not published."""
 
-    def add_ssd(self, slots: int, catalogue: Catalogue, rows: Iterable[CatalogueRow]) -> int:
+    def add_ssd(self, slots: int, catalogue: Catalogue, rows: Iterable[CatalogueRow], fence: ReadFence) -> int:
         """Manage ``slots`` slots too and restore ``rows`` into them; returns how many.  Before any other call.
 
-        Rows that contradict each other or the tier's size are forgotten.
+        Rows that contradict each other or the tier's size are forgotten.  While ``fence`` lets nobody pass, what is on
+        SSD only counts as not there.
         """
         self._directory = Directory([self._dram, self._space(Tier.SSD, slots)])
         self._catalogue = catalogue
+        self._fence = fence
         restored = 0
         bad = []
         for row in rows:
@@ -65,12 +73,15 @@ class Books:
     def contains_many(self, keys: Sequence[bytes]) -> list[bool]:
         """For each of ``keys`` whether it can be read from some tier."""
         with self._lock:
-            return self._directory.contains_many(keys)
+            return self._readable(keys)
 
     def count_prefix(self, keys: Sequence[bytes]) -> int:
         """How many of ``keys`` from the first on can be read."""
         with self._lock:
-            return self._directory.count_prefix(keys)
+            if self._ssd_counts():
+                return self._directory.count_prefix(keys)
+            copy = self._directory.copy
+            return sum(1 for _ in itertools.takewhile(lambda key: copy(key, Tier.DRAM) is not None, keys))
 
     def reserve_new(
         self, owner: str, keys: Sequence[bytes], sizes: Sequence[int], depths: Sequence[int]
@@ -80,7 +91,8 @@ class Books:
         places: list[int | PutStatus] = []
         with self._lock:
             directory = self._directory
-            there = directory.contains_many(keys)
+            there = self._readable(keys)
+            self._writing.add(owner)
             new = [
                 each
                 for each, fit, present in zip(zip(keys, sizes, depths, strict=True), fits, there, strict=True)
@@ -103,16 +115,45 @@ class Books:
     def reserve(self, owner: str, wanted: Wanted, tier: Tier) -> int | None:
         """A page of ``tier`` for one more copy; ``None`` when there is no room or a copy already; evicts."""
         with self._lock:
+            self._writing.add(owner)
             pages = self._directory.reserve(owner, wanted.key, tier, wanted.nbytes, wanted.depth)
             self._follow()
         return pages[0] if pages else None
 
-    def settle(self, owner: str, written: Mapping[bytes, bytes], tier: Tier) -> None:
-        """Publish what ``owner`` wrote, given its checksums; all that it reserved besides is given up."""
+    def settle(self, owner: str, written: Mapping[bytes, bytes], tier: Tier) -> bool:
+        """Publish what ``owner`` wrote, given its checksums; all that it reserved besides is given up.
+
+        False when nothing is published, since the pool was cleared after ``owner`` had begun.
+        """
         with self._lock:
-            self._directory.commit_many(owner, written, tier)
-            self._directory.abort_owner(owner)
-            self._follow()
+            return self._settle(owner, written, tier)
+
+    def begin_load(self, owner: str, key: bytes, copy: Copy) -> tuple[Copy, int | None] | None:
+        """Pin ``copy`` (on SSD) of ``key`` and reserve a page of DRAM for it; returns it and the page, if there is one.
+
+        When it came to DRAM meanwhile, that copy is pinned and returned with its page; ``None`` when it is gone.
+        """
+        with self._lock:
+            directory = self._directory
+            there = directory.copy(key, Tier.DRAM)
+            if there is not None:
+                directory.pin(owner, [key], Tier.DRAM)
+                return there, there.pages[0]
+            if directory.copy(key, Tier.SSD) != copy:
+                return None
+            directory.pin(owner, [key], Tier.SSD)
+            self._writing.add(owner)
+            pages = directory.reserve(owner, key, Tier.DRAM, copy.nbytes, copy.depth)
+        return copy, pages[0] if pages else None
+
+    def end_load(self, owner: str, key: bytes, written: Mapping[bytes, bytes], lender: str | None) -> None:
+        """Publish what ``owner`` loaded into its page, end its pins, and pin the copy in DRAM for ``lender``."""
+        with self._lock:
+            directory = self._directory
+            self._settle(owner, written, Tier.DRAM)
+            directory.unpin(owner)
+            if lender is not None and directory.copy(key, Tier.DRAM) is not None:
+                directory.pin(lender, [key], Tier.DRAM)
 
     def pin(self, owner: str, keys: Sequence[bytes], tier: Tier | None = None, use: bool = True) -> list[Copy | None]:
         """Pin the fastest copy (or that in ``tier``) of each key that has one; with ``use`` it counts as used now."""
@@ -140,8 +181,9 @@ class Books:
                 self._follow()
 
     def clear(self) -> int:
-        """Forget everything that is published; returns how many copies."""
+        """Forget everything that is published or being written; returns how many copies were published."""
         with self._lock:
+            self._void |= self._writing
             tiers = (Tier.DRAM, Tier.SSD) if self._catalogue is not None else (Tier.DRAM,)
             gone = sum(self._directory.clear(tier) for tier in tiers)
             self._follow()
@@ -157,6 +199,25 @@ class Books:
     def _space(self, tier: Tier, pages: int) -> TierSpace:
         allocator = PageAllocator(self._page_bytes, [pages * self._page_bytes])
         return TierSpace(tier, allocator, POLICIES[self._eviction](), told=tier is Tier.SSD)
+
+    def _ssd_counts(self) -> bool:
+        return self._fence is None or self._fence.passable
+
+    def _readable(self, keys: Sequence[bytes]) -> list[bool]:
+        if self._ssd_counts():
+            return self._directory.contains_many(keys)
+        return [self._directory.copy(key, Tier.DRAM) is not None for key in keys]
+
+    def _settle(self, owner: str, written: Mapping[bytes, bytes], tier: Tier) -> bool:
+        self._writing.discard(owner)
+        valid = owner not in self._void
+        if valid:
+            self._directory.commit_many(owner, written, tier)
+        else:
+            self._void.remove(owner)
+        self._directory.abort_owner(owner)
+        self._follow()
+        return valid
 
     def _follow(self) -> None:
         """Tell the catalogue, in order, what changed on SSD.  Called with the lock held."""

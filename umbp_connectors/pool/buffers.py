@@ -1,4 +1,4 @@
-"""Views of memory: what the pool takes and gives."""
+"""Views of memory: what the pool takes and gives, in one piece or in several."""
 
 from __future__ import annotations
 
@@ -17,9 +17,40 @@ ReadableBuffer: TypeAlias = bytes | bytearray | memoryview | mmap.mmap | NDArray
 WritableBuffer: TypeAlias = bytearray | memoryview | mmap.mmap | NDArray[Any]
 """Anything C-contiguous whose bytes can be written in place."""
 
+ScatteredSource: TypeAlias = ReadableBuffer | tuple[ReadableBuffer, ...]
+"""An object to read: C-contiguous memory, an array whose last axis is contiguous, or a tuple of these (segments).
+
+The object's bytes are the segments' in order, and an array's in C order.
+"""
+
+ScatteredTarget: TypeAlias = WritableBuffer | tuple[WritableBuffer, ...]
+"""The same for an object to write."""
+
+PIECE_BYTES = 512 << 10
+"""What is copied and hashed in one go: half of the second-level cache of a small core."""
+_ROW_BYTES = 16 << 10
+"""Rows from this length on are copied one by one; shorter ones together, by one strided copy."""
 
 _UINT8 = np.dtype(np.uint8)
 _CLOSE = (1,)
+
+
+class Pieces:
+    """Memory in several places that together is one object.
+
+    ``parts`` are arrays of bytes in the order of the object's bytes: flat ones, or small ones of more axes, whose last
+    axis is contiguous.
+    """
+
+    __slots__ = ("nbytes", "parts")
+
+    def __init__(self, parts: list[Bytes]) -> None:
+        self.parts = parts
+        self.nbytes = sum(part.nbytes for part in parts)
+
+
+View: TypeAlias = Bytes | Pieces
+"""One object's memory in a caller's process: flat, or in pieces."""
 
 
 def round_up(nbytes: int, unit: int) -> int:
@@ -45,3 +76,48 @@ def as_bytes(buffer: ReadableBuffer) -> Bytes:
             raise ValueError("the buffer is not contiguous; copy it into one piece first")
         return buffer.reshape(-1).view(np.uint8)
     return np.frombuffer(buffer, dtype=np.uint8)
+
+
+def as_view(buffer: ScatteredSource) -> View:
+    """``buffer``, in one piece or several, without copying.
+
+    Raises ``ValueError`` when the last axis of an array is not contiguous.
+    """
+    if isinstance(buffer, tuple):
+        return Pieces([part for segment in buffer for part in _parts_of(segment)])
+    if isinstance(buffer, np.ndarray) and not buffer.flags.c_contiguous:
+        return Pieces(_parts_of(buffer))
+    return as_bytes(buffer)
+
+
+def is_writeable(view: View) -> bool:
+    """Whether bytes can be put there."""
+    return all(part.flags.writeable for part in view.parts) if isinstance(view, Pieces) else view.flags.writeable
+
+
+def _parts_of(segment: ReadableBuffer) -> list[Bytes]:
+    """One segment as rows, or as small arrays of rows that are too short to be copied one by one."""
+    if not isinstance(segment, np.ndarray) or segment.flags.c_contiguous:
+        return [as_bytes(segment)]
+    if segment.shape[-1] > 1 and segment.strides[-1] != segment.itemsize:
+        raise ValueError("the last axis of the buffer is not contiguous; copy it into one piece first")
+    data: Bytes = segment.view(np.uint8)
+    run, axis = 1, data.ndim
+    while data.shape[axis - 1] == 1 or data.strides[axis - 1] == run:
+        axis -= 1
+        run *= data.shape[axis]
+    if run < _ROW_BYTES:
+        return _blocks_of(data)
+    if axis == 1:
+        return [row.reshape(-1) for row in data]
+    return [data[index].reshape(-1) for index in np.ndindex(data.shape[:axis])]
+
+
+def _blocks_of(data: Bytes) -> list[Bytes]:
+    """``data`` cut along its first axes into arrays that fit a core's cache."""
+    if data.nbytes <= PIECE_BYTES:
+        return [data]
+    step = PIECE_BYTES // (data.nbytes // len(data))
+    if step:
+        return [data[start : start + step] for start in range(0, len(data), step)]
+    return [block for row in data for block in _blocks_of(row)]

@@ -12,12 +12,9 @@ from __future__ import annotations
 import numpy as np
 from xxhash import xxh3_128
 
-from umbp_connectors.pool.buffers import Bytes, ReadableBuffer
-from umbp_core.errors import VerificationError
+from umbp_connectors.pool.buffers import PIECE_BYTES, Bytes, Pieces, ReadableBuffer, View
+from umbp_core.errors import StateError, VerificationError
 from umbp_core.ops import CHECKSUM_BYTES
-
-_PIECE = 512 << 10
-"""Half of the second-level cache of a small core."""
 
 
 def object_checksum(object_key: bytes, data: ReadableBuffer) -> bytes:
@@ -30,22 +27,59 @@ def object_checksum(object_key: bytes, data: ReadableBuffer) -> bytes:
     return hasher.digest()
 
 
-def copy_checksummed(object_key: bytes, target: Bytes, source: Bytes) -> bytes:
-    """Copy ``source`` to ``target`` (flat, of equal size) and return the checksum of what is there then.
+def copy_checksummed(object_key: bytes, target: View, source: View) -> bytes:
+    """Copy ``source`` to ``target`` (of equal size, at most one of them in pieces); return the checksum of the bytes.
 
     It is taken from ``target``, so that a copy that goes wrong is found as well, and piece by piece while the piece is
-    still in the core's cache: for 4 MiB that makes the checksum cost half.
+    still in the core's cache: for 4 MiB that makes the checksum cost half.  Rows that are too short to be hashed one by
+    one are hashed on the flat side.
     """
     hasher = xxh3_128(object_key)
-    if source.nbytes <= _PIECE:
+    if isinstance(source, Pieces):
+        if isinstance(target, Pieces):
+            raise StateError("pieces are copied to or from a page, not to other pieces")
+        _gather(hasher, target, source)
+    elif isinstance(target, Pieces):
+        _scatter(hasher, target, source)
+    else:
+        _copy(hasher, target, source)
+    return hasher.digest()
+
+
+def _gather(hasher: xxh3_128, target: Bytes, source: Pieces) -> None:
+    at = 0
+    for part in source.parts:
+        place = target[at : at + part.nbytes]
+        at += part.nbytes
+        if part.ndim == 1:
+            _copy(hasher, place, part)
+        else:
+            place.reshape(part.shape)[...] = part
+            hasher.update(place.data)
+
+
+def _scatter(hasher: xxh3_128, target: Pieces, source: Bytes) -> None:
+    at = 0
+    for part in target.parts:
+        place = source[at : at + part.nbytes]
+        at += part.nbytes
+        if part.ndim == 1:
+            _copy(hasher, part, place)
+        else:
+            part[...] = place.reshape(part.shape)
+            hasher.update(place.data)
+
+
+def _copy(hasher: xxh3_128, target: Bytes, source: Bytes) -> None:
+    """Both are flat."""
+    if source.nbytes <= PIECE_BYTES:
         target[...] = source
         hasher.update(target.data)
-        return hasher.digest()
-    for start in range(0, source.nbytes, _PIECE):
-        piece = target[start : start + _PIECE]
-        piece[...] = source[start : start + _PIECE]
+        return
+    for start in range(0, source.nbytes, PIECE_BYTES):
+        piece = target[start : start + PIECE_BYTES]
+        piece[...] = source[start : start + PIECE_BYTES]
         hasher.update(piece.data)
-    return hasher.digest()
 
 
 def verify_object(object_key: bytes, data: ReadableBuffer, expected: bytes) -> None:

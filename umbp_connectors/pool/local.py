@@ -5,26 +5,32 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from umbp_connectors.pool.arena import Arena
-from umbp_connectors.pool.batches import BatchMover
+from umbp_connectors.pool.batches import BatchMover, PutBatch
 from umbp_connectors.pool.books import Books
-from umbp_connectors.pool.buffers import ReadableBuffer, WritableBuffer, as_bytes, round_up
+from umbp_connectors.pool.buffers import ScatteredSource, ScatteredTarget, as_view, is_writeable, round_up
 from umbp_connectors.pool.capacity import catalogue_allowance
 from umbp_connectors.pool.catalogue import Catalogue
 from umbp_connectors.pool.demoter import Demoter
+from umbp_connectors.pool.fence import ReadFence
 from umbp_connectors.pool.folder import PATIENCE_S, RankSlab, open_rank_slab
+from umbp_connectors.pool.io import IoThreads
+from umbp_connectors.pool.loads import Loader
 from umbp_connectors.pool.outcomes import GetStatus, PoolCounters, PutStatus
 from umbp_connectors.pool.slab import ALIGNMENT
+from umbp_connectors.pool.staged import StagedPut
 from umbp_core.directory import TierStats
 from umbp_core.errors import ConfigError, StateError, TierUnavailable, TransferError
 from umbp_core.ids import Identity
+from umbp_core.ports import Clock
 from umbp_core.tiers import Tier
 
-__all__ = ["GetStatus", "LocalPool", "LocalPoolConfig", "PoolCounters", "PutStatus"]
+__all__ = ["GetStatus", "LocalPool", "LocalPoolConfig", "PoolCounters", "PutStatus", "StagedPut"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +43,10 @@ class LocalPoolConfig:
 
     ``object_bytes`` is the largest object; each takes one page of that size, rounded up to 4096.  ``ssd_capacity``
     bounds what all ``ranks`` together keep below ``ssd_dir``; ``rank`` is this process's among them.
+
+    A disk read gets ``ssd_timeout_s`` seconds in a call that names no time itself.  After ``ssd_failures`` calls in a
+    row whose time was over before the disk gave them anything, it is left alone for ``ssd_retry_s`` seconds, later for
+    longer ones; meanwhile what is on SSD only counts as not there.
     """
 
     object_bytes: int
@@ -54,6 +64,9 @@ class LocalPoolConfig:
     prefault: bool = True
     direct_io: bool = True
     patience_s: float = PATIENCE_S
+    ssd_timeout_s: float = 30.0
+    ssd_failures: int = 3
+    ssd_retry_s: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +74,8 @@ class _Ssd:
     rank: RankSlab
     catalogue: Catalogue
     demoter: Demoter
+    threads: IoThreads
+    fence: ReadFence
     restored: int
 
 
@@ -82,9 +97,10 @@ class LocalPool:
     once each way, without the GIL.  Any thread may call, after :meth:`open`.
     """
 
-    def __init__(self, identity: Identity, config: LocalPoolConfig) -> None:
+    def __init__(self, identity: Identity, config: LocalPoolConfig, clock: Clock = time.monotonic) -> None:
         self._identity = identity
         self._config = config
+        self._clock = clock
         self._parts: _Parts | None = None
         self._state = threading.Condition()
         self._calls = 0
@@ -114,38 +130,58 @@ class LocalPool:
             arena.open()
             undo.callback(arena.close)
             books = Books(self.page_bytes, pages, config.eviction)
-            mover = BatchMover(books, arena, self._identity.digest, config.copy_threads, config.io_threads)
-            ssd = self._open_ssd(books, arena)
-            if ssd is not None:
-                mover.use_ssd(ssd.rank.slab, ssd.demoter)
+            mover = BatchMover(books, arena, self._identity.digest, config.copy_threads)
+            ssd = self._open_ssd(books, arena, mover)
             undo.pop_all()
         self._parts = _Parts(arena, books, mover, ssd)
 
     def put(
-        self, keys: Sequence[bytes], buffers: Sequence[ReadableBuffer], depths: Sequence[int] | None = None
+        self,
+        keys: Sequence[bytes],
+        buffers: Sequence[ScatteredSource],
+        depths: Sequence[int] | None = None,
+        timeout: float | None = None,
     ) -> list[PutStatus]:
         """Store ``buffers[i]`` under block key ``keys[i]``, for all ``i``.
 
         ``depths`` are the blocks' places in their prefix chains, for eviction.  An object can be read when the call
-        returns.  Raises ``StateError`` when the pool is closed, ``ValueError`` when the arguments do not match.
+        returns.  What is not copied after ``timeout`` seconds is ``TIMED_OUT``.  Raises ``StateError`` when the pool is
+        closed, ``ValueError`` when the arguments do not match.
         """
-        views = [as_bytes(buffer) for buffer in buffers]
-        places = depths if depths is not None else [0] * len(keys)
-        if not len(keys) == len(views) == len(places):
-            raise ValueError(f"{len(keys)} keys, {len(views)} buffers and {len(places)} depths do not match")
+        batch = _put_batch(keys, buffers, depths, timeout)
         with self._using() as parts:
-            return parts.mover.put(keys, views, places)
+            return parts.mover.put(batch)
 
-    def get(self, keys: Sequence[bytes], buffers: Sequence[WritableBuffer]) -> list[GetStatus]:
+    def stage(
+        self,
+        keys: Sequence[bytes],
+        buffers: Sequence[ScatteredSource],
+        depths: Sequence[int] | None = None,
+        timeout: float | None = None,
+    ) -> StagedPut:
+        """As :meth:`put`, but nobody can read the objects before :meth:`StagedPut.publish`.
+
+        Until it is published or discarded, its pages are taken and others who put the same keys are told ``PRESENT``.
+        """
+        batch = _put_batch(keys, buffers, depths, timeout)
+        with self._using() as parts:
+            return parts.mover.stage(batch)
+
+    def get(
+        self, keys: Sequence[bytes], buffers: Sequence[ScatteredTarget], timeout: float | None = None
+    ) -> list[GetStatus]:
         """Fill ``buffers[i]``, whose size must be the object's, with the object under ``keys[i]``, for all ``i``.
 
-        Raises ``StateError`` when the pool is closed, ``ValueError`` when the arguments do not match.
+        What is not there after ``timeout`` seconds is ``TIMED_OUT``.  When the call returns, nobody writes to the
+        buffers any more, whatever the disk does.  Raises ``StateError`` when the pool is closed, ``ValueError`` when
+        the arguments do not match.
         """
-        views = [as_bytes(buffer) for buffer in buffers]
-        if len(keys) != len(views) or not all(view.flags.writeable for view in views):
+        deadline = _deadline(timeout)
+        views = [as_view(buffer) for buffer in buffers]
+        if len(keys) != len(views) or not all(map(is_writeable, views)):
             raise ValueError(f"{len(keys)} keys need as many buffers that can be written, got {len(views)}")
         with self._using() as parts:
-            return parts.mover.get(keys, views)
+            return parts.mover.get(keys, views, deadline)
 
     def exists(self, keys: Sequence[bytes]) -> list[bool]:
         """Which of ``keys`` can be read now.  Never waits for the disk.  Raises ``StateError`` when closed."""
@@ -192,6 +228,8 @@ class LocalPool:
             restored=ssd.restored if ssd else 0,
             demoted=ssd.demoter.demoted if ssd else 0,
             demotions_failed=ssd.demoter.failed if ssd else 0,
+            fenced=ssd.fence.raised if ssd else 0,
+            fenced_loads=ssd.fence.kept_away if ssd else 0,
         )
 
     def stats(self, tier: Tier) -> TierStats | None:
@@ -212,12 +250,13 @@ class LocalPool:
             logger.warning("the pool is closed while calls are under way that do not end")
         parts.mover.close(idle)
         if parts.ssd is not None:
+            parts.ssd.threads.close(timeout if idle else 0.0)
             parts.ssd.demoter.close(timeout)
             parts.ssd.catalogue.close(timeout)
             parts.ssd.rank.close()
         parts.arena.close()
 
-    def _open_ssd(self, books: Books, arena: Arena) -> _Ssd | None:
+    def _open_ssd(self, books: Books, arena: Arena, mover: BatchMover) -> _Ssd | None:
         config = self._config
         if config.ssd_dir is None:
             return None
@@ -241,11 +280,16 @@ class LocalPool:
             except TierUnavailable as error:
                 logger.warning("the SSD tier is off: %s", error)
                 return None
-            restored = books.add_ssd(rank.slots, catalogue, rows)
+            fence = ReadFence(self._clock, config.ssd_failures, config.ssd_retry_s)
+            restored = books.add_ssd(rank.slots, catalogue, rows, fence)
             demoter = Demoter(books, arena, rank.slab, config.demote_threads)
             demoter.start()
+            threads = IoThreads(config.io_threads, self.page_bytes, "umbp-load")
+            threads.start()
+            prefix = self._identity.digest
+            mover.use_ssd(Loader(books, arena.array, rank.slab, prefix, threads, fence, config.ssd_timeout_s), demoter)
             undo.pop_all()
-        return _Ssd(rank, catalogue, demoter, restored)
+        return _Ssd(rank, catalogue, demoter, threads, fence, restored)
 
     def _catalogue(self, rank: RankSlab) -> Catalogue:
         digest = self._identity.digest
@@ -277,3 +321,21 @@ class LocalPool:
             with self._state:
                 self._calls -= 1
                 self._state.notify_all()
+
+
+def _deadline(timeout: float | None) -> float | None:
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def _put_batch(
+    keys: Sequence[bytes],
+    buffers: Sequence[ScatteredSource],
+    depths: Sequence[int] | None,
+    timeout: float | None,
+) -> PutBatch:
+    deadline = _deadline(timeout)
+    views = [as_view(buffer) for buffer in buffers]
+    places = depths if depths is not None else [0] * len(keys)
+    if not len(keys) == len(views) == len(places):
+        raise ValueError(f"{len(keys)} keys, {len(views)} buffers and {len(places)} depths do not match")
+    return PutBatch(keys, views, places, deadline)

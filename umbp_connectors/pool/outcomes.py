@@ -16,6 +16,8 @@ class PutStatus(enum.Enum):
     """Everything in DRAM is being read or written right now."""
     TOO_LARGE = "too_large"
     """Empty, or larger than ``object_bytes``."""
+    TIMED_OUT = "timed_out"
+    """Not stored: the call's time was over."""
 
 
 class GetStatus(enum.Enum):
@@ -28,6 +30,8 @@ class GetStatus(enum.Enum):
     """It is there, but has not the size of the buffer."""
     CORRUPT = "corrupt"
     """Its bytes could not be read or were not those that were stored; it is forgotten."""
+    TIMED_OUT = "timed_out"
+    """Not delivered: the call's time was over.  It is still there."""
 
     @property
     def hit(self) -> bool:
@@ -37,10 +41,16 @@ class GetStatus(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class PoolCounters:
-    """Objects since the pool was opened.  ``restored`` are those that an earlier life left on SSD."""
+    """Objects since the pool was opened.
+
+    ``restored`` are those that an earlier life left on SSD.  ``fenced`` says how often the SSD tier was left alone
+    because its disk did not answer, and ``fenced_loads`` how many objects were misses for that reason.
+    """
 
     puts: dict[PutStatus, int]
     gets: dict[GetStatus, int]
     restored: int
     demoted: int
     demotions_failed: int
+    fenced: int = 0
+    fenced_loads: int = 0

@@ -1,0 +1,58 @@
+"""Keeps calls away from a disk that does not answer."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+from umbp_core.breaker import Backoff, Breaker, BreakerState
+from umbp_core.ports import Clock
+
+
+class ReadFence:
+    """A breaker for the calls that read from one disk.  Any thread.
+
+    A call *fails* when its time is over and the disk gave it nothing at all.  After ``failures`` of these in a row the
+    disk is left alone for ``retry_s`` seconds, then one call may try; every failed trial makes the pause longer, up to
+    a minute.
+    """
+
+    def __init__(self, clock: Clock, failures: int, retry_s: float) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._breaker = Breaker(random.random, Backoff(retry_s, max(retry_s, 60.0)), failures)
+        self._kept_away = 0
+
+    @property
+    def passable(self) -> bool:
+        """Whether a call that begins now may read."""
+        breaker = self._breaker
+        return breaker.state is BreakerState.CLOSED or self._clock() >= breaker.due
+
+    @property
+    def raised(self) -> int:
+        """How often the disk was left alone, or again after a trial."""
+        return self._breaker.opened
+
+    @property
+    def kept_away(self) -> int:
+        """Objects that were not read because of it."""
+        return self._kept_away
+
+    def enter(self) -> int | None:
+        """A permit to read for one call, or ``None``."""
+        with self._lock:
+            return self._breaker.attempt(self._clock())
+
+    def refuse(self, objects: int) -> None:
+        """Count ``objects`` that were not read for want of a permit."""
+        with self._lock:
+            self._kept_away += objects
+
+    def leave(self, permit: int, answered: bool) -> None:
+        """The call with ``permit`` got something from the disk, or nothing at all in its time."""
+        with self._lock:
+            if answered:
+                self._breaker.succeeded(permit)
+            else:
+                self._breaker.failed(permit, self._clock())

@@ -1,0 +1,91 @@
+"""The threads that wait for the disk, so that nobody else has to."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import numpy as np
+
+from umbp_connectors.pool.buffers import Bytes
+
+
+class Job(Protocol):
+    """Something that may take as long as the disk likes."""
+
+    def run(self, spare: Callable[[], Bytes]) -> None:
+        """Do it.  ``spare`` gives a page-aligned buffer of one page, this thread's own, for this call."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """``run`` raised what it should not have."""
+        ...
+
+
+class IoThreads:
+    """A fixed number of threads for jobs, first come first served.
+
+    A thread that the disk does not let go is lost for that long, and no other takes its place: a disk that hangs costs
+    these threads at most.  They are daemons, so that it cannot keep the process from ending either.
+    """
+
+    def __init__(self, threads: int, page_bytes: int, name: str) -> None:
+        self._page_bytes = page_bytes
+        self._changed = threading.Condition()
+        self._queue: deque[Job] = deque()
+        self._closing = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True) for number in range(threads)
+        ]
+
+    def start(self) -> None:
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, jobs: Iterable[Job]) -> None:
+        """Queue ``jobs``.  Does not wait."""
+        with self._changed:
+            before = len(self._queue)
+            self._queue.extend(jobs)
+            self._changed.notify(len(self._queue) - before)
+
+    def withdraw(self, jobs: Iterable[Job]) -> None:
+        """Take those of ``jobs`` that have not begun out of the queue again."""
+        gone = set(map(id, jobs))
+        with self._changed:
+            self._queue = deque(job for job in self._queue if id(job) not in gone)
+
+    def close(self, timeout: float) -> None:
+        """Drop what is queued and end the threads; whoever is held by the disk after ``timeout`` seconds is left."""
+        with self._changed:
+            self._closing = True
+            self._queue.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(timeout)
+
+    def _work(self) -> None:
+        """Thread: one job after the other until closed."""
+        spare: list[Bytes] = []
+
+        def borrow() -> Bytes:
+            if not spare:
+                spare.append(np.frombuffer(mmap.mmap(-1, self._page_bytes), dtype=np.uint8))
+            return spare[0]
+
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._closing)
+                if self._closing:
+                    return
+                job = self._queue.popleft()
+            try:
+                job.run(borrow)
+            except Exception as error:  # noqa: BLE001 - the job's boundary: who waits for it is told, the thread lives
+                job.fail(error)
+            del job
