@@ -9,7 +9,7 @@ import pytest
 from sglang.srt.plugins import load_plugins
 
 from tests.sglang.kit.proxies import PageId
-from tests.sglang.kit.rig import Engine, Setup
+from tests.sglang.kit.rig import FILE, Backend, Engine, Setup
 
 
 class World:
@@ -39,6 +39,12 @@ class World:
 def plugins() -> None:
     """Plug-ins are loaded as every process of SGLang loads them: ours, and the tests' for a machine without a GPU."""
     load_plugins()
+
+
+@pytest.fixture(params=[FILE], ids=lambda backend: backend.name)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Ours, and SGLang's own ``file`` as the control: what fails for both is a fault of the test or of SGLang."""
+    return request.param
 
 
 @pytest.fixture

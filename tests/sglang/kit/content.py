@@ -88,7 +88,7 @@ def device_tensors(component: ComponentType, allocator: Any, reqs: Any) -> Itera
 
 
 def host_rows(pool: Any, slots: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a host pool holds for ``slots``, tensor by tensor, read by the layout's own definition and no code of SGLang."""
+    """What a host pool holds for ``slots``, tensor by tensor; read as the layout is defined, by no code of SGLang."""
     if hasattr(pool, "temporal_buffer"):
         for layer in range(pool.num_mamba_layers):
             yield f"temporal{layer}", pool.temporal_buffer[slots, layer]

@@ -195,8 +195,15 @@ class Engine:
     def offload(self, prompt: Prompt) -> None:
         """Device to host to storage, and waits for all acknowledgements."""
         leaf = self.match(prompt).last_device_node
-        if self.setup.memory == "buffer_only":
-            self.kit._buffer_backup_and_wait(self.cache, leaf)
+        pipeline = self.cache.buffer_pipeline
+        if pipeline is not None:
+            fixtures.write_backup(self.cache, leaf)
+            self.kit._pump_hicache_until(
+                self.cache,
+                lambda: not (pipeline.inflight_backup_node_ids or pipeline.ongoing_backup),
+                "what waits to be stored was not stored",
+                TIMEOUT,
+            )
             return
         self.kit._backup_node(self.cache, leaf)
         self.kit._write_path_to_l3(self.cache, leaf)
@@ -259,10 +266,9 @@ class Engine:
             if slots is None:
                 continue
             pool = self.cache.host_pool_group.entry_map[POOL_OF[component]].host_pool
-            positions = positions[-len(slots) * (1 if component is not ComponentType.MAMBA else len(positions)) :]
             for name, rows in content.host_rows(pool, slots):
                 got = content.as_bytes(rows)
-                want = self._want(component, name, prompt, positions, got.shape[1])
+                want = self._want(component, name, prompt, positions[-len(slots) :], got.shape[1])
                 assert torch.equal(got, want), f"{component.name} {name}: host pages {slots.tolist()} hold other bytes"
                 compared += len(got)
         return compared
@@ -330,7 +336,8 @@ class Engine:
     @contextlib.contextmanager
     def _as_rank(self) -> Iterator[None]:
         rank, size = self.setup.tp
-        with get_parallel().override(tp_rank=rank, tp_size=size, pp_rank=0, pp_size=1):
+        whole = {"tp_size": size, "attn_tp_size": size, "moe_tp_size": size}
+        with get_parallel().override(tp_rank=rank, attn_tp_rank=rank, pp_rank=0, pp_size=1, **whole):
             yield
 
     @contextlib.contextmanager

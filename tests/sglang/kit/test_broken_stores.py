@@ -8,7 +8,7 @@ from sglang.test.kits.unified_radix_cache.config import CacheConfig
 from tests.sglang.kit import broken
 from tests.sglang.kit.conftest import World
 from tests.sglang.kit.proxies import Proxy
-from tests.sglang.kit.rig import BACKENDS, Engine, Setup
+from tests.sglang.kit.rig import Backend, Engine, Setup
 from tests.sglang.kit.shapes import FULL, MAMBA, SWA, branch, prompt_of
 
 PAGES = 20
@@ -30,9 +30,9 @@ CASES = [
 ]
 
 
-def complaints(world: World, backend: str, cfg: CacheConfig, fault: type[Proxy]) -> list[str]:
+def complaints(world: World, backend: Backend, cfg: CacheConfig, fault: type[Proxy]) -> list[str]:
     """A prompt is stored, two that begin like it are asked for; what is wrong with what comes back."""
-    engine = world.engine(Setup(BACKENDS[backend], cfg, "page_first_direct"), wrap=fault)
+    engine = world.engine(Setup(backend, cfg, "page_first_direct"), wrap=fault)
     stored = prompt_of(cfg, PAGES)
     longer = prompt_of(cfg, PAGES + 4)
     engine.compute(stored, window_from=4 * cfg.page_size if cfg.has_swa else None)
@@ -57,24 +57,23 @@ def _wrong(check: object, prompt: object) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("backend", ["file"])
 @pytest.mark.parametrize("cfg", [FULL, SWA, MAMBA], ids=["full", "swa", "mamba"])
-def test_nothing_is_wrong_with_a_backend_that_works(world: World, backend: str, cfg: CacheConfig) -> None:
+def test_nothing_is_wrong_with_a_backend_that_works(world: World, backend: Backend, cfg: CacheConfig) -> None:
     assert complaints(world, backend, cfg, Proxy) == []
 
 
-@pytest.mark.parametrize("backend", ["file"])
 @pytest.mark.parametrize(("fault", "cfg"), CASES)
-def test_a_fault_is_noticed(world: World, backend: str, cfg: CacheConfig, fault: type[Proxy]) -> None:
+def test_a_fault_is_noticed(world: World, backend: Backend, cfg: CacheConfig, fault: type[Proxy]) -> None:
     assert complaints(world, backend, cfg, fault) != []
 
 
-@pytest.mark.parametrize("backend", ["file"])
 @pytest.mark.parametrize("fault", [broken.FlipsABit, broken.SwapsPages, broken.MixesUpKeysAndValues])
 @pytest.mark.parametrize("layout", ["page_first", "page_first_direct", "page_head", "layer_first"])
-def test_wrong_bytes_are_seen_without_the_ledger(world: World, backend: str, layout: str, fault: type[Proxy]) -> None:
+def test_wrong_bytes_are_seen_without_the_ledger(
+    world: World, backend: Backend, layout: str, fault: type[Proxy]
+) -> None:
     """The second witness: the tokens say what a page must hold, whatever the ledger believes."""
-    engine = world.engine(Setup(BACKENDS[backend], FULL, layout), wrap=fault)
+    engine = world.engine(Setup(backend, FULL, layout), wrap=fault)
     prompt = prompt_of(FULL, PAGES)
     engine.compute(prompt)
     engine.offload(prompt)
@@ -86,7 +85,7 @@ def test_wrong_bytes_are_seen_without_the_ledger(world: World, backend: str, lay
     assert _wrong(engine.check_device, prompt)
 
 
-def test_engines_are_what_they_say(world: World) -> None:
+def test_engines_are_what_they_say(world: World, backend: Backend) -> None:
     """An engine that never computed has nothing to give: hits in these tests come from storage."""
-    engine: Engine = world.engine(Setup(BACKENDS["file"], FULL))
+    engine: Engine = world.engine(Setup(backend, FULL))
     assert engine.prefetch(prompt_of(FULL, PAGES)) == 0

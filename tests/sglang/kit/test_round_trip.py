@@ -6,9 +6,9 @@ import pytest
 from sglang.test.kits.unified_radix_cache.config import CacheConfig
 
 from tests.sglang.kit.conftest import World
-from tests.sglang.kit.rig import BACKENDS, Engine, Setup
-from tests.sglang.kit.shapes import FULL, LARGE_PAGES, MAMBA, SWA, prompt_of
 from tests.sglang.kit.content import Prompt
+from tests.sglang.kit.rig import Backend, Engine, Setup
+from tests.sglang.kit.shapes import FULL, LARGE_PAGES, MAMBA, SWA, prompt_of
 
 PAGES = 10
 LAYOUTS = ("page_first", "page_first_direct", "page_head", "layer_first")
@@ -28,10 +28,9 @@ def check(engine: Engine, prompt: Prompt) -> None:
     assert engine.check_device(prompt) > len(prompt)
 
 
-@pytest.mark.parametrize("backend", ["file"])
 @pytest.mark.parametrize(("cfg", "layout"), CASES)
-def test_after_a_flush(world: World, backend: str, cfg: CacheConfig, layout: str) -> None:
-    engine = world.engine(Setup(BACKENDS[backend], cfg, layout))
+def test_after_a_flush(world: World, backend: Backend, cfg: CacheConfig, layout: str) -> None:
+    engine = world.engine(Setup(backend, cfg, layout))
     prompt = prompt_of(cfg, PAGES)
     engine.compute(prompt)
     engine.offload(prompt)
@@ -41,10 +40,9 @@ def test_after_a_flush(world: World, backend: str, cfg: CacheConfig, layout: str
     check(engine, prompt)
 
 
-@pytest.mark.parametrize("backend", ["file"])
 @pytest.mark.parametrize(("cfg", "layout"), CASES)
-def test_after_a_restart(world: World, backend: str, cfg: CacheConfig, layout: str) -> None:
-    setup = Setup(BACKENDS[backend], cfg, layout)
+def test_after_a_restart(world: World, backend: Backend, cfg: CacheConfig, layout: str) -> None:
+    setup = Setup(backend, cfg, layout)
     prompt = prompt_of(cfg, PAGES)
     first = world.engine(setup)
     first.compute(prompt)
@@ -53,10 +51,9 @@ def test_after_a_restart(world: World, backend: str, cfg: CacheConfig, layout: s
     check(world.engine(setup), prompt)
 
 
-@pytest.mark.parametrize("backend", ["file"])
 @pytest.mark.parametrize("cfg", [FULL, SWA], ids=["full", "swa"])
-def test_host_memory_as_a_buffer_only(world: World, backend: str, cfg: CacheConfig) -> None:
-    setup = Setup(BACKENDS[backend], cfg, memory="buffer_only")
+def test_host_memory_as_a_buffer_only(world: World, backend: Backend, cfg: CacheConfig) -> None:
+    setup = Setup(backend, cfg, memory="buffer_only")
     prompt = prompt_of(cfg, PAGES)
     first = world.engine(setup)
     first.compute(prompt)

@@ -6,7 +6,7 @@ import pytest
 
 from tests.sglang.kit.conftest import World
 from tests.sglang.kit.content import Prompt
-from tests.sglang.kit.rig import BACKENDS, Engine, Setup
+from tests.sglang.kit.rig import Backend, Engine, Setup
 from tests.sglang.kit.shapes import MAMBA, SWA, branch, prompt_of
 
 PAGE = SWA.page_size
@@ -22,11 +22,10 @@ def restored(engine: Engine, prompt: Prompt) -> int:
     return tokens // PAGE
 
 
-@pytest.mark.parametrize("backend", ["file"])
 @pytest.mark.parametrize("layout", ["page_first", "page_first_direct", "layer_first"])
-def test_a_window_serves_the_ends_that_it_covers(world: World, backend: str, layout: str) -> None:
+def test_a_window_serves_the_ends_that_it_covers(world: World, backend: Backend, layout: str) -> None:
     """The window is two pages; of 12 pages the last five have one, so prefixes of 9 pages and more are whole."""
-    engine = world.engine(Setup(BACKENDS[backend], SWA, layout))
+    engine = world.engine(Setup(backend, SWA, layout))
     prompt = prompt_of(SWA, 12)
     engine.compute(prompt, window_from=7 * PAGE)
     engine.offload(prompt)
@@ -43,10 +42,9 @@ def test_a_window_serves_the_ends_that_it_covers(world: World, backend: str, lay
     }
 
 
-@pytest.mark.parametrize("backend", ["file"])
-def test_a_state_serves_the_ends_where_it_was_kept(world: World, backend: str) -> None:
+def test_a_state_serves_the_ends_where_it_was_kept(world: World, backend: Backend) -> None:
     """States were kept after 6 and after 12 pages; in between the shorter one serves."""
-    engine = world.engine(Setup(BACKENDS[backend], MAMBA, "page_first_direct"))
+    engine = world.engine(Setup(backend, MAMBA, "page_first_direct"))
     prompt = prompt_of(MAMBA, 12)
     for part in (prompt.cut(6 * PAGE), prompt):
         engine.compute(part)
