@@ -120,7 +120,7 @@ def test_old_kernels_prefault_by_reading(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_prefaulting_stops_when_memory_runs_short(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(machine, "meminfo", lambda field: 100 << 20)
+    monkeypatch.setattr(machine, "memory_to_spare", lambda: 100 << 20)
     arena = Arena(1 << 20, pages=64)
     with caplog.at_level(logging.WARNING):
         arena.open()

@@ -21,7 +21,7 @@ _NAME = "umbp-arena"
 _PREFAULT_SLICE = 32 << 20
 """Bytes per call: short enough that closing does not wait, long enough that the calls cost nothing."""
 _RESERVE = 256 << 20
-"""Prefaulting stops when the machine has less memory available than this: an arena must not get anyone killed."""
+"""Prefaulting stops when the machine or the container has less to spare than this: it must not get anyone killed."""
 
 
 class Arena:
@@ -264,7 +264,7 @@ class Arena:
             if self._stop.is_set():
                 return
             piece = flat[start : min(start + _PREFAULT_SLICE, self.nbytes)]
-            if not self._reserved and machine.meminfo("MemAvailable") < piece.nbytes + _RESERVE:
+            if not self._reserved and machine.memory_to_spare() < piece.nbytes + _RESERVE:
                 self._warn_stopped("the machine has no more memory to spare; set a smaller dram_capacity")
                 return
             try:

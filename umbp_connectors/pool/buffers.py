@@ -85,9 +85,12 @@ def as_view(buffer: ScatteredSource) -> View:
     """
     if isinstance(buffer, tuple):
         return Pieces([part for segment in buffer for part in _parts_of(segment)])
-    if isinstance(buffer, np.ndarray) and not buffer.flags.c_contiguous:
-        return Pieces(_parts_of(buffer))
-    return as_bytes(buffer)
+    if not isinstance(buffer, np.ndarray) or buffer.flags.c_contiguous:
+        return as_bytes(buffer)
+    if buffer.ndim == 2 and buffer.dtype == _UINT8 and buffer.strides[1] == 1 and buffer.shape[1] >= _ROW_BYTES:
+        # K and V of a page: what nearly every put and get consists of.
+        return Pieces(list(buffer))
+    return Pieces(_parts_of(buffer))
 
 
 def is_writeable(view: View) -> bool:

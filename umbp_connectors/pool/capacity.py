@@ -97,26 +97,29 @@ def plan_capacity(
     ranks: int = 1,
     own_catalogue: bool = False,
     engines: int = 1,
+    share: float = 1.0,
 ) -> CapacityPlan:
     """Share out ``capacity_bytes`` over the ``ranks`` that use ``ssd_dir`` together; reads it and changes nothing.
 
     The ranks share one catalogue, unless each has its ``own_catalogue`` in its rank's folder.  They are those of one of
-    ``engines`` that use the folder together, each with a namespace of its own and an equal part.
+    ``engines`` that use the folder together, each with namespaces of its own and an equal part; this namespace may use
+    ``share`` of it.
 
-    What others hold stays while it leaves half of the capacity, or with more than two engines this one's part; beyond
-    that, what nobody uses goes, least recently used first.  A rank's other layouts are treated the same within its
-    share.  The ranks of one start come to the same number in whatever order they ask: what they make does not count,
-    and the first one's claim holds for all.
+    What others hold stays while it leaves half of the capacity, or this namespace's part if that is less; beyond that,
+    what nobody uses goes, least recently used first.  A rank's other layouts are treated the same within its share.
+    The ranks of one start come to the same number in whatever order they ask: what they make does not count, and the
+    first one's claim holds for all.
     """
     home = namespace_dir(ssd_dir, namespace)
-    remove, claimed = _claim(Path(ssd_dir), home, rank, ranks, capacity_bytes, engines)
-    share = claimed // ranks
+    part = int(capacity_bytes * share) // engines
+    remove, claimed = _claim(Path(ssd_dir), home, rank, ranks, capacity_bytes, part)
+    own = claimed // ranks
     current = slab_path(ssd_dir, namespace, rank, layout_digest)
-    stale_remove, stale_bytes = _make_room(_stale_slabs(current), share // 2)
+    stale_remove, stale_bytes = _make_room(_stale_slabs(current), own // 2)
     catalogued, sharing = (1, 1) if own_catalogue else (ranks, ranks)
     fixed = catalogue_allowance(0, catalogued)
     per_slot = slot_bytes + -(-(catalogue_allowance(1, catalogued) - fixed) // sharing)
-    slots = (share - stale_bytes - -(-fixed // sharing)) // per_slot
+    slots = (own - stale_bytes - -(-fixed // sharing)) // per_slot
     return CapacityPlan(max(0, slots), (*remove, *stale_remove), claimed)
 
 
@@ -159,15 +162,15 @@ def write_identity(home: Path, namespace: str, claimed_bytes: int) -> None:
         logger.warning("%s keeps what an earlier start wrote (%s)", home / IDENTITY_FILE, error.strerror)
 
 
-def _claim(ssd_dir: Path, home: Path, rank: int, ranks: int, capacity: int, engines: int) -> tuple[list[Holding], int]:
+def _claim(ssd_dir: Path, home: Path, rank: int, ranks: int, capacity: int, part: int) -> tuple[list[Holding], int]:
     """What has to go, and how many bytes the namespace at ``home`` may then use."""
     identity = read_identity(home)
     siblings = (path / "LOCK" for path in home.glob("rank*") if path.name != f"rank{rank}")
     if identity is not None and any(is_locked(lock) for lock in siblings):
         return [], min(_claimed(identity), capacity)
     others = [*_other_namespaces(ssd_dir, home), *_surplus_ranks(home, ranks)]
-    remove, taken = _make_room(others, capacity - capacity // max(2, engines))
-    return remove, max(0, min(capacity // engines, capacity - taken))
+    remove, taken = _make_room(others, capacity - min(part, capacity // 2))
+    return remove, max(0, min(part, capacity - taken))
 
 
 def _claimed(identity: dict[str, object]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable
 
@@ -15,7 +16,7 @@ from umbp_core.errors import TierUnavailable, TransferError
 from umbp_core.tiers import Tier
 
 _LAST_WRITE_S = 5.0
-"""How long a thread gets for the write that it is in."""
+"""How long the threads get together for the writes that they are in."""
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +89,10 @@ class Demoter:
             self._closing = True
             self._queue.clear()
             self._changed.notify_all()
+        deadline = time.monotonic() + _LAST_WRITE_S
         for thread in self._threads:
             if thread.ident is not None:
-                thread.join(_LAST_WRITE_S)
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def _work(self) -> None:
         """Thread: one object at a time until closed."""

@@ -76,9 +76,9 @@ class RankSlab:
         """How many objects fit; the leader uses the smallest number over all ranks."""
         return self.slab.slots
 
-    def close(self) -> None:
-        """Close the slab, then let the folder go; idempotent."""
-        self.slab.close()
+    def close(self, timeout: float = 10.0) -> None:
+        """Close the slab, with ``timeout`` seconds for transfers under way, then let the folder go; idempotent."""
+        self.slab.close(timeout)
         self.lock.release()
 
 
@@ -94,14 +94,16 @@ def open_rank_slab(
     *,
     own_catalogue: bool = False,
     engines: int = 1,
+    share: float = 1.0,
     patience_s: float = PATIENCE_S,
 ) -> RankSlab:
     """Lock rank ``rank``'s folder and open its slab with as many slots as fit.  Called once by each worker.
 
     ``capacity_bytes`` bounds everything of ours below ``ssd_dir``, for all ``ranks`` that share it together, and for
-    all ``engines`` of a data-parallel group, which have a namespace each and get equal parts.  With ``own_catalogue``
-    the caller keeps a catalogue of this rank alone in the folder of the slab.  A folder that is in use gets
-    ``patience_s`` seconds to become free: a killed engine's last process may still be on its way out.
+    all ``engines`` of a data-parallel group, which have a namespace each and get equal parts.  Where an engine has
+    several namespaces, this one has ``share`` of its part.  With ``own_catalogue`` the caller keeps a catalogue of this
+    rank alone in the folder of the slab.  A folder that is in use gets ``patience_s`` seconds to become free: a killed
+    engine's last process may still be on its way out.
 
     Raises ``TierUnavailable`` with one sentence: folder not creatable, read-only, not a folder, held by another
     engine, disk full, or no room for a single object.
@@ -115,7 +117,16 @@ def open_rank_slab(
             _make_dir(path.parent)
             lock.acquire()
             plan = plan_capacity(
-                ssd_dir, namespace, rank, layout_digest, slot_bytes, capacity_bytes, ranks, own_catalogue, engines
+                ssd_dir,
+                namespace,
+                rank,
+                layout_digest,
+                slot_bytes,
+                capacity_bytes,
+                ranks,
+                own_catalogue,
+                engines,
+                share,
             )
             for holding in plan.remove:
                 holding.remove()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -23,6 +24,33 @@ class Job(Protocol):
     def fail(self, error: Exception) -> None:
         """``run`` raised what it should not have."""
         ...
+
+
+class Task:
+    """A call whose caller waits for a while only."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._ended = threading.Event()
+        self._error: Exception | None = None
+
+    def run(self, spare: Callable[[], Bytes]) -> None:
+        """Make the call."""
+        del spare
+        self._work()
+        self._ended.set()
+
+    def fail(self, error: Exception) -> None:
+        """The call raised ``error``."""
+        self._error = error
+        self._ended.set()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for at most ``timeout`` seconds; whether the call has ended.  Raises what it raised."""
+        ended = self._ended.wait(timeout)
+        if self._error is not None:
+            raise self._error
+        return ended
 
 
 class IoThreads:
@@ -60,14 +88,15 @@ class IoThreads:
             self._queue = deque(job for job in self._queue if id(job) not in gone)
 
     def close(self, timeout: float) -> None:
-        """Drop what is queued and end the threads; whoever is held by the disk after ``timeout`` seconds is left."""
+        """Drop what is queued and end the threads; whom the disk holds for ``timeout`` seconds is left behind."""
+        deadline = time.monotonic() + timeout
         with self._changed:
             self._closing = True
             self._queue.clear()
             self._changed.notify_all()
         for thread in self._threads:
             if thread.ident is not None:
-                thread.join(timeout)
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def _work(self) -> None:
         """Thread: one job after the other until closed."""

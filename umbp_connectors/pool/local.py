@@ -8,24 +8,18 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from umbp_connectors.pool.arena import Arena
 from umbp_connectors.pool.batches import BatchMover, PutBatch
 from umbp_connectors.pool.books import Books
 from umbp_connectors.pool.buffers import ScatteredSource, ScatteredTarget, as_view, is_writeable, round_up
-from umbp_connectors.pool.capacity import catalogue_allowance
-from umbp_connectors.pool.catalogue import Catalogue
-from umbp_connectors.pool.demoter import Demoter
-from umbp_connectors.pool.fence import ReadFence
-from umbp_connectors.pool.folder import PATIENCE_S, RankSlab, open_rank_slab
-from umbp_connectors.pool.io import IoThreads
-from umbp_connectors.pool.loads import Loader
 from umbp_connectors.pool.outcomes import GetStatus, PoolCounters, PutStatus
+from umbp_connectors.pool.settings import LocalPoolConfig
 from umbp_connectors.pool.slab import ALIGNMENT
+from umbp_connectors.pool.ssd import PoolSsd, open_ssd
 from umbp_connectors.pool.staged import StagedPut
 from umbp_core.directory import TierStats
-from umbp_core.errors import ConfigError, StateError, TierUnavailable, TransferError
+from umbp_core.errors import ConfigError, StateError
 from umbp_core.ids import Identity
 from umbp_core.ports import Clock
 from umbp_core.tiers import Tier
@@ -38,55 +32,13 @@ CLOSE_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class LocalPoolConfig:
-    """Sizes in bytes.  Without ``ssd_dir`` there is no SSD tier.
-
-    ``object_bytes`` is the largest object; each takes one page of that size, rounded up to 4096.  ``ssd_capacity``
-    bounds what all ``ranks`` together keep below ``ssd_dir``; ``rank`` is this process's among them.
-
-    A disk read gets ``ssd_timeout_s`` seconds in a call that names no time itself.  After ``ssd_failures`` calls in a
-    row whose time was over before the disk gave them anything, it is left alone for ``ssd_retry_s`` seconds, later for
-    longer ones; meanwhile what is on SSD only counts as not there.
-    """
-
-    object_bytes: int
-    dram_bytes: int
-    ssd_dir: Path | None = None
-    ssd_capacity: int = 0
-    rank: int = 0
-    ranks: int = 1
-    eviction: str = "lru"
-    copy_threads: int = 2
-    io_threads: int = 4
-    demote_threads: int = 2
-    huge_pages: bool = False
-    numa_node: int = -1
-    prefault: bool = True
-    direct_io: bool = True
-    patience_s: float = PATIENCE_S
-    ssd_timeout_s: float = 30.0
-    ssd_failures: int = 3
-    ssd_retry_s: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Ssd:
-    rank: RankSlab
-    catalogue: Catalogue
-    demoter: Demoter
-    threads: IoThreads
-    fence: ReadFence
-    restored: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Parts:
     """What an open pool consists of."""
 
     arena: Arena
     books: Books
     mover: BatchMover
-    ssd: _Ssd | None
+    ssd: PoolSsd | None
 
 
 class LocalPool:
@@ -131,7 +83,9 @@ class LocalPool:
             undo.callback(arena.close)
             books = Books(self.page_bytes, pages, config.eviction)
             mover = BatchMover(books, arena, self._identity.digest, config.copy_threads)
-            ssd = self._open_ssd(books, arena, mover)
+            ssd = open_ssd(self._identity, config, self.page_bytes, books, arena, self._clock)
+            if ssd is not None:
+                mover.use_ssd(ssd.loader, ssd.demoter)
             undo.pop_all()
         self._parts = _Parts(arena, books, mover, ssd)
 
@@ -203,16 +157,7 @@ class LocalPool:
         """
         with self._using() as parts:
             ssd = parts.ssd
-            if ssd is None:
-                return True
-            if not ssd.demoter.drain(timeout):
-                return False
-            try:
-                ssd.rank.slab.sync()
-            except (TransferError, TierUnavailable) as error:
-                logger.warning("%s", error)
-                return False
-            return ssd.catalogue.flush(timeout)
+            return True if ssd is None else ssd.flush(timeout)
 
     def wait_prefaulted(self, timeout: float) -> bool:
         """Wait until the arena's pages are present, for at most ``timeout`` seconds; true when prefaulting ended."""
@@ -239,7 +184,8 @@ class LocalPool:
     def close(self, timeout: float = CLOSE_TIMEOUT_S) -> None:
         """Wait for the calls under way, write what is still to be demoted, give everything back; idempotent.
 
-        Each of these gets ``timeout`` seconds; what is not written then is not there after a restart.
+        Each of these gets ``timeout`` seconds, and a read or write under way five more; what is not written then is
+        not there after a restart.  What a disk does not let go is left behind.
         """
         with self._state:
             parts, self._parts = self._parts, None
@@ -250,58 +196,8 @@ class LocalPool:
             logger.warning("the pool is closed while calls are under way that do not end")
         parts.mover.close(idle)
         if parts.ssd is not None:
-            parts.ssd.threads.close(timeout if idle else 0.0)
-            parts.ssd.demoter.close(timeout)
-            parts.ssd.catalogue.close(timeout)
-            parts.ssd.rank.close()
+            parts.ssd.close(timeout)
         parts.arena.close()
-
-    def _open_ssd(self, books: Books, arena: Arena, mover: BatchMover) -> _Ssd | None:
-        config = self._config
-        if config.ssd_dir is None:
-            return None
-        with contextlib.ExitStack() as undo:
-            try:
-                rank = open_rank_slab(
-                    config.ssd_dir,
-                    self._identity.namespace,
-                    config.rank,
-                    self._identity.layout,
-                    self.page_bytes,
-                    config.ssd_capacity,
-                    config.ranks,
-                    config.direct_io,
-                    own_catalogue=True,
-                    patience_s=config.patience_s,
-                )
-                undo.callback(rank.close)
-                catalogue = self._catalogue(rank)
-                rows = catalogue.open()
-            except TierUnavailable as error:
-                logger.warning("the SSD tier is off: %s", error)
-                return None
-            fence = ReadFence(self._clock, config.ssd_failures, config.ssd_retry_s)
-            restored = books.add_ssd(rank.slots, catalogue, rows, fence)
-            demoter = Demoter(books, arena, rank.slab, config.demote_threads)
-            demoter.start()
-            threads = IoThreads(config.io_threads, self.page_bytes, "umbp-load")
-            threads.start()
-            prefix = self._identity.digest
-            mover.use_ssd(Loader(books, arena.array, rank.slab, prefix, threads, fence, config.ssd_timeout_s), demoter)
-            undo.pop_all()
-        return _Ssd(rank, catalogue, demoter, threads, fence, restored)
-
-    def _catalogue(self, rank: RankSlab) -> Catalogue:
-        digest = self._identity.digest
-        path = rank.slab.path.with_name(f"catalogue-{digest.hex()[:12]}.sqlite")
-        return Catalogue(
-            path,
-            digest,
-            1,
-            slots=rank.slots,
-            slot_bytes=self.page_bytes,
-            max_bytes=catalogue_allowance(rank.slots, 1),
-        )
 
     def _opened(self) -> _Parts:
         parts = self._parts

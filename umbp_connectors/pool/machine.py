@@ -7,6 +7,7 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _MPOL_PREFERRED = 1
 _MADV_POPULATE_WRITE = 23
@@ -38,25 +39,51 @@ class MemoryLimits:
 def memory_limits(root: Path = Path("/")) -> MemoryLimits:
     """Physical memory, and the tightest cgroup limit (v1 or v2) above this process."""
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limits = [limit for limit in _cgroup_limits(root) if limit < _UNLIMITED]
+    limits = [limit for _, _, limit in _cgroup_limits(root)]
     return MemoryLimits(physical, min(limits) if limits else None)
 
 
-def _cgroup_limits(root: Path) -> list[int]:
+def memory_to_spare(root: Path = Path("/")) -> int:
+    """Bytes that can be taken now: what the machine has available, and every cgroup above this process has left.
+
+    A cgroup's page cache counts as left, as the kernel takes it back before it refuses anything.
+    """
+    spare = meminfo("MemAvailable", root)
+    for folder, kind, limit in _cgroup_limits(root):
+        used = sum(int(word) for word in _read(folder / kind.current).split() if word.isdigit())
+        fields = dict(line.split(" ", 1) for line in _read(folder / "memory.stat").splitlines() if " " in line)
+        spare = min(spare, limit - used + int(fields.get(kind.cached, 0)))
+    return spare
+
+
+class _Kind(NamedTuple):
+    """How a version of cgroups calls things."""
+
+    limit: str
+    current: str
+    cached: str
+
+
+_V2 = _Kind("memory.max", "memory.current", "inactive_file")
+_V1 = _Kind("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def _cgroup_limits(root: Path) -> list[tuple[Path, _Kind, int]]:
     """Every memory limit on the way from this process's cgroup to the top."""
     mount = root / "sys/fs/cgroup"
-    found: list[int] = []
+    found: list[tuple[Path, _Kind, int]] = []
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            base, name = mount, "memory.max"
+            base, kind = mount, _V2
         elif "memory" in controllers.split(","):
-            base, name = mount / "memory", "memory.limit_in_bytes"
+            base, kind = mount / "memory", _V1
         else:
             continue
         folder = base / path.lstrip("/")
         for level in (folder, *folder.parents):
-            found.extend(int(word) for word in _read(level / name).split() if word.isdigit())
+            limits = [int(word) for word in _read(level / kind.limit).split() if word.isdigit()]
+            found += [(level, kind, limit) for limit in limits if limit < _UNLIMITED]
             if level == base:
                 break
     return found

@@ -1,0 +1,45 @@
+"""How large a local pool is, where it lies, and how patient it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from umbp_connectors.pool.folder import PATIENCE_S
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPoolConfig:
+    """Sizes in bytes.  Without ``ssd_dir`` there is no SSD tier.
+
+    ``object_bytes`` is the largest object; each takes one page of that size, rounded up to 4096.  ``ssd_capacity``
+    bounds what everybody together keeps below ``ssd_dir``.  Pools that use the folder at the same time divide it up:
+    every one of ``ssd_engines`` engines has an equal part, of which the pools of one namespace have ``ssd_share``
+    (an engine's namespaces should come to 1), which ``ranks`` pools share evenly; ``rank`` is this one's place among
+    them.
+
+    A disk read gets ``ssd_timeout_s`` seconds in a call that names no time itself.  After ``ssd_failures`` calls in a
+    row whose time was over before the disk gave them anything, it is left alone for ``ssd_retry_s`` seconds, later for
+    longer ones; meanwhile what is on SSD only counts as not there.
+    """
+
+    object_bytes: int
+    dram_bytes: int
+    ssd_dir: Path | None = None
+    ssd_capacity: int = 0
+    rank: int = 0
+    ranks: int = 1
+    eviction: str = "lru"
+    copy_threads: int = 2
+    io_threads: int = 4
+    demote_threads: int = 2
+    huge_pages: bool = False
+    numa_node: int = -1
+    prefault: bool = True
+    direct_io: bool = True
+    patience_s: float = PATIENCE_S
+    ssd_timeout_s: float = 30.0
+    ssd_failures: int = 3
+    ssd_retry_s: float = 1.0
+    ssd_share: float = 1.0
+    ssd_engines: int = 1
