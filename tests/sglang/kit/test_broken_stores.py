@@ -69,9 +69,7 @@ def test_a_fault_is_noticed(world: World, backend: Backend, cfg: CacheConfig, fa
 
 @pytest.mark.parametrize("fault", [broken.FlipsABit, broken.SwapsPages, broken.MixesUpKeysAndValues])
 @pytest.mark.parametrize("layout", ["page_first", "page_first_direct", "page_head", "layer_first"])
-def test_wrong_bytes_are_seen_without_the_ledger(
-    world: World, backend: Backend, layout: str, fault: type[Proxy]
-) -> None:
+def test_wrong_bytes_are_seen_without_a_ledger(world: World, backend: Backend, layout: str, fault: type[Proxy]) -> None:
     """The second witness: the tokens say what a page must hold, whatever the ledger believes."""
     engine = world.engine(Setup(backend, FULL, layout), wrap=fault)
     prompt = prompt_of(FULL, PAGES)
