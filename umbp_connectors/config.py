@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,14 +43,16 @@ def resolve(
     extra: Mapping[str, Any] | None = None,
     env: Mapping[str, str] | None = None,
     file: str | os.PathLike[str] | None = None,
+    engine_keys: Collection[str] = (),
 ) -> ResolvedConfig:
     """The configuration of this process.
 
     ``extra`` is what the engine passes on from the user, ``env`` the environment (the process's own by
     default), ``file`` a TOML file (by default the one that ``config_file`` names in ``extra`` or ``env``).
+    ``engine_keys`` are names in ``extra`` that the engine itself reads; they are left alone.
     Raises ``ConfigError`` with one line per problem; nothing else.
     """
-    layers = [_from_extra(extra or {}), _from_env(os.environ if env is None else env)]
+    layers = [_from_extra(extra or {}, engine_keys), _from_env(os.environ if env is None else env)]
     merged = merge(layers)
     if file is not None:
         merged["config_file"] = Given(str(file), "argument")
@@ -61,12 +63,14 @@ def resolve(
     return ResolvedConfig(config, origins(KEYS, merged))
 
 
-def _from_extra(extra: Mapping[str, Any]) -> Layer:
+def _from_extra(extra: Mapping[str, Any], engine_keys: Collection[str]) -> Layer:
     layer = Layer()
     for name, value in extra.items():
         key = EXTRA_ALIASES.get(name, name)
+        if name in engine_keys:
+            continue
         if key not in UmbpConfig.model_fields:
-            layer.unknown(name, EXTRA, [*KEYS, *EXTRA_ALIASES])
+            layer.unknown(name, EXTRA, [*KEYS, *EXTRA_ALIASES, *engine_keys])
         elif value is not None:
             layer.add(key, value, EXTRA if key == name else f"{EXTRA} ({name})")
     return layer

@@ -136,6 +136,10 @@ class UmbpConfig(BaseModel):
     share_load_timeout_ms: Milliseconds = Field(
         1000, description="How long a request waits for another one's load of the same prefix before it recomputes."
     )
+    call_timeout_ms: Annotated[Milliseconds, Field(ge=1)] = Field(
+        3000,
+        description="SGLang: how long one call of a storage thread may take; what is not done by then is a miss.",
+    )
     max_pending_stores: Count = Field(
         4096, description="Blocks waiting to be stored; beyond it new ones are not stored (counted, never an error)."
     )

@@ -58,16 +58,26 @@ class RankScope:
     cp_size: int = 1
     replicated: bool = False
     """True when every TP rank holds the same bytes (MLA); then ``tp_rank`` and ``tp_size`` do not count."""
+    dcp_rank: int = 0
+    dcp_size: int = 1
+    """Decode context parallelism, where it is not part of ``cp``."""
+    heads: tuple[int, int] | None = None
+    """Part ``k`` of ``n`` equal ranges of heads; then ``tp_rank`` and ``tp_size`` do not count."""
 
     def describe(self) -> dict[str, object]:
-        """The canonical descriptor that enters the identity."""
-        tp = (0, 1) if self.replicated else (self.tp_rank, self.tp_size)
-        return {
+        """The canonical descriptor that enters the identity; what is not used is not in it."""
+        tp = (0, 1) if self.replicated or self.heads is not None else (self.tp_rank, self.tp_size)
+        described: dict[str, object] = {
             "tp": list(tp),
             "pp": [self.pp_rank, self.pp_size],
             "cp": [self.cp_rank, self.cp_size],
             "replicated": self.replicated,
         }
+        if self.dcp_size != 1:
+            described["dcp"] = [self.dcp_rank, self.dcp_size]
+        if self.heads is not None:
+            described["heads"] = list(self.heads)
+        return described
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ BROAD_EXCEPTS = {
     "umbp_connectors/pool/io.py": (1, "boundary of a job for the disk: who waits for it is told, the thread lives"),
     "umbp_connectors/transfer/jobs.py": (2, "op boundary of a transfer worker: the op fails, the worker lives"),
     "umbp_connectors/transfer/lanes.py": (1, "top of a transfer thread"),
+    "sglang_plugin/umbp_sglang/doors.py": (1, "engine boundary: a storage call is a miss"),
     "vllm_plugin/umbp_vllm/__init__.py": (2, "engine boundary: an entry point never raises"),
     "vllm_plugin/umbp_vllm/cli_flags.py": (1, "engine boundary: an unknown vLLM costs the flags only"),
     "vllm_plugin/umbp_vllm/connector.py": (2, "engine boundary: the facade"),

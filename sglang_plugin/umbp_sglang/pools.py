@@ -1,0 +1,187 @@
+"""One SGLang pool in our pool: its pages as objects of one :class:`LocalPool` for each range of heads."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from umbp_connectors.pool.local import GetStatus, PutStatus, StagedPut
+from umbp_connectors.pool.outcomes import PoolCounters
+from umbp_sglang.host_pages import PageAccess, PageBuffer
+
+_KEPT = frozenset({PutStatus.STORED, PutStatus.PRESENT})
+BATCH_PAGES = 128
+"""Pages of one storage call of SGLang."""
+
+
+class Shard(Protocol):
+    """What a store needs of a pool that it may write to; :class:`LocalPool` has it."""
+
+    def put(
+        self,
+        keys: Sequence[bytes],
+        buffers: Sequence[Any],
+        depths: Sequence[int] | None = None,
+        timeout: float | None = None,
+    ) -> list[PutStatus]:
+        """Store buffers."""
+
+    def stage(
+        self,
+        keys: Sequence[bytes],
+        buffers: Sequence[Any],
+        depths: Sequence[int] | None = None,
+        timeout: float | None = None,
+    ) -> StagedPut:
+        """Copy buffers, without making them readable yet."""
+
+    def get(self, keys: Sequence[bytes], buffers: Sequence[Any], timeout: float | None = None) -> list[GetStatus]:
+        """Fill buffers."""
+
+    def exists(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which of the keys can be read now."""
+
+    def count_prefix(self, keys: Sequence[bytes]) -> int:
+        """How many can be read now, from the first on without a gap."""
+
+    def clear(self) -> int:
+        """Forget everything."""
+
+    def counters(self) -> PoolCounters:
+        """What happened so far."""
+
+    def open(self) -> None:
+        """Make ready for calls."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What became of each page of one call, and whether its time was over before its end."""
+
+    ok: list[bool]
+    late: bool = False
+    fresh: int = 0
+    """Pages that were really written, or read from SSD."""
+
+
+@dataclass(frozen=True, slots=True)
+class StagedPages:
+    """Pages that were copied and cannot be read yet."""
+
+    moved: Moved
+    _puts: tuple[StagedPut, ...]
+
+    def publish(self) -> bool:
+        """Make them readable; false when a pool was cleared or closed meanwhile."""
+        return False not in [put.publish() for put in self._puts]
+
+    def discard(self) -> None:
+        """Give them up, unless they are published."""
+        for put in self._puts:
+            put.discard()
+
+
+class StorePool:
+    """The pages of one SGLang pool on this rank.
+
+    ``shards[k]`` keeps part ``k`` of each page.  A page is there when all its parts are.  ``writable`` is false for the
+    copy of a rank that leaves writing to its sibling.  Any thread.
+    """
+
+    def __init__(self, name: str, access: PageAccess, shards: Sequence[Shard], writable: bool = True) -> None:
+        self.name = name
+        self.access = access
+        self.shards = tuple(shards)
+        self.writable = writable
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page on this rank."""
+        return self.access.object_bytes * self.access.parts
+
+    def put(self, keys: Sequence[bytes], indices: Any, depths: Sequence[int], timeout: float) -> Moved:
+        """Store the pages whose rows ``indices`` names.  Raises ``ValueError`` unless these are so many whole pages."""
+        parts = self.access.sources(indices, len(keys))
+        return _kept([shard.put(keys, part, depths, timeout) for shard, part in zip(self.shards, parts, strict=True)])
+
+    def stage(self, keys: Sequence[bytes], indices: Any, depths: Sequence[int], timeout: float) -> StagedPages:
+        """Copy them, to be published later.  Raises as :meth:`put` does."""
+        parts = self.access.sources(indices, len(keys))
+        puts = []
+        with contextlib.ExitStack() as undo:
+            for shard, part in zip(self.shards, parts, strict=True):
+                puts.append(shard.stage(keys, part, depths, timeout))
+                undo.callback(puts[-1].discard)
+            undo.pop_all()
+        return StagedPages(_kept([put.statuses for put in puts]), tuple(puts))
+
+    def get(self, keys: Sequence[bytes], indices: Any, timeout: float) -> Moved:
+        """Fill the pages whose rows ``indices`` names.  Raises as :meth:`put` does.
+
+        What did not arrive has undefined content.
+        """
+        parts = self.access.targets(indices, len(keys))
+        moved = _hits([shard.get(keys, part, timeout) for shard, part in zip(self.shards, parts, strict=True)])
+        self.access.deliver(indices, parts, moved.ok)
+        return moved
+
+    def put_flat(self, keys: Sequence[bytes], pages: Sequence[PageBuffer], timeout: float) -> Moved:
+        """Store pages given as flat buffers; only for pools whose pages are not cut."""
+        return _kept([self.shards[0].put(keys, pages, None, timeout)])
+
+    def get_flat(self, keys: Sequence[bytes], pages: Sequence[PageBuffer], timeout: float) -> Moved:
+        """Fill flat buffers; only for pools whose pages are not cut."""
+        return _hits([self.shards[0].get(keys, pages, timeout)])
+
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which pages can be read now."""
+        first, *others = [shard.exists(keys) for shard in self.shards]
+        return [all(parts) for parts in zip(first, *others, strict=True)] if others else first
+
+    def count_prefix(self, keys: Sequence[bytes]) -> int:
+        """How many can be read now, from the first on without a gap."""
+        return min(shard.count_prefix(keys) for shard in self.shards)
+
+    def clear(self) -> None:
+        """Forget every page."""
+        for shard in self.shards:
+            shard.clear()
+
+    def open(self) -> None:
+        """Make the shards ready.  Raises what they raise, with none of them left open."""
+        with contextlib.ExitStack() as undo:
+            for shard in self.shards:
+                shard.open()
+                undo.callback(shard.close)
+            undo.pop_all()
+
+    def close(self) -> None:
+        """Give everything back; idempotent."""
+        for shard in self.shards:
+            shard.close()
+
+
+def depths_of(prefix_pages: int, pages: int) -> list[int]:
+    """The places in their chain of ``pages`` pages that follow ``prefix_pages`` others."""
+    return list(range(prefix_pages, prefix_pages + pages))
+
+
+def _kept(statuses: list[list[PutStatus]]) -> Moved:
+    """A page is stored when all its parts are."""
+    ok = [all(status in _KEPT for status in page) for page in zip(*statuses, strict=True)]
+    late = any(PutStatus.TIMED_OUT in part for part in statuses)
+    fresh = sum(PutStatus.STORED in page for page in zip(*statuses, strict=True))
+    return Moved(ok, late, fresh)
+
+
+def _hits(statuses: list[list[GetStatus]]) -> Moved:
+    """A page arrived when all its parts did."""
+    ok = [all(status.hit for status in page) for page in zip(*statuses, strict=True)]
+    late = any(GetStatus.TIMED_OUT in part for part in statuses)
+    fresh = sum(GetStatus.SSD in page for page in zip(*statuses, strict=True))
+    return Moved(ok, late, fresh)

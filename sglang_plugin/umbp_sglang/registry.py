@@ -1,0 +1,200 @@
+"""The pools that SGLang registered: made from its host pools, opened together, each with its part of the space."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from umbp_connectors.pool.local import LocalPool, LocalPoolConfig
+from umbp_core.errors import ConfigError, UmbpError
+from umbp_core.ids import Identity
+from umbp_sglang import compat
+from umbp_sglang.host_pages import PageAccess, is_logical, layout_of, page_access
+from umbp_sglang.identity import layout_descriptor, pool_identity, rank_scope
+from umbp_sglang.pools import Shard, StorePool
+from umbp_sglang.settings import StoreSettings
+
+logger = logging.getLogger(__name__)
+
+KV = "kv"
+_OWN_PER_RANK = frozenset({"mamba"})
+"""Pools of which every TP rank has its own part even where KV is the same on all."""
+
+ShardMaker = Callable[[Identity, LocalPoolConfig], Shard]
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A pool that SGLang registered."""
+
+    name: str
+    host_pool: Any
+    access: PageAccess
+    replicated: bool
+
+    @property
+    def nbytes(self) -> int:
+        """What SGLang's host pool takes: how SGLang itself divided the memory."""
+        return self.access.page_count * self.access.object_bytes * self.access.parts
+
+
+class PoolRegistry:
+    """SGLang's pools by name.  Added by the scheduler; read by any thread.
+
+    They are opened together, when SGLang has registered all that it has, or at the first use: only then is known how
+    much each needs.  Each gets of DRAM and SSD what SGLang gave its host pool of host memory, in proportion.
+    """
+
+    def __init__(self, settings: StoreSettings, make_shard: ShardMaker = LocalPool) -> None:
+        self._settings = settings
+        self._make_shard = make_shard
+        self._lock = threading.RLock()
+        self._added: dict[str, _Member] = {}
+        self._known: dict[str, _Member] = {}
+        self._open: dict[str, StorePool] = {}
+        self._closed = False
+        self.anchor: Any = None
+        """The host pool of KV; it may have no bytes (see :attr:`logical`)."""
+
+    @property
+    def logical(self) -> bool:
+        """Whether the KV pool only counts pages: then the side pools have all the bytes."""
+        return self.anchor is not None and is_logical(self.anchor)
+
+    def bind_anchor(self, host_pool: Any) -> None:
+        """Take the KV pool.  Raises ``ConfigError`` when its pages cannot be stored with these settings."""
+        if host_pool is self.anchor:
+            return
+        if not is_logical(host_pool):
+            member = self._member(KV, host_pool)
+            if self._dram(member, 1.0) < member.access.object_bytes:
+                raise ConfigError(
+                    f"a DRAM tier of {self._dram(member, 1.0)} bytes for each rank does not hold one page of "
+                    f"{member.access.object_bytes} bytes; set a larger dram_capacity"
+                )
+            with self._lock:
+                self._added[KV] = member
+        self.anchor = host_pool
+
+    def add(self, name: str, host_pool: Any) -> None:
+        """Take a side pool, or KV again.  Raises ``ConfigError`` when its pages cannot be stored."""
+        if host_pool is self.anchor or is_logical(host_pool):
+            return
+        member = self._member(name, host_pool)
+        with self._lock:
+            if name not in self._known:
+                self._added[name] = member
+
+    def get(self, name: str) -> StorePool | None:
+        """The pool, open; ``None`` when there is none of that name or it cannot be used."""
+        if self._added:
+            self.open()
+        return self._open.get(name)
+
+    def open(self) -> None:
+        """Open what was added.  A pool that cannot be opened is left out, which costs hits and one warning."""
+        with self._lock:
+            added, self._added = self._added, {}
+            if self._closed:
+                return
+            self._known.update(added)
+            total = sum(member.nbytes for member in self._known.values())
+            for member in added.values():
+                try:
+                    pool = self._pool(member, member.nbytes / total)
+                    pool.open()
+                except UmbpError as error:
+                    logger.warning("umbp: SGLang's pool %s is not stored: %s", member.name, error)
+                    continue
+                self._open[member.name] = pool
+
+    def pools(self) -> list[StorePool]:
+        """Every open pool."""
+        return list(self._open.values())
+
+    def clear(self) -> None:
+        """Forget every page of every pool."""
+        for pool in self.pools():
+            pool.clear()
+
+    def close(self) -> None:
+        """Close every pool; idempotent."""
+        with self._lock:
+            self._closed = True
+            pools, self._open = self._open, {}
+        with contextlib.ExitStack() as closing:
+            for pool in pools.values():
+                closing.callback(pool.close)
+
+    def _member(self, name: str, host_pool: Any) -> _Member:
+        rank = self._settings.rank
+        parts = 1
+        if rank.head_parts and name == KV and layout_of(host_pool) == "page_head":
+            parts = rank.head_parts // rank.tp_size
+        try:
+            access = page_access(host_pool, parts)
+        except ValueError as error:
+            raise ConfigError(f"SGLang's pool {name} cannot be stored: {error}") from error
+        return _Member(name, host_pool, access, rank.replicated and name not in _OWN_PER_RANK)
+
+    def _pool(self, member: _Member, share: float) -> StorePool:
+        parts: list[int | None] = [None]
+        rank = self._settings.rank
+        if rank.head_parts and member.name == KV and layout_of(member.host_pool) == "page_head":
+            first = rank.tp_rank * member.access.parts
+            parts = list(range(first, first + member.access.parts))
+        shards = [self._make_shard(self._identity(member, part), self._config(member, part, share)) for part in parts]
+        return StorePool(member.name, member.access, shards)
+
+    def _identity(self, member: _Member, part: int | None) -> Identity:
+        rank, pool, access = self._settings.rank, member.host_pool, member.access
+        layout = layout_descriptor(
+            kind=type(pool).__name__,
+            layout=layout_of(pool),
+            dtype=str(compat.optional(pool, "dtype", "")).removeprefix("torch."),
+            page_tokens=access.rows,
+            segments=access.segments,
+            layers=int(compat.optional(pool, "layer_num") or 0),
+            heads=int(compat.optional(pool, "head_num") or 0) // access.parts,
+            head_dim=int(compat.optional(pool, "head_dim") or 0),
+            access=access.name,
+        )
+        scope = rank_scope(rank, member.replicated, part)
+        return pool_identity(rank, self._settings.config.namespace, member.name, layout, scope)
+
+    def _config(self, member: _Member, part: int | None, share: float) -> LocalPoolConfig:
+        config, rank = self._settings.config, self._settings.rank
+        columns, column = self._columns(member)
+        if part is not None:
+            columns, column = rank.head_parts, part
+        groups = rank.pp_size * rank.cp_size
+        return LocalPoolConfig(
+            object_bytes=member.access.object_bytes,
+            dram_bytes=self._dram(member, share),
+            ssd_dir=config.ssd_dir if config.ssd_active else None,
+            ssd_capacity=config.ssd_capacity,
+            rank=(rank.pp_rank * rank.cp_size + rank.cp_rank) * columns + column,
+            ranks=groups * columns,
+            eviction="lru" if config.eviction_policy == "lru" else "prefix_aware_lru",
+            io_threads=config.io_threads,
+            demote_threads=config.max_concurrent_demotions,
+            huge_pages=config.dram_use_hugepages,
+            numa_node=config.dram_numa_node,
+            prefault=config.dram_prefault,
+            direct_io=config.ssd_direct_io,
+        )
+
+    def _columns(self, member: _Member) -> tuple[int, int]:
+        """How many TP ranks have a part of their own of the pool, and which is this one's."""
+        rank = self._settings.rank
+        return (1, 0) if member.replicated else (rank.tp_size, rank.tp_rank)
+
+    def _dram(self, member: _Member, share: float) -> int:
+        """DRAM for one shard of ``member``, when this pool gets ``share`` of all."""
+        rank = self._settings.rank
+        holders = self._columns(member)[0] * rank.pp_size * rank.cp_size * member.access.parts
+        return int(self._settings.config.dram_capacity * share) // holders

@@ -1,0 +1,100 @@
+"""What the store is told: our configuration and what SGLang says about the rank, in one checked record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from umbp_connectors.config import resolve
+from umbp_connectors.config_model import UmbpConfig
+from umbp_core.errors import ConfigError
+
+ENGINE_KEYS = frozenset(
+    {
+        "allocator",
+        "backend_name",
+        "class_name",
+        "hicache_storage_pass_prefix_keys",
+        "interface_v1",
+        "module_path",
+        "prefetch_threshold",
+        "prefetch_timeout_base",
+        "prefetch_timeout_per_ki_token",
+        "tp_lcm_size",
+    }
+)
+"""Keys of the extra config that SGLang itself reads; some of them it takes out before a backend sees the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankFacts:
+    """This process among those of one engine, as SGLang's ``HiCacheStorageConfig`` has it.
+
+    ``replicated`` says that all TP ranks hold the same KV (MLA); then only the ``writer`` stores it.  ``head_parts`` is
+    the number of equal ranges into which ``tp_lcm_size`` cuts all heads, 0 when heads are not cut.
+    """
+
+    model: str = ""
+    tp_rank: int = 0
+    tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
+    cp_rank: int = 0
+    cp_size: int = 1
+    dcp_rank: int = 0
+    dcp_size: int = 1
+    dp_rank: int = 0
+    replicated: bool = False
+    writer: bool = True
+    head_parts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSettings:
+    """Everything that a store is made of besides SGLang's host pools."""
+
+    config: UmbpConfig
+    rank: RankFacts
+    page_metrics: bool = False
+    """Whether SGLang collects the store's page counts (``get_stats``)."""
+
+
+def read_settings(storage_config: Any, env: Mapping[str, str] | None = None) -> StoreSettings:
+    """The settings of a store that SGLang makes with ``storage_config`` (a ``HiCacheStorageConfig``).
+
+    ``env`` is the process's own by default.  Raises ``ConfigError`` with one line per problem: an unknown key with the
+    nearest known one, a wrong value, a ``tp_lcm_size`` that this TP size does not divide.
+    """
+    resolved = resolve(storage_config.extra_config or {}, env, engine_keys=ENGINE_KEYS)
+    return StoreSettings(resolved.config, _rank_facts(storage_config), bool(storage_config.enable_storage_metrics))
+
+
+def _rank_facts(storage_config: Any) -> RankFacts:
+    replicated = bool(storage_config.is_mla_model)
+    return RankFacts(
+        model=storage_config.model_name or "",
+        tp_rank=int(storage_config.tp_rank),
+        tp_size=int(storage_config.tp_size),
+        pp_rank=int(storage_config.pp_rank),
+        pp_size=int(storage_config.pp_size),
+        cp_rank=int(storage_config.attn_cp_rank),
+        cp_size=int(storage_config.attn_cp_size),
+        dcp_rank=int(storage_config.dcp_rank),
+        dcp_size=int(storage_config.dcp_size),
+        dp_rank=int(storage_config.dp_rank),
+        replicated=replicated,
+        writer=bool(storage_config.is_storage_writer),
+        head_parts=0 if replicated else _head_parts(storage_config.tp_lcm_size, int(storage_config.tp_size)),
+    )
+
+
+def _head_parts(tp_lcm_size: object, tp_size: int) -> int:
+    if tp_lcm_size is None:
+        return 0
+    if not isinstance(tp_lcm_size, int) or tp_lcm_size < 1 or tp_lcm_size % tp_size:
+        raise ConfigError(
+            f"tp_lcm_size {tp_lcm_size!r} is not a multiple of this engine's TP size {tp_size}; "
+            "give the least common multiple of the TP sizes that are to share their pages"
+        )
+    return tp_lcm_size
