@@ -46,6 +46,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
+import msgspec
+
 
 class Life(enum.IntEnum):
     """Where the engine has the request."""
@@ -233,3 +235,47 @@ JOINT: Final[Mapping[tuple[Life, Transaction], Life]] = MappingProxyType(
     }
 )
 """Applied after every event until no rule matches: this pair of states means that life."""
+
+State = tuple[Life, Transaction]
+"""Both machines at one moment."""
+
+
+class Step(msgspec.Struct, frozen=True, eq=False):
+    """What one event means: for every pair of states in which it is legal, the pair that follows.
+
+    ``event`` moves the life and ``transfer`` the transaction; ``None`` leaves the machine where it is.
+    """
+
+    event: LifeEvent | None
+    transfer: TransactionEvent | None
+    after: Mapping[State, State]
+
+    @classmethod
+    def of(cls, event: LifeEvent | None = None, transfer: TransactionEvent | None = None) -> Step:
+        """The row of ``event`` and ``transfer`` in the product of the tables, with the joint rules applied."""
+        after: dict[State, State] = {}
+        for life, events in LIFE.items():
+            for transaction, transfers in TRANSACTION.items():
+                next_life = life if event is None else events.get(event)
+                next_transaction = transaction if transfer is None else transfers.get(transfer)
+                if next_life is not None and next_transaction is not None:
+                    after[life, transaction] = _joined(next_life, next_transaction)
+        return cls(event, transfer, after)
+
+    def refusal(self, state: State) -> tuple[str, str, str]:
+        """Why this step is not in ``after`` for ``state``: which machine, where it is, and what it does not allow."""
+        life, transaction = state
+        if self.event is not None and self.event not in LIFE[life]:
+            return "life", life.name, self.event.name
+        return "transaction", transaction.name, self.transfer.name if self.transfer is not None else "NOTHING"
+
+
+def _joined(life: Life, transaction: Transaction) -> State:
+    while (life, transaction) in JOINT:
+        life = JOINT[life, transaction]
+    return life, transaction
+
+
+def states_that_allow(event: LifeEvent, transfer: TransactionEvent) -> frozenset[State]:
+    """Every pair of states in which both machines allow what happens."""
+    return frozenset(Step.of(event, transfer).after)

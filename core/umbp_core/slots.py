@@ -7,12 +7,36 @@ from types import MappingProxyType
 
 from umbp_core.errors import IllegalTransition, StateError
 from umbp_core.ops import Direction, OpStatus
-from umbp_core.slot_table import JOINT, LIFE, TRANSACTION, Life, LifeEvent, Transaction, TransactionEvent
+from umbp_core.slot_table import (
+    Life,
+    LifeEvent,
+    State,
+    Step,
+    Transaction,
+    TransactionEvent,
+    states_that_allow,
+)
 
 __all__ = ["Life", "LifeEvent", "Slot", "SlotTable", "Transaction", "TransactionEvent"]
 
-_JOINED = frozenset(life for life, _ in JOINT)
-"""The lives that a joint rule can end."""
+_STAGE = Step.of(LifeEvent.STAGE)
+_UNSTAGE = Step.of(LifeEvent.UNSTAGE)
+_BEGIN_ONBOARD = Step.of(LifeEvent.BEGIN_ONBOARD, TransactionEvent.LOAD_BEGUN)
+_BEGIN_STORE = Step.of(LifeEvent.BEGIN_STORE, TransactionEvent.STORE_BEGUN)
+_PREFILL = Step.of(LifeEvent.PREFILL)
+_DECODE = Step.of(LifeEvent.DECODE)
+_SKIP = Step.of(LifeEvent.SKIP)
+_PREEMPT = Step.of(LifeEvent.PREEMPT)
+_FINISH = Step.of(LifeEvent.FINISH)
+_LOAD_BEGUN = Step.of(transfer=TransactionEvent.LOAD_BEGUN)
+_LOAD_FAILED = Step.of(transfer=TransactionEvent.LOAD_FAILED)
+_LOADS_ENDED = Step.of(LifeEvent.LOADED, TransactionEvent.LOADS_ENDED)
+_STORES_ENDED = Step.of(transfer=TransactionEvent.STORES_ENDED)
+_RELEASED = Step.of(transfer=TransactionEvent.RELEASED)
+
+_MAY_MATCH = states_that_allow(LifeEvent.STAGE, TransactionEvent.LOAD_BEGUN)
+_MAY_STORE = states_that_allow(LifeEvent.BEGIN_STORE, TransactionEvent.STORE_BEGUN)
+_FIRST: State = (Life.INITIALIZED, Transaction.NONE)
 
 
 class Slot:
@@ -22,28 +46,27 @@ class Slot:
     :class:`~umbp_core.errors.IllegalTransition` with nothing changed.  One thread.
     """
 
-    __slots__ = ("_life", "_loads", "_ops", "_staged_tokens", "_transaction", "request_id")
+    __slots__ = ("_loads", "_ops", "_staged_tokens", "_state", "request_id")
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
-        self._life = Life.INITIALIZED
-        self._transaction = Transaction.NONE
+        self._state = _FIRST
         self._ops: dict[str, Direction] = {}
         self._loads = 0
         self._staged_tokens = 0
 
     def __repr__(self) -> str:
-        return f"Slot({self.request_id!r}, {self._life.name}, {self._transaction.name}, {len(self._ops)} ops)"
+        return f"Slot({self.request_id!r}, {self.life.name}, {self.transaction.name}, {len(self._ops)} ops)"
 
     @property
     def life(self) -> Life:
         """Where the engine has the request."""
-        return self._life
+        return self._state[0]
 
     @property
     def transaction(self) -> Transaction:
         """What is in flight for it."""
-        return self._transaction
+        return self._state[1]
 
     @property
     def ops(self) -> Mapping[str, Direction]:
@@ -58,19 +81,17 @@ class Slot:
     @property
     def may_match(self) -> bool:
         """Whether a match may be staged now (again, when one is staged already)."""
-        return LifeEvent.STAGE in LIFE[self._life] and TransactionEvent.LOAD_BEGUN in TRANSACTION[self._transaction]
+        return self._state in _MAY_MATCH
 
     @property
     def may_store(self) -> bool:
         """Whether a store may begin now."""
-        return (
-            LifeEvent.BEGIN_STORE in LIFE[self._life] and TransactionEvent.STORE_BEGUN in TRANSACTION[self._transaction]
-        )
+        return self._state in _MAY_STORE
 
     @property
     def is_finished(self) -> bool:
         """Whether the request is over and no op of it is in flight."""
-        return self._life is Life.FINISHED
+        return self._state[0] is Life.FINISHED
 
     def stage(self, n_tokens: int) -> None:
         """Blocks for ``n_tokens`` (at least 1) were matched and pinned.
@@ -80,21 +101,21 @@ class Slot:
         """
         if n_tokens < 1:
             raise StateError(f"slot {self.request_id}: a match of {n_tokens} tokens cannot be staged; do not stage it")
-        if TransactionEvent.LOAD_BEGUN not in TRANSACTION[self._transaction]:
-            raise self._illegal_transaction(TransactionEvent.LOAD_BEGUN)
-        self._step(LifeEvent.STAGE)
+        if self._state not in _MAY_MATCH:
+            raise self._illegal(_LOAD_BEGUN if self._state in _STAGE.after else _STAGE)
+        self._step(_STAGE)
         self._staged_tokens = n_tokens
 
     def unstage(self) -> None:
         """The staged match was given up; the request may be scheduled, or matched again."""
-        self._step(LifeEvent.UNSTAGE)
+        self._step(_UNSTAGE)
         self._staged_tokens = 0
 
     def begin_onboard(self, op_id: str) -> None:
         """Load ``op_id`` was issued for the staged match, or is another one of the same match."""
         if op_id in self._ops:
             raise self._known_op(op_id)
-        self._step(LifeEvent.BEGIN_ONBOARD, TransactionEvent.LOAD_BEGUN)
+        self._step(_BEGIN_ONBOARD)
         self._ops[op_id] = Direction.LOAD
         self._loads += 1
 
@@ -102,7 +123,7 @@ class Slot:
         """Store ``op_id`` was issued; the last one of a request before :meth:`finish`."""
         if op_id in self._ops:
             raise self._known_op(op_id)
-        self._step(LifeEvent.BEGIN_STORE, TransactionEvent.STORE_BEGUN)
+        self._step(_BEGIN_STORE)
         self._ops[op_id] = Direction.STORE
 
     def op_ended(self, op_id: str, status: OpStatus) -> bool:
@@ -117,31 +138,29 @@ class Slot:
         if direction is Direction.LOAD:
             self._load_ended(status)
         elif len(self._ops) == self._loads:
-            self._step(None, TransactionEvent.STORES_ENDED)
-        if not self._ops and self._transaction is not Transaction.NONE:
-            self._step(None, TransactionEvent.RELEASED)
+            self._step(_STORES_ENDED)
+        if not self._ops and self._state[1] is not Transaction.NONE:
+            self._step(_RELEASED)
         return True
 
     def scheduled(self, decoding: bool) -> None:
         """The engine put the request into the current step."""
-        event = LifeEvent.DECODE if decoding else LifeEvent.PREFILL
-        if LIFE[self._life].get(event) is not self._life:
-            self._step(event)
+        self._step(_DECODE if decoding else _PREFILL)
 
     def skipped(self) -> None:
         """The request is running but absent from the current step."""
-        self._step(LifeEvent.SKIP)
+        self._step(_SKIP)
 
     def preempted(self) -> None:
         """The engine took the request's HBM blocks; stores in flight stay in :attr:`ops`."""
-        self._step(LifeEvent.PREEMPT)
+        self._step(_PREEMPT)
 
     def finish(self) -> None:
         """The engine is done with the request, in whatever state it is; idempotent.
 
         The slot is FINISHED at once when nothing is in flight, else FINISHING until the last op ended.
         """
-        self._step(LifeEvent.FINISH)
+        self._step(_FINISH)
         if not self._loads:
             self._staged_tokens = 0
 
@@ -151,30 +170,21 @@ class Slot:
     def _load_ended(self, status: OpStatus) -> None:
         self._loads -= 1
         if status is not OpStatus.DONE:
-            self._step(None, TransactionEvent.LOAD_FAILED)
+            self._step(_LOAD_FAILED)
         if not self._loads:
             self._staged_tokens = 0
-            self._step(LifeEvent.LOADED, TransactionEvent.LOADS_ENDED)
+            self._step(_LOADS_ENDED)
 
-    def _step(self, event: LifeEvent | None, transfer: TransactionEvent | None = None) -> None:
-        """Advance both machines together, then apply the joint rules; all or nothing."""
-        life, transaction = self._life, self._transaction
-        if event is not None:
-            next_life = LIFE[life].get(event)
-            if next_life is None:
-                raise IllegalTransition("life", f"request {self.request_id}", life.name, event.name)
-            life = next_life
-        if transfer is not None:
-            next_transaction = TRANSACTION[transaction].get(transfer)
-            if next_transaction is None:
-                raise self._illegal_transaction(transfer)
-            transaction = next_transaction
-        while life in _JOINED and (life, transaction) in JOINT:
-            life = JOINT[life, transaction]
-        self._life, self._transaction = life, transaction
+    def _step(self, step: Step) -> None:
+        """Advance both machines together; all or nothing."""
+        state = step.after.get(self._state)
+        if state is None:
+            raise self._illegal(step)
+        self._state = state
 
-    def _illegal_transaction(self, event: TransactionEvent) -> IllegalTransition:
-        return IllegalTransition("transaction", f"request {self.request_id}", self._transaction.name, event.name)
+    def _illegal(self, step: Step) -> IllegalTransition:
+        machine, state, event = step.refusal(self._state)
+        return IllegalTransition(machine, f"request {self.request_id}", state, event)
 
 
 class SlotTable:
