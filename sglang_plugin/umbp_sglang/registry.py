@@ -177,6 +177,8 @@ class PoolRegistry:
             dram_bytes=self._dram(member, share),
             ssd_dir=config.ssd_dir if config.ssd_active else None,
             ssd_capacity=config.ssd_capacity,
+            ssd_share=share,
+            ssd_engines=config.ssd_engines,
             rank=(rank.pp_rank * rank.cp_size + rank.cp_rank) * columns + column,
             ranks=groups * columns,
             eviction="lru" if config.eviction_policy == "lru" else "prefix_aware_lru",
