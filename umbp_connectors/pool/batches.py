@@ -14,8 +14,9 @@ from typing import TypeVar
 from umbp_connectors.pool.arena import Arena
 from umbp_connectors.pool.books import Books
 from umbp_connectors.pool.buffers import View
-from umbp_connectors.pool.checksums import copy_checksummed
+from umbp_connectors.pool.checksums import copy_checksummed, object_checksum
 from umbp_connectors.pool.demoter import Demoter
+from umbp_connectors.pool.lending import LentObject, Loan
 from umbp_connectors.pool.loads import LoadBatch, Loader, WantedLoad
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_connectors.pool.staged import StagedPut
@@ -131,6 +132,47 @@ class BatchMover:
         with self._lock:
             self.gets.update(statuses)
         return statuses
+
+    def lend(self, keys: Sequence[bytes], deadline: float | None) -> Loan:
+        """Pin the objects under ``keys`` in DRAM, bringing them there from SSD until ``deadline``."""
+        owner = self._books.new_owner()
+        loads = LoadBatch(self._loader, lender=owner) if self._loader is not None else None
+        objects = [LentObject(GetStatus.MISS)] * len(keys)
+        try:
+            copies = self._books.pin(owner, keys)
+            wanted = [
+                WantedLoad(index, key, copy, None)
+                for index, (key, copy) in enumerate(zip(keys, copies, strict=True))
+                if copy is not None and copy.tier is Tier.SSD
+            ]
+            if loads is not None and wanted and loads.add(wanted):
+                ended = loads.finish(deadline)
+                loaded = self._books.pin(owner, [keys[index] for index, _ in ended], Tier.DRAM)
+                for (index, status), copy in zip(ended, loaded, strict=True):
+                    objects[index] = _lent(copy, status) if status.hit else LentObject(status)
+        except BaseException:
+            self._books.unpin(owner)
+            raise
+        for index, copy in enumerate(copies):
+            if copy is not None and copy.tier is Tier.DRAM:
+                objects[index] = _lent(copy, GetStatus.DRAM)
+        return Loan(objects, lambda: self._books.unpin(owner))
+
+    def check(self, keys: Sequence[bytes]) -> int:
+        """Verify what lies in DRAM under ``keys``; returns how many objects there were forgotten as bad."""
+        owner = self._books.new_owner()
+        bad = 0
+        try:
+            for key, copy in zip(keys, self._books.pin(owner, keys, Tier.DRAM, use=False), strict=True):
+                if copy is None:
+                    continue
+                page = self._pages[copy.pages[0], : copy.nbytes]
+                if object_checksum(self._prefix + key, page) != copy.checksum:
+                    self._books.drop(key, Tier.DRAM, copy)
+                    bad += 1
+        finally:
+            self._books.unpin(owner)
+        return bad
 
     def close(self, idle: bool) -> None:
         """End the threads; unless ``idle``, without waiting for the calls under way.  Staged puts come to nothing."""
@@ -261,6 +303,12 @@ class BatchMover:
         """Begin to load ``wanted``; what to say about them until they end."""
         began = batch.loads is not None and batch.loads.add(wanted)
         return GetStatus.SSD if began else GetStatus.MISS
+
+
+def _lent(copy: Copy | None, status: GetStatus) -> LentObject:
+    if copy is None:
+        return LentObject(GetStatus.MISS)
+    return LentObject(status, copy.pages[0], copy.nbytes, copy.checksum)
 
 
 def _is_over(deadline: float | None) -> bool:

@@ -13,6 +13,7 @@ from umbp_connectors.pool.arena import Arena
 from umbp_connectors.pool.batches import BatchMover, PutBatch
 from umbp_connectors.pool.books import Books
 from umbp_connectors.pool.buffers import ScatteredSource, ScatteredTarget, as_view, is_writeable, round_up
+from umbp_connectors.pool.lending import ArenaOffer, Loan
 from umbp_connectors.pool.outcomes import GetStatus, PoolCounters, PutStatus
 from umbp_connectors.pool.settings import LocalPoolConfig
 from umbp_connectors.pool.slab import ALIGNMENT
@@ -56,6 +57,11 @@ class LocalPool:
         self._parts: _Parts | None = None
         self._state = threading.Condition()
         self._calls = 0
+
+    @property
+    def identity(self) -> Identity:
+        """What all objects of this pool have in common."""
+        return self._identity
 
     @property
     def page_bytes(self) -> int:
@@ -145,8 +151,31 @@ class LocalPool:
         """How many of ``keys``, from the first on and without a gap, can be read now."""
         return self._opened().books.count_prefix(keys)
 
+    def lend(self, keys: Sequence[bytes], timeout: float | None = None) -> Loan:
+        """Let somebody read the objects under ``keys`` in place, in the arena's memory (:meth:`arena_offer`).
+
+        They stay there until the loan is released.  What is on SSD is brought to DRAM first; what is not there after
+        ``timeout`` seconds is ``TIMED_OUT``.  Whoever reads has to verify the bytes.  Raises ``StateError`` when the
+        pool is closed.
+        """
+        with self._using() as parts:
+            return parts.mover.lend(keys, _deadline(timeout))
+
+    def check(self, keys: Sequence[bytes]) -> int:
+        """Verify what lies in DRAM under ``keys``, and forget what is bad there; returns how many objects that were."""
+        with self._using() as parts:
+            return parts.mover.check(keys)
+
+    def arena_offer(self) -> ArenaOffer:
+        """The memory that lent objects lie in.  The descriptor stays the pool's.  Raises ``StateError`` when closed."""
+        arena = self._opened().arena
+        return ArenaOffer(arena.fd, arena.page_bytes, arena.pages)
+
     def clear(self) -> int:
-        """Forget every object; returns how many copies there were.  Those being read or written stay for that long."""
+        """Forget every object; returns how many copies could be read.
+
+        What other calls, staged puts included, are writing now is not published.
+        """
         with self._using() as parts:
             return parts.books.clear()
 

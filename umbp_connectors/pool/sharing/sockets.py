@@ -1,0 +1,163 @@
+"""Unix sockets of one user, with frames, descriptors and deadlines."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import struct
+import time
+from collections import deque
+from pathlib import Path
+
+from umbp_connectors.pool.locks import FolderInUse, FolderLock
+from umbp_core.errors import AccessDenied, ConfigError, TierUnavailable
+from umbp_core.wire.frames import Frame, FrameSplitter, FrameType, encode_frame
+
+_RECV_BYTES = 64 << 10
+_CREDENTIALS = struct.Struct("3i")
+_REST_S = 5.0
+"""How long the rest of a frame may take, once its first bytes are here."""
+
+
+class FrameSocket:
+    """Frames over a connected Unix socket.  One thread at a time.
+
+    Raises ``OSError`` (``TimeoutError`` at a deadline) and ``WireError``; the connection is of no use then.
+    """
+
+    def __init__(self, sock: socket.socket, kinds: tuple[FrameType, ...], max_payload: int) -> None:
+        self._sock = sock
+        self._splitter = FrameSplitter(kinds, max_payload)
+        self._frames: deque[Frame] = deque()
+        self._fds: list[int] = []
+
+    def allow(self, max_payload: int) -> None:
+        """Take frames of this size from now on."""
+        self._splitter.max_payload = max_payload
+
+    def send(self, kind: FrameType, sequence: int, payload: bytes, deadline: float, fd: int | None = None) -> None:
+        """Send one frame, with a descriptor if given."""
+        data = memoryview(encode_frame(kind, 0, sequence, payload))
+        self._sock.settimeout(_left(deadline))
+        sent = socket.send_fds(self._sock, [data], [fd]) if fd is not None else 0
+        while sent < len(data):
+            self._sock.settimeout(_left(deadline))
+            sent += self._sock.send(data[sent:])
+
+    def receive(self, deadline: float | None) -> Frame:
+        """The next frame; waits for its first byte until ``deadline``, or for ever."""
+        while not self._frames:
+            if self._splitter.error is not None:
+                raise self._splitter.error
+            if self._splitter.partial:
+                deadline = min(deadline or float("inf"), time.monotonic() + _REST_S)
+            self._sock.settimeout(None if deadline is None else _left(deadline))
+            data, fds, _, _ = socket.recv_fds(self._sock, _RECV_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+            self._fds += fds
+            if not data:
+                raise ConnectionResetError("the other side has ended")
+            self._frames += self._splitter.feed(data)
+        return self._frames.popleft()
+
+    def take_fd(self) -> int | None:
+        """The descriptor that came with what was received; it is the caller's from now on."""
+        return self._fds.pop() if self._fds else None
+
+    def close(self) -> None:
+        """Close the socket and what came over it; idempotent."""
+        for fd in self._fds:
+            os.close(fd)
+        self._fds.clear()
+        self._sock.close()
+
+    def shut(self) -> None:
+        """Wake whoever waits on it, from another thread."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+
+def check_peer(sock: socket.socket) -> None:
+    """Raises ``AccessDenied`` unless the other side is a process of this user."""
+    _, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    if uid != os.geteuid():
+        raise AccessDenied(f"the process at the other end belongs to user {uid}, not to {os.geteuid()}")
+
+
+class Listener:
+    """A listening socket at ``path`` that only this user can reach."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = FolderLock(path.parent, f"{path.name}.lock")
+        self._sock: socket.socket | None = None
+
+    def open(self, backlog: int) -> None:
+        """Make the folder if it is missing, take over what a dead process left at the path, and listen.
+
+        Raises ``ConfigError`` when the folder is open to others, a living process listens there, or the path cannot
+        be used.
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._check_folder()
+            self._lock.acquire()
+            self._clear()
+            sock.bind(str(self._path))
+            self._path.chmod(0o600)
+            sock.listen(backlog)
+        except FolderInUse as error:
+            sock.close()
+            raise ConfigError(f"another process shares its pool at {self._path}; give another path") from error
+        except (OSError, TierUnavailable, ConfigError) as error:
+            sock.close()
+            self._lock.release()
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"a pool cannot be shared at {self._path}: {error}; give another path") from error
+        self._sock = sock
+
+    def accept(self) -> socket.socket | None:
+        """The next connection; ``None`` once :meth:`close` was called."""
+        sock = self._sock
+        if sock is None:
+            return None
+        try:
+            return sock.accept()[0]
+        except OSError:
+            return None
+
+    def close(self) -> None:
+        """Wake :meth:`accept`, and let the path go; idempotent."""
+        sock, self._sock = self._sock, None
+        if sock is None:
+            return
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        sock.close()
+        self._path.unlink(missing_ok=True)
+        self._lock.release()
+
+    def _check_folder(self) -> None:
+        folder = self._path.parent
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.stat()
+        if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+            raise ConfigError(
+                f"{folder} can be entered by others, who could then read what is shared there; "
+                "give a folder of this user's own (mode 0700)"
+            )
+
+    def _clear(self) -> None:
+        if self._path.exists() and not stat.S_ISSOCK(self._path.stat().st_mode):
+            raise ConfigError(f"{self._path} is not a socket; give a path where nothing is")
+        self._path.unlink(missing_ok=True)
+
+
+def _left(deadline: float) -> float:
+    """Seconds until ``deadline``; raises ``TimeoutError`` when there are none."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("the time of this call is over")
+    return left
