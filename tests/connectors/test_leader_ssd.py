@@ -35,7 +35,7 @@ def test_a_restart_finds_what_was_there_and_not_what_was_dropped(tmp_path: Path)
     assert catalogue.restore(node) == 0
     put(node, b"a-key", b"b-key", b"c-key")
     node.drop(b"b-key", Tier.SSD)
-    catalogue.follow(node.drain_events())
+    catalogue.follow(node.drain_changes())
     catalogue.close()
     catalogue.close()
 
@@ -52,7 +52,7 @@ def test_fewer_slots_keep_what_fits(tmp_path: Path) -> None:
     node = directory()
     catalogue = opened(tmp_path)
     put(node, b"a-key", b"b-key", b"c-key")
-    catalogue.follow(node.drain_events())
+    catalogue.follow(node.drain_changes())
     catalogue.close()
 
     smaller = directory(slots=1)

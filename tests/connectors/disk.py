@@ -1,0 +1,72 @@
+"""A disk that hangs or fails when a test says so."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from typing import Any
+
+import pytest
+
+
+class Disk:
+    """Stands between the slabs of this process and the file system: :meth:`hang`, :meth:`fail`, :meth:`work`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._changed = threading.Condition()
+        self._hanging: set[str] = set()
+        self._failing: set[str] = set()
+        self._held = 0
+        self._left = {"read": 1 << 60, "write": 1 << 60, "sync": 1 << 60}
+        self._real = {"read": os.preadv, "write": os.pwritev, "sync": os.fdatasync}
+        monkeypatch.setattr(os, "preadv", lambda *arguments: self._do("read", *arguments))
+        monkeypatch.setattr(os, "pwritev", lambda *arguments: self._do("write", *arguments))
+        monkeypatch.setattr(os, "fdatasync", lambda *arguments: self._do("sync", *arguments))
+
+    def hang(self, *kinds: str) -> None:
+        """``read``, ``write`` and ``sync`` do not come back from now on."""
+        with self._changed:
+            self._hanging |= set(kinds)
+
+    def fail(self, *kinds: str) -> None:
+        """These end with an input/output error from now on, those that hang as well."""
+        with self._changed:
+            self._failing |= set(kinds)
+            self._hanging -= set(kinds)
+            self._changed.notify_all()
+
+    def work(self) -> None:
+        """All is well again; what hung goes on."""
+        with self._changed:
+            self._hanging.clear()
+            self._failing.clear()
+            self._changed.notify_all()
+
+    def fail_after(self, count: int, kind: str = "read") -> None:
+        """So many more of this kind work, counting those that hang; the others fail."""
+        with self._changed:
+            self._left[kind] = count
+
+    def wait_held(self, count: int) -> None:
+        """Until so many transfers hang."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._held >= count, 60)
+
+    def wait_free(self) -> None:
+        """Until none hangs any more."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._held == 0, 60)
+
+    def _do(self, kind: str, *arguments: Any) -> Any:
+        with self._changed:
+            self._held += 1
+            self._changed.notify_all()
+            assert self._changed.wait_for(lambda: kind not in self._hanging, 60), "a test forgot to let the disk go"
+            self._held -= 1
+            self._changed.notify_all()
+            self._left[kind] -= 1
+            failing = kind in self._failing or self._left[kind] < 0
+        if failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return self._real[kind](*arguments)
