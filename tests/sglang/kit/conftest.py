@@ -9,7 +9,7 @@ import pytest
 from sglang.srt.plugins import load_plugins
 
 from tests.sglang.kit.proxies import PageId
-from tests.sglang.kit.rig import FILE, Backend, Engine, Setup
+from tests.sglang.kit.rig import FILE, UMBP, Backend, Engine, Setup
 
 
 class World:
@@ -21,13 +21,20 @@ class World:
         self.faults: list[str] = []
         self.engines: list[Engine] = []
 
-    def engine(self, setup: Setup, *, attach: bool = True, wrap: Callable[[object], object] | None = None) -> Engine:
+    def engine(
+        self,
+        setup: Setup,
+        *,
+        attach: bool = True,
+        ledger: bool = True,
+        wrap: Callable[[object], object] | None = None,
+    ) -> Engine:
         """A started engine; it is closed when the test ends."""
         engine = Engine(setup, self.folder, self.pages, self.faults)
         if wrap is not None:
             engine.wrap = wrap
         self.engines.append(engine)
-        engine.start(attach=attach)
+        engine.start(attach=attach, ledger=ledger)
         return engine
 
     def close(self) -> None:
@@ -41,7 +48,7 @@ def plugins() -> None:
     load_plugins()
 
 
-@pytest.fixture(params=[FILE], ids=lambda backend: backend.name)
+@pytest.fixture(params=[FILE, UMBP], ids=lambda backend: backend.name)
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Ours, and SGLang's own ``file`` as the control: what fails for both is a fault of the test or of SGLang."""
     return request.param

@@ -54,13 +54,29 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8).reshape(tensor.shape[0], -1)
 
 
-def expected(pool: str, row: str, prompt: Prompt, positions: range, page_size: int, width: int) -> torch.Tensor:
-    """What ``positions`` of ``prompt`` hold in one tensor: ``[positions, width]`` bytes."""
+@dataclass(frozen=True)
+class Share:
+    """Part ``rank`` of ``size`` equal parts of each slot: the heads that one of several ranks has."""
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, rows: torch.Tensor) -> torch.Tensor:
+        """The columns of ``rows`` that are this part."""
+        width = rows.shape[1] // self.size
+        return rows[:, self.rank * width : (self.rank + 1) * width]
+
+
+def expected(
+    pool: str, row: str, prompt: Prompt, positions: range, page_size: int, width: int, share: Share
+) -> torch.Tensor:
+    """What ``positions`` of ``prompt`` hold in one tensor of a rank: ``[positions, width]`` bytes."""
     seeds = prompt.seeds(page_size)
     first, last = positions.start // page_size, (positions.stop - 1) // page_size
-    data = b"".join(page_bytes(pool, row, seeds[page], page_size * width) for page in range(first, last + 1))
-    rows = torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(-1, width)
-    return rows[positions.start - first * page_size :][: len(positions)]
+    size = page_size * width * share.size
+    data = b"".join(page_bytes(pool, row, seeds[page], size) for page in range(first, last + 1))
+    rows = torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(-1, width * share.size)
+    return share.of(rows[positions.start - first * page_size :][: len(positions)])
 
 
 def device_tensors(component: ComponentType, allocator: Any, reqs: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -25,7 +25,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (
     InsertParams,
     MatchPrefixParams,
 )
-from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool, MLATokenToKVPool
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.storage import StorageBackendFactory
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
@@ -36,7 +36,7 @@ from sglang.test.kits.unified_radix_cache.config import CacheConfig
 from sglang.test.kits.unified_radix_cache.storage import UnifiedRadixCacheStorageFixtures
 
 from tests.sglang.kit import content
-from tests.sglang.kit.content import POOL_OF, Prompt
+from tests.sglang.kit.content import POOL_OF, Prompt, Share
 from tests.sglang.kit.proxies import Ledger, PageId
 
 TIMEOUT = 20.0
@@ -84,6 +84,7 @@ class Setup:
     memory: str = "cache"
     model: str = "tiny"
     mla: bool = False
+    indexer: bool = False
     tp: tuple[int, int] = (0, 1)
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -120,13 +121,14 @@ class Engine:
 
     # ---- life
 
-    def start(self, *, attach: bool = True) -> None:
+    def start(self, *, attach: bool = True, ledger: bool = True) -> None:
         """Builds the pools and the tree and attaches the backend, as a server's start does."""
-        patched = mock.patch.object(fixtures, "MHATokenToKVPool", _mla_pool) if self.setup.mla else _nothing()
-        with patched:
+        pool = _dsa_pool if self.setup.indexer else _mla_pool if self.setup.mla else fixtures.MHATokenToKVPool
+        with mock.patch.object(fixtures, "MHATokenToKVPool", pool):
             self.cache, self.allocator, self.reqs = fixtures.build_fixture(self.setup.cfg)
         args = self._server_args(attach)
-        with self._as_rank(), self._observed():
+        observed = self._observed() if ledger else contextlib.nullcontext()
+        with self._as_rank(), observed:
             self.cache.init_hicache(args, self.cache.cache_init_params)
         for entry in self.cache.host_pool_group.entries:
             entry.host_pool.pin_memory = False  # there is no device to pin it for
@@ -288,6 +290,8 @@ class Engine:
             if slots is None:
                 continue
             slots = slots.reshape(-1)
+            if self.setup.indexer:
+                yield from self._indexer(prompt, slots, positions)
             for name, tensor in content.device_tensors(component, self.allocator, self.reqs):
                 width = tensor[0].numel() * tensor.element_size()
                 yield (
@@ -297,11 +301,27 @@ class Engine:
                     self._want(component, name, prompt, positions[-len(slots) :], width),
                 )
 
+    def _indexer(
+        self, prompt: Prompt, slots: torch.Tensor, positions: range
+    ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """The indexer's device tensors have one row per page."""
+        size = self.setup.cfg.page_size
+        for layer, tensor in enumerate(self.allocator.get_kvcache().index_k_with_scale_buffer):
+            ends = range(positions.start + size, positions.stop + 1, size)
+            want = [
+                content.expected(
+                    "indexer", f"{layer}", prompt.cut(end), range(end - 1, end), 1, tensor.shape[1], Share()
+                )
+                for end in ends
+            ]
+            yield f"INDEXER {layer}", tensor, slots[::size] // size, torch.cat(want)
+
     def _want(self, component: ComponentType, name: str, prompt: Prompt, at: range, width: int) -> torch.Tensor:
         size = self.setup.cfg.page_size
+        share = Share() if self.setup.mla else Share(*self.setup.tp)
         if component is ComponentType.MAMBA:
-            return content.expected("mamba", name, prompt, range(at.stop - size, at.stop), size, width)[:1]
-        return content.expected(component.name, name, prompt, at, size, width)
+            return content.expected("mamba", name, prompt, range(at.stop - size, at.stop), size, width, share)[:1]
+        return content.expected(component.name, name, prompt, at, size, width, share)
 
     def _spans(self, prompt: Prompt) -> Iterator[tuple[ComponentType, Any, range]]:
         """Each component of each node on the prompt's path, and the positions that the node covers."""
@@ -356,6 +376,8 @@ class Engine:
     def _after_attach(self) -> None:
         """The kit's host pools are as large as its device pools, which leaves no room to prefetch."""
         controller = self.cache.cache_controller
+        if self.ledger is None:
+            self.backend = controller.storage_backend
         if controller.enable_storage:
             controller.prefetch_capacity_limit = max(
                 controller.prefetch_capacity_limit, controller.mem_pool_host.logical_size
@@ -366,11 +388,13 @@ def _key(prompt: Prompt) -> RadixKey:
     return RadixKey(array("q", prompt.tokens), extra_key=prompt.extra_key, cache_salt=prompt.cache_salt)
 
 
-def _nothing() -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
-
-
 def _mla_pool(**kwargs: Any) -> MLATokenToKVPool:
     """A latent pool where the kit would make one of keys and values."""
     del kwargs["head_num"], kwargs["head_dim"]
     return MLATokenToKVPool(**kwargs, kv_lora_rank=64, qk_rope_head_dim=16)
+
+
+def _dsa_pool(**kwargs: Any) -> DSATokenToKVPool:
+    """A latent pool with an indexer's pool beside it."""
+    del kwargs["head_num"], kwargs["head_dim"]
+    return DSATokenToKVPool(**kwargs, kv_lora_rank=64, qk_rope_head_dim=16, index_head_dim=128, kv_cache_dim=80)
