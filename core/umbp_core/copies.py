@@ -6,7 +6,7 @@ Bookkeeping for :mod:`umbp_core.directory`, which is the door to use.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,6 +49,21 @@ class DirectoryEvent(NamedTuple):
     depth: int = 0
 
 
+class Change(msgspec.Struct, frozen=True, gc=False):
+    """Copies that became or stopped being readable together: the same change of each key, with its copy."""
+
+    kind: EventKind
+    tier: Tier
+    keys: Sequence[bytes]
+    copies: Sequence[Copy]
+
+    def events(self) -> Iterator[DirectoryEvent]:
+        """One event per key."""
+        kind = self.kind
+        for key, copy in zip(self.keys, self.copies, strict=True):
+            yield DirectoryEvent(kind, key, copy.tier, copy.pages, copy.nbytes, copy.checksum, copy.depth)
+
+
 @dataclass(frozen=True, slots=True)
 class TierSpace:
     """What a directory manages of one tier.  Both parts are the directory's alone from then on.
@@ -78,18 +93,32 @@ class TierStats:
 
 
 class Reservation(msgspec.Struct, frozen=True, gc=False):
-    """A copy that ``owner`` is writing."""
+    """A copy that is being written."""
 
-    owner: str
     pages: tuple[int, ...]
     nbytes: int
     depth: int
 
 
+_NOTHING: dict[bytes, Reservation] = {}
+
+
 class TierCopies:
     """The copies of one tier.  A copy that holds pages is named by its first page."""
 
-    __slots__ = ("allocator", "bit", "held_pages", "pending", "pins", "policy", "published", "retired", "tier", "told")
+    __slots__ = (
+        "allocator",
+        "bit",
+        "held_pages",
+        "owned",
+        "pending",
+        "pins",
+        "policy",
+        "published",
+        "retired",
+        "tier",
+        "told",
+    )
 
     def __init__(self, space: TierSpace) -> None:
         self.tier = space.tier
@@ -98,7 +127,9 @@ class TierCopies:
         self.policy = space.policy
         self.told = space.told
         self.published: dict[bytes, Copy] = {}
-        self.pending: dict[bytes, Reservation] = {}
+        self.pending: set[bytes] = set()
+        self.owned: dict[str, dict[bytes, Reservation]] = {}
+        """What is being written, by the owner that writes it; ``pending`` has the keys of all."""
         self.pins: dict[int, int] = {}
         self.retired: set[int] = set()
         """Pinned copies that are not published any more."""
@@ -109,38 +140,70 @@ class TierCopies:
         """Whether ``key`` is published or being written."""
         return key in self.published or key in self.pending
 
-    def lacking(self, keys: Iterable[bytes]) -> dict[bytes, None]:
-        """Those of ``keys`` that are neither published nor being written, each once."""
-        published, pending = self.published, self.pending
-        return {key: None for key in keys if key not in published and key not in pending}
-
-    def reserve(self, key: bytes, reservation: Reservation) -> None:
-        """Note that the pages of ``reservation`` are being written."""
-        self.pending[key] = reservation
+    def reserve(self, owner: str, key: bytes, reservation: Reservation) -> None:
+        """Note that ``owner`` is writing the pages of ``reservation``."""
+        self.pending.add(key)
+        self.owned.setdefault(owner, {})[key] = reservation
         self.held_pages += len(reservation.pages)
 
-    def settle(self, key: bytes) -> Reservation:
-        """Forget the reservation of ``key``; its pages are published or freed next."""
-        reservation = self.pending.pop(key)
+    def reserve_pages(
+        self, owner: str, wanted: Mapping[bytes, tuple[int, int]], free: Iterable[int]
+    ) -> dict[bytes, tuple[int, ...]]:
+        """Reserve one page of ``free`` for each key of ``wanted`` (bytes and depth)."""
+        mine = self.owned.setdefault(owner, {})
+        places: dict[bytes, tuple[int, ...]] = {}
+        for (key, (nbytes, depth)), page in zip(wanted.items(), free, strict=True):
+            places[key] = pages = (page,)
+            mine[key] = Reservation(pages, nbytes, depth)
+        self.pending.update(wanted)
+        self.held_pages += len(wanted)
+        return places
+
+    def settle(self, owner: str, key: bytes) -> Reservation | None:
+        """Forget ``owner``'s reservation of ``key``, whose pages are published or freed next; ``None`` if none."""
+        mine = self.owned.get(owner)
+        reservation = mine.pop(key, None) if mine is not None else None
+        if reservation is None:
+            return None
+        if not mine:
+            del self.owned[owner]
+        self.pending.remove(key)
         self.held_pages -= len(reservation.pages)
         return reservation
+
+    def abort(self, owner: str) -> None:
+        """Free the pages of all reservations of ``owner``."""
+        mine = self.owned.pop(owner, None)
+        if mine is not None:
+            self.pending.difference_update(mine)
+            self._free([page for reservation in mine.values() for page in reservation.pages])
+
+    def _free(self, pages: Sequence[int]) -> None:
+        """Free pages that were held."""
+        self.held_pages -= len(pages)
+        self.allocator.free(pages)
 
     def publish(self, key: bytes, copy: Copy) -> None:
         """Make ``copy`` readable."""
         self.published[key] = copy
         self.policy.added(key, copy.depth)
 
-    def publish_reserved(self, written: Mapping[bytes, bytes]) -> list[Copy]:
-        """Publish the reservation of each key of ``written`` with its checksum."""
-        pending, published, added = self.pending, self.published, self.policy.added
+    def publish_reserved(self, owner: str, written: Mapping[bytes, bytes]) -> list[Copy] | None:
+        """Publish ``owner``'s reservation of each key of ``written`` with its checksum; ``None`` if it lacks one."""
+        mine = self.owned.get(owner, _NOTHING)
+        if not written.keys() <= mine.keys():
+            return None
+        published, added, tier = self.published, self.policy.added, self.tier
         copies: list[Copy] = []
         for key, checksum in written.items():
-            reserved = pending.pop(key)
+            reserved = mine.pop(key)
             self.held_pages -= len(reserved.pages)
-            copy = Copy(self.tier, reserved.pages, reserved.nbytes, checksum, reserved.depth)
-            published[key] = copy
-            added(key, copy.depth)
+            published[key] = copy = Copy(tier, reserved.pages, reserved.nbytes, checksum, reserved.depth)
+            added(key, reserved.depth)
             copies.append(copy)
+        self.pending.difference_update(written)
+        if not mine:
+            self.owned.pop(owner, None)
         return copies
 
     def unpublish(self, key: bytes) -> Copy:
@@ -167,26 +230,36 @@ class TierCopies:
         self.allocator.free(pages)
         return copies
 
-    def pin(self, copy: Copy) -> None:
-        """Keep the pages of ``copy`` until as many unpins."""
-        name = copy.pages[0]
-        count = self.pins.get(name, 0)
-        self.pins[name] = count + 1
-        if not count:
-            self.held_pages += len(copy.pages)
+    def pin(self, copies: Iterable[Copy]) -> None:
+        """Keep the pages of each of ``copies`` that is of this tier until as many unpins."""
+        pins, tier = self.pins, self.tier
+        for copy in copies:
+            if copy.tier is not tier:
+                continue
+            pages = copy.pages
+            count = pins.get(pages[0], 0)
+            pins[pages[0]] = count + 1
+            if not count:
+                self.held_pages += len(pages)
 
-    def unpin(self, copy: Copy) -> None:
-        """End one pin of ``copy``."""
-        name = copy.pages[0]
-        count = self.pins[name] - 1
-        if count:
-            self.pins[name] = count
-            return
-        del self.pins[name]
-        self.held_pages -= len(copy.pages)
-        if name in self.retired:
-            self.retired.remove(name)
-            self.allocator.free(copy.pages)
+    def unpin(self, copies: Iterable[Copy]) -> None:
+        """End one pin of each of ``copies`` that is of this tier."""
+        pins, retired, tier = self.pins, self.retired, self.tier
+        for copy in copies:
+            if copy.tier is not tier:
+                continue
+            pages = copy.pages
+            name = pages[0]
+            count = pins[name] - 1
+            if count:
+                pins[name] = count
+                continue
+            del pins[name]
+            if name in retired:
+                retired.remove(name)
+                self._free(pages)
+            else:
+                self.held_pages -= len(pages)
 
     def victims_for(self, nbytes: int, is_leased: Callable[[bytes], bool]) -> list[bytes] | None:
         """Keys whose eviction makes just enough room for ``nbytes``; ``None`` when no eviction does.

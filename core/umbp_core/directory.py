@@ -23,12 +23,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from umbp_core.copies import Copy, DirectoryEvent, EventKind, Reservation, TierCopies, TierSpace, TierStats
+from umbp_core.copies import Change, Copy, DirectoryEvent, EventKind, Reservation, TierCopies, TierSpace, TierStats
 from umbp_core.errors import StateError, UnknownOwner
 from umbp_core.leases import LeaseTable
 from umbp_core.tiers import Tier, TierSet
 
-__all__ = ["Copy", "Directory", "DirectoryEvent", "EventKind", "TierSpace", "TierStats"]
+__all__ = ["Change", "Copy", "Directory", "DirectoryEvent", "EventKind", "TierSpace", "TierStats"]
 
 _FASTEST = tuple(TierSet.fastest(mask) for mask in range(2 * max(Tier).bit))
 """The fastest tier of every mask."""
@@ -46,10 +46,9 @@ class Directory:
         if len(self._spaces) != len(spaces):
             raise StateError(f"tiers {[space.tier.name for space in spaces]}: one is named twice; give each one space")
         self._masks: dict[bytes, int] = {}
-        self._reservations: dict[str, dict[tuple[Tier, bytes], None]] = {}
         self._pinned: dict[str, list[Copy]] = {}
         self._leases = LeaseTable()
-        self._events: list[DirectoryEvent] = []
+        self._changes: list[Change] = []
 
     def tiers_of(self, key: bytes) -> int:
         """The tiers in which ``key`` is published, as a mask (see ``TierSet``)."""
@@ -97,9 +96,12 @@ class Directory:
 
         Events are kept until they are drained, so a caller drains regularly, whether it uses them or not.
         """
-        events = self._events
-        self._events = []
-        return events
+        return [event for change in self.drain_changes() for event in change.events()]
+
+    def drain_changes(self) -> list[Change]:
+        """As :meth:`drain_events`, with what changed together in one piece."""
+        changes, self._changes = self._changes, []
+        return changes
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """``keys``, in the order of their prefix chain, are being used now; unknown ones are ignored.
@@ -129,16 +131,18 @@ class Directory:
                     f"object {key.hex()} is not in {place} (any more), {owner} cannot pin it; look it up again"
                 )
             copies.append(copy)
-        for copy in copies:
-            spaces[copy.tier].pin(copy)
         if copies:
+            for state in spaces.values():
+                state.pin(copies)
             self._pinned.setdefault(owner, []).extend(copies)
         return copies
 
     def unpin(self, owner: str) -> None:
         """End all pins of ``owner``, if it has any."""
-        for copy in self._pinned.pop(owner, ()):
-            self._spaces[copy.tier].unpin(copy)
+        copies = self._pinned.pop(owner, None)
+        if copies is not None:
+            for state in self._spaces.values():
+                state.unpin(copies)
 
     def lease(self, owner: str, keys: Sequence[bytes], deadline: float) -> None:
         """Promise not to evict ``keys`` before ``deadline``, in addition to what ``owner`` leases already.
@@ -175,8 +179,7 @@ class Directory:
         pages = state.allocator.allocate(nbytes) or self._evict_for(state, nbytes)
         if pages is None:
             return None
-        state.reserve(key, Reservation(owner, pages, nbytes, depth))
-        self._reservations.setdefault(owner, {})[(tier, key)] = None
+        state.reserve(owner, key, Reservation(pages, nbytes, depth))
         return pages
 
     def reserve_many(
@@ -189,31 +192,20 @@ class Directory:
         """
         state = self._state(tier)
         page_bytes = state.allocator.page_bytes
-        for _, nbytes, _ in wanted:
+        published, pending = state.published, state.pending
+        new: dict[bytes, tuple[int, int]] = {}
+        for key, nbytes, depth in wanted:
             if not 0 < nbytes <= page_bytes:
                 raise StateError(
                     f"an object of {nbytes} bytes does not take one page of {page_bytes}; reserve it alone"
                 )
-        new = state.lacking([key for key, _, _ in wanted])
+            if key not in published and key not in pending and key not in new:
+                new[key] = nbytes, depth
         free = self._pages_for_each(state, len(new))
         if free is None:
             return [self.reserve(owner, key, tier, *sized) if key in new else None for key, *sized in wanted]
-        if not new:
-            return [None] * len(wanted)
-        state.held_pages += len(free)
-        free.reverse()
-        mine = self._reservations.setdefault(owner, {})
-        places: list[tuple[int, ...] | None] = []
-        for key, nbytes, depth in wanted:
-            if key not in new:
-                places.append(None)
-                continue
-            del new[key]
-            pages = (free.pop(),)
-            places.append(pages)
-            state.pending[key] = Reservation(owner, pages, nbytes, depth)
-            mine[tier, key] = None
-        return places
+        places = state.reserve_pages(owner, new, free) if new else {}
+        return [places.pop(key, None) for key, _, _ in wanted]
 
     def commit(self, owner: str, key: bytes, tier: Tier, checksum: bytes) -> None:
         """Publish what ``owner`` wrote.  Raises ``UnknownOwner`` when it has no such reservation."""
@@ -227,18 +219,15 @@ class Directory:
         Raises ``UnknownOwner``, with nothing changed, when ``owner`` has not all of these reservations.
         """
         state = self._state(tier)
-        mine = self._reservations.get(owner, {})
-        for key in written:
-            if (tier, key) not in mine:
-                raise self._not_reserved(owner, key, tier)
+        copies = state.publish_reserved(owner, written)
+        if copies is None:
+            mine = state.owned.get(owner, {})
+            raise self._not_reserved(owner, next(key for key in written if key not in mine), tier)
         masks, bit = self._masks, state.bit
-        copies = state.publish_reserved(written)
         for key in written:
-            del mine[tier, key]
             masks[key] = masks.get(key, 0) | bit
-        self._tell(EventKind.ADDED, state, written, copies)
-        if not mine:
-            self._reservations.pop(owner, None)
+        if copies:
+            self._tell(EventKind.ADDED, state, tuple(written), copies)
 
     def abort(self, owner: str, key: bytes, tier: Tier) -> None:
         """Give the pages of ``owner``'s reservation back.  Raises ``UnknownOwner`` when it has no such one."""
@@ -247,8 +236,9 @@ class Directory:
 
     def abort_owner(self, owner: str) -> None:
         """Give the pages of all reservations of ``owner`` back, if it has any."""
-        for tier, key in tuple(self._reservations.get(owner, ())):
-            self.abort(owner, key, tier)
+        for state in self._spaces.values():
+            if owner in state.owned:
+                state.abort(owner)
 
     def drop(self, key: bytes, tier: Tier) -> bool:
         """Forget the published copy of ``key`` in ``tier``, because its bytes are bad; whether there was one.
@@ -258,7 +248,7 @@ class Directory:
         state = self._state(tier)
         if key not in state.published:
             return False
-        self._unpublish(state, key)
+        self._unpublish(state, (key,))
         return True
 
     def clear(self, tier: Tier) -> int:
@@ -269,8 +259,8 @@ class Directory:
         """
         state = self._state(tier)
         going = [key for key in state.published if not self._leases.is_leased(key)]
-        for key in going:
-            self._unpublish(state, key)
+        if going:
+            self._unpublish(state, going)
         return len(going)
 
     def restore(
@@ -300,14 +290,9 @@ class Directory:
         return state
 
     def _take(self, state: TierCopies, owner: str, key: bytes) -> Reservation:
-        reservation = state.pending.get(key)
-        if reservation is None or reservation.owner != owner:
+        reservation = state.settle(owner, key)
+        if reservation is None:
             raise self._not_reserved(owner, key, state.tier)
-        state.settle(key)
-        mine = self._reservations[owner]
-        del mine[(state.tier, key)]
-        if not mine:
-            del self._reservations[owner]
         return reservation
 
     @staticmethod
@@ -322,10 +307,10 @@ class Directory:
         self._masks[key] = self._masks.get(key, 0) | state.bit
         self._tell(EventKind.ADDED, state, (key,), (copy,))
 
-    def _unpublish(self, state: TierCopies, key: bytes) -> None:
-        copy = state.unpublish(key)
-        self._unmask(state, (key,))
-        self._tell(EventKind.REMOVED, state, (key,), (copy,))
+    def _unpublish(self, state: TierCopies, keys: Sequence[bytes]) -> None:
+        copies = [state.unpublish(key) for key in keys]
+        self._unmask(state, keys)
+        self._tell(EventKind.REMOVED, state, keys, copies)
 
     def _unmask(self, state: TierCopies, keys: Iterable[bytes]) -> None:
         masks, keep = self._masks, ~state.bit
@@ -336,12 +321,9 @@ class Directory:
             else:
                 del masks[key]
 
-    def _tell(self, kind: EventKind, state: TierCopies, keys: Iterable[bytes], copies: Iterable[Copy]) -> None:
+    def _tell(self, kind: EventKind, state: TierCopies, keys: Sequence[bytes], copies: Sequence[Copy]) -> None:
         if state.told:
-            self._events += [
-                DirectoryEvent(kind, key, copy.tier, copy.pages, copy.nbytes, copy.checksum, copy.depth)
-                for key, copy in zip(keys, copies, strict=True)
-            ]
+            self._changes.append(Change(kind, state.tier, keys, copies))
 
     def _evict_for(self, state: TierCopies, nbytes: int) -> tuple[int, ...] | None:
         return state.allocator.allocate(nbytes) if self._make_room(state, nbytes) else None

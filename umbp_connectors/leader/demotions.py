@@ -120,11 +120,11 @@ class DemotionQueue:
         if self._in_flight.pop(op.op_id, None) is None:
             return
         bad = set(failed)
-        void = op.op_id in self._void
-        self._void.discard(op.op_id)
-        for index, block in enumerate(op.blocks):
-            if index not in bad and not void:
-                self._directory.commit(op.op_id, block.key, Tier.SSD, block.checksums)
+        if op.op_id in self._void:
+            self._void.remove(op.op_id)
+        else:
+            written = {block.key: block.checksums for index, block in enumerate(op.blocks) if index not in bad}
+            self._directory.commit_many(op.op_id, written, Tier.SSD)
         self._judge(bool(bad))
 
     def _judge(self, failure: bool) -> None:

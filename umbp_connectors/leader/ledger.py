@@ -8,7 +8,6 @@ them have, then gives one :class:`Verdict`.  Ranks are a set: a rank that report
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgspec
 
@@ -45,8 +44,7 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
         return [b"".join([stored[end - CHECKSUM_BYTES : end] for stored in self.stored]) for end in ends]
 
 
-@dataclass(slots=True)
-class _InFlight:
+class _InFlight(msgspec.Struct, frozen=True):
     op: LeaderTransferRequest
     results: dict[int, OpResult]
 

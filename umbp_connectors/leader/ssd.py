@@ -9,7 +9,7 @@ from pathlib import Path
 
 from umbp_connectors.pool.catalogue import Catalogue, CatalogueRow
 from umbp_connectors.pool.folder import NamespaceFolder
-from umbp_core.directory import Directory, DirectoryEvent, EventKind
+from umbp_core.directory import Change, Directory, EventKind
 from umbp_core.errors import StateError, TierUnavailable
 from umbp_core.tiers import Tier
 
@@ -47,16 +47,20 @@ class SsdCatalogue:
         directory.drain_events()
         return restored
 
-    def follow(self, events: Iterable[DirectoryEvent]) -> None:
+    def follow(self, changes: Iterable[Change]) -> None:
         """Write down what changed on SSD; does not wait."""
-        for event in events:
-            if event.tier is not Tier.SSD:
+        for change in changes:
+            if change.tier is not Tier.SSD:
                 continue
-            if event.kind is EventKind.ADDED:
-                row = CatalogueRow(event.key, event.pages[0], event.nbytes, event.checksum, event.depth)
-                self._catalogue.record([row])
+            if change.kind is EventKind.ADDED:
+                self._catalogue.record(
+                    [
+                        CatalogueRow(key, copy.pages[0], copy.nbytes, copy.checksum, copy.depth)
+                        for key, copy in zip(change.keys, change.copies, strict=True)
+                    ]
+                )
             else:
-                self._catalogue.forget([event.key])
+                self._catalogue.forget(change.keys)
 
     def close(self) -> None:
         """Write what is pending and give the folder free; idempotent, bounded in time."""

@@ -8,8 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from operator import attrgetter
 
 from umbp_connectors.config import UmbpConfig
 from umbp_connectors.leader.demotions import DemotionQueue
@@ -35,7 +33,6 @@ from umbp_vllm.stores import StorePlanner, StorePolicy
 
 logger = logging.getLogger("vllm.umbp.pool")
 
-_KIND_AND_TIER = attrgetter("kind", "tier")
 _STORED_IN = {tier: counter("vllm:umbp_stored_blocks", tier.name.lower()) for tier in Tier}
 _EVICTED_FROM = {tier: counter("vllm:umbp_evicted_blocks", tier.name.lower()) for tier in Tier}
 
@@ -127,17 +124,16 @@ class LeaderPool:
 
     def settle(self) -> None:
         """Tell the catalogue, the event stream and the plug-ins what changed in the directory."""
-        events = self.directory.drain_events()
-        if not events:
-            return
-        for (kind, tier), run in groupby(events, key=_KIND_AND_TIER):
-            keys = [event.key for event in run]
-            added = kind is EventKind.ADDED
+        changes = self.directory.drain_changes()
+        for change in changes:
+            keys, tier = change.keys, change.tier
+            added = change.kind is EventKind.ADDED
             self.stats.count((_STORED_IN if added else _EVICTED_FROM)[tier], len(keys))
-            self.events.changed(keys, tier, added=added)
+            if self.events.enabled:
+                self.events.changed(keys, tier, added=added)
             self.plugins.blocks_changed(keys if added else (), () if added else keys, tier)
         if self.catalogue is not None:
-            self.catalogue.follow(events)
+            self.catalogue.follow(changes)
 
     def reset(self) -> None:
         """Unpublish everything; ops in flight end without publishing."""
