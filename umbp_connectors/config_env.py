@@ -11,6 +11,8 @@ import re
 OURS_BUT_NO_KEY = frozenset(
     {
         "UMBP_VLLM_NO_CLI_HOOK",  # kill switch of the vLLM adapter: only the JSON form stays
+        "UMBP_SGLANG_NO_HOOKS",  # kill switch of the SGLang adapter: only `dynamic` stays
+        "UMBP_SGLANG_OVERRIDE",  # our backend goes before one of the same name that SGLang may have
     }
 )
 """Read elsewhere in this project, before there is a configuration."""

@@ -1,7 +1,8 @@
-"""Entry point of SGLang's plug-in group.
+"""The KV-cache pool as SGLang's L3: ``--enable-hierarchical-cache --hicache-storage-backend umbp``.
 
-This release brings the pool to vLLM.  The entry point is registered already, so that an environment
-that upgrades later needs no change; until then it does nothing.
+:func:`register` is an entry point of SGLang and runs in every process of every server of the environment, also in those
+that do not use the pool.  Therefore importing this package imports neither torch nor SGLang, and the function never
+raises: what fails costs convenience, and one line in the log.
 """
 
 from __future__ import annotations
@@ -10,9 +11,14 @@ import logging
 
 __all__ = ["register"]
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Called by SGLang in every engine process; never raises, changes nothing, may be called repeatedly."""
-    _log.debug("umbp: the SGLang adapter comes with a later release; nothing was registered")
+    """Entry point of ``sglang.srt.plugins``: make the backend's name known.  Idempotent."""
+    try:
+        from umbp_sglang import registration
+
+        registration.register()
+    except Exception:
+        _logger.warning("umbp could not be registered; SGLang goes on without it", exc_info=True)

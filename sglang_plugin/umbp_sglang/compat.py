@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -11,6 +13,25 @@ def optional(owner: Any, name: str, default: Any = None) -> Any:
     return getattr(owner, name, default)
 
 
-def storage_metrics(**counts: list[Any]) -> Any:
-    """SGLang's ``StorageMetrics`` with these lists."""
-    return importlib.import_module("sglang.srt.observability.metrics_collector").StorageMetrics(**counts)
+def find(target: str) -> Any:
+    """What stands at ``target``, written ``module:name`` or ``module:Class.name``.
+
+    Imports the module.  Raises ``LookupError`` that says what is missing.
+    """
+    module_name, _, path = target.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise LookupError(f"{module_name} cannot be imported ({error})") from error
+    for name in path.split("."):
+        owner, found = found, optional(found, name)
+        if found is None:
+            raise LookupError(f"{optional(owner, '__name__', module_name)} has no {name}")
+    return found
+
+
+def require_parameters(target: str, parameters: Sequence[str]) -> None:
+    """Check that the callable at ``target`` still takes ``parameters``, in this order.  Raises ``LookupError``."""
+    has = list(inspect.signature(find(target)).parameters)
+    if [name for name in has if name in parameters] != list(parameters):
+        raise LookupError(f"{target.rpartition(':')[2]} takes ({', '.join(has)}), not ({', '.join(parameters)})")

@@ -1,0 +1,171 @@
+"""What ``register()`` does: the backend's name in SGLang's factory, and the hooks that give the name its meaning.
+
+SGLang's registry knows names, but other places of its code decide by the name what a backend can do.  Each hook is
+probed first: where SGLang changed, one sentence says what to use instead, and the start goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from umbp_sglang import compat, hooks
+from umbp_sglang.hooks import BACKEND
+
+NO_HOOKS = "UMBP_SGLANG_NO_HOOKS"
+"""Kill switch: with this variable set nothing is registered, and only ``dynamic`` starts the backend."""
+OVERRIDE = "UMBP_SGLANG_OVERRIDE"
+"""With this variable set, our backend takes the name even where SGLang has a backend of that name itself."""
+
+STORE_MODULE = "umbp_sglang.store"
+STORE_CLASS = "UMBPStore"
+DYNAMIC = (
+    "--hicache-storage-backend dynamic --hicache-storage-backend-extra-config "
+    f'\'{{"backend_name":"{BACKEND}","module_path":"{STORE_MODULE}","class_name":"{STORE_CLASS}","interface_v1":1}}\''
+)
+"""The form that needs no hook at all."""
+
+_FACTORY = "sglang.srt.mem_cache.storage.backend_factory:StorageBackendFactory"
+_CONTROLLER = "sglang.srt.managers.cache_controller:HiCacheController"
+_NO = frozenset({"", "0", "false", "no", "off"})
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """One change of SGLang in memory: where, how (a name of ``HookType``), with what, and what it rests on.
+
+    ``without`` completes the sentence "this SGLang is not as expected, so ..."; ``needs`` are further places that the
+    hook uses.
+    """
+
+    name: str
+    target: str
+    parameters: Sequence[str]
+    kind: str
+    function: Callable[..., Any]
+    without: str
+    needs: Sequence[str] = ()
+
+    def probe(self) -> None:
+        """Raise ``LookupError`` where SGLang has not what the hook rests on."""
+        compat.require_parameters(self.target, self.parameters)
+        for place in self.needs:
+            compat.find(place)
+
+
+FACTORY_HOOK = Hook(
+    "factory",
+    f"{_FACTORY}._create_builtin_backend",
+    ("backend_name", "backend_class", "storage_config", "mem_pool_host"),
+    "AROUND",
+    hooks.create_backend,
+    f"it cannot make the backend {BACKEND}; use {DYNAMIC}",
+    needs=(f"{_FACTORY}.register_backend",),
+)
+"""Without this one the name must not be offered: it would be refused only after the model is loaded."""
+
+MORE_HOOKS = (
+    Hook(
+        "command line",
+        "sglang.srt.server_args:ServerArgs.add_cli_args",
+        ("parser",),
+        "AFTER",
+        hooks.offer_choice,
+        f"its command line does not take {BACKEND}; use {DYNAMIC}",
+    ),
+    Hook(
+        "zero copy",
+        f"{_CONTROLLER}._start_storage_threads",
+        ("self",),
+        "BEFORE",
+        hooks.use_zero_copy,
+        f"{BACKEND} would get copies of pages instead of their addresses, which is slow; use {DYNAMIC}",
+        needs=(f"{_CONTROLLER}._page_get_zero_copy", f"{_CONTROLLER}._page_set_zero_copy"),
+    ),
+    Hook(
+        "host pool",
+        "sglang.srt.mem_cache.pool_host.common:get_allocator_from_storage",
+        ("allocator_type",),
+        "AROUND",
+        hooks.choose_allocator,
+        'the host pool lies in ordinary memory; for "allocator":"shm" use ' + DYNAMIC,
+    ),
+)
+
+
+def register() -> None:
+    """Register the backend and its hooks, or say why not.  SGLang applies hooks when all plug-ins have run.
+
+    Raises what importing SGLang's plug-in framework raises.
+    """
+    if is_set(os.environ, NO_HOOKS):
+        return
+    registry = compat.find("sglang.srt.plugins.hook_registry:HookRegistry")
+    try:
+        FACTORY_HOOK.probe()
+        factory = compat.find(_FACTORY)
+    except LookupError as error:
+        _say(error, FACTORY_HOOK)
+        return
+    owner = other_owner(factory)
+    if owner and not is_set(os.environ, OVERRIDE):
+        _logger.warning(
+            "umbp: this SGLang has a backend %s of its own (%s), which is used; for ours use %s, or set %s=1",
+            BACKEND,
+            owner,
+            DYNAMIC,
+            OVERRIDE,
+        )
+        return
+    if owner or BACKEND not in _registered(factory):
+        factory.register_backend(BACKEND, STORE_MODULE, STORE_CLASS)
+    _install(registry, FACTORY_HOOK)
+    for hook in MORE_HOOKS:
+        try:
+            hook.probe()
+        except LookupError as error:
+            _say(error, hook)
+        else:
+            _install(registry, hook)
+
+
+def is_set(env: Mapping[str, str], name: str) -> bool:
+    """Whether the variable ``name`` says yes."""
+    return env.get(name, "").strip().lower() not in _NO
+
+
+def other_owner(factory: Any) -> str:
+    """Where the backend of our name lies that is not ours; empty when there is none."""
+    entry = _registered(factory).get(BACKEND)
+    if entry is None or entry.get("module_path") == STORE_MODULE:
+        return ""
+    return f"{entry.get('module_path')}.{entry.get('class_name')}"
+
+
+def installed(hook: Hook) -> bool:
+    """Whether SGLang's registry has ``hook`` already."""
+    registry = compat.find("sglang.srt.plugins.hook_registry:HookRegistry")
+    return any(given is hook.function for _, given, *_ in registry._hooks.get(_dotted(hook), ()))
+
+
+def _install(registry: Any, hook: Hook) -> None:
+    if not installed(hook):
+        kinds = compat.find("sglang.srt.plugins.hook_registry:HookType")
+        registry.register(_dotted(hook), hook.function, kinds[hook.kind])
+
+
+def _dotted(hook: Hook) -> str:
+    return hook.target.replace(":", ".")
+
+
+def _registered(factory: Any) -> Mapping[str, Any]:
+    known: Mapping[str, Any] = compat.optional(factory, "_registry", {})
+    return known
+
+
+def _say(error: LookupError, hook: Hook) -> None:
+    _logger.warning("umbp: this SGLang is not as expected (%s), so %s", error, hook.without)
