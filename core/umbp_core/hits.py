@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 class HitCounters:
@@ -41,11 +42,21 @@ class HitCounters:
         queried = list(hashes)
         if not queried:
             return
-        found = list(map(self._places.get, queried))
+        place = self._places.get(queried[0])
+        if place is not None and self._keys[place : place + len(queried)] == queried:
+            self._hit(slice(place, place + len(queried)))  # a chain that was counted as a whole before
+        else:
+            self._hit(self._places_of(queried))
+
+    def _places_of(self, hashes: Sequence[bytes]) -> NDArray[np.intp]:
+        """The places of ``hashes``, which are made where there are none."""
+        found = list(map(self._places.get, hashes))
         if None in found:
-            self._add(dict.fromkeys([key for key, place in zip(queried, found, strict=True) if place is None]))
-            found = list(map(self._places.get, queried))
-        places = np.array(found, np.intp)
+            self._add(dict.fromkeys([key for key, place in zip(hashes, found, strict=True) if place is None]))
+            found = list(map(self._places.get, hashes))
+        return np.array(found, np.intp)
+
+    def _hit(self, places: slice | NDArray[np.intp]) -> None:
         # Of a place that is named twice, both sums are the same: it is counted once.
         np.frombuffer(self._counts, np.uint64)[places] += np.uint64(1)
         np.frombuffer(self._seen, np.float64)[places] = self._now

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, compress, repeat
 from operator import not_
@@ -33,6 +33,7 @@ from umbp_core.index_match import (
     group_matches,
     match_positions,
 )
+from umbp_core.index_reader import NOWHERE, MaskReader
 from umbp_core.placements import Cell, IndexStats, Placements, Roster
 
 __all__ = [
@@ -49,10 +50,6 @@ __all__ = [
 
 SLICE = 2048
 """Hashes of a slice of a sweep or an enumeration: about a millisecond, and still few when the machine is busy."""
-_RUN = 16
-"""Hashes of a query that are compared with as many rows at once."""
-_NOWHERE = 0
-"""The row of every hash that is not known: its mask is empty."""
 
 
 class HashCell(Cell):
@@ -110,6 +107,10 @@ class ExternalKvIndex:
         self._rows: dict[bytes, int] = {}
         self._keys: list[bytes] = [b""]
         self._masks: list[int] = [0]
+        self._reader = MaskReader(self._rows, self._keys, self._masks)
+        self.places_of: Callable[[Sequence[bytes]], Sequence[int]] = self._reader.read
+        """Where each of some hashes lies: equal numbers mean the same tiers of the same nodes, and as long as
+        ``revision`` stays they mean the same as before.  To be given to ``match_places`` before anything changes."""
         self._free = array("I")
         self._backlog: deque[HashCell] = deque()
 
@@ -118,9 +119,9 @@ class ExternalKvIndex:
         if not hashes:
             return 0
         cell = self._placements.open(node, tier)
-        rows = list(map(self._rows.get, hashes, repeat(_NOWHERE)))
+        rows = list(map(self._rows.get, hashes, repeat(NOWHERE)))
         added = self._join(cell, rows)
-        if _NOWHERE in rows:
+        if NOWHERE in rows:
             fresh = list(dict.fromkeys(compress(hashes, map(not_, rows))))
             added += self._insert(fresh, self._placements.intern(cell.bit))
         cell.roster.add(added)
@@ -137,7 +138,7 @@ class ExternalKvIndex:
             return 0
         masks, without = self._masks, self._without(cell.bit)
         gone = []
-        for row in map(self._rows.get, hashes, repeat(_NOWHERE)):
+        for row in map(self._rows.get, hashes, repeat(NOWHERE)):
             mask = masks[row]
             if mask & cell.bit:
                 masks[row] = without[mask]
@@ -196,10 +197,10 @@ class ExternalKvIndex:
         A hash that the query names twice is answered twice.  ``count_as_hit`` counts each hash that any node holds
         once.
         """
-        masks = self._masks_of(hashes)
+        places = self.places_of(hashes)
         if count_as_hit:
-            self._count_hits(hashes, masks, now)
-        return group_matches(hashes, masks, self._placements)
+            self.count_hits(hashes, places, now)
+        return group_matches(hashes, places, self._placements)
 
     def match_positions(
         self, hashes: Sequence[bytes], count_as_hit: bool = False, now: float = 0.0
@@ -208,16 +209,27 @@ class ExternalKvIndex:
 
         Everything else is as in :meth:`match`.
         """
-        if not hashes:
-            return []
-        masks = self._masks_of(hashes)
+        places = self.places_of(hashes)
         if count_as_hit:
-            self._count_hits(hashes, masks, now)
-        return match_positions(masks, self._placements)
+            self.count_hits(hashes, places, now)
+        return self.match_places(places)
 
-    def count_hits(self, hashes: Sequence[bytes], now: float) -> None:
-        """Count each of ``hashes`` that any node holds once, as a match that counts does."""
-        self._count_hits(hashes, self._masks_of(hashes), now)
+    @property
+    def revision(self) -> int:
+        """Grows whenever a number of ``places_of`` comes to mean something else."""
+        return self._placements.revision
+
+    def match_places(self, places: Sequence[int]) -> list[PositionMatch]:
+        """The answer of :meth:`match_positions` for hashes that lie at ``places``, see ``places_of``."""
+        return match_positions(places, self._placements) if places else []
+
+    def count_hits(self, hashes: Sequence[bytes], places: Sequence[int], now: float) -> None:
+        """Count each of ``hashes``, which lie at ``places``, that any node holds once, as a match that counts does."""
+        live = self._placements.live
+        distinct = set(places)
+        held = {mask for mask in distinct if mask & live}
+        everything = len(held) == len(distinct)
+        self.hits.record(hashes if everything else compress(hashes, map(held.__contains__, places)), now)
 
     def match_prefix(self, hashes: Sequence[bytes], weights: Mapping[int, float] | None = None) -> list[PrefixMatch]:
         """The longest prefix of ``hashes``, the hashes of a chain of blocks, that each node can use; longest first.
@@ -226,11 +238,11 @@ class ExternalKvIndex:
         cost of a block per tier, it is taken from the cheapest tier (the fastest of those), and a tier without a
         weight is not used.  Nodes that cannot use the first block are left out.  Counts no hits.
         """
-        return PrefixQuery(self._placements, weights).run(chain.from_iterable(self._mask_runs(hashes)))
+        return PrefixQuery(self._placements, weights).run(chain.from_iterable(self._reader.runs(hashes)))
 
     def tiers_of(self, node: str, key: bytes) -> list[int]:
         """The tiers on which ``node`` holds ``key``, fastest first."""
-        mask = self._masks[self._rows.get(key, _NOWHERE)]
+        mask = self._masks[self._rows.get(key, NOWHERE)]
         return [cell.tier for cell in self._placements.cells(node) if mask & cell.bit]
 
     def life(self, node: str, tier: int) -> int:
@@ -299,34 +311,6 @@ class ExternalKvIndex:
         cells = [(cell, cell.roster.copy()) for node in self.nodes() for cell in self._placements.cells(node)]
         incarnation, cursor = (0, 0) if self.feed is None else (self.feed.incarnation, self.feed.cursor)
         return Snapshot(incarnation, cursor, self._read(cells, slice_hashes))
-
-    def _masks_of(self, hashes: Sequence[bytes]) -> list[int]:
-        return list(chain.from_iterable(self._mask_runs(hashes)))
-
-    def _mask_runs(self, hashes: Sequence[bytes]) -> Iterator[Iterable[int]]:
-        """The masks of ``hashes``, in parts.
-
-        A chain is mostly reported in its order, so that its rows follow each other: where a part of a query equals the
-        keys of as many rows, nothing has to be hashed and looked up.
-        """
-        get, keys, masks = self._rows.get, self._keys, self._masks
-        row = _NOWHERE
-        unambiguous = b"" not in self._rows  # the key of a free row
-        for start in range(0, len(hashes), _RUN):
-            part = hashes[start : start + _RUN]
-            row = row or get(part[0], _NOWHERE)
-            end = row + len(part)
-            if row and unambiguous and keys[row:end] == part:
-                yield masks[row:end]
-                row = end
-            else:
-                yield map(masks.__getitem__, map(get, part, repeat(_NOWHERE)))
-                row = _NOWHERE
-
-    def _count_hits(self, hashes: Sequence[bytes], masks: Sequence[int], now: float) -> None:
-        live = self._placements.live
-        held = {mask for mask in set(masks) if mask & live}
-        self.hits.record(compress(hashes, map(held.__contains__, masks)), now)
 
     def _join(self, cell: HashCell, rows: Sequence[int]) -> list[int]:
         """Put those of ``rows`` that are somewhere, but not in ``cell``, there; returns them."""

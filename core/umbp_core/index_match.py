@@ -115,7 +115,9 @@ def match_positions(masks: Sequence[int], placements: Placements[C]) -> list[Pos
     """Who holds which positions of a query, whose masks are ``masks``; the nodes in no order that means anything."""
     if masks.count(masks[0]) == len(masks):  # compares identities first, and equal masks are mostly one object
         cells = placements.members(masks[0])
-        everything = ((1 << len(masks)) - 1).to_bytes((len(masks) + 7) // 8, "little") if cells else b""
+        everything = ((1 << len(masks)) - 1).to_bytes((len(masks) + 7) // 8, "little")
+        if len(cells) == 1:
+            return [PositionMatch(cells[0].node, {cells[0].tier: everything})]
         bitmaps = {cell.number: everything for cell in cells}
     else:
         distinct = list(set(masks))

@@ -76,6 +76,8 @@ class Placements(Generic[C]):
         self._lives = 0
         self.live = 0
         """The bits of all cells that count; to be applied to every mask that is read."""
+        self.revision = 0
+        """Grows whenever a mask comes to mean other cells."""
 
     def __len__(self) -> int:
         """Cells that have a number: they count, are prepared, or are retired and not released yet."""
@@ -115,6 +117,7 @@ class Placements(Generic[C]):
         cells = self._nodes.get(cell.node, {}) | {cell.tier: cell}
         self._nodes[cell.node] = {tier: cells[tier] for tier in sorted(cells, key=preference)}
         self.live |= cell.bit
+        self.revision += 1
 
     def retire(self, cell: C) -> None:
         """``cell`` counts no more.  Masks may still hold its bit until it is released."""
@@ -123,6 +126,7 @@ class Placements(Generic[C]):
         if not cells:
             del self._nodes[cell.node]
         self.live &= ~cell.bit
+        self.revision += 1
 
     def release(self, cell: C) -> None:
         """Give the number of a retired ``cell`` back, when no mask holds its bit any more."""

@@ -77,7 +77,7 @@ def test_hits_count_as_in_a_match() -> None:
     index.report("n2", [A], 1)
     index.match_positions([A, A, B], True, 1.0)
     index.match_positions([], True, 1.0)
-    index.count_hits([A, B], 2.0)
+    index.count_hits([A, B], index.places_of([A, B]), 2.0)
     assert index.hits.counts([A, B]) == {A: 2}
 
 

@@ -121,13 +121,18 @@ class NativeLink:
 
     def _send(self, data: bytes, deadline: float) -> None:
         self._arm(deadline)
-        rest = memoryview(data)
-        while True:
-            with suppress(BlockingIOError):  # the kernel's clock is not ours: arming tells whether the time is up
-                rest = rest[self._socket.send(rest) :]
-            if not rest:
-                return
+        try:
+            sent = self._socket.send(data)
+        except BlockingIOError:  # the kernel's clock is not ours: arming tells whether the time is up
+            sent = 0
+        if sent < len(data):
+            self._send_rest(memoryview(data)[sent:], deadline)
+
+    def _send_rest(self, rest: memoryview, deadline: float) -> None:
+        while rest:
             self._arm(deadline)
+            with suppress(BlockingIOError):  # as above
+                rest = rest[self._socket.send(rest) :]
 
     def _receive(self, deadline: float) -> bytes:
         """What comes next.  The socket is armed."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NamedTuple
 
 from umbp_connectors.master.service import MasterService, breathe
+from umbp_core.index import PositionMatch
 from umbp_core.journal import Bundle, Delta
 from umbp_core.wire import bounds, messages, replies, values_index, values_nodes
 from umbp_core.wire.columns import pack_bitmap
-from umbp_core.wire.hashes import count_hashes, unpack_hashes, unpack_in_parts
+from umbp_core.wire.hashes import count_hashes, unpack_hashes, unpack_in_parts, view_hashes
 from umbp_core.wire.messages import Message
 
 _BREATH = 8192
@@ -37,6 +38,7 @@ class NativeCalls:
         self._max_hashes = max_hashes
         self._few = service.state.slices.keys
         self._at_once = service.state.slices.query
+        self._prepared = service.state.prepare(self._matches_message)
         self.table: dict[type[Message], Call] = {
             messages.Register: Call("RegisterClient", self._register),
             messages.Unregister: Call("UnregisterClient", self._unregister),
@@ -62,13 +64,14 @@ class NativeCalls:
     def _match(self, request: messages.Match) -> Answer:
         if len(request.hashes) > self._at_once and count_hashes(request.hashes) > self._at_once:
             return self._match_in_steps(request)
-        hashes = unpack_hashes(request.hashes)
-        matches = self._service.match_positions_now(hashes, request.count_as_hit)
-        return values_index.matches_message(matches, self._service.peer_address)
+        hashes = view_hashes(request.hashes)
+        return self._service.match_prepared(hashes, request.count_as_hit, self._prepared)
 
     async def _match_in_steps(self, request: messages.Match) -> Message:
         hashes = await self._unpack(request.hashes)
-        matches = await self._service.match_positions(hashes, request.count_as_hit)
+        return self._matches_message(await self._service.match_positions(hashes, request.count_as_hit))
+
+    def _matches_message(self, matches: Sequence[PositionMatch]) -> Message:
         return values_index.matches_message(matches, self._service.peer_address)
 
     async def _match_prefix(self, request: messages.MatchPrefix) -> Message:

@@ -102,17 +102,23 @@ class NativeConnection(asyncio.Protocol):
         if self._ending:
             return
         self._heard = now = monotonic()
-        frames = self._splitter.feed(data)
-        if not self._splitter.partial:
+        splitter = self._splitter
+        frames = splitter.feed(data)
+        if not splitter.partial:
             self._partial_since = None
         elif frames or self._partial_since is None:
             self._partial_since = now
-        self._backlog += frames
-        if self._turn is None and self._task is None:
-            self._began = now
-            self._work()
-        else:
+        if self._turn is not None or self._task is not None:
+            self._backlog += frames
             self._pace()
+            return
+        self._began = now
+        if len(frames) == 1 and frames[0][0] == _REQUEST and not self._busy and splitter.error is None:
+            self._request(frames[0][1], frames[0][2])  # what a client that waits for its answers sends
+            self._flush()
+        else:
+            self._backlog += frames
+            self._work()
 
     def eof_received(self) -> None:
         """Called by the loop; the transport then closes itself."""
@@ -218,6 +224,11 @@ class NativeConnection(asyncio.Protocol):
         return self._stalled_since is not None
 
     # the work
+
+    @property
+    def _busy(self) -> bool:
+        """Whether something has to be done before, or afterwards, that a request alone does not ask for."""
+        return bool(self._backlog) or self._paused or self._stalled_since is not None
 
     def _work(self) -> None:
         """Answer what was read, for one turn."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from typing import TypeVar
 
 from umbp_connectors.master.housekeeping import Housekeeping
 from umbp_connectors.master.lanes import Lanes, breathe, run_steps
@@ -31,9 +32,12 @@ from umbp_core.master.model import (
     Registration,
     RegistrationAck,
 )
+from umbp_core.master.prepared import PreparedMatches
 from umbp_core.master.samples import MetricSample
 from umbp_core.master.state import MasterState
 from umbp_core.ports import Clock
+
+A = TypeVar("A")
 
 __all__ = ["ClientStore", "EvictionSender", "MasterObserver", "MasterService", "breathe"]
 
@@ -230,17 +234,16 @@ class MasterService:
 
     async def match_positions(self, hashes: Sequence[bytes], count_as_hit: bool) -> list[PositionMatch]:
         """See ``MasterState.match_positions``."""
-        if len(hashes) <= self.state.slices.query:
-            return self.match_positions_now(hashes, count_as_hit)
-        matches = await run_steps(self.state.match_positions_steps(hashes, count_as_hit, self._clock()))
+        steps = self.state.match_positions_steps(hashes, count_as_hit, self._clock())
+        matches = await run_steps(steps)
         self._observer.matched(len(hashes), sum(map(PositionMatch.matched, matches)))
         return matches
 
-    def match_positions_now(self, hashes: Sequence[bytes], count_as_hit: bool) -> list[PositionMatch]:
-        """The same at one go, for at most ``state.slices.query`` hashes."""
-        matches = self.state.match_positions(hashes, count_as_hit, self._clock())
-        self._observer.matched(len(hashes), sum(map(PositionMatch.matched, matches)))
-        return matches
+    def match_prepared(self, hashes: Sequence[bytes], count_as_hit: bool, prepared: PreparedMatches[A]) -> A:
+        """The same at one go, for at most ``state.slices.query`` hashes, as an answer of ``state.prepare``."""
+        answer, matched = prepared.match(hashes, count_as_hit, self._clock())
+        self._observer.matched(len(hashes), matched)
+        return answer
 
     async def match_prefix(self, hashes: Sequence[bytes], weights: Mapping[int, float] | None) -> list[PrefixMatch]:
         """See ``MasterState.match_prefix``."""

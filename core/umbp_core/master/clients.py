@@ -106,6 +106,8 @@ class ClientTable:
         """Those with the status ALIVE, the one that was silent longest first."""
         self._expired: dict[str, Client] = {}
         """Those with the status EXPIRED, in the order in which they expired."""
+        self.revision = 0
+        """Grows whenever an answer of :meth:`peer_address` may have changed."""
 
     def __iter__(self) -> Iterator[Client]:
         """All nodes, in the order in which they came."""
@@ -149,6 +151,7 @@ class ClientTable:
             known = self._clients[record.node_id] = Client(record, now, heard=True)
         else:
             known.introduce(record)
+            self.revision += 1
         self.hear(known, now)
         return known, new_life
 
@@ -156,12 +159,14 @@ class ClientTable:
         """A node that an earlier life of the master knew; it has as long to be heard as any other."""
         client = self._clients[record.node_id] = Client(record, now, heard=False)
         self._alive[client.node_id] = client
+        self.revision += 1
         return client
 
     def remove(self, node_id: str) -> Client | None:
         """Forget a node."""
         self._alive.pop(node_id, None)
         self._expired.pop(node_id, None)
+        self.revision += 1
         return self._clients.pop(node_id, None)
 
     def hear(self, client: Client, now: float) -> None:
@@ -170,14 +175,15 @@ class ClientTable:
         client.heard = True
         client.status = NodeStatus.ALIVE
         self._expired.pop(client.node_id, None)
-        self._alive.pop(client.node_id, None)
+        if self._alive.pop(client.node_id, None) is None:
+            self.revision += 1
         self._alive[client.node_id] = client
 
     def silent(self, now: float) -> Collection[str]:
         """The nodes that will expire with the next :meth:`expire`."""
         overdue = []
         for client in self._alive.values():
-            if not self._is_overdue(client, now):
+            if now - client.seen <= self._patience and client.status is NodeStatus.ALIVE:
                 break
             overdue.append(client.node_id)
         return overdue
@@ -185,6 +191,7 @@ class ClientTable:
     def expire(self, now: float) -> list[Client]:
         """Let those nodes expire that were silent for too long; returns them."""
         expired = [self._alive.pop(node_id) for node_id in self.silent(now)]
+        self.revision += len(expired)
         for client in expired:
             client.status = NodeStatus.EXPIRED
             client.lapses += 1

@@ -127,8 +127,7 @@ class GetRoute(NamedTuple):
     peer_address: str
 
 
-@dataclass(frozen=True, slots=True)
-class ExternalMatch:
+class ExternalMatch(NamedTuple):
     """What one node holds of a query for external hashes, as a client is told."""
 
     node_id: str

@@ -70,7 +70,8 @@ class Queries:
 
     def _count(self, part: Sequence[bytes], counted: set[bytes], now: float) -> None:
         """Count those of ``part`` that were not ``counted`` for this query."""
-        self._index.count_hits([key for key in part if key not in counted], now)
+        new = [key for key in part if key not in counted]
+        self._index.count_hits(new, self._index.places_of(new), now)
         counted.update(part)
 
     def match_prefix(self, hashes: Sequence[bytes], weights: Mapping[int, float] | None) -> Steps[list[PrefixMatch]]:

@@ -15,7 +15,7 @@ No I/O, no threads, no clock.  One thread at a time.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from umbp_core.block_index import BlockIndex
@@ -42,10 +42,12 @@ from umbp_core.master.model import (
     RegistrationAck,
     TickEffects,
 )
+from umbp_core.master.prepared import PreparedMatches
 from umbp_core.master.queries import Queries
 from umbp_core.master.routes import Routes
 from umbp_core.master.victims import EvictionPlanner
 
+A = TypeVar("A")
 M = TypeVar("M", NodeMatch, PositionMatch, PrefixMatch)
 
 PAGE_HASHES = 4096
@@ -249,6 +251,10 @@ class MasterState:
         """Who holds which positions of ``hashes``, as bitmaps; everything else is as in :meth:`match`."""
         self._check("hashes", len(hashes))
         return self._audible(self.index.match_positions(hashes, count_as_hit, now), now)
+
+    def prepare(self, make: Callable[[Sequence[PositionMatch]], A]) -> PreparedMatches[A]:
+        """:meth:`match_positions` with answers as ``make`` makes them, which are kept for queries that are alike."""
+        return PreparedMatches(self.index, self._clients, self._check, make)
 
     def match_positions_steps(
         self, hashes: Sequence[bytes], count_as_hit: bool, now: float

@@ -70,6 +70,7 @@ class MasterMachine(RuleBasedStateMachine):
         self.now = 1000.0
         self.life = 1
         self.state = MasterState(SETTINGS, random.Random(3), self.life, SLICES)
+        self.prepared = self.state.prepare(list)
         self.model = MasterModel(6.0, SETTINGS.lease_duration, HitModel(SETTINGS.hit_ttl), SLICES.hashes)
         self.running: list[tuple[Steps[object], Pending, Batch | None]] = []
         self.planned = self.now - 10
@@ -122,6 +123,7 @@ class MasterMachine(RuleBasedStateMachine):
         records = [record for node in self.model.rows if (record := self.state.record(node)) is not None]
         self.life += 1
         self.state = MasterState(SETTINGS, random.Random(3), self.life, SLICES)
+        self.prepared = self.state.prepare(list)
         self.state.restore(records, self.now)
         self.planned = self.now - 10
         self.model.restart(self.now)
@@ -316,6 +318,7 @@ class MasterMachine(RuleBasedStateMachine):
             places = finish(self.state.match_positions_steps(query, False, self.now))
         else:
             places = self.state.match_positions(query, False, self.now)
+            assert self.prepared.match(query, False, self.now)[0] == places
         by_position = {
             match.node: [
                 (tier, [key for place, key in enumerate(query) if bitmap[place // 8] >> place % 8 & 1])

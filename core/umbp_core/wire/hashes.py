@@ -21,7 +21,10 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate, chain, pairwise
 
+import numpy as np
+
 from umbp_core.errors import InvalidRequest, ProtocolError
+from umbp_core.joined import JoinedHashes
 from umbp_core.wire import bounds
 from umbp_core.wire.columns import pack_column, unpack_column
 
@@ -31,6 +34,10 @@ _SEPARATOR = 0
 _SEPARATORS = [bytes((value,)) for value in range(256)]
 _CHUNK = 256
 """Hashes that one compiled format takes apart."""
+_WORTH = 4
+"""Hashes from which on it is worth while to leave a list as it is."""
+_LARGE = 4096
+"""Bytes from which on numpy counts faster."""
 
 
 class Packing(enum.IntEnum):
@@ -59,7 +66,7 @@ def pack_hashes(hashes: Sequence[bytes]) -> bytes:
     joined = b"\0".join(hashes)
     if len(joined) > bounds.HASH_BYTES and max(map(len, hashes)) > bounds.HASH_BYTES:
         raise InvalidRequest(f"a hash is longer than {bounds.HASH_BYTES} bytes; no index takes it")
-    if joined.count(_SEPARATOR) == count - 1:
+    if _occurrences(joined, _SEPARATOR) == count - 1:
         return _HEAD.pack(_PACKED_SEPARATED, count, _SEPARATOR) + joined
     lengths = list(map(len, hashes))
     if min(lengths) == lengths[0] == max(lengths):
@@ -85,6 +92,17 @@ def unpack_hashes(blob: bytes, limit: int = bounds.HASHES) -> list[bytes]:
     return _unpack_lengths(blob, count)
 
 
+def view_hashes(blob: bytes, limit: int = bounds.HASHES) -> Sequence[bytes]:
+    """Like :func:`unpack_hashes`, but what need not be taken apart to be understood is left as it is."""
+    mode, count, parameter = _head_of(blob, limit)
+    if mode != _PACKED_SEPARATED or count < _WORTH or len(blob) > bounds.HASH_BYTES or parameter >= len(_SEPARATORS):
+        return unpack_hashes(blob, limit)
+    data = blob[_HEAD_BYTES:]
+    if _occurrences(data, parameter) != count - 1:
+        raise _not_separated(count)
+    return JoinedHashes(data, _SEPARATORS[parameter], count)
+
+
 def unpack_in_parts(blob: bytes, limit: int = bounds.HASHES) -> Iterator[list[bytes]]:
     """Like :func:`unpack_hashes`, some thousand hashes at a time, for those who have other things to do in between."""
     mode, count, parameter = _head_of(blob, limit)
@@ -98,7 +116,7 @@ def unpack_in_parts(blob: bytes, limit: int = bounds.HASHES) -> Iterator[list[by
             yield _unpack_fixed(part, len(part) // parameter, parameter)
     else:
         data = blob[_HEAD_BYTES:]
-        if parameter >= len(_SEPARATORS) or data.count(parameter) != count - 1:
+        if parameter >= len(_SEPARATORS) or _occurrences(data, parameter) != count - 1:
             raise _not_separated(count)
         yield from _split_in_parts(data, _SEPARATORS[parameter])
 
@@ -123,6 +141,13 @@ def _unpack_separated(data: bytes, count: int, separator: int) -> list[bytes]:
     if len(hashes) != count:
         raise _not_separated(count)
     return hashes if len(data) <= bounds.HASH_BYTES else _checked(hashes)
+
+
+def _occurrences(data: bytes, value: int) -> int:
+    """How often the byte ``value`` is in ``data``."""
+    if len(data) < _LARGE:
+        return data.count(value)
+    return int(np.count_nonzero(np.frombuffer(data, np.uint8) == value))
 
 
 def _not_separated(count: int) -> ProtocolError:

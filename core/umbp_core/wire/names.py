@@ -20,17 +20,26 @@ def pack_names(names: tuple[str, ...]) -> bytes:
     return _packed(names) if len(names) <= _FEW else _pack(names)
 
 
+def pack_table(nodes: tuple[str, ...], addresses: tuple[str, ...]) -> tuple[bytes, bytes]:
+    """:func:`pack_names` of nodes and of their addresses."""
+    return _packed_table(nodes, addresses) if len(nodes) <= _FEW else (_pack(nodes), _pack(addresses))
+
+
 def unpack_names(blob: bytes) -> tuple[str, ...]:
     """The names in ``blob``.  Raises ``ProtocolError``."""
     return _unpacked(blob) if len(blob) <= _SHORT else _unpack(blob)
 
 
-def read_table(nodes: bytes, addresses: bytes) -> list[tuple[str, str]]:
+def read_table(nodes: bytes, addresses: bytes) -> Sequence[tuple[str, str]]:
     """Names with their addresses.  Raises ``ProtocolError`` when there are not as many of these."""
+    return _known_table(nodes, addresses) if len(nodes) + len(addresses) <= _SHORT else _read_table(nodes, addresses)
+
+
+def _read_table(nodes: bytes, addresses: bytes) -> tuple[tuple[str, str], ...]:
     names, places = unpack_names(nodes), unpack_names(addresses)
     if len(names) != len(places):
         raise ProtocolError(f"a table has {len(names)} nodes and {len(places)} addresses")
-    return list(zip(names, places, strict=True))
+    return tuple(zip(names, places, strict=True))
 
 
 def _pack(names: tuple[str, ...]) -> bytes:
@@ -46,6 +55,8 @@ def _unpack(blob: bytes) -> tuple[str, ...]:
 
 _packed = lru_cache(maxsize=256)(_pack)
 _unpacked = lru_cache(maxsize=256)(_unpack)
+_packed_table = lru_cache(maxsize=256)(lambda nodes, addresses: (_pack(nodes), _pack(addresses)))
+_known_table = lru_cache(maxsize=256)(_read_table)
 
 
 class NodeTable:

@@ -14,7 +14,7 @@ from umbp_core.master.model import BlockPage, ExternalMatch, HashChange, HashExp
 from umbp_core.wire import messages, replies
 from umbp_core.wire.columns import bitmap_bytes, pack_column, select, unpack_column, unpack_floats
 from umbp_core.wire.hashes import EMPTY, pack_hashes, unpack_hashes
-from umbp_core.wire.names import pack_names, read_table, unpack_names
+from umbp_core.wire.names import pack_names, pack_table, read_table, unpack_names
 
 _CELL = struct.Struct("<Ii")
 _RUN = struct.Struct("<iI")
@@ -30,6 +30,10 @@ _VERDICT_OF = {number: verdict for verdict, number in _VERDICTS.items()}
 
 def matches_message(matches: Sequence[PositionMatch], address: Callable[[str], str]) -> replies.Matches:
     """The answer to ``Match``; ``address`` says where a node is."""
+    if len(matches) == 1 and len(matches[0].tiers) == 1:  # the most frequent one
+        node, tiers = matches[0]
+        ((tier, bitmap),) = tiers.items()
+        return replies.Matches(*pack_table((node,), (address(node),)), _CELL.pack(0, tier), bitmap)
     nodes, addresses, cells, bitmaps = [], [], [], []
     for number, (node, tiers) in enumerate(matches):
         nodes.append(node)
@@ -37,7 +41,7 @@ def matches_message(matches: Sequence[PositionMatch], address: Callable[[str], s
         for tier, bitmap in tiers.items():
             cells.append(_CELL.pack(number, tier))
             bitmaps.append(bitmap)
-    return replies.Matches(pack_names(tuple(nodes)), pack_names(tuple(addresses)), b"".join(cells), b"".join(bitmaps))
+    return replies.Matches(*pack_table(tuple(nodes), tuple(addresses)), b"".join(cells), b"".join(bitmaps))
 
 
 def matches_of(message: replies.Matches, hashes: Sequence[bytes]) -> list[ExternalMatch]:
@@ -49,7 +53,12 @@ def matches_of(message: replies.Matches, hashes: Sequence[bytes]) -> list[Extern
     cells, bitmaps = message.cells, message.bitmaps
     if len(cells) % _CELL.size or len(bitmaps) != len(cells) // _CELL.size * size:
         raise ProtocolError(f"an answer has {len(cells)} bytes of cells and {len(bitmaps)} of bitmaps of {size} bytes")
-    found = [ExternalMatch(node, address, {}) for node, address in read_table(message.nodes, message.addresses)]
+    table = read_table(message.nodes, message.addresses)
+    if len(table) == 1 and len(cells) == _CELL.size:  # the most frequent one
+        number, tier = _CELL.unpack(cells)
+        if not number:
+            return [ExternalMatch(*table[0], {tier: select(hashes, bitmaps)})]
+    found = [ExternalMatch(node, address, {}) for node, address in table]
     lists: dict[bytes, list[bytes]] = {}
     at = 0
     for number, tier in _CELL.iter_unpack(cells):

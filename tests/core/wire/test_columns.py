@@ -94,7 +94,7 @@ def test_names_are_text_of_a_bounded_length() -> None:
 def test_a_table_names_each_node_once() -> None:
     table = NodeTable()
     assert [table.ref("b", "1"), table.ref("a", "2"), table.ref("b", "1")] == [1, 2, 1]
-    assert read_table(table.nodes, table.addresses) == [("b", "1"), ("a", "2")]
+    assert read_table(table.nodes, table.addresses) == (("b", "1"), ("a", "2"))
 
 
 def test_tables_that_do_not_fit_are_refused() -> None:

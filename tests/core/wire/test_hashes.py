@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from umbp_core.errors import InvalidRequest, ProtocolError
 from umbp_core.wire import bounds
-from umbp_core.wire.hashes import EMPTY, PART, Packing, count_hashes, pack_hashes, unpack_hashes, unpack_in_parts
+from umbp_core.wire.hashes import (
+    EMPTY,
+    PART,
+    Packing,
+    count_hashes,
+    pack_hashes,
+    unpack_hashes,
+    unpack_in_parts,
+    view_hashes,
+)
 
 HASHES = st.one_of(
     st.lists(st.binary(max_size=40), max_size=300),
@@ -27,7 +36,8 @@ def packed(mode: int, count: int, parameter: int, data: bytes = b"") -> bytes:
 def test_what_is_packed_comes_back(hashes: list[bytes]) -> None:
     blob = pack_hashes(hashes)
     assert unpack_hashes(blob) == hashes
-    assert count_hashes(blob) == len(hashes)
+    assert list(view_hashes(blob)) == hashes
+    assert count_hashes(blob) == len(view_hashes(blob)) == len(hashes)
     assert [one for part in unpack_in_parts(blob) for one in part] == hashes
 
 
@@ -94,6 +104,9 @@ WRONG = {
     "no byte as a separator": packed(2, 1, 256, b"a"),
     "too few separators": packed(2, 3, 0, b"a\0b"),
     "too many separators": packed(2, 2, 0, b"a\0b\0c"),
+    "too few separators of many": packed(2, 7, 0, b"a\0b\0c\0d\0e\0f"),
+    "too many separators of many": packed(2, 5, 0, b"a\0b\0c\0d\0e\0f"),
+    "no byte between many": packed(2, 6, 256, b"a\0b\0c\0d\0e\0f"),
     "a hash above the bound": packed(2, 2, 0, b"a\0" + b"b" * (bounds.HASH_BYTES + 1)),
     "more than the bound of a list": packed(2, bounds.HASHES + 1, 0, bytes(bounds.HASHES)),
     "a count that would fill the memory": packed(2, 0xFFFFFFFF, 0, b"abc"),
@@ -106,6 +119,8 @@ WRONG = {
 def test_what_is_wrong_is_refused(blob: bytes) -> None:
     with pytest.raises(ProtocolError):
         unpack_hashes(blob)
+    with pytest.raises(ProtocolError):
+        view_hashes(blob)
     with pytest.raises(ProtocolError):
         list(unpack_in_parts(blob))
 
@@ -126,6 +141,14 @@ def test_the_reader_may_ask_for_less() -> None:
     assert unpack_hashes(blob, 3) == [b"1", b"2", b"3"]
     with pytest.raises(ProtocolError, match="above the bound of 2"):
         unpack_hashes(blob, 2)
+
+
+@pytest.mark.parametrize("length", [10, 100])
+def test_a_view_refuses_as_early_as_a_list(length: int) -> None:
+    hashes = [b"%0*d" % (length, number) for number in range(100)]
+    assert list(view_hashes(pack_hashes(hashes), 100)) == hashes
+    with pytest.raises(ProtocolError, match="above the bound of 99"):
+        view_hashes(pack_hashes(hashes), 99)
 
 
 def test_too_much_is_not_packed() -> None:
