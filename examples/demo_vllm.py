@@ -15,28 +15,24 @@ nothing is left behind.  The exit status is 1 when a token differs or a phase re
 from __future__ import annotations
 
 import argparse
-import contextlib
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs from any folder
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from examples.progress import console, progress
 from examples.random_model import medium_llama, prompt
 from examples.serving import Answer, ServerFailed, VllmServer, cpu_environment, cpu_only
 
 GPU_TIE = 0.5
 """Nats between two candidates that 16-bit rounding may swap; the random model's best leads by about three."""
-
-WIDTH = 90
-"""Columns of the output where it is not a terminal."""
 
 COLD, ENGINE, DRAM, SSD = "cold", "engine prefix hit", "DRAM hit", "SSD hit after restart"
 CACHED = "vllm:prompt_tokens_cached_by_source"
@@ -70,26 +66,26 @@ class Phase:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
     options = _parse(arguments)
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    screen = console()
     on_cpu = cpu_only()
     tie = 0.0 if on_cpu else GPU_TIE
     with tempfile.TemporaryDirectory(prefix="umbp-demo-") as folder:
         try:
-            phases = run(options, Path(folder), console, on_cpu)
+            phases = run(options, Path(folder), screen, on_cpu)
         except (ServerFailed, TimeoutError) as error:
-            console.print(f"[red]The demo failed:[/red] {error}", highlight=False)
+            screen.print(f"[red]The demo failed:[/red] {error}", highlight=False)
             return 1
-    console.print(_table(phases, options.tokens, tie))
+    screen.print(_table(phases, options.tokens, tie))
     faults = faults_of(phases, tie)
     for fault in faults:
-        console.print(f"[red]{fault}[/red]", highlight=False)
+        screen.print(f"[red]{fault}[/red]", highlight=False)
     return 1 if faults else 0
 
 
-def run(options: argparse.Namespace, folder: Path, console: Console, on_cpu: bool) -> list[Phase]:
+def run(options: argparse.Namespace, folder: Path, screen: Console, on_cpu: bool) -> list[Phase]:
     """Measure all phases; ``folder`` takes the model, the pool's SSD folder and the log."""
     prompts = [prompt(options.tokens, seed=seed) for seed in range(options.prompts)]
-    with _progress(console, 4 * len(prompts) + 3) as tell:
+    with progress(screen, 4 * len(prompts) + 3) as tell:
         tell("making a random model")
         server = _server(medium_llama(folder / "model"), folder, options, on_cpu)
         tell("starting vllm serve (up to a minute)")
@@ -156,22 +152,6 @@ def _measure(
         answers.append(server.complete(tokens, options.max_tokens))
     after = server.metric(CACHED, source=source) if source else 0
     return Phase(name, tuple(answers), round(after - before))
-
-
-@contextlib.contextmanager
-def _progress(console: Console, steps: int) -> Iterator[Callable[[str], None]]:
-    """A bar that every call of what is yielded moves on by one step."""
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=steps)
-
-        def tell(text: str) -> None:
-            progress.advance(task)
-            progress.update(task, description=text)
-            if not console.is_terminal:
-                console.print(text, highlight=False)
-
-        yield tell
 
 
 def _table(phases: Sequence[Phase], tokens: int, tie: float) -> Table:

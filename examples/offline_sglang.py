@@ -1,0 +1,71 @@
+"""``Engine(hicache_storage_backend="umbp")``: KV outlives SGLang's own caches, in a script.
+
+Run it with the Python that has SGLang; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs from any folder
+
+from examples.random_model import medium_llama, prompt
+from examples.serving_sglang import cpu_environment, cpu_only
+
+PAGE_TOKENS = 64
+
+
+def main() -> None:
+    """Generate once cold and once from the pool, and print both times."""
+    on_cpu = cpu_only()
+    if on_cpu and "SGLANG_USE_CPU_ENGINE" not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **cpu_environment()})
+    import sglang
+
+    with tempfile.TemporaryDirectory() as folder:
+        engine = sglang.Engine(
+            model_path=str(medium_llama(Path(folder))),
+            page_size=PAGE_TOKENS,
+            max_total_tokens=8192,
+            enable_hierarchical_cache=True,
+            hicache_storage_backend="umbp",
+            hicache_storage_backend_extra_config=json.dumps({"dram_capacity": "1GiB"}),
+            hicache_storage_prefetch_policy="wait_complete",
+            **(_cpu_arguments() if on_cpu else {}),
+        )
+        try:
+            _ask_twice(engine)
+        finally:
+            engine.shutdown()
+
+
+def _ask_twice(engine: object) -> None:
+    greedy = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+    for name in ("computed", "from the pool"):
+        begin = time.perf_counter()
+        output = engine.generate(input_ids=prompt(1500, seed=0), sampling_params=greedy)
+        seconds = time.perf_counter() - begin
+        reused = output["meta_info"]["cached_tokens"]
+        print(f"{name}: {reused} tokens reused, {seconds:.2f} s, {output['output_ids']}")
+        time.sleep(2)  # SGLang writes to its storage in the background; then it forgets its own copies
+        engine.flush_cache()
+
+
+def _cpu_arguments() -> dict[str, object]:
+    """What an engine without a GPU needs besides the environment."""
+    return {
+        "device": "cpu",
+        "attention_backend": "torch_native",
+        "sampling_backend": "pytorch",
+        "disable_cuda_graph": True,
+        "dtype": "float32",  # rounding cannot decide a token then
+    }
+
+
+if __name__ == "__main__":
+    main()
