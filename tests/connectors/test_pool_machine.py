@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from umbp_connectors.pool.machine import MemoryLimits, meminfo, memory_limits
+from umbp_connectors.pool.machine import MemoryLimits, meminfo, memory_limits, memory_to_spare
 
 
 def _tree(root: Path, files: dict[str, str]) -> Path:
@@ -53,3 +53,40 @@ def test_the_smaller_of_both_is_usable() -> None:
 def test_meminfo_fields(tmp_path: Path, field: str, value: int) -> None:
     root = _tree(tmp_path, {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    2 kB\nHugePages_Free:   3\n"})
     assert meminfo(field, root) == value
+
+
+V2 = "sys/fs/cgroup/pod"
+V1 = "sys/fs/cgroup/memory/box"
+
+
+@pytest.mark.parametrize(
+    ("files", "spare"),
+    [
+        ({}, 64 << 10),
+        ({"proc/self/cgroup": "0::/pod\n", f"{V2}/memory.max": "max\n", f"{V2}/memory.current": "9999\n"}, 64 << 10),
+        ({"proc/self/cgroup": "0::/pod\n", f"{V2}/memory.max": "5000\n", f"{V2}/memory.current": "2000\n"}, 3000),
+        (
+            {
+                "proc/self/cgroup": "0::/pod/box\n",
+                f"{V2}/box/memory.max": "90000\n",
+                f"{V2}/box/memory.current": "1000\n",
+                f"{V2}/memory.max": "5000\n",
+                f"{V2}/memory.current": "4900\n",
+                f"{V2}/memory.stat": "anon 9\ninactive_file 700\nactive_file 50\n",
+            },
+            800,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:cpu,memory:/box\n",
+                f"{V1}/memory.limit_in_bytes": "5000\n",
+                f"{V1}/memory.usage_in_bytes": "4000\n",
+                f"{V1}/memory.stat": "inactive_file 1\ntotal_inactive_file 30\n",
+            },
+            1030,
+        ),
+    ],
+)
+def test_what_can_be_taken_minds_the_container(tmp_path: Path, files: dict[str, str], spare: int) -> None:
+    root = _tree(tmp_path, {"proc/meminfo": "MemAvailable:  64 kB\n", **files})
+    assert memory_to_spare(root) == spare

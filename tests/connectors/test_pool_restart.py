@@ -127,7 +127,19 @@ def test_a_lost_slab_costs_hits_only(tmp_path: Path) -> None:
     pool.close()
     (slab,) = tmp_path.rglob("slab-*.bin")
     slab.unlink()
-    assert _serve(tmp_path, 60, 5) == [GetStatus.CORRUPT] * 5
+    for _ in range(2):
+        assert _serve(tmp_path, 60, 5) == [GetStatus.MISS] * 5
+
+
+def test_a_slab_of_another_layout_that_made_room_is_not_promised_any_more(tmp_path: Path) -> None:
+    keys = [b"key%033d" % index for index in range(5)]
+    other = Identity(IDENTITY.namespace, b"\x22" * 32, IDENTITY.rank)
+    for identity in (IDENTITY, other, IDENTITY):
+        pool = LocalPool(identity, _config(tmp_path, 60))
+        pool.open()
+        assert pool.exists(keys) == [False] * 5
+        pool.put(keys, [_expected(index) for index in range(5)])
+        pool.close()
 
 
 def test_a_smaller_capacity_keeps_what_fits(tmp_path: Path) -> None:

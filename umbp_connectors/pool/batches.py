@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter
@@ -138,7 +139,8 @@ class BatchMover:
         owner = self._books.new_owner()
         loads = LoadBatch(self._loader, lender=owner) if self._loader is not None else None
         objects = [LentObject(GetStatus.MISS)] * len(keys)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._books.unpin, owner)
             copies = self._books.pin(owner, keys)
             wanted = [
                 WantedLoad(index, key, copy, None)
@@ -150,9 +152,7 @@ class BatchMover:
                 loaded = self._books.pin(owner, [keys[index] for index, _ in ended], Tier.DRAM)
                 for (index, status), copy in zip(ended, loaded, strict=True):
                     objects[index] = _lent(copy, status) if status.hit else LentObject(status)
-        except BaseException:
-            self._books.unpin(owner)
-            raise
+            undo.pop_all()
         for index, copy in enumerate(copies):
             if copy is not None and copy.tier is Tier.DRAM:
                 objects[index] = _lent(copy, GetStatus.DRAM)

@@ -100,13 +100,11 @@ def open_rank_slab(
     """Lock rank ``rank``'s folder and open its slab with as many slots as fit.  Called once by each worker.
 
     ``capacity_bytes`` bounds everything of ours below ``ssd_dir``, for all ``ranks`` that share it together, and for
-    all ``engines`` of a data-parallel group, which have a namespace each and get equal parts.  Where an engine has
-    several namespaces, this one has ``share`` of its part.  With ``own_catalogue`` the caller keeps a catalogue of this
-    rank alone in the folder of the slab.  A folder that is in use gets ``patience_s`` seconds to become free: a killed
-    engine's last process may still be on its way out.
+    all ``engines``, which get equal parts; where an engine has several namespaces, this one has ``share`` of its part.
+    With ``own_catalogue`` the caller keeps a catalogue of this rank alone beside the slab.  A folder that is in use
+    gets ``patience_s`` seconds to become free: a killed engine's last process may still be on its way out.
 
-    Raises ``TierUnavailable`` with one sentence: folder not creatable, read-only, not a folder, held by another
-    engine, disk full, or no room for a single object.
+    Raises ``TierUnavailable``: not a folder, read-only, held by another engine, disk full, no room for an object.
     """
     path = slab_path(ssd_dir, namespace, rank, layout_digest)
     lock = FolderLock(path.parent)
@@ -137,10 +135,10 @@ def open_rank_slab(
         undo.callback(lock.release)
         plan = _patiently(claim, patience_s)
         if plan.slots < 1:
+            taken = capacity_bytes - plan.claimed_bytes
             raise TierUnavailable(
-                f"{ssd_dir}: an SSD capacity of {capacity_bytes} bytes has no room for one object of "
-                f"{slot_bytes} bytes on each of {ranks} ranks ({capacity_bytes - plan.claimed_bytes} bytes are taken "
-                "by others); set a larger SSD capacity"
+                f"{ssd_dir}: an SSD capacity of {capacity_bytes} bytes has no room for one object of {slot_bytes} bytes "
+                f"on each of {ranks} ranks ({taken} bytes are taken by others); set a larger SSD capacity"
             )
         slab = SlabFile(path, slot_bytes, plan.slots, direct_io)
         slab.open()

@@ -72,11 +72,13 @@ class LocalPool:
         """Map the arena, take the SSD folder and restore what an earlier life left there.
 
         An SSD folder that cannot be used costs one warning: the pool works without it.  Raises ``ConfigError`` when
-        the DRAM size does not fit an object or the machine.
+        the DRAM size does not fit an object or the machine, and when the share of the SSD is none.
         """
         if self._parts is not None:
             raise StateError("this pool is already open")
         config = self._config
+        if not 0 < config.ssd_share <= 1:
+            raise ConfigError(f"an SSD share of {config.ssd_share} is no part of a whole; give one above 0 and up to 1")
         pages = config.dram_bytes // self.page_bytes if self.page_bytes else 0
         if pages < 1:
             raise ConfigError(

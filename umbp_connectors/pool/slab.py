@@ -46,6 +46,7 @@ class SlabFile:
         self._want_direct = direct_io
         self._direct = False
         self._read_only = False
+        self._is_new = False
         self._fd = -1
         self._guard = threading.Condition()
         self._closing = False
@@ -56,6 +57,11 @@ class SlabFile:
     def nbytes(self) -> int:
         """The length of the file."""
         return self.slots * self.slot_bytes
+
+    @property
+    def is_new(self) -> bool:
+        """True when :meth:`open` made the file: whatever a catalogue says about it, it holds nothing."""
+        return self._is_new
 
     @property
     def direct(self) -> bool:
@@ -80,6 +86,7 @@ class SlabFile:
                 self.path.unlink(missing_ok=True)
             raise
         self._read_only = read_only
+        self._is_new = not existed
         self._direct = False
         if self._want_direct:
             fd = self._try_direct(fd, read_only)

@@ -96,6 +96,10 @@ def open_ssd(
             logger.warning("the SSD tier is off: %s", error)
             return None
         undo.callback(catalogue.close)
+        if rank.slab.is_new:
+            # The slab that these were about was removed, by a user or to make room.
+            catalogue.forget(row.key for row in rows)
+            rows = []
         fence = ReadFence(clock, config.ssd_failures, config.ssd_retry_s)
         restored = books.add_ssd(rank.slots, catalogue, rows, fence)
         demoter = Demoter(books, arena, rank.slab, config.demote_threads)

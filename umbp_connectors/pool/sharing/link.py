@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import socket
@@ -99,7 +100,8 @@ def connect(path: Path, identity: bytes, wants_arena: bool, deadline: float) -> 
     """
     raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock = FrameSocket(raw, (FrameType.HELLO, FrameType.REPLY, FrameType.ERROR), messages.GREETING_BYTES)
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(sock.close)
         raw.settimeout(max(0.0, deadline - time.monotonic()))
         raw.connect(str(path))
         check_peer(raw)
@@ -112,9 +114,7 @@ def connect(path: Path, identity: bytes, wants_arena: bool, deadline: float) -> 
         welcome = messages.decode_as(Welcome, payload)
         pages = _map(path, sock.take_fd(), welcome) if wants_arena else None
         sock.allow(messages.FRAME_BYTES)
-    except BaseException:
-        sock.close()
-        raise
+        undo.pop_all()
     return Link(sock, welcome, pages)
 
 

@@ -189,15 +189,14 @@ class _Channel:
         """The link, closed when the caller's work with it fails.  Raises ``_Busy``, and as ``connect`` does."""
         if not self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise _Busy
-        try:
-            if self._link is None:
-                self._link = connect(self._path, self._identity, self._wants_arena, deadline)
-            yield self._link
-        except BaseException:
-            self._drop()
-            raise
-        finally:
-            self._lock.release()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._lock.release)
+            with contextlib.ExitStack() as broken:
+                broken.callback(self._drop)
+                if self._link is None:
+                    self._link = connect(self._path, self._identity, self._wants_arena, deadline)
+                yield self._link
+                broken.pop_all()
 
     def close(self) -> None:
         """Close the link, when nobody uses it any more."""
