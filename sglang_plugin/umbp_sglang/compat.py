@@ -35,3 +35,8 @@ def require_parameters(target: str, parameters: Sequence[str]) -> None:
     has = list(inspect.signature(find(target)).parameters)
     if [name for name in has if name in parameters] != list(parameters):
         raise LookupError(f"{target.rpartition(':')[2]} takes ({', '.join(has)}), not ({', '.join(parameters)})")
+
+
+def storage_metrics(**counts: list[Any]) -> Any:
+    """SGLang's ``StorageMetrics`` with these lists."""
+    return find("sglang.srt.observability.metrics_collector:StorageMetrics")(**counts)
