@@ -106,39 +106,29 @@ def open_rank_slab(
 
     Raises ``TierUnavailable``: not a folder, read-only, held by another engine, disk full, no room for an object.
     """
+    home = namespace_dir(ssd_dir, namespace)
     path = slab_path(ssd_dir, namespace, rank, layout_digest)
     lock = FolderLock(path.parent)
+    sizes = (slot_bytes, capacity_bytes, ranks, own_catalogue, engines, share)
 
     def claim() -> CapacityPlan:
         with _exclusively(Path(ssd_dir)):
-            _make_dir(path.parent.parent)
+            _make_dir(home)
             _make_dir(path.parent)
             lock.acquire()
-            plan = plan_capacity(
-                ssd_dir,
-                namespace,
-                rank,
-                layout_digest,
-                slot_bytes,
-                capacity_bytes,
-                ranks,
-                own_catalogue,
-                engines,
-                share,
-            )
+            plan = plan_capacity(ssd_dir, namespace, rank, layout_digest, *sizes)
             for holding in plan.remove:
                 holding.remove()
-            write_identity(path.parent.parent, namespace, plan.claimed_bytes)
+            write_identity(home, namespace, plan.claimed_bytes)
             return plan
 
     with contextlib.ExitStack() as undo:
         undo.callback(lock.release)
         plan = _patiently(claim, patience_s)
         if plan.slots < 1:
-            taken = capacity_bytes - plan.claimed_bytes
             raise TierUnavailable(
                 f"{ssd_dir}: an SSD capacity of {capacity_bytes} bytes has no room for one object of {slot_bytes} bytes "
-                f"on each of {ranks} ranks ({taken} bytes are taken by others); set a larger SSD capacity"
+                f"on each of {ranks} ranks ({plan.claimed_bytes} bytes of it are theirs); set a larger SSD capacity"
             )
         slab = SlabFile(path, slot_bytes, plan.slots, direct_io)
         slab.open()
