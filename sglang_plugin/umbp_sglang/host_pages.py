@@ -141,14 +141,14 @@ def page_access(pool: Any, parts: int = 1) -> PageAccess:
     pages = int(compat.optional(pool, "logical_size") or pool.size) // rows
     try:
         return _strided(pool, rows, pages, parts)
-    except (AttributeError, RuntimeError, ValueError) as error:
+    except (AssertionError, AttributeError, RuntimeError, ValueError) as error:
         if parts > 1:
             raise ValueError(f"the heads of {type(pool).__name__} cannot be cut: {error}") from error
         logger.debug("umbp: %s is copied page by page: %s", type(pool).__name__, error)
     try:
         sample = pool.get_data_page(0, flat=True)
         blank = pool.get_dummy_flat_data_page()
-    except (AttributeError, RuntimeError, ValueError) as error:
+    except (AssertionError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{type(pool).__name__} in layout {layout_of(pool)} has no pages to store: {error}") from error
     if tensor_bytes(sample.contiguous()).nbytes != tensor_bytes(blank).nbytes:
         raise ValueError(f"{type(pool).__name__} in layout {layout_of(pool)} reads and writes pages of different sizes")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from umbp_connectors.pool.local import GetStatus, PutStatus, StagedPut
-from umbp_connectors.pool.outcomes import PoolCounters
+from umbp_connectors.pool.sharing import SharedPoolServer
+from umbp_core.errors import ConfigError
 from umbp_sglang.host_pages import PageAccess, PageBuffer
+
+logger = logging.getLogger(__name__)
 
 _KEPT = frozenset({PutStatus.STORED, PutStatus.PRESENT})
 BATCH_PAGES = 128
@@ -17,7 +21,7 @@ BATCH_PAGES = 128
 
 
 class Shard(Protocol):
-    """What a store needs of a pool that it may write to; :class:`LocalPool` has it."""
+    """What a store needs of a pool: :class:`LocalPool` has it."""
 
     def put(
         self,
@@ -48,9 +52,6 @@ class Shard(Protocol):
 
     def clear(self) -> int:
         """Forget everything."""
-
-    def counters(self) -> PoolCounters:
-        """What happened so far."""
 
     def open(self) -> None:
         """Make ready for calls."""
@@ -89,15 +90,17 @@ class StagedPages:
 class StorePool:
     """The pages of one SGLang pool on this rank.
 
-    ``shards[k]`` keeps part ``k`` of each page.  A page is there when all its parts are.  ``writable`` is false for the
-    copy of a rank that leaves writing to its sibling.  Any thread.
+    ``shards[k]`` keeps part ``k`` of each page.  A page is there when all its parts are.  ``servers`` let sibling ranks
+    read them.  Any thread.
     """
 
-    def __init__(self, name: str, access: PageAccess, shards: Sequence[Shard], writable: bool = True) -> None:
+    def __init__(
+        self, name: str, access: PageAccess, shards: Sequence[Shard], servers: Sequence[SharedPoolServer] = ()
+    ) -> None:
         self.name = name
         self.access = access
         self.shards = tuple(shards)
-        self.writable = writable
+        self._servers = tuple(servers)
 
     @property
     def page_bytes(self) -> int:
@@ -153,15 +156,25 @@ class StorePool:
             shard.clear()
 
     def open(self) -> None:
-        """Make the shards ready.  Raises what they raise, with none of them left open."""
+        """Make the shards ready.  Raises what they raise, with none of them left open.
+
+        A server that cannot be opened costs one warning, and the siblings their hits.
+        """
         with contextlib.ExitStack() as undo:
             for shard in self.shards:
                 shard.open()
                 undo.callback(shard.close)
+            for server in self._servers:
+                try:
+                    server.open()
+                except ConfigError as error:
+                    logger.warning("umbp: the other ranks cannot read SGLang's pool %s: %s", self.name, error)
             undo.pop_all()
 
     def close(self) -> None:
         """Give everything back; idempotent."""
+        for server in self._servers:
+            server.close()
         for shard in self.shards:
             shard.close()
 

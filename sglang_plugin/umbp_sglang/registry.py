@@ -9,14 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from umbp_connectors.pool.buffers import round_up
 from umbp_connectors.pool.local import LocalPool, LocalPoolConfig
+from umbp_connectors.pool.sharing import SharedPoolServer
+from umbp_connectors.pool.slab import ALIGNMENT
 from umbp_core.errors import ConfigError, UmbpError
 from umbp_core.ids import Identity
 from umbp_sglang import compat
 from umbp_sglang.host_pages import PageAccess, is_logical, layout_of, page_access
 from umbp_sglang.identity import layout_descriptor, pool_identity, rank_scope
-from umbp_sglang.pools import Shard, StorePool
+from umbp_sglang.pools import StorePool
 from umbp_sglang.settings import StoreSettings
+from umbp_sglang.siblings import SiblingPool, meeting_place
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +28,7 @@ KV = "kv"
 _OWN_PER_RANK = frozenset({"mamba"})
 """Pools of which every TP rank has its own part even where KV is the same on all."""
 
-ShardMaker = Callable[[Identity, LocalPoolConfig], Shard]
+PoolMaker = Callable[[Identity, LocalPoolConfig], LocalPool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +53,9 @@ class PoolRegistry:
     much each needs.  Each gets of DRAM and SSD what SGLang gave its host pool of host memory, in proportion.
     """
 
-    def __init__(self, settings: StoreSettings, make_shard: ShardMaker = LocalPool) -> None:
+    def __init__(self, settings: StoreSettings, make_pool: PoolMaker = LocalPool) -> None:
         self._settings = settings
-        self._make_shard = make_shard
+        self._make_pool = make_pool
         self._lock = threading.RLock()
         self._added: dict[str, _Member] = {}
         self._known: dict[str, _Member] = {}
@@ -71,7 +75,7 @@ class PoolRegistry:
             return
         if not is_logical(host_pool):
             member = self._member(KV, host_pool)
-            if self._dram(member, 1.0) < member.access.object_bytes:
+            if self._dram(member, 1.0) < round_up(member.access.object_bytes, ALIGNMENT):
                 raise ConfigError(
                     f"a DRAM tier of {self._dram(member, 1.0)} bytes for each rank does not hold one page of "
                     f"{member.access.object_bytes} bytes; set a larger dram_capacity"
@@ -147,8 +151,18 @@ class PoolRegistry:
         if rank.head_parts and member.name == KV and layout_of(member.host_pool) == "page_head":
             first = rank.tp_rank * member.access.parts
             parts = list(range(first, first + member.access.parts))
-        shards = [self._make_shard(self._identity(member, part), self._config(member, part, share)) for part in parts]
-        return StorePool(member.name, member.access, shards)
+        identities = [self._identity(member, part) for part in parts]
+        shared = member.replicated and rank.tp_size > 1
+        if shared and not rank.writer:
+            timeout = self._settings.config.call_timeout_ms / 1000
+            readers = [SiblingPool(found, meeting_place(found, rank.dp_rank), timeout) for found in identities]
+            return StorePool(member.name, member.access, readers)
+        pools = [
+            self._make_pool(identity, self._config(member, part, share))
+            for identity, part in zip(identities, parts, strict=True)
+        ]
+        servers = [SharedPoolServer(pool, meeting_place(pool.identity, rank.dp_rank)) for pool in pools if shared]
+        return StorePool(member.name, member.access, pools, servers)
 
     def _identity(self, member: _Member, part: int | None) -> Identity:
         rank, pool, access = self._settings.rank, member.host_pool, member.access

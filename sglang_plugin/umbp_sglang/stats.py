@@ -81,7 +81,7 @@ class StoreStats:
             calls = {direction: list(kept) for direction, kept in self._calls.items()}
             for kept in self._calls.values():
                 kept.clear()
-        return compat.storage_metrics(
+        return compat.find("sglang.srt.observability.metrics_collector:StorageMetrics")(
             prefetch_pgs=[pages for pages, _ in calls["get"]],
             backup_pgs=[pages for pages, _ in calls["put"]],
             prefetch_bandwidth=[speed for _, speed in calls["get"]],

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from prometheus_client import CollectorRegistry
 from sglang.srt.mem_cache.hicache_storage import (
     HiCacheStorage,
     HiCacheStorageConfig,
@@ -17,14 +18,16 @@ from sglang.srt.mem_cache.hicache_storage import (
     PoolTransferResult,
 )
 
+from umbp_connectors.pool.local import LocalPool
 from umbp_core.breaker import Backoff, Breaker
 from umbp_core.errors import ConfigError
+from umbp_core.ports import Clock
 from umbp_sglang.doors import Door
 from umbp_sglang.hits import PrefixHits, leading_groups, prefixes_up_to, prefixes_with_tail
 from umbp_sglang.host_pages import tensor_bytes
 from umbp_sglang.keys import block_keys, leading
 from umbp_sglang.pools import BATCH_PAGES, Moved, StorePool, depths_of
-from umbp_sglang.registry import KV, PoolRegistry
+from umbp_sglang.registry import KV, PoolMaker, PoolRegistry
 from umbp_sglang.settings import read_settings
 from umbp_sglang.sidecars import Sidecars
 from umbp_sglang.stats import StoreStats
@@ -47,10 +50,18 @@ class UMBPStore(HiCacheStorage):
     Safe for SGLang's threads: one that asks, one that reads, one that writes, and the scheduler.
     """
 
-    def __init__(self, storage_config: HiCacheStorageConfig, mem_pool_host: Any = None) -> None:
+    def __init__(
+        self,
+        storage_config: HiCacheStorageConfig,
+        mem_pool_host: Any = None,
+        *,
+        make_pool: PoolMaker = LocalPool,
+        clock: Clock = time.monotonic,
+    ) -> None:
         self._settings = read_settings(storage_config)
         self._timeout = self._settings.config.call_timeout_ms / 1000
-        self._pools = PoolRegistry(self._settings)
+        self._clock = clock
+        self._pools = PoolRegistry(self._settings, make_pool)
         self._sidecars = Sidecars()
         self._stats = StoreStats()
         self._gets = self._door("get")
@@ -58,6 +69,11 @@ class UMBPStore(HiCacheStorage):
         self._asks = self._door("exists")
         if mem_pool_host is not None and not isinstance(mem_pool_host, dict):
             self.register_mem_pool_host(mem_pool_host)
+
+    @property
+    def metrics(self) -> CollectorRegistry:
+        """The store's Prometheus metrics."""
+        return self._stats.registry
 
     # What SGLang registers
 
@@ -179,7 +195,7 @@ class UMBPStore(HiCacheStorage):
         self._asks.answer(self._pools.close, None)
 
     def _door(self, name: str) -> Door:
-        return Door(name, Breaker(random.random, _BACKOFF), time.monotonic, self._stats.degraded)
+        return Door(name, Breaker(random.random, _BACKOFF), self._clock, self._stats.degraded)
 
     def _anchor_prefix(self, keys: Sequence[str]) -> int:
         if self._gets.shut:
@@ -299,9 +315,9 @@ class UMBPStore(HiCacheStorage):
         """``work``, counted."""
 
         def run() -> Moved:
-            started = time.monotonic()
+            started = self._clock()
             moved = work()
-            seconds = time.monotonic() - started
+            seconds = self._clock() - started
             self._stats.moved(direction, pool.name, len(moved.ok), sum(moved.ok), pool.page_bytes, seconds)
             return moved
 

@@ -1,0 +1,80 @@
+"""KV that is the same on every TP rank: one rank stores it, its siblings on the same host read it there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from umbp_connectors.pool.local import GetStatus, PutStatus, StagedPut
+from umbp_connectors.pool.sharing import SharedPoolReader
+from umbp_core.ids import Identity, digest_of
+
+_LOOKUP_S = 1.0
+"""A lookup that takes longer than this is a miss: a request waits for it."""
+
+
+def meeting_place(identity: Identity, dp_rank: int) -> Path:
+    """The socket where the ranks of one engine find the writer of ``identity``.
+
+    Ranks of an engine are children of the same process, and those of another engine, of another; a data-parallel group
+    of attention ranks has a writer of its own.
+    """
+    name = digest_of({"identity": identity.digest.hex(), "engine": os.getppid(), "dp": dp_rank}).hex()[:24]
+    return Path(tempfile.gettempdir()) / f"umbp-{os.geteuid()}" / f"{name}.sock"
+
+
+class SiblingPool:
+    """The writer's pool as its siblings have it: to read, and taking for granted what the writer stores.
+
+    A writer that is not there, or does not answer, makes misses.
+    """
+
+    def __init__(self, identity: Identity, path: Path, timeout: float) -> None:
+        self._reader = SharedPoolReader(path, identity, timeout)
+        self._lookup = min(timeout, _LOOKUP_S)
+
+    def open(self) -> None:
+        """Nothing to do: the reader connects when it is asked."""
+
+    def put(
+        self,
+        keys: Sequence[bytes],
+        buffers: Sequence[Any],
+        depths: Sequence[int] | None = None,
+        timeout: float | None = None,
+    ) -> list[PutStatus]:
+        """Nothing to do: the writer stores the same bytes."""
+        return [PutStatus.PRESENT] * len(keys)
+
+    def stage(
+        self,
+        keys: Sequence[bytes],
+        buffers: Sequence[Any],
+        depths: Sequence[int] | None = None,
+        timeout: float | None = None,
+    ) -> StagedPut:
+        """Nothing to do: the writer stores the same bytes."""
+        return StagedPut([PutStatus.PRESENT] * len(keys), lambda publish: publish)
+
+    def get(self, keys: Sequence[bytes], buffers: Sequence[Any], timeout: float | None = None) -> list[GetStatus]:
+        """Copy out of the writer's memory."""
+        return self._reader.get(keys, buffers, timeout)
+
+    def exists(self, keys: Sequence[bytes]) -> list[bool]:
+        """What the writer has."""
+        return self._reader.exists(keys, self._lookup)
+
+    def count_prefix(self, keys: Sequence[bytes]) -> int:
+        """What the writer has, from the first on without a gap."""
+        return self._reader.count_prefix(keys, self._lookup)
+
+    def clear(self) -> int:
+        """Nothing to do: the writer is told itself."""
+        return 0
+
+    def close(self) -> None:
+        """End the connections."""
+        self._reader.close()

@@ -1,0 +1,42 @@
+"""Stores that are closed when a test ends."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from sglang.srt.plugins import load_plugins
+
+from umbp_sglang.store import UMBPStore
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plugins() -> None:
+    """The tests' plug-in for a machine without a GPU makes host pools possible."""
+    load_plugins()
+
+
+class Stores:
+    """Makes stores as SGLang does: constructor, pools, then the word that these were all."""
+
+    def __init__(self, closing: contextlib.ExitStack) -> None:
+        self._closing = closing
+
+    def __call__(self, config: Any, pool: Any, sides: dict[Any, Any] | None = None, **more: Any) -> UMBPStore:
+        store = UMBPStore(config, pool, **more)
+        self._closing.callback(store.close)
+        store.register_mem_pool_host(pool)
+        store.register_mem_host_pool_v2(pool, "kv")
+        for name, side in (sides or {}).items():
+            store.register_mem_host_pool_v2(side, name)
+        store.on_host_pools_registered()
+        return store
+
+
+@pytest.fixture
+def stores() -> Iterator[Stores]:
+    """A maker of stores."""
+    with contextlib.ExitStack() as closing:
+        yield Stores(closing)

@@ -1,0 +1,79 @@
+"""KV that all TP ranks hold: the first rank stores it, the others read it from that rank's memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+
+from tests.sglang.store.conftest import Stores
+from tests.sglang.store.pools import MLA_LAYOUTS, contents, hashes, mha_pool, mla_pool, rows, storage_config, wipe
+
+
+@pytest.mark.parametrize("layout", MLA_LAYOUTS)
+def test_what_the_writer_stores_the_others_read(stores: Stores, layout: str) -> None:
+    pool = mla_pool(layout)
+    writer = stores(storage_config(mla=True, tp=(0, 4)), pool)
+    readers = [stores(storage_config(mla=True, tp=(rank, 4)), mla_pool(layout)) for rank in (1, 3)]
+    keys, want = hashes(3), contents(pool, [0, 1, 2])
+    assert writer.batch_set_v1(keys, rows(0, 1, 2)) == [True] * 3
+    for reader in readers:
+        assert reader.batch_exists(keys + hashes(1)) == 3
+        wipe(reader.mem_pool_host)
+        assert reader.batch_get_v1(keys, rows(4, 5, 6)) == [True] * 3
+        assert contents(reader.mem_pool_host, [4, 5, 6]) == want
+
+
+def test_the_others_store_nothing_and_say_it_is_done(stores: Stores) -> None:
+    writer = stores(storage_config(mla=True, tp=(0, 2)), mla_pool())
+    reader = stores(storage_config(mla=True, tp=(1, 2)), mla_pool())
+    keys = hashes(2)
+    assert reader.batch_set_v1(keys, rows(0, 1)) == [True, True]
+    assert writer.batch_exists(keys) == reader.batch_exists(keys) == 0
+
+
+def test_a_state_of_which_each_rank_has_a_part_is_stored_by_each(stores: Stores) -> None:
+    """Mamba states beside replicated KV: every rank writes its own, and reads no other's."""
+    sides = [mha_pool(heads=1), mha_pool(heads=1)]
+    sides[1].kv_buffer.add_(1)
+    ranks = [
+        stores(storage_config(mla=True, tp=(rank, 2)), mla_pool(), {PoolName.MAMBA: side})
+        for rank, side in enumerate(sides)
+    ]
+    keys = hashes(1)
+    for rank, store in enumerate(ranks):
+        assert store.batch_set_v2([PoolTransfer(PoolName.MAMBA, rows(3), keys=keys)]) == {PoolName.MAMBA: [True]}
+        store.batch_set_v1(keys, rows(3))
+        want = contents(sides[rank], [3])
+        assert store.batch_get_v2([PoolTransfer(PoolName.MAMBA, rows(9), keys=keys)]) == {PoolName.MAMBA: [True]}
+        assert contents(sides[rank], [9]) == want
+
+
+def test_a_writer_that_is_gone_makes_misses(stores: Stores) -> None:
+    pool = mla_pool()
+    writer = stores(storage_config(mla=True, tp=(0, 2)), pool)
+    reader = stores(storage_config(mla=True, tp=(1, 2)), mla_pool())
+    keys = hashes(1)
+    writer.batch_set_v1(keys, rows(0))
+    assert reader.batch_exists(keys) == 1
+    writer.close()
+    assert reader.batch_exists(keys) == 0
+    assert reader.batch_get_v1(keys, rows(0)) == [False]
+    reader.clear()
+
+
+def test_a_writer_that_comes_back_is_found_again(stores: Stores, tmp_path: Path) -> None:
+    tiers = {"ssd_dir": str(tmp_path), "ssd_capacity": "32MiB"}
+    pool, keys = mla_pool(), hashes(1)
+    want = contents(pool, [2])
+    first = stores(storage_config(mla=True, tp=(0, 2), extra=tiers), pool)
+    first.batch_set_v1(keys, rows(2))
+    first.close()
+    reader = stores(storage_config(mla=True, tp=(1, 2), extra=tiers), mla_pool())
+    assert reader.batch_exists(keys) == 0
+    stores(storage_config(mla=True, tp=(0, 2), extra=tiers), mla_pool())
+    reader = stores(storage_config(mla=True, tp=(1, 2), extra=tiers), mla_pool())
+    assert reader.batch_exists(keys) == 1
+    assert reader.batch_get_v1(keys, rows(5)) == [True], "brought from the writer's disk"
+    assert contents(reader.mem_pool_host, [5]) == want
