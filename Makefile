@@ -16,13 +16,20 @@ SOURCES := $(shell find umbp_connectors core vllm_plugin sglang_plugin -name '*.
 ifeq ($(VLLM_PYTHON),)
   VLLM_READY := .venv-vllm/.ready
   VLLM := .venv-vllm/bin/python
+  UMBP_VLLM_PYTHON ?= $(CURDIR)/$(VLLM)
 else
   OVERLAY := .overlay/$(subst /,_,$(VLLM_PYTHON))
   VLLM_READY := $(OVERLAY)/.ready
   VLLM := PYTHONPATH=$(CURDIR)/$(OVERLAY):$$PYTHONPATH '$(VLLM_PYTHON)'
+  UMBP_VLLM_PYTHON ?= $(VLLM_PYTHON)
+  UMBP_VLLM_PYTHONPATH ?= $(CURDIR)/$(OVERLAY)
 endif
 
-.PHONY: help venv venv-vllm demo test test-unit test-vllm lint format bench docs clean
+SGLANG_READY := .venv-sglang/.ready
+SGLANG := .venv-sglang/bin/python
+export UMBP_VLLM_PYTHON UMBP_VLLM_PYTHONPATH
+
+.PHONY: help venv venv-vllm venv-sglang demo demo-sglang test test-unit test-vllm test-sglang lint format bench docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -30,13 +37,19 @@ help: ## this list
 demo: $(VLLM_READY) ## serve a real vLLM with --kv-connector umbp and time cold, DRAM hit, SSD hit after a restart
 	$(VLLM) examples/demo_vllm.py
 
-test: lint test-unit test-vllm ## everything that must pass: linters, tests without an engine, tests with a real vLLM
+demo-sglang: $(SGLANG_READY) ## serve a real SGLang with --hicache-storage-backend umbp and time cold, L1, DRAM, SSD hits
+	$(SGLANG) examples/demo_sglang.py
+
+test: lint test-unit test-vllm test-sglang ## everything that must pass: linters, tests without an engine, with real ones
 
 test-unit: $(VENV_READY) ## the tests that need no engine
 	$(VENV) -m pytest
 
 test-vllm: $(VLLM_READY) ## the tests that need a vLLM
 	$(VLLM) -m pytest tests/vllm tests/gpu
+
+test-sglang: $(SGLANG_READY) $(VLLM_READY) ## the tests that need an SGLang; one of them starts a vLLM too
+	$(SGLANG) -m pytest tests/sglang
 
 lint: $(VENV_READY) ## ruff, mypy strict, the arrows between the packages, sizes
 	$(VENV) -m ruff check .
@@ -66,8 +79,10 @@ venv: $(VENV_READY) ## .venv: everything that needs no engine
 
 venv-vllm: .venv-vllm/.ready ## .venv-vllm: a CPU vLLM with this package, editable
 
+venv-sglang: $(SGLANG_READY) ## .venv-sglang: an SGLang that runs without a GPU, with this package, editable
+
 clean: ## remove what the targets above made
-	rm -rf .venv .venv-vllm .overlay .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist bench-results demo-run
+	rm -rf .venv .venv-vllm .venv-sglang .overlay .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist bench-results demo-run
 
 $(VENV_READY): pyproject.toml
 	@python=$$(sh scripts/find_python.sh "the tests and tools" 3.11 3.12 3.13 3.10) || exit 1; \
@@ -75,8 +90,13 @@ $(VENV_READY): pyproject.toml
 	$(VENV) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-.venv-vllm/.ready: pyproject.toml scripts/setup_vllm.py
+.venv-vllm/.ready: pyproject.toml scripts/setup_vllm.py scripts/engine_environment.py
 	@python=$$(sh scripts/find_python.sh "vLLM on the CPU" 3.11 3.12 3.13) && "$$python" scripts/setup_vllm.py .venv-vllm
+	@touch $@
+
+$(SGLANG_READY): pyproject.toml scripts/setup_sglang.py scripts/engine_environment.py
+	@python=$$(sh scripts/find_python.sh "SGLang on the CPU" 3.11 3.12 3.13) && \
+	"$$python" scripts/setup_sglang.py .venv-sglang
 	@touch $@
 
 .overlay/%/.ready: $(VENV_READY) scripts/overlay.py $(SOURCES)

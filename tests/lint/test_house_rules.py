@@ -25,6 +25,7 @@ BROAD_EXCEPTS = {
     "umbp_connectors/transfer/jobs.py": (2, "op boundary of a transfer worker: the op fails, the worker lives"),
     "umbp_connectors/transfer/lanes.py": (1, "top of a transfer thread"),
     "sglang_plugin/umbp_sglang/doors.py": (1, "engine boundary: a storage call is a miss"),
+    "sglang_plugin/umbp_sglang/__init__.py": (1, "engine boundary: an entry point never raises"),
     "vllm_plugin/umbp_vllm/__init__.py": (2, "engine boundary: an entry point never raises"),
     "vllm_plugin/umbp_vllm/cli_flags.py": (1, "engine boundary: an unknown vLLM costs the flags only"),
     "vllm_plugin/umbp_vllm/connector.py": (2, "engine boundary: the facade"),
@@ -140,4 +141,4 @@ def test_repository_does_not_name(what: str) -> None:
 def test_torch_index_stands_in_one_place() -> None:
     host = "download." + "pytorch.org"
     found = [name_of(path) for path in tracked() if host in path.read_text(encoding="utf-8", errors="replace")]
-    assert found == ["scripts/setup_vllm.py"]
+    assert found == ["scripts/engine_environment.py"]

@@ -46,9 +46,9 @@ def test_adapter_imports_in_time(site: Path, package: str) -> None:
     assert min(times) < BUDGET_MS
 
 
-def test_sglang_entry_point_never_raises_and_changes_nothing(site: Path) -> None:
-    code = "import umbp_sglang; before = set(sys.modules); umbp_sglang.register(); umbp_sglang.register()"
-    assert run(site, f"{code}; print(sorted(set(sys.modules) - before))").stdout.strip() == "[]"
+def test_sglang_entry_point_does_not_raise_where_there_is_no_sglang(site: Path) -> None:
+    code = "import umbp_sglang; umbp_sglang.register(); umbp_sglang.register(); print('alive')"
+    assert run(site, code).stdout.strip() == "alive"
 
 
 def test_vllm_entry_points_do_not_raise_where_there_is_no_vllm(site: Path) -> None:

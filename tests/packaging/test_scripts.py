@@ -1,7 +1,9 @@
 """The scripts behind the Makefile, without network: what they decide, not what pip does."""
 
+from __future__ import annotations
+
+import importlib
 import importlib.metadata
-import importlib.util
 import os
 import subprocess
 import sys
@@ -14,16 +16,16 @@ ROOT = Path(__file__).resolve().parents[2]
 FIND_PYTHON = ROOT / "scripts" / "find_python.sh"
 
 
-def load(name: str) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load_all(*names: str) -> list[types.ModuleType]:
+    """The scripts, which find what they share beside them, as scripts do."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        return [importlib.import_module(name) for name in names]
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
 
 
-setup_vllm = load("setup_vllm")
+common, setup_vllm, setup_sglang = load_all("engine_environment", "setup_vllm", "setup_sglang")
 
 
 class PlayedEnvironment:
@@ -36,6 +38,7 @@ class PlayedEnvironment:
         self.versions = versions or {}
         self.broken: set[str] = set()
         self.asked: list[tuple[str, ...]] = []
+        self.said: list[str] = []
 
     def pip(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         self.asked.append(arguments)
@@ -51,8 +54,11 @@ class PlayedEnvironment:
     def version_of(self, distribution: str) -> str:
         return self.versions.get(distribution, "")
 
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
-NO_TORCH = (1, f"ERROR: No matching distribution found for {setup_vllm.TORCH}")
+
+NO_TORCH = (1, f"ERROR: No matching distribution found for {common.TORCH}")
 
 
 def test_plain_install_is_enough_where_pip_offers_everything(tmp_path: Path) -> None:
@@ -72,19 +78,19 @@ def test_torch_comes_from_pytorch_where_pip_does_not_offer_it(tmp_path: Path) ->
     setup_vllm.install_vllm(env)
     first, torch, second = env.asked
     assert first == second
-    assert f"--index-url={setup_vllm.TORCH_CPU_INDEX}" in torch
-    assert torch[-1] == setup_vllm.TORCH
+    assert f"--index-url={common.TORCH_CPU_INDEX}" in torch
+    assert torch[-1] == common.TORCH
 
 
 def test_torch_that_nobody_offers_is_one_clear_error(tmp_path: Path) -> None:
     env = PlayedEnvironment(tmp_path, [NO_TORCH, (1, "connection refused")])
-    with pytest.raises(setup_vllm.SetupError, match="PIP_FIND_LINKS"):
+    with pytest.raises(common.SetupError, match="PIP_FIND_LINKS"):
         setup_vllm.install_vllm(env)
 
 
 def test_any_other_failure_is_told_as_it_is(tmp_path: Path) -> None:
     env = PlayedEnvironment(tmp_path, [(1, "ERROR: no space left on device")])
-    with pytest.raises(setup_vllm.SetupError, match="no space left on device"):
+    with pytest.raises(common.SetupError, match="no space left on device"):
         setup_vllm.install_vllm(env)
     assert len(env.asked) == 1
 
@@ -109,6 +115,65 @@ def test_command_is_mended_by_metadata_that_can_be_read(tmp_path: Path) -> None:
 def test_command_that_needs_no_mending_is_left_alone(tmp_path: Path) -> None:
     setup_vllm.mend_command(PlayedEnvironment(tmp_path, [], {"vllm": "0.32.0"}))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sglang_comes_without_its_cuda_dependencies(tmp_path: Path) -> None:
+    env = PlayedEnvironment(tmp_path, [NO_TORCH, (0, ""), (0, ""), (0, "")])
+    setup_sglang.install_sglang(env)
+    refused, torch, imported, bare = env.asked
+    assert refused == imported == ("install", common.TORCH, *setup_sglang.IMPORTED)
+    assert torch[-1] == common.TORCH
+    assert bare == ("install", "--no-deps", *setup_sglang.BARE)
+    assert f"sglang=={setup_sglang.SGLANG_VERSION}" in bare
+
+
+def test_second_call_installs_nothing_until_the_list_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup_sglang.install_sglang(PlayedEnvironment(tmp_path, []))
+    again = PlayedEnvironment(tmp_path, [])
+    setup_sglang.install_sglang(again)
+    assert again.asked == []
+    monkeypatch.setattr(setup_sglang, "IMPORTED", (*setup_sglang.IMPORTED, "new"))
+    setup_sglang.install_sglang(again)
+    assert len(again.asked) == 2
+
+
+def test_interrupted_installation_starts_again(tmp_path: Path) -> None:
+    with pytest.raises(common.SetupError, match="No space left"):
+        setup_sglang.install_sglang(PlayedEnvironment(tmp_path, [(0, ""), (1, "OSError: No space left on device")]))
+    again = PlayedEnvironment(tmp_path, [])
+    setup_sglang.install_sglang(again)
+    assert len(again.asked) == 2
+
+
+def compiler(folder: Path, missing: str) -> str:
+    """A compiler that does not find one header."""
+    return str(stub(folder, "compiler", f"if grep -q {missing}; then exit 1; fi"))
+
+
+@pytest.mark.parametrize("header", setup_sglang.HASH_HEADERS)
+def test_what_the_page_hash_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, header: str) -> None:
+    monkeypatch.setenv("CXX", compiler(tmp_path, header))
+    env = PlayedEnvironment(tmp_path, [])
+    setup_sglang.check_hash(env)
+    assert f"the header {header} is missing" in env.said[0]
+    assert "apt-get install" in env.said[0]
+
+
+def test_page_hash_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    assert "no C++ compiler" in setup_sglang.missing_for_hash(PlayedEnvironment(tmp_path, []))
+
+
+def test_nothing_is_said_where_the_page_hash_can_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", compiler(tmp_path, "nothing_like_this"))
+    env = PlayedEnvironment(tmp_path, [])
+    setup_sglang.check_hash(env)
+    assert env.said == []
+
+
+def test_full_disk_is_said_before_anything_is_done(tmp_path: Path) -> None:
+    with pytest.raises(common.SetupError, match="make room"):
+        common.check_machine(tmp_path / "new", 1 << 60, "SGLang", "")
 
 
 def find_python(folder: Path, *versions: str, python: str = "") -> subprocess.CompletedProcess[str]:
