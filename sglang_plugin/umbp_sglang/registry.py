@@ -85,8 +85,11 @@ class PoolRegistry:
         self.anchor = host_pool
 
     def add(self, name: str, host_pool: Any) -> None:
-        """Take a side pool, or KV again.  Raises ``ConfigError`` when its pages cannot be stored."""
-        if host_pool is self.anchor or is_logical(host_pool):
+        """Take a side pool, or KV again.  Raises ``ConfigError`` when its pages cannot be stored.
+
+        A side pool may have its pages in the host pool of KV; its objects are its own all the same.
+        """
+        if (name == KV and host_pool is self.anchor) or is_logical(host_pool):
             return
         member = self._member(name, host_pool)
         with self._lock:

@@ -31,7 +31,7 @@ from sglang.srt.mem_cache.storage import StorageBackendFactory
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
-from sglang.test.kits.unified_radix_cache import fixtures
+from sglang.test.kits.unified_radix_cache import fixtures, mixins
 from sglang.test.kits.unified_radix_cache.config import CacheConfig
 from sglang.test.kits.unified_radix_cache.storage import UnifiedRadixCacheStorageFixtures
 
@@ -96,15 +96,38 @@ class Setup:
 
 
 class Kit(UnifiedRadixCacheStorageFixtures, unittest.TestCase):
-    """The kit's fixtures as an object: it lends its methods, and cleans up after its engine."""
+    """The kit's fixtures as an object: it lends its methods, and cleans up after its engine.
+
+    Its own longer steps start caches themselves, with the file backend by its name: they get the backend of the
+    setup instead, and an earlier cache is stopped first, because a folder of ours has one owner at a time.
+    """
+
+    __test__ = False
 
     def __init__(self, setup: Setup) -> None:
         super().__init__("runTest")
         self.setup_of = setup
         self.cfg = setup.cfg
+        self._caches: list[Any] = []
 
     def runTest(self) -> None:  # noqa: N802
         """Nothing: a test function drives the kit."""
+
+    def _init_hicache(self, cache: Any, **options: Any) -> None:
+        for earlier in self._caches:
+            earlier.shutdown()
+        self._caches.append(cache)
+        setup, folder = self.setup_of, options.get("storage_dir")
+
+        def with_ours(**given: Any) -> ServerArgs:
+            ours = {"hicache_mem_layout": setup.layout, "hicache_io_backend": IO_OF.get(setup.layout, "kernel")}
+            if folder is not None:
+                ours["hicache_storage_backend"] = setup.backend.name
+                ours["hicache_storage_backend_extra_config"] = setup.backend.config(Path(folder), **setup.extra)
+            return ServerArgs(**{**given, **ours})
+
+        with mock.patch.object(mixins, "ServerArgs", with_ours):
+            super()._init_hicache(cache, **options)
 
 
 class Engine:

@@ -7,7 +7,7 @@ from sglang.test.kits.unified_radix_cache.config import CacheConfig
 
 from tests.sglang.kit.conftest import World
 from tests.sglang.kit.content import Prompt
-from tests.sglang.kit.rig import Backend, Engine, Setup
+from tests.sglang.kit.rig import DYNAMIC, UMBP, Backend, Engine, Setup
 from tests.sglang.kit.shapes import FULL, LARGE_PAGES, MAMBA, SWA, prompt_of
 
 PAGES = 10
@@ -63,3 +63,16 @@ def test_host_memory_as_a_buffer_only(world: World, backend: Backend, cfg: Cache
     assert second.prefetch(prompt) == len(prompt)
     assert second.match(prompt).device_prefix_len == len(prompt)
     assert second.check_device(prompt) > len(prompt)
+
+
+def test_the_dynamic_form_is_the_same_store(world: World) -> None:
+    """What was stored under the backend's own name is found by the form that needs no plug-in, and in turn."""
+    for first, second, start in ((UMBP, DYNAMIC, 1), (DYNAMIC, UMBP, 1000)):
+        prompt = prompt_of(FULL, PAGES, start)
+        engine = world.engine(Setup(first, FULL))
+        engine.compute(prompt)
+        engine.offload(prompt)
+        engine.stop()
+        other = world.engine(Setup(second, FULL))
+        check(other, prompt)
+        other.stop()
