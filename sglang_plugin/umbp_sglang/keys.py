@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Callable, Iterator, Sequence
 
 _HASH_BYTES = 32
@@ -21,7 +22,7 @@ def block_keys(hashes: Sequence[str]) -> list[bytes]:
         return [_key_of(name) for name in hashes]
     if len(joined) != _HASH_BYTES * len(hashes) or not _all_long(hashes):
         return [_key_of(name) for name in hashes]
-    return [joined[start : start + _HASH_BYTES] for start in range(0, len(joined), _HASH_BYTES)]
+    return list(struct.unpack(f"{_HASH_BYTES}s" * len(hashes), joined))
 
 
 def leading(hashes: Sequence[str], count: Callable[[list[bytes]], int]) -> int:
