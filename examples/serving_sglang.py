@@ -47,13 +47,19 @@ class SglangAnswer(Answer):
 @final
 @dataclass
 class SglangServer(EngineServer):
-    """``sglang.launch_server`` with HiCache, metrics and cache reports (see :class:`EngineServer`)."""
+    """``sglang.launch_server`` with HiCache, metrics and cache reports (see :class:`EngineServer`).
+
+    ``admin_key`` is what SGLang wants to know before it attaches, detaches or flushes; without one it does not attach.
+    """
+
+    admin_key: str = ""
 
     def command(self) -> list[str]:
         """The command line up to the caller's own arguments."""
         serve = [self.python, "-m", "sglang.launch_server", "--model-path", str(self.model)]
         serve += ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", MODEL_NAME]
         serve += ["--page-size", str(PAGE_TOKENS), "--enable-metrics", "--enable-cache-report"]
+        serve += ["--admin-api-key", self.admin_key] if self.admin_key else []
         return [*serve, "--enable-hierarchical-cache"]
 
     def complete(self, prompt: Sequence[int], max_tokens: int = 16, **settings: Any) -> SglangAnswer:
@@ -83,17 +89,20 @@ class SglangServer(EngineServer):
 
         SGLang does it when it is idle; a server that is not in time refuses.  Raises ``ServerFailed``.
         """
-        self.request("POST", f"/flush_cache?timeout={timeout:g}")
+        self.request("POST", f"/flush_cache?timeout={timeout:g}", headers=self._authorization())
 
-    def attach(self, admin_key: str, **keys: Any) -> None:
+    def attach(self, **keys: Any) -> None:
         """Attach umbp with the extra configuration ``keys`` to a server that runs.  Raises ``ServerFailed``."""
         body = {"hicache_storage_backend": "umbp", "hicache_storage_backend_extra_config_json": _json(keys)}
         body["hicache_storage_prefetch_policy"] = "wait_complete"
-        self.request("PUT", _BACKEND, body, _bearer(admin_key))
+        self.request("PUT", _BACKEND, body, self._authorization())
 
-    def detach(self, admin_key: str) -> None:
+    def detach(self) -> None:
         """Detach the storage; what is on SSD stays there.  Raises ``ServerFailed``."""
-        self.request("DELETE", _BACKEND, None, _bearer(admin_key))
+        self.request("DELETE", _BACKEND, headers=self._authorization())
+
+    def _authorization(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.admin_key}"} if self.admin_key else {}
 
 
 def extra_config(**keys: Any) -> list[str]:
@@ -131,7 +140,3 @@ def cpu_only() -> bool:
 
 def _json(keys: Mapping[str, Any]) -> str:
     return json.dumps({name: str(value) if isinstance(value, Path) else value for name, value in keys.items()})
-
-
-def _bearer(admin_key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {admin_key}"}
