@@ -1,4 +1,4 @@
-"""The local pool with tiny tiers, beside a plain dict of what was put."""
+"""The local pool with tiny tiers and a disk that may hang or fail, beside a plain dict of what was put."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
+from tests.connectors.disk import Disk
+from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus, StagedPut
 from umbp_core.ids import Identity, RankScope
 from umbp_core.tiers import Tier
 
@@ -20,29 +22,50 @@ DRAM_PAGES = 3
 SLOTS = 5
 CAPACITY = (1 << 20) + SLOTS * (SIZE + 768)
 
+SHORT = 0.02
+"""Seconds: for what is to run out of time."""
+SIZES = st.sampled_from([1, 100, 4096, 8191, SIZE])
 KEYS = st.lists(st.integers(0, 9).map(lambda number: b"key %d" % number), min_size=1, max_size=5, unique=True)
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """A hit returns the first bytes that were put under the key since it was last known to be gone."""
+    """A hit returns the first bytes that were put under the key since it was last known to be gone.
+
+    While the disk hangs or fails, every call ends in its time and buffers that were given back stay as they are.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.disk = Disk(self.patch)
+        self.sound = True
         self.folder = Path(tempfile.mkdtemp(prefix="umbp-pool-"))
         self.truth: dict[bytes, bytes] = {}
+        self.staged: dict[StagedPut, dict[bytes, bytes]] = {}
+        self.given_back: list[np.ndarray] = []
         self.number = 0
         self.pool = self._open()
 
     def _open(self) -> LocalPool:
         config = LocalPoolConfig(
-            SIZE, DRAM_PAGES * SIZE, self.folder, CAPACITY, copy_threads=2, io_threads=2, prefault=False, patience_s=0
+            SIZE,
+            DRAM_PAGES * SIZE,
+            self.folder,
+            CAPACITY,
+            copy_threads=2,
+            io_threads=2,
+            prefault=False,
+            patience_s=0,
+            ssd_failures=1 << 30,
         )
         pool = LocalPool(Identity("model", b"\x11" * 32, RankScope()), config)
         pool.open()
         return pool
 
     def teardown(self) -> None:
+        self.heal()
         self.pool.close()
+        self.patch.undo()
         shutil.rmtree(self.folder)
 
     @initialize()
@@ -59,30 +82,84 @@ class PoolMachine(RuleBasedStateMachine):
             if not there:
                 del self.truth[key]
 
-    @rule(keys=KEYS, nbytes=st.sampled_from([1, 100, 4096, 8191, SIZE]))
-    def put(self, keys: list[bytes], nbytes: int) -> None:
-        self.pool.flush(30)
+    def _objects(self, keys: list[bytes], nbytes: int) -> list[bytes]:
+        self.number += len(keys)
+        return [(b"%08d" % (self.number - index) * 1024)[:nbytes] for index, _ in enumerate(keys)]
+
+    def _settle(self) -> None:
+        """Until nothing moves that the next step could depend on; a disk that hangs is left alone."""
+        if self.sound:
+            assert self.pool.flush(30)
         self._note_gone()
-        objects = []
-        for _ in keys:
-            self.number += 1
-            objects.append((b"%08d" % self.number * 1024)[:nbytes])
-        for key, data, status in zip(keys, objects, self.pool.put(keys, objects), strict=True):
+
+    def _is_known(self, key: bytes) -> bool:
+        return key in self.truth or any(key in objects for objects in self.staged.values())
+
+    @rule(keys=KEYS, nbytes=SIZES, scattered=st.booleans())
+    def put(self, keys: list[bytes], nbytes: int, scattered: bool) -> None:
+        self._settle()
+        objects = self._objects(keys, nbytes)
+        buffers = [(data[:50], data[50:]) if scattered else data for data in objects]
+        for key, data, status in zip(keys, objects, self.pool.put(keys, buffers, timeout=30), strict=True):
             assert status in (PutStatus.STORED, PutStatus.PRESENT, PutStatus.NO_ROOM)
-            assert status is not PutStatus.PRESENT or key in self.truth
+            assert status is not PutStatus.PRESENT or self._is_known(key) or not self.sound
             if status is PutStatus.STORED:
                 self.truth[key] = data
 
-    @rule(keys=KEYS)
-    def get(self, keys: list[bytes]) -> None:
-        buffers = [np.zeros(len(self.truth.get(key, b"?")), dtype=np.uint8) for key in keys]
-        assert self.pool.flush(30)
+    @rule(keys=KEYS, nbytes=SIZES)
+    def stage(self, keys: list[bytes], nbytes: int) -> None:
+        self._settle()
+        objects = self._objects(keys, nbytes)
+        before = self.pool.exists(keys)
+        staged = self.pool.stage(keys, objects)
+        copied = {
+            key: data
+            for key, data, status in zip(keys, objects, staged.statuses, strict=True)
+            if status is PutStatus.STORED
+        }
+        assert all(not there for key, there in zip(keys, before, strict=True) if key in copied)
+        assert not any(self.pool.exists(list(copied)))
+        self.staged[staged] = copied
+
+    @precondition(lambda self: self.staged)
+    @rule(publish=st.booleans(), data=st.data())
+    def end_stage(self, publish: bool, data: st.DataObject) -> None:
+        staged = data.draw(st.sampled_from(list(self.staged)))
+        copied = self.staged.pop(staged)
+        self._settle()
+        if publish:
+            assert staged.publish()
+            self.truth.update(copied)
+            assert all(self.pool.exists(list(copied)))
+        staged.discard()
+        assert staged.publish() == publish
+
+    @rule(keys=KEYS, scattered=st.booleans())
+    def get(self, keys: list[bytes], scattered: bool) -> None:
+        sizes = [len(self.truth.get(key, b"?")) for key in keys]
+        whole = [np.zeros(size + 7, dtype=np.uint8) for size in sizes]
+        buffers = [
+            (buffer[:1], buffer[1:size]) if scattered else buffer[:size]
+            for buffer, size in zip(whole, sizes, strict=True)
+        ]
+        if self.sound:
+            assert self.pool.flush(30)
         there = self.pool.exists(keys)
-        for key, buffer, status, found in zip(keys, buffers, self.pool.get(keys, buffers), there, strict=True):
-            assert status.hit or status is GetStatus.MISS
-            assert status.hit == found
+        statuses = self.pool.get(keys, buffers, timeout=30 if self.sound else SHORT)
+        for key, buffer, size, status, found in zip(keys, whole, sizes, statuses, there, strict=True):
+            if self.sound:
+                assert status.hit or status is GetStatus.MISS
+                assert status.hit == found
             if status.hit:
-                assert buffer.tobytes() == self.truth[key]
+                assert buffer[:size].tobytes() == self.truth[key]
+            assert not buffer[size:].any()
+            buffer[...] = 0xA5
+        self.given_back = [*self.given_back, *whole][-50:]
+
+    @rule(keys=KEYS, nbytes=SIZES)
+    def without_time(self, keys: list[bytes], nbytes: int) -> None:
+        assert self.pool.put(keys, self._objects(keys, nbytes), timeout=0) == [PutStatus.TIMED_OUT] * len(keys)
+        assert self.pool.get(keys, [bytearray(9) for _ in keys], timeout=0) == [GetStatus.TIMED_OUT] * len(keys)
 
     @rule(key=st.integers(0, 9).map(lambda number: b"key %d" % number))
     def get_with_another_size(self, key: bytes) -> None:
@@ -91,17 +168,37 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule()
     def clear(self) -> None:
-        self.pool.flush(30)
         self.pool.clear()
         assert not any(self.pool.exists(list(self.truth)))
         self.truth.clear()
+        for staged in self.staged:
+            assert not staged.publish()
+        self.staged.clear()
 
+    @precondition(lambda self: self.sound)
+    @rule(kinds=st.sampled_from([("read",), ("write",), ("read", "write")]), fails=st.booleans())
+    def break_disk(self, kinds: tuple[str, ...], fails: bool) -> None:
+        if fails:
+            self.disk.fail(*kinds)
+        else:
+            self.disk.hang(*kinds)
+        self.sound = False
+
+    @rule()
+    def heal(self) -> None:
+        self.disk.work()
+        self.disk.wait_free()
+        self.sound = True
+
+    @precondition(lambda self: self.sound)
     @rule()
     def restart(self) -> None:
         assert self.pool.flush(30)
         before = self.pool.stats(Tier.SSD)
         assert before is not None
         self.pool.close()
+        assert not any(staged.publish() for staged in self.staged)
+        self.staged.clear()
         self.pool = self._open()
         after = self.pool.stats(Tier.SSD)
         assert after is not None
@@ -112,13 +209,17 @@ class PoolMachine(RuleBasedStateMachine):
     def exists(self, keys: list[bytes]) -> None:
         there = self.pool.exists(keys)
         assert all(key in self.truth for key, found in zip(keys, there, strict=True) if found)
-        assert self.pool.count_prefix(keys) == (there + [False]).index(False)
+        assert self.pool.count_prefix(keys) == (there + [False]).index(False) or not self.sound
 
     @invariant()
     def bounds(self) -> None:
         used = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
         assert used <= CAPACITY + 4096, "locks and identity.json are the rest"
         assert sum(self.pool.exists(list(self.truth))) <= DRAM_PAGES + SLOTS
+
+    @invariant()
+    def buffers_that_were_given_back_are_the_callers(self) -> None:
+        assert all(np.all(buffer == 0xA5) for buffer in self.given_back)
 
 
 TestPool = PoolMachine.TestCase
