@@ -27,16 +27,16 @@ def main() -> None:
         with _server(folder) as server:
             _ask(server, "without a storage")
             server.flush_cache()
-            server.attach(ADMIN_KEY, **pool)
+            server.attach(**pool)
             _ask(server, "attached")
             server.wait_until_stored(TOKENS // PAGE_TOKENS)
             server.flush_cache()
             _ask(server, "flushed")
             server.flush_cache()
-            server.detach(ADMIN_KEY)
+            server.detach()
             _ask(server, "detached")
             server.flush_cache()
-            server.attach(ADMIN_KEY, **pool)
+            server.attach(**pool)
             _ask(server, "attached again")
 
 
@@ -46,12 +46,14 @@ def _ask(server: SglangServer, state: str) -> None:
 
 
 def _server(folder: Path) -> SglangServer:
-    arguments = ["--admin-api-key", ADMIN_KEY, "--max-total-tokens", "8192"]
+    arguments = ["--max-total-tokens", "8192"]
     environment = {"HF_HUB_OFFLINE": "1"}
     if cpu_only():
         arguments += [*cpu_arguments(), "--dtype", "float32"]
         environment |= cpu_environment()
-    return SglangServer(medium_llama(folder / "model"), folder / "server.log", arguments, environment)
+    return SglangServer(
+        medium_llama(folder / "model"), folder / "server.log", arguments, environment, admin_key=ADMIN_KEY
+    )
 
 
 if __name__ == "__main__":
