@@ -53,8 +53,9 @@ class PoolRegistry:
     much each needs.  Each gets of DRAM and SSD what SGLang gave its host pool of host memory, in proportion.
     """
 
-    def __init__(self, settings: StoreSettings, make_pool: PoolMaker = LocalPool) -> None:
+    def __init__(self, settings: StoreSettings, weights: object = None, make_pool: PoolMaker = LocalPool) -> None:
         self._settings = settings
+        self._weights = weights
         self._make_pool = make_pool
         self._lock = threading.RLock()
         self._added: dict[str, _Member] = {}
@@ -181,7 +182,7 @@ class PoolRegistry:
             access=access.name,
         )
         scope = rank_scope(rank, member.replicated, part)
-        return pool_identity(rank, self._settings.config.namespace, member.name, layout, scope)
+        return pool_identity(rank, self._settings.config.namespace, member.name, layout, scope, self._weights)
 
     def _config(self, member: _Member, part: int | None, share: float) -> LocalPoolConfig:
         config, rank = self._settings.config, self._settings.rank

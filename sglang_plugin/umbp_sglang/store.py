@@ -31,6 +31,7 @@ from umbp_sglang.registry import KV, PoolMaker, PoolRegistry
 from umbp_sglang.settings import read_settings
 from umbp_sglang.sidecars import Sidecars
 from umbp_sglang.stats import StoreStats
+from umbp_sglang.weights import known_weights
 
 __all__ = ["UMBPStore"]
 
@@ -61,7 +62,7 @@ class UMBPStore(HiCacheStorage):
         self._settings = read_settings(storage_config)
         self._timeout = self._settings.config.call_timeout_ms / 1000
         self._clock = clock
-        self._pools = PoolRegistry(self._settings, make_pool)
+        self._pools = PoolRegistry(self._settings, known_weights(), make_pool)
         self._sidecars = Sidecars()
         self._stats = StoreStats()
         self._gets = self._door("get")

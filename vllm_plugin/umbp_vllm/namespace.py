@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import hashlib
-import importlib
 import os
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
+from umbp_connectors.model_origin import model_origin
 from umbp_core.ids import RankScope, digest_of
 from umbp_vllm import compat
 from umbp_vllm.hashing import describe_hashing
@@ -25,13 +23,6 @@ from umbp_vllm.hashing import describe_hashing
 SCHEMA = 1
 """Raised when the form of the description changes, which voids everything stored before."""
 
-_CONFIG_FILES = ("config.json", "params.json", "hf_quant_config.json")
-_WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
-_CACHED_FILES = ("config.json", "params.json", "model.safetensors.index.json", "model.safetensors")
-_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_SNAPSHOT = re.compile(r"models--(?P<repository>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/?$")
-_SAMPLE_BYTES = 4096
-_SAMPLES = 512
 _WORKER_KV_DTYPES = frozenset({"auto", "fp8", "fp8_e4m3", "fp8_ds_mla", "nvfp4_ds_mla"})
 
 
@@ -88,7 +79,7 @@ def _model(vllm_config: Any) -> dict[str, object]:
     model = vllm_config.model_config
     multimodal = compat.optional(model, "multimodal_config")
     return {
-        **_origin(model.model, model.revision),
+        **model_origin(model.model, model.revision),
         "weights_from": compat.optional(model, "model_weights", "") or "",
         "dummy": compat.optional(compat.optional(vllm_config, "load_config"), "load_format") == "dummy",
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -153,103 +144,10 @@ def _draft(speculative: Any | None) -> dict[str, object] | None:
     if speculative is None:
         return None
     return {
-        **_origin(compat.optional(speculative, "model") or "", compat.optional(speculative, "revision")),
+        **model_origin(compat.optional(speculative, "model") or "", compat.optional(speculative, "revision")),
         "method": _plain(compat.optional(speculative, "method")),
         "quantization": _plain(compat.optional(speculative, "quantization")),
     }
-
-
-def _origin(model: str, revision: str | None) -> dict[str, object]:
-    """Where weights come from: a hub's repository at a commit, a local path with its files, or only a name.
-
-    A snapshot in the Hugging Face cache is its repository, because vLLM names it by path when it is offline and
-    by repository when it is not.  A branch such as ``main`` counts by the commit that the cache holds for it.
-    """
-    snapshot = _SNAPSHOT.search(model)
-    name = snapshot["repository"].replace("--", "/") if snapshot else model
-    commit = snapshot["commit"] if snapshot else _cached_commit(model, revision)
-    return {
-        "name": name,
-        "commit": commit,
-        "revision": "" if commit else revision or "",
-        "files": None if commit else _files(model),
-    }
-
-
-def _cached_commit(model: str, revision: str | None) -> str:
-    """The commit of a hub's repository, if a file of it is in the Hugging Face cache, else an empty text."""
-    if not _REPOSITORY.fullmatch(model) or Path(model).exists():
-        return ""
-    hub = importlib.import_module("huggingface_hub")
-    for file in _CACHED_FILES:
-        path = hub.try_to_load_from_cache(model, file, revision=revision)
-        found = _SNAPSHOT.search(str(Path(path).parent)) if isinstance(path, str) else None
-        if found is not None:
-            return found["commit"]
-    return ""
-
-
-def _files(model: str) -> dict[str, str] | None:
-    """Digests of a local model's configuration and weights; ``None`` for the name of a remote one.
-
-    The weights count by file name, size and samples of their bytes, so that new weights under an old path
-    are noticed without reading all of them.  Times do not count: a copy is the same model.
-    """
-    root = Path(model)
-    if not model:
-        return None
-    if root.is_file():
-        return {"config": "", "weights": _digest(_weights([root]))}
-    if not root.is_dir():
-        return None
-    weights = sorted(path for path in root.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
-    return {"config": _digest(_configs(root)), "weights": _digest(_weights(weights))}
-
-
-def _configs(root: Path) -> Iterator[bytes]:
-    for name in _CONFIG_FILES:
-        path = root / name
-        if path.is_file():
-            yield name.encode()
-            yield _read(path)
-
-
-def _weights(paths: list[Path]) -> Iterator[bytes]:
-    for path in paths:
-        size = path.stat().st_size
-        yield path.name.encode()
-        yield str(size).encode()
-        yield from _samples(path, size, max(2, _SAMPLES // len(paths)))
-
-
-def _samples(path: Path, size: int, count: int) -> Iterator[bytes]:
-    """``count`` pieces from the first to the last byte of a file, or all of a small one."""
-    try:
-        with path.open("rb") as file:
-            if size <= count * _SAMPLE_BYTES:
-                yield file.read()
-                return
-            for index in range(count):
-                file.seek((size - _SAMPLE_BYTES) * index // (count - 1))
-                yield file.read(_SAMPLE_BYTES)
-    except OSError:
-        yield b""
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
-
-
-def _digest(parts: Iterator[bytes]) -> str:
-    """SHA-256 of ``parts`` with their lengths, in hex."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "big"))
-        digest.update(part)
-    return digest.hexdigest()
 
 
 def _plain(value: Any) -> object:
