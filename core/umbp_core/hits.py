@@ -18,6 +18,8 @@ class HitCounters:
     """Counters of hashes.  ``ttl`` is how many seconds a counter outlives the last hit.
 
     Each hash has a place in two arrays, so that a query costs one lookup per hash and the rest is arithmetic on arrays.
+    Where the owner numbers its hashes by rows, and a query names those of rows that follow each other, the places are
+    known by row too, and nothing is looked up.
     """
 
     def __init__(self, ttl: float = 7200.0) -> None:
@@ -26,6 +28,10 @@ class HitCounters:
         self._keys: list[bytes] = []
         self._counts = array("Q")
         self._seen = array("d")
+        self._row_of = array("I")
+        """By place: the row of its hash, or 0 where it is not known."""
+        self._place_of = array("I")
+        """By row: the place, if that agrees in ``_row_of``; of rows with a hash it is that of some counter, or 0."""
         self._cursor = 0
         self._now = -math.inf
 
@@ -40,23 +46,46 @@ class HitCounters:
         """
         self._now = max(self._now, now)
         queried = list(hashes)
-        if not queried:
-            return
-        place = self._places.get(queried[0])
-        if place is not None and self._keys[place : place + len(queried)] == queried:
-            self._hit(slice(place, place + len(queried)))  # a chain that was counted as a whole before
-        else:
-            self._hit(self._places_of(queried))
+        if len(queried) > 1:
+            self._hit(np.array(self._places_of(queried), np.uint32))
+        elif queried:
+            (place,) = self._places_of(queried)
+            self._counts[place] += 1
+            self._seen[place] = self._now
 
-    def _places_of(self, hashes: Sequence[bytes]) -> NDArray[np.intp]:
+    def record_rows(self, hashes: Sequence[bytes], start: int, now: float) -> None:
+        """:meth:`record` of different hashes which lie in the owner's rows from ``start``, at least 1, on.
+
+        The owner has to call :meth:`forget_rows` before a row gets another hash.
+        """
+        self._now = max(self._now, now)
+        end = start + len(hashes)
+        missing = end - len(self._place_of)
+        if missing > 0:
+            self._place_of.frombytes(bytes(self._place_of.itemsize * missing))
+        places = np.frombuffer(self._place_of, np.uint32)[start:end]
+        rows = np.arange(start, end, dtype=np.uint32)
+        if not self._keys or np.frombuffer(self._row_of, np.uint32)[places].tobytes() != rows.tobytes():
+            places[:] = self._places_of(hashes)
+            np.frombuffer(self._row_of, np.uint32)[places] = rows
+        self._hit(places)
+
+    def forget_rows(self, rows: Iterable[int]) -> None:
+        """Each of ``rows`` is about to get another hash."""
+        for row in rows:
+            if row < len(self._place_of):
+                place, self._place_of[row] = self._place_of[row], 0
+                if place < len(self._keys) and self._row_of[place] == row:
+                    self._row_of[place] = 0
+
+    def _places_of(self, hashes: Sequence[bytes]) -> list[int]:
         """The places of ``hashes``, which are made where there are none."""
-        found = list(map(self._places.get, hashes))
-        if None in found:
-            self._add(dict.fromkeys([key for key, place in zip(hashes, found, strict=True) if place is None]))
-            found = list(map(self._places.get, hashes))
-        return np.array(found, np.intp)
+        places = self._places
+        if not all(map(places.__contains__, hashes)):
+            self._add(dict.fromkeys([key for key in hashes if key not in places]))
+        return list(map(places.__getitem__, hashes))
 
-    def _hit(self, places: slice | NDArray[np.intp]) -> None:
+    def _hit(self, places: NDArray[np.uint32]) -> None:
         # Of a place that is named twice, both sums are the same: it is counted once.
         np.frombuffer(self._counts, np.uint64)[places] += np.uint64(1)
         np.frombuffer(self._seen, np.float64)[places] = self._now
@@ -91,11 +120,16 @@ class HitCounters:
         zeros = bytes(8 * (len(self._keys) - before))
         self._counts.frombytes(zeros)
         self._seen.frombytes(zeros)
+        self._row_of.frombytes(bytes(self._row_of.itemsize * (len(self._keys) - before)))
 
     def _forget(self, place: int) -> None:
         """Free ``place``, to which the last counter moves."""
         del self._places[self._keys[place]]
-        key, count, seen = self._keys.pop(), self._counts.pop(), self._seen.pop()
+        if self._row_of[place]:
+            self._place_of[self._row_of[place]] = 0
+        key, count, seen, row = self._keys.pop(), self._counts.pop(), self._seen.pop(), self._row_of.pop()
         if place < len(self._keys):
-            self._keys[place], self._counts[place], self._seen[place] = key, count, seen
+            self._keys[place], self._counts[place], self._seen[place], self._row_of[place] = key, count, seen, row
             self._places[key] = place
+            if row:
+                self._place_of[row] = place

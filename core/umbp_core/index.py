@@ -34,6 +34,7 @@ from umbp_core.index_match import (
     match_positions,
 )
 from umbp_core.index_reader import NOWHERE, MaskReader
+from umbp_core.joined import JoinedHashes
 from umbp_core.placements import Cell, IndexStats, Placements, Roster
 
 __all__ = [
@@ -226,10 +227,14 @@ class ExternalKvIndex:
     def count_hits(self, hashes: Sequence[bytes], places: Sequence[int], now: float) -> None:
         """Count each of ``hashes``, which lie at ``places``, that any node holds once, as a match that counts does."""
         live = self._placements.live
-        distinct = set(places)
-        held = {mask for mask in distinct if mask & live}
-        everything = len(held) == len(distinct)
-        self.hits.record(hashes if everything else compress(hashes, map(held.__contains__, places)), now)
+        if not places or places.count(places[0]) != len(places):
+            held = {mask for mask in set(places) if mask & live}
+            self.hits.record(compress(hashes, map(held.__contains__, places)), now)
+        elif places[0] & live:
+            if isinstance(hashes, JoinedHashes) and hashes.row:
+                self.hits.record_rows(hashes.apart(), hashes.row, now)
+            else:
+                self.hits.record(hashes, now)
 
     def match_prefix(self, hashes: Sequence[bytes], weights: Mapping[int, float] | None = None) -> list[PrefixMatch]:
         """The longest prefix of ``hashes``, the hashes of a chain of blocks, that each node can use; longest first.
@@ -328,6 +333,7 @@ class ExternalKvIndex:
         """New rows for ``fresh``, with ``mask``."""
         reused = self._free[-len(fresh) :].tolist()
         del self._free[len(self._free) - len(reused) :]
+        self.hits.forget_rows(reused)
         for row, key in zip(reused, fresh, strict=False):
             self._keys[row] = key
             self._masks[row] = mask

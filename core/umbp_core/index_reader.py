@@ -35,10 +35,12 @@ class MaskReader:
         if count == 1:
             return (self._masks[rows.get(hashes[0], NOWHERE)],)
         if isinstance(hashes, JoinedHashes):
+            hashes.row = NOWHERE
             first, last = hashes.ends()
             start = rows.get(first, NOWHERE)
             end = start + count
             if start and rows.get(last) == end - 1 and b"" not in rows and hashes.consists_of(self._keys[start:end]):
+                hashes.row = start
                 return self._masks[start:end]
             hashes = hashes.apart()
         return list(chain.from_iterable(self.runs(hashes)))

@@ -12,13 +12,16 @@ class JoinedHashes(Sequence[bytes]):
     Whoever made it has checked that, and that there is a hash at all.  Not thread-safe.
     """
 
-    __slots__ = ("_count", "_hashes", "_joined", "_separator")
+    __slots__ = ("_count", "_hashes", "_joined", "_separator", "row")
 
     def __init__(self, joined: bytes, separator: bytes, count: int) -> None:
         self._joined = joined
         self._separator = separator
         self._count = count
         self._hashes: Sequence[bytes] | None = None
+        self.row = 0
+        """Set by an index that was just asked: the first of the rows in which the hashes lie one after the other, or 0
+        where they do not.  Until anything changes there."""
 
     def __len__(self) -> int:
         return self._count

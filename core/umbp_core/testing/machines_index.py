@@ -13,6 +13,7 @@ from umbp_core.hits import HitCounters
 from umbp_core.index import ExternalKvIndex, Snapshot
 from umbp_core.index_feed import ChangeFeed, ChangeKind
 from umbp_core.index_gate import Acknowledgement
+from umbp_core.joined import JoinedHashes
 from umbp_core.journal import Bundle, Delta, Journal
 from umbp_core.placements import preference
 from umbp_core.testing.machines_channel import ChannelMachine
@@ -72,11 +73,12 @@ class IndexMachine(RuleBasedStateMachine):
         before = self.index.stats().backlog
         assert self.index.sweep(limit) == max(0, before - limit) == self.index.stats().backlog
 
-    @rule(query=key_lists, count=st.booleans(), wait=st.integers(0, 4))
-    def match(self, query: list[bytes], count: bool, wait: int) -> None:
+    @rule(query=key_lists, count=st.booleans(), wait=st.integers(0, 4), joined=st.booleans())
+    def match(self, query: list[bytes], count: bool, wait: int, joined: bool) -> None:
         """The model's answer, in the model's order; hits are counted once per hash."""
         self.now += wait
-        answer = self.index.match(query, count, self.now)
+        asked = JoinedHashes(b"\0".join(query), b"\0", len(query)) if joined and query else query
+        answer = self.index.match(asked, count, self.now)
         expected = self.model.match(query)
         assert [(match.node, list(match.tiers.items())) for match in answer] == expected
         for match, (_, found) in zip(answer, expected, strict=True):
