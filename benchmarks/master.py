@@ -18,12 +18,14 @@ import _report
 import master_changes
 import master_floor
 import master_matches
+import master_placed
 from master_process import COMMAND, master
 
 Sections = dict[str, list[_report.Row]]
 
 FLOOR = "What a call that does nothing costs here"
 MATCH = "Match"
+PLACED = "Match, by where the two processes run"
 SPREAD = "Match of what 8 nodes hold on 2 tiers"
 PREFIX = "Longest prefix"
 PIPELINED = "Pipelined matches, native over a Unix socket"
@@ -39,6 +41,7 @@ def measure(command: Sequence[str], total: int, count: int) -> Sections:
     with master(command) as running:
         held = master_matches.load(running, total // 5)
         sections[MATCH] = master_matches.match(running, held, count)
+        sections[PLACED] = master_placed.placed(running, held, count)
         sections[PIPELINED] = master_matches.pipelined(running, held, count / 1000)
         sections[SPREAD] = master_matches.spread(running, count // 8)
         sections[PREFIX] = master_matches.prefix(running, count // 8)
@@ -105,6 +108,7 @@ def main() -> None:
         "Best of three rounds that take turns, as the original's figures are the best of three; p99 of the same round.",
         f"{total // 5} hashes on 8 nodes in matches, {total} on 4 nodes in memory, revokes and the large index.",
         "A native answer is a bitmap per node and tier; our client makes lists of hashes of it, which counts here.",
+        "Which processors the two processes run on is the scheduler's choice, but where it says otherwise.",
         "Pipelined requests were encoded before, and their answers are only counted.",
         "The line 'nothing else happens' is what this machine does to a match without any revoke.",
         "Resident memory is what the process grew by, with what the allocator keeps after tables were enlarged.",

@@ -8,9 +8,11 @@ import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import _report
 import grpc
@@ -57,8 +59,19 @@ async def _until_told(path: str, pipe: Connection) -> None:
     await server.stop(None)
 
 
-def floors(count: int) -> list[_report.Row]:
-    """Median of an empty call through each way; best of three rounds."""
+class Echoes(NamedTuple):
+    """A process that sends back what it gets."""
+
+    pid: int
+    path: str
+    """Of its Unix socket."""
+    port: int
+    """Of its gRPC."""
+
+
+@contextmanager
+def echoes() -> Iterator[Echoes]:
+    """Start the process, and stop it in the end."""
     context = multiprocessing.get_context("spawn")
     mine, its = context.Pipe()
     with tempfile.TemporaryDirectory() as folder:
@@ -67,32 +80,45 @@ def floors(count: int) -> list[_report.Row]:
         process.start()
         if not mine.poll(TIMEOUT):
             raise SystemExit("the process that answers with nothing does not start")
-        with grpc.insecure_channel(f"127.0.0.1:{mine.recv()}") as channel, socket.socket(socket.AF_UNIX) as sock:
-            call = channel.unary_unary(_METHOD)
-            call(b"", wait_for_ready=True, timeout=TIMEOUT)
-            sock.connect(path)
-            frame = bytes(64)
+        yield Echoes(process.pid or 0, path, mine.recv())
+        mine.send(True)
+        process.join(TIMEOUT)
 
-            def unix() -> None:
-                sock.sendall(frame)
-                sock.recv(1 << 16)
 
-            rows: list[_report.Row] = [
+@contextmanager
+def unix_call(path: str) -> Iterator[Callable[[], object]]:
+    """What sends 64 bytes to the socket at ``path`` and waits for them."""
+    frame = bytes(64)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(path)
+
+        def call() -> None:
+            sock.sendall(frame)
+            sock.recv(1 << 16)
+
+        yield call
+
+
+def floors(count: int) -> list[_report.Row]:
+    """Median of an empty call through each way; best of three rounds."""
+    with echoes() as server, grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        call = channel.unary_unary(_METHOD)
+        call(b"", wait_for_ready=True, timeout=TIMEOUT)
+        with unix_call(server.path) as unix:
+            return [
                 {
                     "empty call": "64 bytes and back, Unix socket, uvloop and a blocking socket",
-                    "p50 us": _median(unix, count),
+                    "p50 us": median(unix, count),
                 },
                 {
                     "empty call": "gRPC, raw bytes, grpc.aio server and a blocking client",
-                    "p50 us": _median(lambda: call(b"", timeout=TIMEOUT), count),
+                    "p50 us": median(lambda: call(b"", timeout=TIMEOUT), count),
                 },
             ]
-        mine.send(True)
-        process.join(TIMEOUT)
-    return rows
 
 
-def _median(work: Callable[[], object], count: int) -> float:
+def median(work: Callable[[], object], count: int) -> float:
+    """Microseconds of ``work``; the best of three rounds."""
     rounds = []
     for _ in range(3):
         times = []

@@ -34,6 +34,9 @@ def test_sections_of_one_master(bench: types.ModuleType) -> None:
             (length, kind) for length in (1, 128, 2048) for kind in matches.KINDS
         ]
         assert all(row[f"{door}: p50 us"] > 0 for row in rows for door in ("native", "native, TCP", "gRPC"))
+        placed = bench.master_placed.placed(running, held, 8)
+        assert [row["processors"] for row in placed] == ["one for both", "one each"]
+        assert all(row["match of 128, p50 us"] > 0 for row in placed)
         assert all(row["matches/s"] > 0 for row in matches.pipelined(running, held, 0.01))
         assert len(matches.spread(running, 2)) == 6
         assert len(matches.prefix(running, 2)) == 3
