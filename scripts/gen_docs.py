@@ -24,6 +24,7 @@ from umbp_connectors.cli import app
 from umbp_connectors.config_model import UmbpConfig, parse_size
 from umbp_connectors.master.metrics_families import FAMILIES, PREFIX
 from umbp_connectors.master.settings import MasterConfig
+from umbp_sglang.stats import METRICS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 _PART = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -90,6 +91,15 @@ def master_metrics() -> str:
     return "\n".join(rows)
 
 
+def sglang_metrics() -> str:
+    """One row per metric of a store."""
+    rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
+    for metric in METRICS:
+        labels = ", ".join(f"`{label}`" for label in metric.labels) or "-"
+        rows.append(f"| `{metric.name}` | {metric.kind} | {labels} | {metric.help} |")
+    return "\n".join(rows)
+
+
 def hook_pages() -> str:
     """One section per hook."""
     parts = []
@@ -125,6 +135,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "configuration-keys": lambda: configuration_keys(UmbpConfig, UmbpConfig.env_name),
     "master-keys": lambda: configuration_keys(MasterConfig, MasterConfig.env_name),
     "master-metrics": master_metrics,
+    "sglang-metrics": sglang_metrics,
     "hooks": hook_pages,
     "command-line": command_line,
 }

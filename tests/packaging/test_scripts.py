@@ -129,12 +129,22 @@ def test_sglang_comes_without_its_cuda_dependencies(tmp_path: Path) -> None:
 
 def test_second_call_installs_nothing_until_the_list_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setup_sglang.install_sglang(PlayedEnvironment(tmp_path, []))
+    setup_sglang.check_result(PlayedEnvironment(tmp_path, []))
     again = PlayedEnvironment(tmp_path, [])
     setup_sglang.install_sglang(again)
     assert again.asked == []
     monkeypatch.setattr(setup_sglang, "IMPORTED", (*setup_sglang.IMPORTED, "new"))
     setup_sglang.install_sglang(again)
     assert len(again.asked) == 2
+
+
+def test_sglang_that_cannot_be_imported_is_not_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = PlayedEnvironment(tmp_path, [])
+    failed = subprocess.CompletedProcess([], 1, "", "ImportError: libtorch")
+    monkeypatch.setattr(env, "run", lambda *arguments, timeout=0: failed)
+    with pytest.raises(common.SetupError, match="libtorch"):
+        setup_sglang.check_result(env)
+    assert not setup_sglang.is_ready(env)
 
 
 def test_interrupted_installation_starts_again(tmp_path: Path) -> None:
