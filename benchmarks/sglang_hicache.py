@@ -11,248 +11,23 @@ is compared with what was put.  A second table has the host layouts, a third the
 from __future__ import annotations
 
 import argparse
-import mmap
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs from any folder
 
-import numpy as np
-import torch
-from sglang.srt.plugins import load_plugins
+from benchmarks._report import OUT, Row, write
+from examples.serving_sglang import restart_without_gpu
 
-from benchmarks._report import OUT, Row, rate, ratio, rounds, write
-from benchmarks.sglang_rig import BATCH, GEOMETRIES, PAGE_TOKENS, Rig, Storage, fresh_hashes, host_pool, pieces
-
-CACHE_BYTES = 192 << 20
-"""Batches are taken in turns from at least this much memory: no processor cache holds it."""
-ROUND_BYTES = 2 << 30
-TARGET_RATIO = 0.8
-TARGET_FROM = 256 << 10
-TARGET_EXISTS_US = {128: 60.0, 2048: 500.0}
+PAGES = (64 << 10, 256 << 10, 1 << 20, 4 << 20)
 LAYOUTS = ("page_first", "page_first_direct", "page_head", "layer_first")
-LAYOUT_PAGE = 1 << 20
+TARGET_RATIO = 0.8
+TARGET_EXISTS_US = {128: 60.0, 2048: 500.0}
+SMALL_PAGES = ("64 KiB",)
+"""Pages that no target is set for."""
 SHARED_MEMORY = Path("/dev/shm")
-
-COPY_OUT, COPY_IN = "copy out", "copy in"
-
-
-def umbp(dram_bytes: int) -> Storage:
-    """This pool with so much DRAM and no SSD tier."""
-    extra = {
-        "backend_name": "umbp",
-        "module_path": "umbp_sglang.store",
-        "class_name": "UMBPStore",
-        "interface_v1": 1,
-        "dram_capacity": dram_bytes,
-    }
-    return Storage("umbp", "dynamic", extra, zero_copy=True)
-
-
-def file(folder: Path) -> Storage:
-    """SGLang's own file backend below ``folder``."""
-    return Storage("file", "file", {"file_storage_path": str(folder)}, zero_copy=False)
-
-
-class Bench:
-    """Pages of one size in one layout: the host pool, plain memory of its size, and the backends on it."""
-
-    def __init__(self, page_bytes: int, layout: str, folder: Path | None) -> None:
-        self._moved = page_bytes * BATCH
-        self._batches = max(2, -(-CACHE_BYTES // self._moved))
-        self._pool = host_pool(page_bytes, self._batches * BATCH, layout)
-        self._pages = pieces(self._pool)
-        # Not from numpy: its large arrays begin 16 bytes into a page, which makes copies to them a third slower.
-        self._plain = np.frombuffer(mmap.mmap(-1, len(self._pages) * page_bytes), dtype=np.uint8)
-        self._plain = self._plain.reshape(len(self._pages), page_bytes)
-        self._plain[:] = 1
-        self._folder = folder
-        storages = [umbp(self._batches * self._moved)] + ([file(folder)] if folder is not None else [])
-        self._rigs = {storage.label: Rig(self._pool, storage) for storage in storages}
-        self._stored: dict[str, list[tuple[list[str], int]]] = {label: [] for label in self._rigs}
-        self._turn = 0
-        self.core_seconds: dict[str, list[float]] = {}
-        for label in self._rigs:
-            self._fill(label)
-
-    @property
-    def pieces_per_page(self) -> int:
-        """Contiguous pieces of host memory that a page consists of."""
-        return len(self._pages[0])
-
-    def measure(self, count: int) -> dict[str, list[float]]:
-        """GB/s of every way, in interleaved rounds; :attr:`core_seconds` has what each cost."""
-        ways: dict[str, Callable[[], float]] = {COPY_OUT: lambda: self._copy(out=True)}
-        ways |= {f"{label} put": lambda label=label: self._put(label) for label in self._rigs}  # type: ignore[misc]
-        ways[COPY_IN] = lambda: self._copy(out=False)
-        ways |= {f"{label} get": lambda label=label: self._get(label) for label in self._rigs}  # type: ignore[misc]
-        # Small batches take a millisecond: more rounds, so that a neighbour's time slice does not decide.
-        return rounds(ways, max(count, min(10 * count, ROUND_BYTES // self._moved)))
-
-    def close(self) -> None:
-        """Give everything back."""
-        for rig in self._rigs.values():
-            rig.close()
-
-    def _fill(self, label: str) -> None:
-        """Touch all memory that the backend will use, and see that what comes back is what was put."""
-        for batch in range(self._batches if label == "umbp" else 1):
-            self._put(label, batch)
-        hashes, first = self._stored[label][-1]
-        words = self._pool.kv_buffer.view(-1).view(torch.int64)  # among bfloat16 there are some that equal nothing
-        before = words.clone()
-        for page in self._pages[first : first + BATCH]:
-            for piece in page:
-                piece[:] = 0
-        self._rigs[label].get(hashes, first)
-        if not torch.equal(before, words):
-            raise SystemExit(f"{label}: the bytes that came back are not those that were put")
-
-    def _next(self) -> int:
-        """The first page of the next batch."""
-        self._turn += 1
-        return self._turn % self._batches * BATCH
-
-    def _copy(self, *, out: bool) -> float:
-        first = self._next()
-        pairs = []
-        for page, flat in zip(self._pages[first : first + BATCH], self._plain[first : first + BATCH], strict=True):
-            for number, piece in enumerate(page):
-                plain = flat[number * piece.nbytes : (number + 1) * piece.nbytes]
-                pairs.append((plain, piece) if out else (piece, plain))
-
-        def work() -> None:
-            for target, source in pairs:
-                np.copyto(target, source)
-
-        return self._measured(COPY_OUT if out else COPY_IN, work)
-
-    def _put(self, label: str, batch: int | None = None) -> float:
-        """A put of hashes that the backend does not have."""
-        first = self._next() if batch is None else batch * BATCH
-        hashes = fresh_hashes()
-        figure = self._measured(f"{label} put", lambda: self._rigs[label].put(hashes, first))
-        stored = self._stored[label]
-        stored.append((hashes, first))
-        if label == "file":
-            self._forget_files(keep=hashes)
-        return figure
-
-    def _get(self, label: str) -> float:
-        """A get of what was put some batches ago, into the pages that it came from."""
-        stored = self._stored[label]
-        age = min(len(stored), max(1, self._batches // 2)) if label == "umbp" else 1
-        hashes, first = stored[-age]
-        return self._measured(f"{label} get", lambda: self._rigs[label].get(hashes, first))
-
-    def _measured(self, name: str, work: Callable[[], object]) -> float:
-        start = time.process_time()
-        figure = rate(self._moved, work)
-        self.core_seconds.setdefault(name, []).append((time.process_time() - start) / self._moved * 1e9)
-        return figure
-
-    def _forget_files(self, keep: Sequence[str]) -> None:
-        kept = set(keep)
-        for path in (self._folder or Path()).iterdir():
-            if path.name[:64] not in kept:
-                path.unlink()
-
-
-def reached_by(label: str, bench: Bench, figures: dict[str, list[float]]) -> Row:
-    """What one backend reached."""
-    row: Row = {"backend": label}
-    for what, ceiling in (("put", COPY_OUT), ("get", COPY_IN)):
-        reached = figures[f"{label} {what}"]
-        row |= {
-            f"{what}, GB/s": statistics.median(reached),
-            f"copy for {what}, GB/s": statistics.median(figures[ceiling]),
-            f"{what} of copy": ratio(reached, figures[ceiling]),
-            f"{what}, core s/GB": statistics.median(bench.core_seconds[f"{label} {what}"]),
-            f"copy for {what}, core s/GB": statistics.median(bench.core_seconds[ceiling]),
-        }
-    return row
-
-
-def by_size(page_bytes: int, count: int, folder: Path) -> list[Row]:
-    """Both backends with pages of one size in SGLang's default layout."""
-    with closed(Bench(page_bytes, "page_first", folder)) as bench:
-        figures = bench.measure(count)
-    return [{"page": size(page_bytes)} | reached_by(label, bench, figures) for label in ("umbp", "file")]
-
-
-def by_layout(layout: str, count: int) -> Row:
-    """This pool with pages of 1 MiB in one layout."""
-    with closed(Bench(LAYOUT_PAGE, layout, None)) as bench:
-        figures = bench.measure(count)
-        each = bench.pieces_per_page
-    where: Row = {"layout": layout, "pieces of a page": each, "piece": size(LAYOUT_PAGE // each)}
-    return where | reached_by("umbp", bench, figures)
-
-
-def exists(count: int, folder: Path) -> list[Row]:
-    """The question how many of a chain's pages are there, in microseconds per call."""
-    pool = host_pool(64 << 10, 2 * BATCH, "page_first")
-    rows: list[Row] = []
-    for storage in (umbp(4096 * (64 << 10)), file(folder)):
-        rig = Rig(pool, storage)
-        chain = fresh_hashes(2048)
-        for first in range(0, len(chain), BATCH):
-            rig.put(chain[first : first + BATCH], 0)
-        (absent,) = fresh_hashes(1)
-        for keys in TARGET_EXISTS_US:
-            for what, asked in (("all there", chain[:keys]), ("the first is missing", [absent, *chain[1:keys]])):
-                expected = 0 if asked[0] == absent else keys
-                rows.append({"backend": storage.label, "keys": keys, "which": what} | asks(rig, asked, expected, count))
-        rig.close()
-    return rows
-
-
-def asks(rig: Rig, hashes: Sequence[str], expected: int, count: int) -> Row:
-    """The times of one question."""
-    times = []
-    for _ in range(20 * count):
-        asked = [key[:1] + key[1:] for key in hashes]  # what an engine asks for was never hashed by Python before
-        start = time.perf_counter()
-        found = rig.exists(asked)
-        times.append((time.perf_counter() - start) * 1e6)
-        if found != expected:
-            raise SystemExit(f"{found} pages of {len(hashes)} exist, expected {expected}")
-    return {"p50 us": statistics.median(times), "p99 us": sorted(times)[len(times) * 99 // 100]}
-
-
-@contextmanager
-def closed(bench: Bench) -> Iterator[Bench]:
-    """``bench``, closed at the end."""
-    try:
-        yield bench
-    finally:
-        bench.close()
-
-
-def missed(sizes: Sequence[Row], lookups: Sequence[Row]) -> list[str]:
-    """The targets that were not reached, in words."""
-    judged = {size(nbytes) for nbytes in GEOMETRIES if nbytes >= TARGET_FROM}
-    found = []
-    for row in sizes:
-        for what in ("put", "get"):
-            reached = row[f"{what} of copy"]
-            if row["backend"] == "umbp" and row["page"] in judged and float(str(reached)) < TARGET_RATIO:
-                found.append(f"{what} of {row['page']} pages: {reached:.2f} of the copy instead of {TARGET_RATIO}")
-    for row in lookups:
-        most = TARGET_EXISTS_US[int(str(row["keys"]))]
-        if row["backend"] == "umbp" and float(str(row["p50 us"])) > most:
-            found.append(f"exists of {row['keys']} keys ({row['which']}): {row['p50 us']:.0f} us instead of {most:.0f}")
-    return found
-
-
-def size(nbytes: int) -> str:
-    """``nbytes`` in the larger unit that divides it."""
-    return f"{nbytes >> 10} KiB" if nbytes < 1 << 20 else f"{nbytes >> 20} MiB"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -262,23 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, help="folder for the results (default: %(default)s)")
     parser.add_argument("--file-dir", type=Path, default=None, help="where the file backend works (default: memory)")
     options = parser.parse_args(arguments)
-    load_plugins()
-    count = 3 if options.quick else 9
-    page_sizes = list(GEOMETRIES)[:2] if options.quick else list(GEOMETRIES)
-    shared = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-    sections: dict[str, list[Row]] = {}
-    with tempfile.TemporaryDirectory(prefix="umbp-bench-", dir=options.file_dir or shared) as folder:
-        sizes = [row for nbytes in page_sizes for row in by_size(nbytes, count, Path(folder) / str(nbytes))]
-        sections["put and get of 128 pages, page_first"] = sizes
-        sections["put and get of 128 pages of 1 MiB, by host layout"] = [by_layout(each, count) for each in LAYOUTS]
-        lookups = exists(count, Path(folder) / "exists")
-    sections["exists, one call for a whole chain"] = lookups
+    restart_without_gpu()
+    sections = measured(3 if options.quick else 9, PAGES[:2] if options.quick else PAGES, options.file_dir)
+    sizes, _, lookups = sections.values()
     faults = missed(sizes, lookups)
     limits = " and ".join(f"{most:.0f} us for {keys} keys" for keys, most in TARGET_EXISTS_US.items())
     notes = [
-        f"Targets: put and get {TARGET_RATIO} of the copy from {size(TARGET_FROM)} pages on; exists at most {limits}.",
+        f"Targets: put and get {TARGET_RATIO} of the copy from 256 KiB pages on; exists at most {limits}.",
         "Missed: " + ("; ".join(faults) or "none"),
-        f"SGLang's `_page_backup`, `_page_transfer`, `batch_exists` on its host pool, pages of {PAGE_TOKENS} tokens.",
+        "SGLang's `_page_backup`, `_page_transfer`, `batch_exists` on its host pool, pages of 64 tokens.",
         "The copy moves the same pieces of the same pages between host pool and other memory, with one thread.",
         "Medians of interleaved rounds; ratios are medians of each round's ratio.",
         "Core seconds count all threads of the process: they say most on a machine that others use too.",
@@ -286,6 +53,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     print(write("sglang", "SGLang's L3 storage", sections, notes, options.out))
     return 1 if faults else 0
+
+
+def measured(count: int, page_sizes: Sequence[int], file_dir: Path | None) -> dict[str, list[Row]]:
+    """Every table."""
+    from sglang.srt.plugins import load_plugins
+
+    from benchmarks import sglang_ways as ways
+
+    load_plugins()
+    shared = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="umbp-bench-", dir=file_dir or shared) as folder:
+        sizes = [row for nbytes in page_sizes for row in ways.by_size(nbytes, count, Path(folder) / str(nbytes))]
+        return {
+            "put and get of 128 pages, page_first": sizes,
+            "put and get of 128 pages of 1 MiB, by host layout": [ways.by_layout(each, count) for each in LAYOUTS],
+            "exists, one call for a whole chain": ways.exists(count, Path(folder) / "exists"),
+        }
+
+
+def missed(sizes: Sequence[Row], lookups: Sequence[Row]) -> list[str]:
+    """The targets that were not reached, in words."""
+    found = []
+    for row in sizes:
+        for what in ("put", "get"):
+            reached = row[f"{what} of copy"]
+            if row["backend"] == "umbp" and row["page"] not in SMALL_PAGES and float(str(reached)) < TARGET_RATIO:
+                found.append(f"{what} of {row['page']} pages: {reached:.2f} of the copy instead of {TARGET_RATIO}")
+    for row in lookups:
+        most = TARGET_EXISTS_US[int(str(row["keys"]))]
+        if row["backend"] == "umbp" and float(str(row["p50 us"])) > most:
+            found.append(f"exists of {row['keys']} keys ({row['which']}): {row['p50 us']:.0f} us instead of {most:.0f}")
+    return found
 
 
 if __name__ == "__main__":

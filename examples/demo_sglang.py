@@ -31,6 +31,7 @@ from examples.progress import console, progress
 from examples.random_model import medium_llama, prompt
 from examples.serving_sglang import (
     PAGE_TOKENS,
+    PAGES,
     ServerFailed,
     SglangAnswer,
     SglangServer,
@@ -44,14 +45,17 @@ GPU_TIE = 0.5
 """Nats between two candidates that 16-bit rounding may swap; the random model's best leads by about three."""
 
 COLD, DEVICE, DRAM, SSD = "cold", "L1 hit", "L3 hit, DRAM", "L3 hit, SSD after restart"
+TIERS = {DRAM: "dram", SSD: "ssd"}
+"""Where the pool itself must say that the pages of a phase came from."""
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What one phase measured: an answer per prompt."""
+    """What one phase measured: an answer per prompt, and the pages that the pool says came from the tier expected."""
 
     name: str
     answers: tuple[SglangAnswer, ...]
+    from_tier: int = 0
 
     @property
     def seconds(self) -> float:
@@ -119,6 +123,8 @@ def faults_of(phases: Sequence[Phase], tie: float) -> list[str]:
             faults.append(f"{phase.name}: the tokens differ from those of the cold run")
         if phase.name in source and min(map(source[phase.name], phase.answers)) == 0:
             faults.append(f"{phase.name}: at least one prompt was computed again instead of reused")
+        if phase.name in TIERS and not phase.from_tier:
+            faults.append(f"{phase.name}: no page came from {TIERS[phase.name]}")
     return faults
 
 
@@ -153,18 +159,30 @@ def _measure(
     options: argparse.Namespace,
     tell: Callable[[str], None],
 ) -> Phase:
+    tier = {"direction": "get", "result": TIERS.get(name, "")}
+    before = server.metric(PAGES, **tier)
     answers = []
     for number, tokens in enumerate(prompts, 1):
         tell(f"{name}, prompt {number} of {len(prompts)}")
         answers.append(server.complete(tokens, options.max_tokens))
-    return Phase(name, tuple(answers))
+    return Phase(name, tuple(answers), round(server.metric(PAGES, **tier) - before))
 
 
 def _table(phases: Sequence[Phase], tokens: int, tie: float) -> Table:
     title = f"Time to first token of a {tokens}-token prompt (median of {len(phases[0].answers)} prompts)"
-    table = Table(title=title, caption="tokens of the prompt by SGLang's cached_tokens_details")
+    table = Table(
+        title=title, caption="tokens by SGLang's cached_tokens_details; pages of all prompts by the pool's own metrics"
+    )
     table.add_column("phase", no_wrap=True)
-    for heading in ("device\n(L1)", "host\n(L2)", "storage\n(L3)", "TTFT", "ratio\nto cold", "same\ntokens"):
+    for heading in (
+        "device\n(L1)",
+        "host\n(L2)",
+        "storage\n(L3)",
+        "pages\nfrom",
+        "TTFT",
+        "ratio\nto cold",
+        "same\ntokens",
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     cold = phases[0]
     for phase in phases:
@@ -172,6 +190,7 @@ def _table(phases: Sequence[Phase], tokens: int, tie: float) -> Table:
         table.add_row(
             phase.name,
             *(str(phase.median(level)) for level in levels),
+            f"{phase.from_tier} {TIERS[phase.name]}" if phase.name in TIERS else "-",
             f"{phase.seconds * 1000:.0f} ms",
             f"{phase.seconds / cold.seconds:.3f}",
             "yes" if phase.agrees(cold, tie) else "[red]no[/red]",

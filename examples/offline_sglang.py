@@ -6,7 +6,6 @@ Run it with the Python that has SGLang; nothing is downloaded.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 import time
@@ -15,16 +14,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs from any folder
 
 from examples.random_model import medium_llama, prompt
-from examples.serving_sglang import cpu_environment, cpu_only
+from examples.serving_sglang import cpu_only, restart_without_gpu
 
 PAGE_TOKENS = 64
 
 
 def main() -> None:
     """Generate once cold and once from the pool, and print both times."""
-    on_cpu = cpu_only()
-    if on_cpu and "SGLANG_USE_CPU_ENGINE" not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **cpu_environment()})
+    restart_without_gpu()
     import sglang
 
     with tempfile.TemporaryDirectory() as folder:
@@ -36,7 +33,7 @@ def main() -> None:
             hicache_storage_backend="umbp",
             hicache_storage_backend_extra_config=json.dumps({"dram_capacity": "1GiB"}),
             hicache_storage_prefetch_policy="wait_complete",
-            **(_cpu_arguments() if on_cpu else {}),
+            **(_cpu_arguments() if cpu_only() else {}),
         )
         try:
             _ask_twice(engine)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,13 +24,14 @@ __all__ = [
     "cpu_environment",
     "cpu_only",
     "extra_config",
+    "restart_without_gpu",
 ]
 
 PAGE_TOKENS = 64
 """What every server here is started with as ``--page-size``."""
 
-STORED = {"direction": "put", "result": "ok"}
-"""Labels of ``umbp_sglang_pages``: pages that are in the pool since somebody stored them."""
+PAGES = "umbp_sglang_pages"
+"""The pool's own count of pages, by ``direction`` (``get``, ``put``) and ``result``."""
 
 _BACKEND = "/hicache/storage-backend"
 _SHIM = Path(__file__).resolve().parents[1] / "tests" / "sglang" / "shim"
@@ -85,7 +87,7 @@ class SglangServer(EngineServer):
 
     def wait_until_stored(self, pages: int, timeout: float = 60.0) -> None:
         """Wait until so many pages were stored since the server's start.  Raises ``TimeoutError``."""
-        self.wait_for_metric("umbp_sglang_pages", pages, timeout, **STORED)
+        self.wait_for_metric(PAGES, pages, timeout, direction="put", result="stored")
 
     def flush_cache(self, timeout: float = 30.0) -> None:
         """Empty SGLang's device and host caches (L1 and L2), not the storage (L3).
@@ -139,6 +141,12 @@ def cpu_only() -> bool:
     import torch
 
     return not torch.accelerator.is_available()
+
+
+def restart_without_gpu() -> None:
+    """Where there is no GPU, start this program again in :func:`cpu_environment`; before SGLang is imported."""
+    if cpu_only() and "SGLANG_USE_CPU_ENGINE" not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **cpu_environment()})
 
 
 def _json(keys: Mapping[str, Any]) -> str:
