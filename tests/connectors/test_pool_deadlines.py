@@ -5,11 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.connectors.disk import Disk
+from umbp_connectors.pool import loads
+from umbp_connectors.pool.checksums import copy_checksummed
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
 from umbp_core.ids import Identity, RankScope
 from umbp_core.testing.fakes import FakeClock
@@ -330,3 +333,28 @@ def test_a_put_with_a_time_on_many_threads_keeps_its_promise(make: Callable[...,
         assert all(np.array_equal(a, b) for a, b, there in zip(source, target, stored, strict=True) if there)
     assert all(stored)
     pool.close()
+
+
+def test_a_delivery_that_has_begun_is_waited_for(
+    make: Callable[..., LocalPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy into the caller's memory is the one thing that a call waits for beyond its time."""
+    pool = make()
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> bytes:
+        begun.set()
+        assert go_on.wait(60)
+        return copy_checksummed(*arguments)
+
+    monkeypatch.setattr(loads, "copy_checksummed", slow)
+    buffer, statuses = bytearray(SIZE), list[GetStatus]()
+    reader = threading.Thread(target=lambda: statuses.extend(pool.get(COLD[:1], [buffer], timeout=SHORT)))
+    reader.start()
+    assert begun.wait(60)
+    reader.join(4 * SHORT)
+    assert reader.is_alive()
+    go_on.set()
+    reader.join(60)
+    assert statuses == [GetStatus.SSD]
+    assert buffer == _object(COLD[0])
