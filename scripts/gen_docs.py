@@ -1,4 +1,4 @@
-"""Rewrites the generated parts of docs/: configuration keys, hooks, command line, the master's metrics.
+"""Rewrites the generated parts of docs/: configuration keys, hooks, command line, the metrics.
 
 A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``.  ``--check`` changes nothing
 and fails when a page is not up to date; a test does the same.
@@ -24,7 +24,7 @@ from umbp_connectors.cli import app
 from umbp_connectors.config_model import UmbpConfig, parse_size
 from umbp_connectors.master.metrics_families import FAMILIES, PREFIX
 from umbp_connectors.master.settings import MasterConfig
-from umbp_sglang.stats import METRICS
+from umbp_sglang.metrics import METRICS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 _PART = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

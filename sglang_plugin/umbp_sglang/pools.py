@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from umbp_connectors.pool.buffers import round_up
 from umbp_connectors.pool.local import GetStatus, PutStatus, StagedPut
 from umbp_connectors.pool.sharing import SharedPoolServer
+from umbp_connectors.pool.slab import ALIGNMENT
+from umbp_core.directory import TierStats
 from umbp_core.errors import ConfigError
+from umbp_core.tiers import Tier
 from umbp_sglang.host_pages import PageAccess, PageBuffer
 
 logger = logging.getLogger(__name__)
@@ -53,6 +57,9 @@ class Shard(Protocol):
     def clear(self) -> int:
         """Forget everything."""
 
+    def stats(self, tier: Tier) -> TierStats | None:
+        """How full a tier is; ``None`` when there is none of its own."""
+
     def open(self) -> None:
         """Make ready for calls."""
 
@@ -67,7 +74,7 @@ class Moved:
     ok: list[bool]
     late: bool = False
     fresh: int = 0
-    """Pages that were really written, or read from SSD."""
+    """Of the pages that are ok: those that were really written, or came from SSD."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +157,17 @@ class StorePool:
         """How many can be read now, from the first on without a gap."""
         return min(shard.count_prefix(keys) for shard in self.shards)
 
+    def tiers(self) -> dict[str, tuple[int, int]]:
+        """Of each tier how many bytes are used, and how many there are.  Raises ``StateError`` when closed."""
+        found: dict[str, tuple[int, int]] = {}
+        slot = round_up(self.access.object_bytes, ALIGNMENT)
+        for tier in (Tier.DRAM, Tier.SSD):
+            stats = [known for shard in self.shards if (known := shard.stats(tier)) is not None]
+            if stats:
+                total, free = sum(s.total_pages for s in stats), sum(s.free_pages for s in stats)
+                found[tier.name.lower()] = ((total - free) * slot, total * slot)
+        return found
+
     def clear(self) -> None:
         """Forget every page."""
         for shard in self.shards:
@@ -188,7 +206,7 @@ def _kept(statuses: list[list[PutStatus]]) -> Moved:
     """A page is stored when all its parts are."""
     ok = [all(status in _KEPT for status in page) for page in zip(*statuses, strict=True)]
     late = any(PutStatus.TIMED_OUT in part for part in statuses)
-    fresh = sum(PutStatus.STORED in page for page in zip(*statuses, strict=True))
+    fresh = sum(good and PutStatus.STORED in page for good, page in zip(ok, zip(*statuses, strict=True), strict=True))
     return Moved(ok, late, fresh)
 
 
@@ -196,5 +214,5 @@ def _hits(statuses: list[list[GetStatus]]) -> Moved:
     """A page arrived when all its parts did."""
     ok = [all(status.hit for status in page) for page in zip(*statuses, strict=True)]
     late = any(GetStatus.TIMED_OUT in part for part in statuses)
-    fresh = sum(GetStatus.SSD in page for page in zip(*statuses, strict=True))
+    fresh = sum(good and GetStatus.SSD in page for good, page in zip(ok, zip(*statuses, strict=True), strict=True))
     return Moved(ok, late, fresh)

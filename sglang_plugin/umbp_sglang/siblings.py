@@ -10,7 +10,9 @@ from typing import Any
 
 from umbp_connectors.pool.local import GetStatus, PutStatus, StagedPut
 from umbp_connectors.pool.sharing import SharedPoolReader
+from umbp_core.directory import TierStats
 from umbp_core.ids import Identity, digest_of
+from umbp_core.tiers import Tier
 
 _LOOKUP_S = 1.0
 """A lookup that takes longer than this is a miss: a request waits for it."""
@@ -70,6 +72,10 @@ class SiblingPool:
     def count_prefix(self, keys: Sequence[bytes]) -> int:
         """What the writer has, from the first on without a gap."""
         return self._reader.count_prefix(keys, self._lookup)
+
+    def stats(self, tier: Tier) -> TierStats | None:
+        """Nothing: the tiers are the writer's."""
+        return None
 
     def clear(self) -> int:
         """Nothing to do: the writer is told itself."""

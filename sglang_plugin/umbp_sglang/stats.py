@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from umbp_core.errors import StateError
 from umbp_sglang import compat
+from umbp_sglang.metrics import METRICS, MetricDoc
+from umbp_sglang.pools import Moved, StorePool
 
 _SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _KEPT_CALLS = 1024
 """Calls that are remembered for SGLang's collector, should it not ask for a while."""
-
-
-@dataclass(frozen=True, slots=True)
-class MetricDoc:
-    """Name as on the page (counters with their ``_total``), type, labels and meaning of one metric."""
-
-    name: str
-    kind: str
-    labels: tuple[str, ...]
-    help: str
-
-
-METRICS = (
-    MetricDoc("umbp_sglang_lookups_total", "counter", (), "Chains of pages that SGLang asked for."),
-    MetricDoc("umbp_sglang_lookup_pages_total", "counter", (), "Pages in these chains."),
-    MetricDoc("umbp_sglang_hit_pages_total", "counter", (), "Leading pages of these chains that could be restored."),
-    MetricDoc("umbp_sglang_pages_total", "counter", ("direction", "pool", "result"), "Pages of gets and puts."),
-    MetricDoc("umbp_sglang_bytes_total", "counter", ("direction", "pool"), "Bytes of the pages that were ok."),
-    MetricDoc("umbp_sglang_call_seconds", "histogram", ("direction", "pool"), "Time that one get or put took."),
-    MetricDoc("umbp_sglang_degraded_total", "counter", ("reason",), "Calls that gave up a part of their service."),
-)
-"""Every metric of a store; ``docs/metrics.md`` has this table."""
+_WATCH_S = 1.0
+"""How often the pools are asked how full they are, at most."""
 
 
 class StoreStats:
     """Counts of one store, in a registry of its own.  Any thread.
 
-    In SGLang's multi-process mode, which its servers use, the values reach the server's ``/metrics`` by themselves.
+    In Prometheus' multi-process mode, which SGLang's servers use, the values are on the server's ``/metrics`` by
+    themselves, summed over the ranks.
     """
 
     def __init__(self) -> None:
@@ -49,6 +35,7 @@ class StoreStats:
         self._metrics = {doc.name: _make(doc, self.registry) for doc in METRICS}
         self._series: dict[tuple[str, str], _Series] = {}
         self._lock = threading.Lock()
+        self._watched = -math.inf
         self._calls: dict[str, deque[tuple[int, float]]] = {
             direction: deque(maxlen=_KEPT_CALLS) for direction in ("get", "put")
         }
@@ -59,21 +46,38 @@ class StoreStats:
         self._metrics["umbp_sglang_lookup_pages_total"].inc(asked)
         self._metrics["umbp_sglang_hit_pages_total"].inc(found)
 
-    def moved(self, direction: str, pool: str, pages: int, ok: int, nbytes: int, seconds: float) -> None:
-        """A call that was to move ``pages`` pages of ``nbytes`` bytes each, ``ok`` of which it did."""
+    def moved(self, direction: str, pool: str, moved: Moved, page_bytes: int, seconds: float) -> None:
+        """A call that moved pages of ``page_bytes`` bytes each."""
         series = self._series_of(direction, pool)
-        series.ok.inc(ok)
-        if ok < pages:
-            series.failed.inc(pages - ok)
-        series.nbytes.inc(ok * nbytes)
+        ok = sum(moved.ok)
+        series.fresh.inc(moved.fresh)
+        series.rest.inc(ok - moved.fresh)
+        series.failed.inc(len(moved.ok) - ok)
+        pages = ok if direction == "get" else moved.fresh
+        series.nbytes.inc(pages * page_bytes)
         series.seconds.observe(seconds)
-        if ok and seconds > 0:
+        if pages and seconds > 0:
             with self._lock:
-                self._calls[direction].append((ok, ok * nbytes / seconds / 1e9))
+                self._calls[direction].append((pages, pages * page_bytes / seconds / 1e9))
 
     def degraded(self, reason: str) -> None:
         """A call gave up a part of its service."""
         self._metrics["umbp_sglang_degraded_total"].labels(reason).inc()
+
+    def watch(self, pools: Sequence[StorePool], now: float) -> None:
+        """Ask ``pools`` how full they are, unless that was done less than a second before ``now``."""
+        with self._lock:
+            if now - self._watched < _WATCH_S:
+                return
+            self._watched = now
+        for pool in pools:
+            try:
+                tiers = pool.tiers()
+            except StateError:  # it is being closed
+                continue
+            for tier, (used, capacity) in tiers.items():
+                self._metrics["umbp_sglang_tier_used_bytes"].labels(pool.name, tier).set(used)
+                self._metrics["umbp_sglang_tier_capacity_bytes"].labels(pool.name, tier).set(capacity)
 
     def take_page_counts(self) -> Any:
         """SGLang's ``StorageMetrics`` of the calls since the last time: pages, and GB/s, of each."""
@@ -92,13 +96,11 @@ class StoreStats:
         found = self._series.get((direction, pool))
         if found is None:
             pages = self._metrics["umbp_sglang_pages_total"]
-            found = _Series(
-                ok=pages.labels(direction, pool, "ok"),
-                failed=pages.labels(direction, pool, "missing" if direction == "get" else "not_stored"),
-                nbytes=self._metrics["umbp_sglang_bytes_total"].labels(direction, pool),
-                seconds=self._metrics["umbp_sglang_call_seconds"].labels(direction, pool),
-            )
-            self._series[direction, pool] = found
+            results = ("ssd", "dram", "missing") if direction == "get" else ("stored", "present", "not_stored")
+            fresh, rest, failed = (pages.labels(direction, pool, result) for result in results)
+            nbytes = self._metrics["umbp_sglang_bytes_total"].labels(direction, pool)
+            seconds = self._metrics["umbp_sglang_call_seconds"].labels(direction, pool)
+            found = self._series[direction, pool] = _Series(fresh, rest, failed, nbytes, seconds)
         return found
 
 
@@ -106,7 +108,8 @@ class StoreStats:
 class _Series:
     """The metrics of one pool in one direction, looked up once."""
 
-    ok: Any
+    fresh: Any
+    rest: Any
     failed: Any
     nbytes: Any
     seconds: Any
@@ -115,4 +118,6 @@ class _Series:
 def _make(doc: MetricDoc, registry: CollectorRegistry) -> Any:
     if doc.kind == "histogram":
         return Histogram(doc.name, doc.help, doc.labels, buckets=_SECONDS, registry=registry)
+    if doc.kind == "gauge":
+        return Gauge(doc.name, doc.help, doc.labels, registry=registry, multiprocess_mode="livesum")
     return Counter(doc.name, doc.help, doc.labels, registry=registry)

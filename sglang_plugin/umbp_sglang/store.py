@@ -248,7 +248,7 @@ class UMBPStore(HiCacheStorage):
             moved = self._timed("put", pool, lambda: self._put_together(pool, wanted, indices, depths))()
         else:
             moved = self._timed("put", pool, lambda: pool.put(wanted, indices, depths, self._timeout))()
-        return Moved(moved.ok + [False] * (len(keys) - allowed), moved.late)
+        return Moved(moved.ok + [False] * (len(keys) - allowed), moved.late, moved.fresh)
 
     def _put_together(self, pool: StorePool, anchors: list[bytes], indices: Any, depths: Sequence[int]) -> Moved:
         """Store KV pages whose side pools' pages wait for them: those are published first, so none is found without."""
@@ -319,7 +319,8 @@ class UMBPStore(HiCacheStorage):
             started = self._clock()
             moved = work()
             seconds = self._clock() - started
-            self._stats.moved(direction, pool.name, len(moved.ok), sum(moved.ok), pool.page_bytes, seconds)
+            self._stats.moved(direction, pool.name, moved, pool.page_bytes, seconds)
+            self._stats.watch(self._pools.pools(), started)
             return moved
 
         return run

@@ -1,0 +1,29 @@
+"""The metrics of a store: their names and what they mean.  Imports nothing of an engine, for the documentation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class MetricDoc:
+    """Name as on the page (counters with their ``_total``), type, labels and meaning of one metric."""
+
+    name: str
+    kind: str
+    labels: tuple[str, ...]
+    help: str
+
+
+METRICS = (
+    MetricDoc("umbp_sglang_lookups_total", "counter", (), "Chains of pages that SGLang asked for."),
+    MetricDoc("umbp_sglang_lookup_pages_total", "counter", (), "Pages in these chains."),
+    MetricDoc("umbp_sglang_hit_pages_total", "counter", (), "Leading pages of these chains that could be restored."),
+    MetricDoc("umbp_sglang_pages_total", "counter", ("direction", "pool", "result"), "Pages of gets and puts."),
+    MetricDoc("umbp_sglang_bytes_total", "counter", ("direction", "pool"), "Bytes of the pages that were moved."),
+    MetricDoc("umbp_sglang_call_seconds", "histogram", ("direction", "pool"), "Time that one get or put took."),
+    MetricDoc("umbp_sglang_degraded_total", "counter", ("reason",), "Calls that gave up a part of their service."),
+    MetricDoc("umbp_sglang_tier_used_bytes", "gauge", ("pool", "tier"), "Bytes of a tier that hold pages."),
+    MetricDoc("umbp_sglang_tier_capacity_bytes", "gauge", ("pool", "tier"), "Bytes of a tier."),
+)
+"""Every metric of a store; ``docs/metrics.md`` has this table."""

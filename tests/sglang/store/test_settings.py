@@ -1,0 +1,60 @@
+"""The extra config: SGLang's own keys are left alone, ours are checked, and a mistake stops the start with one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.sglang.store.pools import storage_config
+from umbp_core.errors import ConfigError
+from umbp_sglang.settings import ENGINE_KEYS, read_settings
+
+DYNAMIC = {
+    "backend_name": "umbp",
+    "module_path": "umbp_sglang.store",
+    "class_name": "UMBPStore",
+    "interface_v1": 1,
+    "allocator": "shm",
+}
+
+
+def test_keys_of_sglang_are_left_alone() -> None:
+    extra = {**dict.fromkeys(ENGINE_KEYS, 1), **DYNAMIC, "dram_capacity": "3GiB"}
+    assert read_settings(storage_config(extra=extra), {}).config.dram_capacity == 3 << 30
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"dram_capcity": 1}, "unknown key 'dram_capcity' in engine extra-config; did you mean 'dram_capacity'"),
+        ({"prefetch_treshold": 1}, "did you mean 'prefetch_threshold'"),
+        ({"call_timeout_ms": 0}, "call_timeout_ms = 0"),
+        ({"ssd_enabled": True}, "ssd_dir is not set"),
+        ({"mode": "daemon"}, "comes with a later release"),
+    ],
+)
+def test_a_mistake_is_one_line(extra: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        read_settings(storage_config(extra=extra), {})
+    assert message in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 2
+
+
+def test_the_environment_and_a_file_count_too(tmp_path: Path) -> None:
+    file = tmp_path / "umbp.toml"
+    file.write_text('call_timeout_ms = 700\nnamespace = "file"\n', encoding="utf-8")
+    env = {"UMBP_CONFIG": str(file), "UMBP_NAMESPACE": "environment"}
+    config = read_settings(storage_config(), env).config
+    assert (config.call_timeout_ms, config.namespace) == (700, "environment")
+
+
+def test_no_extra_config_is_fine() -> None:
+    config = storage_config()
+    config.extra_config = None
+    assert read_settings(config, {}).config.namespace == ""
+
+
+def test_heads_are_never_cut_where_all_ranks_have_them() -> None:
+    assert read_settings(storage_config(mla=True, tp=(0, 2), lcm=8), {}).rank.head_parts == 0
+    assert read_settings(storage_config(tp=(0, 2), lcm=8), {}).rank.head_parts == 8
