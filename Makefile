@@ -16,18 +16,18 @@ SOURCES := $(shell find umbp_connectors core vllm_plugin sglang_plugin -name '*.
 ifeq ($(VLLM_PYTHON),)
   VLLM_READY := .venv-vllm/.ready
   VLLM := .venv-vllm/bin/python
-  UMBP_VLLM_PYTHON ?= $(CURDIR)/$(VLLM)
+  TEST_VLLM_PYTHON ?= $(CURDIR)/$(VLLM)
 else
   OVERLAY := .overlay/$(subst /,_,$(VLLM_PYTHON))
   VLLM_READY := $(OVERLAY)/.ready
   VLLM := PYTHONPATH=$(CURDIR)/$(OVERLAY):$$PYTHONPATH '$(VLLM_PYTHON)'
-  UMBP_VLLM_PYTHON ?= $(VLLM_PYTHON)
-  UMBP_VLLM_PYTHONPATH ?= $(CURDIR)/$(OVERLAY)
+  TEST_VLLM_PYTHON ?= $(VLLM_PYTHON)
+  TEST_VLLM_PYTHONPATH ?= $(CURDIR)/$(OVERLAY)
 endif
 
 SGLANG_READY := .venv-sglang/.ready
 SGLANG := .venv-sglang/bin/python
-export UMBP_VLLM_PYTHON UMBP_VLLM_PYTHONPATH
+export TEST_VLLM_PYTHON TEST_VLLM_PYTHONPATH
 
 .PHONY: help venv venv-vllm venv-sglang demo demo-sglang test test-unit test-vllm test-sglang lint format bench docs clean
 

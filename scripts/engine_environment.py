@@ -6,6 +6,7 @@ Nothing but the standard library: they run before anything is installed.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import shutil
 import subprocess
@@ -41,9 +42,11 @@ class Environment:
         venv.create(self.folder, with_pip=True, clear=True)
 
     def run(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        """Run the environment's Python; output goes to the caller and to the log."""
+        """Run the environment's Python, its commands on the path; output goes to the caller and to the log."""
         command = [str(self.python), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        path = os.pathsep.join([str(self.python.parent), os.environ.get("PATH", "")])
+        env = {**os.environ, "PATH": path}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=env)
         with self.log.open("a", encoding="utf-8") as log:
             log.write(f"$ {' '.join(command)}\n{done.stdout}{done.stderr}\n")
         return done

@@ -14,9 +14,6 @@ the shim's slower hash takes its place in the tests.
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import sys
 
 from engine_environment import (
@@ -49,9 +46,6 @@ IMPORTED = (
 )
 """What a server without a GPU imports."""
 
-HASH_HEADERS = ("Python.h", "openssl/sha.h")
-HASH_PACKAGES = "on Debian and Ubuntu: apt-get install g++ libssl-dev python3-dev"
-
 
 def check(env: Environment) -> None:
     """Refuse early what would fail after minutes."""
@@ -80,24 +74,10 @@ def install_sglang(env: Environment) -> None:
 
 def check_hash(env: Environment) -> None:
     """Say what is missing for SGLang to compile its page hash."""
-    missing = missing_for_hash(env)
-    if missing:
-        env.say(f"SGLang cannot compile its page hash here: {missing}; {HASH_PACKAGES}")
-        env.say("the tests use a slower one of their own instead; a server without the tests' shim would not start L3")
-
-
-def missing_for_hash(env: Environment) -> str:
-    """What the page hash cannot be compiled without; empty when all is there."""
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        return f"there is no C++ compiler ({compiler})"
-    include = env.run("-c", "import sysconfig; print(sysconfig.get_path('include'))").stdout.strip()
-    command = [compiler, "-fsyntax-only", f"-I{include}", "-x", "c++", "-"]
-    for header in HASH_HEADERS:
-        program = f"#include <{header}>\n"
-        if subprocess.run(command, input=program, capture_output=True, text=True, timeout=60, check=False).returncode:
-            return f"the header {header} is missing"
-    return ""
+    done = env.run("-m", "umbp_sglang.page_hash")
+    if done.returncode:
+        env.say(f"SGLang cannot compile its page hash here: {reason(done)}")
+        env.say("the tests use a slower one of their own instead; a server without the tests' shim has no L3 here")
 
 
 def check_result(env: Environment) -> None:

@@ -28,8 +28,10 @@ DYNAMIC = (
 )
 """The form that needs no hook at all."""
 
-_FACTORY = "sglang.srt.mem_cache.storage.backend_factory:StorageBackendFactory"
+FACTORY = "sglang.srt.mem_cache.storage.backend_factory:StorageBackendFactory"
 _CONTROLLER = "sglang.srt.managers.cache_controller:HiCacheController"
+_REGISTRY = "sglang.srt.plugins.hook_registry:HookRegistry"
+_KINDS = "sglang.srt.plugins.hook_registry:HookType"
 _NO = frozenset({"", "0", "false", "no", "off"})
 _logger = logging.getLogger(__name__)
 
@@ -59,12 +61,12 @@ class Hook:
 
 FACTORY_HOOK = Hook(
     "factory",
-    f"{_FACTORY}._create_builtin_backend",
+    f"{FACTORY}._create_builtin_backend",
     ("backend_name", "backend_class", "storage_config", "mem_pool_host"),
     "AROUND",
     hooks.create_backend,
     f"it cannot make the backend {BACKEND}; use {DYNAMIC}",
-    needs=(f"{_FACTORY}.register_backend",),
+    needs=(f"{FACTORY}.register_backend",),
 )
 """Without this one the name must not be offered: it would be refused only after the model is loaded."""
 
@@ -104,10 +106,10 @@ def register() -> None:
     """
     if is_set(os.environ, NO_HOOKS):
         return
-    registry = compat.find("sglang.srt.plugins.hook_registry:HookRegistry")
+    registry = compat.find(_REGISTRY)
     try:
         FACTORY_HOOK.probe()
-        factory = compat.find(_FACTORY)
+        factory = compat.find(FACTORY)
     except LookupError as error:
         _say(error, FACTORY_HOOK)
         return
@@ -146,16 +148,19 @@ def other_owner(factory: Any) -> str:
     return f"{entry.get('module_path')}.{entry.get('class_name')}"
 
 
-def installed(hook: Hook) -> bool:
-    """Whether SGLang's registry has ``hook`` already."""
-    registry = compat.find("sglang.srt.plugins.hook_registry:HookRegistry")
+def is_applied(hook: Hook) -> bool:
+    """Whether SGLang has put ``hook`` into its place."""
+    registry = compat.find(_REGISTRY)
+    return _is_known(registry, hook) and _dotted(hook) in registry._patched
+
+
+def _is_known(registry: Any, hook: Hook) -> bool:
     return any(given is hook.function for _, given, *_ in registry._hooks.get(_dotted(hook), ()))
 
 
 def _install(registry: Any, hook: Hook) -> None:
-    if not installed(hook):
-        kinds = compat.find("sglang.srt.plugins.hook_registry:HookType")
-        registry.register(_dotted(hook), hook.function, kinds[hook.kind])
+    if not _is_known(registry, hook):
+        registry.register(_dotted(hook), hook.function, compat.find(_KINDS)[hook.kind])
 
 
 def _dotted(hook: Hook) -> str:

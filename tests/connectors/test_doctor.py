@@ -116,7 +116,7 @@ def test_vllm_version(text: str, status: str) -> None:
     [
         (None, None, "ok", ""),
         (None, "other,umbp", "ok", ""),
-        (None, "other", "problem", "add umbp to VLLM_PLUGINS"),
+        (None, "other", "problem", "add umbp to "),
         ("somebody_else:register", None, "problem", "reinstall"),
         ("", None, "problem", "pip install umbp-connectors"),
     ],
@@ -127,7 +127,8 @@ def test_entry_points(
     value = engines.ENTRY_POINTS[group] if installed is None else installed
     entries = [EntryPoint("umbp", value, group)] if value else []
     monkeypatch.setattr(engines, "entry_points", lambda group: [EntryPoint("other", "x", group), *entries])
-    finding = only(engines.registered(group, {} if allowed is None else {"VLLM_PLUGINS": allowed}))
+    variable = "SGLANG_PLUGINS" if group == "sglang.srt.plugins" else "VLLM_PLUGINS"
+    finding = only(engines.registered(group, {} if allowed is None else {variable: allowed}))
     assert finding.status.value == status
     assert advice in finding.advice
 
@@ -147,6 +148,12 @@ def test_probe_passes_on_each_answer(tmp_path: Path) -> None:
         Finding("--kv-connector", Status.PROBLEM, "off", "do x"),
         Finding("b", Status.OK, "y"),
     ]
+
+
+def test_each_engine_is_asked_by_its_own_module(tmp_path: Path) -> None:
+    python = fake_python(tmp_path, """printf '{"%s": {"live": true, "found": "x", "advice": ""}}' "$2" """)
+    for adapter in (engines.VLLM, engines.SGLANG):
+        assert only(engines.probe({}, python, adapter)) == Finding(adapter.module, Status.OK, "x")
 
 
 def test_probe_that_fails_or_hangs_is_a_problem(tmp_path: Path) -> None:
@@ -196,8 +203,14 @@ def test_engine_that_is_installed_is_asked(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(engines, "find_spec", lambda name: object())
     monkeypatch.setattr(engines, "version", lambda name: "0.32.0")
     asked = []
-    monkeypatch.setattr(engines, "probe", lambda env, python: asked.append(python) or iter([]))
+    monkeypatch.setattr(engines, "probe", lambda env, python, *adapter: asked.append((python, *adapter)) or iter([]))
     findings = list(examine({}, {}))
-    assert asked == [sys.executable]
+    assert asked == [(sys.executable,), (sys.executable, engines.SGLANG)]
     assert not [finding for finding in findings if finding.topic == "engines"]
-    assert any("comes with a later release" in finding.found for finding in findings if finding.topic == "SGLang")
+
+
+@pytest.mark.parametrize(("text", "status"), [("0.5.23", "ok"), ("0.6.0", "warning"), ("unknown", "warning")])
+def test_sglang_version(text: str, status: str) -> None:
+    finding = engines.sglang_version(text)
+    assert finding.status.value == status
+    assert text in finding.found

@@ -155,30 +155,13 @@ def test_interrupted_installation_starts_again(tmp_path: Path) -> None:
     assert len(again.asked) == 2
 
 
-def compiler(folder: Path, missing: str) -> str:
-    """A compiler that does not find one header."""
-    return str(stub(folder, "compiler", f"if grep -q {missing}; then exit 1; fi"))
-
-
-@pytest.mark.parametrize("header", setup_sglang.HASH_HEADERS)
-def test_what_the_page_hash_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, header: str) -> None:
-    monkeypatch.setenv("CXX", compiler(tmp_path, header))
+@pytest.mark.parametrize("missing", ["", "the header openssl/sha.h is missing; install it"])
+def test_what_the_page_hash_lacks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     env = PlayedEnvironment(tmp_path, [])
+    answered = subprocess.CompletedProcess([], bool(missing), "", f"{missing}\n")
+    monkeypatch.setattr(env, "run", lambda *arguments, timeout=0: answered)
     setup_sglang.check_hash(env)
-    assert f"the header {header} is missing" in env.said[0]
-    assert "apt-get install" in env.said[0]
-
-
-def test_page_hash_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", str(tmp_path / "none"))
-    assert "no C++ compiler" in setup_sglang.missing_for_hash(PlayedEnvironment(tmp_path, []))
-
-
-def test_nothing_is_said_where_the_page_hash_can_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", compiler(tmp_path, "nothing_like_this"))
-    env = PlayedEnvironment(tmp_path, [])
-    setup_sglang.check_hash(env)
-    assert env.said == []
+    assert any(missing in line for line in env.said) is bool(missing)
 
 
 def test_full_disk_is_said_before_anything_is_done(tmp_path: Path) -> None:

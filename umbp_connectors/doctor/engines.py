@@ -1,7 +1,8 @@
 """Which engines are installed, and whether our entry points and flags are live in them.
 
-An engine is never imported into this process.  What only a running engine can tell is asked by the adapter's
-own probe (``python -m umbp_vllm.probe``) in a subprocess of the engine's Python, under a timeout.
+An engine is never imported into this process.  What only a running engine can tell is asked by the adapter's own
+probe (``python -m umbp_vllm.probe``, ``python -m umbp_sglang.probe``) in a subprocess of the engine's Python, under a
+timeout.
 """
 
 from __future__ import annotations
@@ -11,13 +12,40 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 
 from umbp_connectors.doctor.findings import Finding, Status
 
 VLLM_SUPPORTED = ((0, 28), (0, 33))
+SGLANG_TESTED = (0, 5)
 PROBE_TIMEOUT_S = 180.0
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How an adapter's probe is asked.
+
+    ``environment`` is for the probe: it asks for no device, and what an engine logs while it starts is not an answer.
+    ``allow_list`` is the engine's variable that says which plug-ins may load.
+    """
+
+    engine: str
+    module: str
+    try_this: str
+    allow_list: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+VLLM = Adapter(
+    "vLLM",
+    "umbp_vllm.probe",
+    "`vllm --version`",
+    "VLLM_PLUGINS",
+    {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"},
+)
+SGLANG = Adapter("SGLang", "umbp_sglang.probe", "`python -m sglang.launch_server --help`", "SGLANG_PLUGINS")
 ENTRY_POINTS = {
     "vllm.general_plugins": "umbp_vllm:register",
     "vllm.platform_plugins": "umbp_vllm:early_platform",
@@ -45,12 +73,24 @@ def vllm(env: Mapping[str, str], python: str) -> Iterator[Finding]:
     yield from probe(env, python)
 
 
-def sglang() -> Iterator[Finding]:
-    """What there is to say about SGLang in this release."""
+def sglang(env: Mapping[str, str], python: str) -> Iterator[Finding]:
+    """Everything about SGLang; ``python`` runs the probe."""
     if find_spec("sglang") is None:
         yield Finding("SGLang", Status.NOTE, "not installed in this Python")
-    else:
-        yield Finding("SGLang", Status.NOTE, f"{_version_of('sglang')}; its adapter comes with a later release")
+        return
+    yield sglang_version(_version_of("sglang"))
+    yield from registered("sglang.srt.plugins", env)
+    yield from probe(env, python, SGLANG)
+
+
+def sglang_version(text: str) -> Finding:
+    """Whether ``text`` is a version that this release is written for."""
+    wanted = ".".join(map(str, SGLANG_TESTED))
+    if _release(text) == SGLANG_TESTED:
+        return Finding("SGLang", Status.OK, f"{text} (tested with {wanted})")
+    return Finding(
+        "SGLang", Status.WARNING, f"{text}; tested with {wanted}", "it may work; the next lines say what does"
+    )
 
 
 def vllm_version(text: str) -> Finding:
@@ -70,25 +110,27 @@ def registered(group: str, env: Mapping[str, str]) -> Iterator[Finding]:
     wanted = ENTRY_POINTS[group]
     topic = f"entry point {group}"
     found = [entry for entry in entry_points(group=group) if entry.name == "umbp"]
-    allowed = env.get("VLLM_PLUGINS")
+    allow_list = (SGLANG if group.startswith("sglang") else VLLM).allow_list
+    allowed = env.get(allow_list)
     if not found:
         yield Finding(topic, Status.PROBLEM, "not installed", _INSTALL)
     elif found[0].value != wanted:
         yield Finding(topic, Status.PROBLEM, f"{found[0].value} instead of {wanted}", f"reinstall; {_INSTALL}")
     elif allowed is not None and "umbp" not in allowed.split(","):
-        yield Finding(topic, Status.PROBLEM, f"kept out by VLLM_PLUGINS={allowed}", "add umbp to VLLM_PLUGINS")
+        yield Finding(topic, Status.PROBLEM, f"kept out by {allow_list}={allowed}", f"add umbp to {allow_list}")
     else:
         yield Finding(topic, Status.OK, wanted)
 
 
-def probe(env: Mapping[str, str], python: str, timeout_s: float = PROBE_TIMEOUT_S) -> Iterator[Finding]:
-    """What the adapter's probe says inside a real vLLM."""
-    topic = "vLLM probe"
-    # The probe asks for no device, and what an engine logs while it starts is not an answer.
-    full_env = os.environ | dict(env) | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+def probe(
+    env: Mapping[str, str], python: str, adapter: Adapter = VLLM, timeout_s: float = PROBE_TIMEOUT_S
+) -> Iterator[Finding]:
+    """What the adapter's probe says inside a real engine."""
+    topic = f"{adapter.engine} probe"
+    full_env = os.environ | dict(env) | dict(adapter.environment)
     try:
         done = subprocess.run(
-            [python, "-m", "umbp_vllm.probe"],
+            [python, "-m", adapter.module],
             capture_output=True,
             text=True,
             timeout=timeout_s,
@@ -97,12 +139,14 @@ def probe(env: Mapping[str, str], python: str, timeout_s: float = PROBE_TIMEOUT_
             stdin=subprocess.DEVNULL,
         )
     except subprocess.TimeoutExpired:
-        yield Finding(topic, Status.PROBLEM, f"no answer in {timeout_s:.0f} s", "does `vllm --version` work?")
+        yield Finding(topic, Status.PROBLEM, f"no answer in {timeout_s:.0f} s", f"does {adapter.try_this} work?")
         return
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        yield Finding(topic, Status.PROBLEM, f"vLLM cannot be imported: {last}", "does `vllm --version` work?")
+        yield Finding(
+            topic, Status.PROBLEM, f"{adapter.engine} cannot be imported: {last}", f"does {adapter.try_this} work?"
+        )
         return
     for name, answer in json.loads(lines[-1]).items():
         live = bool(answer["live"])

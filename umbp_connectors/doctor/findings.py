@@ -67,7 +67,7 @@ def examine(extra: Mapping[str, Any], env: Mapping[str, str], file: str | None =
         lambda: engines.hashes(env),
         engines.installed,
         lambda: engines.vllm(env, sys.executable),
-        engines.sglang,
+        lambda: engines.sglang(env, sys.executable),
     )
     for check in checks:
         yield from check()
