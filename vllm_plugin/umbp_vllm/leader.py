@@ -229,13 +229,13 @@ class Leader:
         request = state.request
         try:
             state.slot.scheduled(decoding=computed > request.num_prompt_tokens)
-            self._store(state, computed)
+            if computed >= state.next_full:
+                self._store(state, computed)
         except UmbpError as error:
             state.quiet_until = NEVER
             self.degraded("request", f"request {request.request_id} is not stored any more: {error}")
             return
-        state.looked_at(self._groups, computed)
-        self._agenda.meet(request.request_id, state.quiet_until - computed)
+        self._agenda.meet(request.request_id, state.looked_at(computed))
 
     def _store(self, state: RequestState, computed: int) -> None:
         if self._pool is not None and self._setup.may_store and state.slot.may_store:
@@ -262,10 +262,11 @@ class Leader:
         verdict = pool.ledger.add(rank, result)
         if verdict is None:
             return
-        self.stats.op_ended(verdict.op.direction, verdict.status, verdict.moved_bytes, verdict.seconds)
-        states = pool.ended(verdict)
+        op = verdict.op
+        self.stats.op_ended(op.direction, verdict.status, verdict.moved_bytes, verdict.seconds)
+        states = pool.ended[op.direction](verdict)
         if not verdict.quarantined:
-            pool.release(verdict.op.op_id)
+            pool.release(op.op_id)
         for state in states:
             if state.slot.is_finished:
                 self._retire(state)
@@ -285,7 +286,8 @@ class Leader:
             self._pool.loads.give_up(state)
             if state.loading is not None:
                 self._unsent.cancels.append(state.loading)
-            self._store(state, request.num_computed_tokens)
+            if request.num_computed_tokens >= state.next_full:
+                self._store(state, request.num_computed_tokens)
             self._pool.stores.flush(self._iteration, self._unsent.ops)
         state.slot.finish()
         if state.slot.is_finished:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from umbp_connectors.config import UmbpConfig
 from umbp_connectors.leader.demotions import DemotionQueue
@@ -81,6 +81,15 @@ class LeaderPool:
     held: HeldBlocks
     stats: UmbpStats
     plugins: PluginHost
+    ended: Mapping[Direction, Callable[[Verdict], Iterable[RequestState]]] = field(init=False)
+    """What takes the end of an op on all ranks, by direction; returns the requests it was for."""
+
+    def __post_init__(self) -> None:
+        self.ended = {
+            Direction.LOAD: self.loads.ended,
+            Direction.STORE: self.stores.ended,
+            Direction.DEMOTE: self._demotion_ended,
+        }
 
     @property
     def has_work(self) -> bool:
@@ -96,19 +105,7 @@ class LeaderPool:
         """The demotions to send with this step."""
         return self.demotions.plan() if self.demotions is not None else []
 
-    def ended(self, verdict: Verdict) -> Iterable[RequestState]:
-        """Take the end of an op on all ranks; returns the requests it was for."""
-        return _ENDED[verdict.op.direction](self, verdict)
-
-    def load_ended(self, verdict: Verdict) -> Iterable[RequestState]:
-        """Take the end of a load."""
-        return self.loads.ended(verdict)
-
-    def store_ended(self, verdict: Verdict) -> Iterable[RequestState]:
-        """Take the end of a store."""
-        return self.stores.ended(verdict)
-
-    def demotion_ended(self, verdict: Verdict) -> Iterable[RequestState]:
+    def _demotion_ended(self, verdict: Verdict) -> Iterable[RequestState]:
         """Take the end of a demotion."""
         if self.demotions is not None:
             self.demotions.ended(verdict.op, verdict.failed)
@@ -150,13 +147,6 @@ class LeaderPool:
         self.settle()
         if self.catalogue is not None:
             self.catalogue.close()
-
-
-_ENDED: Mapping[Direction, Callable[[LeaderPool, Verdict], Iterable[RequestState]]] = {
-    Direction.LOAD: LeaderPool.load_ended,
-    Direction.STORE: LeaderPool.store_ended,
-    Direction.DEMOTE: LeaderPool.demotion_ended,
-}
 
 
 def open_pool(

@@ -21,15 +21,17 @@ AT_ONCE = -1
 class RequestState:
     """One live request: vLLM's own object, its slot, and how far it was looked at.
 
-    ``evaluated`` counts, per group, the blocks for which storing was decided.  Up to ``quiet_until`` computed tokens
-    nothing happens that the leader must look at.  ``loading`` is the id of the load in flight, ``shared_keys`` what
-    others may wait for, ``local_tokens`` what vLLM held itself when it last asked.
+    ``evaluated`` counts, per group, the blocks for which storing was decided; the next one gets full at ``next_full``
+    computed tokens.  Up to ``quiet_until`` computed tokens nothing happens that the leader must look at.  ``loading``
+    is the id of the load in flight, ``shared_keys`` what others may wait for, ``local_tokens`` what vLLM held itself
+    when it last asked.
     """
 
     request: Any
     keys: RequestKeys
     slot: Slot
     evaluated: list[int]
+    next_full: int = AT_ONCE
     quiet_until: int = AT_ONCE
     staged: StagedMatch | None = None
     loading: str | None = None
@@ -44,21 +46,18 @@ class RequestState:
         """A state for a request that vLLM has just received."""
         return cls(request, RequestKeys(request, groups), slot, [0] * len(groups))
 
-    def looked_at(self, groups: Sequence[KvGroup], tokens: int) -> None:
-        """Everything that ``tokens`` computed tokens bring is decided: set ``quiet_until``.
+    def looked_at(self, tokens: int) -> int:
+        """Everything that ``tokens`` computed tokens bring is decided: set ``quiet_until``; how far off it is.
 
         The next token after it fills a block or is the first one decoded.
         """
-        boundary = NEVER
-        for group, evaluated in zip(groups, self.evaluated, strict=True):
-            full = (evaluated + 1) * group.block_tokens + group.volatile_tail
-            boundary = min(boundary, full)
         prompt: int = self.request.num_prompt_tokens
-        self.quiet_until = prompt if tokens <= prompt < boundary else boundary - 1
+        self.quiet_until = prompt if tokens <= prompt < self.next_full else self.next_full - 1
+        return self.quiet_until - tokens
 
     def preempted(self) -> None:
         """The engine took the request's HBM blocks: everything about them is decided anew."""
         if LifeEvent.PREEMPT in LIFE[self.slot.life]:
             self.slot.preempted()
-        self.quiet_until = AT_ONCE
+        self.quiet_until = self.next_full = AT_ONCE
         self.evaluated = [0] * len(self.evaluated)

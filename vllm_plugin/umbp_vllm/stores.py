@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
 
 import msgspec
 
@@ -16,7 +15,7 @@ from umbp_core.tiers import Tier
 from umbp_vllm.events import EventLog
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.hbm import NULL_BLOCK, BlockTables, HeldBlocks
-from umbp_vllm.requests import RequestState
+from umbp_vllm.requests import NEVER, RequestState
 from umbp_vllm.stats import UmbpStats
 
 BLOCKS_PER_OP = 64
@@ -36,7 +35,7 @@ class _FullBlocks(msgspec.Struct, frozen=True):
     """Blocks of one request and group that got full, from block ``first`` on."""
 
     state: RequestState
-    group: int
+    group: KvGroup
     first: int
     keys: Sequence[bytes]
 
@@ -45,19 +44,18 @@ class _NewBlock(msgspec.Struct, frozen=True):
     """A full block that the pool does not have."""
 
     state: RequestState
-    group: int
+    group: KvGroup
     index: int
     key: bytes
     hbm_block: int
 
 
-@dataclass(slots=True)
-class _Batch:
+class _Batch(msgspec.Struct):
     """What one op stores, how deep each block lies in its chain, and for whom, until the op has ended."""
 
-    blocks: list[BlockCopy] = field(default_factory=list)
-    depths: list[int] = field(default_factory=list)
-    states: list[RequestState] = field(default_factory=list)
+    blocks: list[BlockCopy] = []
+    depths: list[int] = []
+    states: list[RequestState] = []
     void: bool = False
 
 
@@ -100,21 +98,26 @@ class StorePlanner:
     def collect(self, state: RequestState, computed: int) -> None:
         """Decide about the blocks that are full once ``computed`` tokens are; :meth:`flush` sends them.
 
-        Every block is decided once.  What is in the pool or on its way there is not copied again; what finds
-        no room is dropped and counted.
+        Every block is decided once, and ``state.next_full`` says when there is more to decide.  What is in the pool or
+        on its way there is not copied again; what finds no room is dropped and counted.
         """
         if not self._held.bound:
             return
-        limit = min(computed, state.request.num_tokens)
+        request = state.request
+        limit = min(computed, request.num_tokens)
         if not self._policy.decode_blocks:
-            limit = min(limit, state.request.num_prompt_tokens)
+            limit = min(limit, request.num_prompt_tokens)
+        next_full = NEVER
         for group in self._groups:
             first = state.evaluated[group.index]
             full = (limit - group.volatile_tail) // group.block_tokens
             if full > first:
                 keys = state.keys.of(group)[first:full]
-                state.evaluated[group.index] = first + len(keys)
-                self._full.append(_FullBlocks(state, group.index, first, keys))
+                self._full.append(_FullBlocks(state, group, first, keys))
+                first += len(keys)
+                state.evaluated[group.index] = first
+            next_full = min(next_full, (first + 1) * group.block_tokens + group.volatile_tail)
+        state.next_full = next_full
 
     def flush(self, iteration: int, ops: list[LeaderTransferRequest]) -> None:
         """Send what was collected: add its ops, which wait until step ``iteration`` has ended, to ``ops``.
@@ -135,36 +138,38 @@ class StorePlanner:
 
     def _new_blocks(self, full: Sequence[_FullBlocks]) -> list[_NewBlock]:
         """Those that no tier has, with where they are in HBM."""
-        known = iter(self._directory.contains_many([key for blocks in full for key in blocks.keys]))
         new: list[_NewBlock] = []
         for blocks in full:
             state, group, first, keys = blocks.state, blocks.group, blocks.first, blocks.keys
-            offsets = [offset for offset, is_known in enumerate(islice(known, len(keys))) if not is_known]
-            if not offsets:
+            known = self._directory.contains_many(keys)
+            if all(known):
                 continue
-            table = self._tables.blocks(state.request.request_id, group, first, first + len(keys))
+            table = self._tables.blocks(state.request.request_id, group.index, first, first + len(keys))
             new += [
-                _NewBlock(state, group, first + offset, keys[offset], table[offset])
-                for offset in offsets
-                if offset < len(table) and table[offset] != NULL_BLOCK
+                _NewBlock(state, group, index, key, hbm_block)
+                for index, (key, is_known, hbm_block) in enumerate(zip(keys, known, table, strict=False), first)
+                if not is_known and hbm_block != NULL_BLOCK
             ]
         return new
 
     def _send(self, new: Sequence[_NewBlock], requirement: Requirement, ops: list[LeaderTransferRequest]) -> None:
         op_id = self._unsent = self._new_op_id()
         batch = self._in_flight[op_id] = _Batch()
-        wanted = [(block.key, self._object_bytes[block.group], block.index) for block in new]
-        for block, pages in zip(new, self._directory.reserve_many(op_id, wanted, Tier.DRAM), strict=True):
-            state = block.state
+        wanted = [(block.key, self._object_bytes[block.group.index], block.index) for block in new]
+        places = self._directory.reserve_many(op_id, wanted, Tier.DRAM)
+        last = None
+        for block, pages in zip(new, places, strict=True):
             if pages is None:
                 self._refused(block.key)
                 continue
-            if not batch.states or batch.states[-1] is not state:
+            state = block.state
+            if state is not last:
                 state.slot.begin_store(op_id)
                 batch.states.append(state)
+                last = state
             if self._events.enabled:
-                self._events.remember(state.request, self._groups[block.group], block.index, block.key)
-            batch.blocks.append(BlockCopy(block.key, block.group, block.hbm_block, pages[0]))
+                self._events.remember(state.request, block.group, block.index, block.key)
+            batch.blocks.append(BlockCopy(block.key, block.group.index, block.hbm_block, pages[0]))
             batch.depths.append(block.index)
         if batch.blocks:
             self._held.hold(op_id, [block.hbm_block for block in batch.blocks])
