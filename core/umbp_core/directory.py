@@ -45,6 +45,7 @@ class Directory:
         self._spaces = {space.tier: TierCopies(space) for space in spaces}
         if len(self._spaces) != len(spaces):
             raise StateError(f"tiers {[space.tier.name for space in spaces]}: one is named twice; give each one space")
+        self._by_speed = sorted(self._spaces.values(), key=lambda state: state.tier.preference)
         self._masks: dict[bytes, int] = {}
         self._pinned: dict[str, list[Copy]] = {}
         self._leases = LeaseTable()
@@ -119,12 +120,9 @@ class Directory:
         An owner may pin several times, also the same copy.  All or nothing: raises ``UnknownOwner`` when a key has
         no such copy (any more).
         """
-        masks, spaces = self._masks, self._spaces
+        keys = list(keys)
         copies = []
-        for key in keys:
-            where = _FASTEST[masks.get(key, 0)] if tier is None else tier
-            state = spaces.get(where) if where is not None else None
-            copy = state.published.get(key) if state is not None else None
+        for key, copy in zip(keys, self._copies(keys, tier), strict=True):
             if copy is None:
                 place = "any tier" if tier is None else tier.name
                 raise UnknownOwner(
@@ -132,16 +130,27 @@ class Directory:
                 )
             copies.append(copy)
         if copies:
-            for state in spaces.values():
+            for state in self._by_speed:
                 state.pin(copies)
             self._pinned.setdefault(owner, []).extend(copies)
+        return copies
+
+    def _copies(self, keys: Sequence[bytes], tier: Tier | None) -> list[Copy | None]:
+        """For each of ``keys`` its copy in ``tier``, or in the fastest that has one."""
+        copies: list[Copy | None] = [None] * len(keys)
+        for state in self._by_speed:
+            if tier is None or state.tier is tier:
+                found = map(state.published.get, keys)
+                copies = [mine or other for mine, other in zip(copies, found, strict=True)]
+                if all(copies):
+                    break
         return copies
 
     def unpin(self, owner: str) -> None:
         """End all pins of ``owner``, if it has any."""
         copies = self._pinned.pop(owner, None)
         if copies is not None:
-            for state in self._spaces.values():
+            for state in self._by_speed:
                 state.unpin(copies)
 
     def lease(self, owner: str, keys: Sequence[bytes], deadline: float) -> None:

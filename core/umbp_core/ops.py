@@ -55,7 +55,7 @@ class RequirementKind(enum.IntEnum):
     LAYER_COMPLETE = 3
 
 
-class Requirement(msgspec.Struct, frozen=True, array_like=True):
+class Requirement(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A condition on the worker's progress; ``iteration`` is the leader's step number."""
 
     kind: RequirementKind = RequirementKind.NONE
@@ -64,7 +64,7 @@ class Requirement(msgspec.Struct, frozen=True, array_like=True):
     layer_index: int = -1
 
 
-class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
+class BlockCopy(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One block of an op; the same numbers are valid on every rank.
 
     ``hbm_block`` is -1 in a demotion.  ``dram_page`` is an arena page; in a load from SSD it is the page
@@ -85,7 +85,7 @@ class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
         return self.checksums[rank * CHECKSUM_BYTES : (rank + 1) * CHECKSUM_BYTES]
 
 
-class LeaderTransferRequest(msgspec.Struct, frozen=True, array_like=True):
+class LeaderTransferRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The leader's half of an op: what to move, when, and by when.
 
     ``timeout_s`` counts from the moment the worker receives the op.  ``immediate`` ops need no
@@ -101,7 +101,7 @@ class LeaderTransferRequest(msgspec.Struct, frozen=True, array_like=True):
     timeout_s: float = 30.0
 
 
-class WorkerTransferRequest(msgspec.Struct, frozen=True, array_like=True):
+class WorkerTransferRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The worker's half: the request's slot exists here and expects this op."""
 
     op_id: str
@@ -109,7 +109,7 @@ class WorkerTransferRequest(msgspec.Struct, frozen=True, array_like=True):
     direction: Direction
 
 
-class OpResult(msgspec.Struct, frozen=True, array_like=True):
+class OpResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How an op ended on one rank.
 
     ``failed`` holds the indexes into ``blocks`` that did not arrive (all of them unless ``DONE``;
