@@ -32,6 +32,7 @@ logger = logging.getLogger("vllm.umbp.connector")
 
 T = TypeVar("T")
 CLOSE_TIMEOUT_S = 5.0
+_SOURCES = {} if CacheHitSource is None else {"dram": CacheHitSource.HOST, "ssd": CacheHitSource.DISK}
 
 
 def _guarded(default: Callable[[], Any]) -> Callable[[Callable[..., T]], Callable[..., T]]:
@@ -178,11 +179,7 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
     @_guarded(dict)
     def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
         """Which tier the external hit came from (0.32 and later)."""
-        if CacheHitSource is None:
-            return {}
-        tokens = self.leader.hit_tokens(request)
-        split = {CacheHitSource.HOST: tokens.get("dram", 0), CacheHitSource.DISK: tokens.get("ssd", 0)}
-        return {source: count for source, count in split.items() if count}
+        return {_SOURCES[tier]: count for tier, count in self.leader.hit_tokens(request).items() if tier in _SOURCES}
 
     def take_events(self) -> Iterable[Any]:
         """KV events of the DRAM and SSD tiers since the last call."""

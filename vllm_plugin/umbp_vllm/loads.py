@@ -10,7 +10,7 @@ import msgspec
 from umbp_connectors.leader.ledger import Verdict
 from umbp_core.directory import Directory
 from umbp_core.errors import StateError
-from umbp_core.ops import Direction, LeaderTransferRequest, OpStatus
+from umbp_core.ops import BlockCopy, Direction, LeaderTransferRequest, OpStatus
 from umbp_core.tiers import Tier
 from umbp_vllm.events import EventLog
 from umbp_vllm.groups import KvGroup
@@ -103,8 +103,7 @@ class LoadPlanner:
     def _must_wait(self, state: RequestState, start: int, end: int, now: float) -> bool:
         if not self._policy.share or not self._loading:
             return False
-        needed = self._matcher.keys_needed(state.keys, start, end)
-        if not any(key in self._loading for _, _, key in needed):
+        if self._loading.keys().isdisjoint(self._matcher.keys_needed(state.keys, start, end)):
             return False
         if state.asked_since is None:
             state.asked_since = now
@@ -149,9 +148,9 @@ class LoadPlanner:
         state.staged = None
         self._staged.pop(state.request.request_id, None)
         state.loading = match.op_id
-        state.shared_keys = tuple(block.key for block in blocks)
-        for key in state.shared_keys:
-            self._loading.setdefault(key, state.request.request_id)
+        state.shared_keys = tuple([block.key for block in blocks])
+        if self._policy.share:
+            self._loading.update(dict.fromkeys(state.shared_keys, state.request.request_id))
         self._in_flight[match.op_id] = state
         if self._events.enabled:
             for staged in match.blocks:
@@ -175,9 +174,10 @@ class LoadPlanner:
 
     def promoted(self, state: RequestState) -> None:
         """The engine has taken the loaded blocks over (or the request is gone): nobody needs to wait any more."""
+        loading, request_id = self._loading, state.request.request_id
         for key in state.shared_keys:
-            if self._loading.get(key) == state.request.request_id:
-                del self._loading[key]
+            if loading.get(key) == request_id:
+                del loading[key]
         state.shared_keys = ()
 
     def ended(self, verdict: Verdict) -> Iterable[RequestState]:
@@ -191,11 +191,15 @@ class LoadPlanner:
         state = self._in_flight.pop(op.op_id, None)
         void = op.op_id in self._void
         self._void.discard(op.op_id)
-        for index, block in enumerate(op.blocks):
-            if index in verdict.failed:
-                self._bad_block(block.key, block.ssd_slot, verdict)
-            elif block.ssd_slot >= 0 and not void:
-                self._directory.commit(op.op_id, block.key, Tier.DRAM, block.checksums)
+        for index in sorted(verdict.failed):
+            self._bad_block(op.blocks[index], verdict)
+        promoted = {
+            block.key: block.checksums
+            for index, block in enumerate(op.blocks)
+            if block.ssd_slot >= 0 and index not in verdict.failed
+        }
+        if promoted and not void:
+            self._directory.commit_many(op.op_id, promoted, Tier.DRAM)
         if state is None:
             return ()
         state.loading = None
@@ -209,8 +213,8 @@ class LoadPlanner:
         """What is being loaded belongs to the time before a cache reset and must not be published in DRAM."""
         self._void.update(self._in_flight)
 
-    def _bad_block(self, key: bytes, ssd_slot: int, verdict: Verdict) -> None:
+    def _bad_block(self, block: BlockCopy, verdict: Verdict) -> None:
         for reason in verdict.reasons or ("unknown",):
             self._stats.add("vllm:umbp_failed_blocks", 1, "load", reason)
         if VERIFY_FAILED in verdict.reasons:
-            self._directory.drop(key, Tier.SSD if ssd_slot >= 0 else Tier.DRAM)
+            self._directory.drop(block.key, Tier.SSD if block.ssd_slot >= 0 else Tier.DRAM)

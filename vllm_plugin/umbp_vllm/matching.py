@@ -51,8 +51,7 @@ class RequestKeys:
         each = group.hashes_per_block
         if len(hashes) // each > len(keys):
             suffix = key_suffix(group.index)
-            for block_hash in hashes[(len(keys) + 1) * each - 1 :: each]:
-                keys.append(block_hash + suffix)
+            keys += [block_hash + suffix for block_hash in hashes[(len(keys) + 1) * each - 1 :: each]]
         return keys
 
 
@@ -158,13 +157,16 @@ class Matcher:
         needed = last - max(group.first_block_needed(end), first)
         return needed <= 0 or runs[last - first - 1] >= needed
 
-    def keys_needed(self, keys: RequestKeys, start: int, end: int) -> list[tuple[KvGroup, int, bytes]]:
-        """The blocks (group, block index, key) that a load of ``start`` to ``end`` must bring."""
+    def keys_needed(self, keys: RequestKeys, start: int, end: int) -> list[bytes]:
+        """The keys of the blocks that a load of ``start`` to ``end`` must bring."""
+        return [key for _, _, run in self._runs_needed(keys, start, end) for key in run]
+
+    def _runs_needed(self, keys: RequestKeys, start: int, end: int) -> list[tuple[KvGroup, int, list[bytes]]]:
+        """The blocks that a load must bring, per group: the first one's index, and all keys from there on."""
         needed = []
         for group in self._groups:
-            known = keys.of(group)
             first = max(group.first_block_needed(end), start // group.block_tokens)
-            needed += [(group, block, known[block]) for block in range(first, end // group.block_tokens)]
+            needed.append((group, first, keys.of(group)[first : end // group.block_tokens]))
         return needed
 
     def stage(self, keys: RequestKeys, start: int, end: int, now: float) -> StagedMatch | None:
@@ -175,21 +177,24 @@ class Matcher:
         while end > start:
             op_id = self._new_op_id()
             staged: list[StagedBlock] = []
-            short = self._pin(op_id, self.keys_needed(keys, start, end), staged)
+            short = self._pin(op_id, self._runs_needed(keys, start, end), staged)
             if short is None:
                 return StagedMatch(op_id, start, end, tuple(staged), now)
             self.release(op_id)
             end = self.longest(keys, start, min(short, end - 1))
         return None
 
-    def _pin(self, op_id: str, needed: Sequence[tuple[KvGroup, int, bytes]], staged: list[StagedBlock]) -> int | None:
+    def _pin(
+        self, op_id: str, needed: Sequence[tuple[KvGroup, int, list[bytes]]], staged: list[StagedBlock]
+    ) -> int | None:
         """Pin ``needed`` into ``staged``; the token where it had to stop, or ``None`` if all went in."""
-        copies = self._directory.pin(op_id, [key for _, _, key in needed])
-        for (group, block, key), copy in zip(needed, copies, strict=True):
-            page = copy.pages[0] if copy.tier is Tier.DRAM else self._page_for(op_id, key, group, block)
-            if page is None:
-                return block * group.block_tokens
-            staged.append(StagedBlock(key, group.index, block, copy, page))
+        copies = iter(self._directory.pin(op_id, [key for _, _, run in needed for key in run]))
+        for group, first, run in needed:
+            for block, (key, copy) in enumerate(zip(run, copies, strict=False), first):
+                page = copy.pages[0] if copy.tier is Tier.DRAM else self._page_for(op_id, key, group, block)
+                if page is None:
+                    return block * group.block_tokens
+                staged.append(StagedBlock(key, group.index, block, copy, page))
         return None
 
     def _page_for(self, op_id: str, key: bytes, group: KvGroup, block: int) -> int | None:
