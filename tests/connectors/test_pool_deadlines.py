@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,6 +90,12 @@ def _stats(pool: LocalPool, tier: Tier) -> tuple[int, int]:
     return stats.pinned, stats.reserved
 
 
+def _remembered() -> int:
+    """How many loads anybody still knows of."""
+    gc.collect()
+    return sum(isinstance(each, loads.Load) for each in gc.get_objects())
+
+
 def test_no_time_at_all(make: Callable[..., LocalPool]) -> None:
     pool = make()
     assert pool.put([b"new", WARM[0]], [b"data", b"data"], timeout=0) == [PutStatus.TIMED_OUT] * 2
@@ -161,10 +168,12 @@ def test_loads_that_were_given_up_are_not_done(
     make: Callable[..., LocalPool], disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = make(io_threads=1, ssd_failures=100)
+    before = _remembered()
     disk.hang("read")
     for _ in range(5):
         assert pool.get(COLD, _buffers(COLD), timeout=SHORT) == [GetStatus.TIMED_OUT] * 6
     disk.wait_held(1)
+    assert _remembered() <= before + 6, "only the call whose read hangs"
     disk.work()
     disk.wait_free()
     _check_hits(pool, COLD[-1:])

@@ -115,8 +115,9 @@ class Books:
     def reserve(self, owner: str, wanted: Wanted, tier: Tier) -> int | None:
         """A page of ``tier`` for one more copy; ``None`` when there is no room or a copy already; evicts."""
         with self._lock:
-            self._writing.add(owner)
             pages = self._directory.reserve(owner, wanted.key, tier, wanted.nbytes, wanted.depth)
+            if pages:
+                self._writing.add(owner)
             self._follow()
         return pages[0] if pages else None
 
