@@ -127,8 +127,9 @@ def open_rank_slab(
         plan = _patiently(claim, patience_s)
         if plan.slots < 1:
             raise TierUnavailable(
-                f"{ssd_dir}: an SSD capacity of {capacity_bytes} bytes has no room for one object of "
-                f"{slot_bytes} bytes on each of {ranks} ranks ({plan.claimed_bytes} bytes of it are theirs); set a larger SSD capacity"
+                f"{ssd_dir}: an SSD capacity of {capacity_bytes} bytes has no room for one object of {slot_bytes} "
+                f"bytes on each of {ranks} ranks ({plan.claimed_bytes} bytes of it are theirs); "
+                "set a larger SSD capacity"
             )
         slab = SlabFile(path, slot_bytes, plan.slots, direct_io)
         slab.open()
