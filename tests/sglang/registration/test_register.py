@@ -1,0 +1,156 @@
+"""What ``register()`` puts into SGLang's registries, and what it says where SGLang is not as expected."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+import pytest
+from sglang.srt.managers.cache_controller import HiCacheController
+from sglang.srt.mem_cache.pool_host import common
+from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.server_args import ServerArgs
+
+import umbp_sglang
+from umbp_sglang import registration
+
+TARGETS = {
+    "sglang.srt.managers.cache_controller.HiCacheController._start_storage_threads": HookType.BEFORE,
+    "sglang.srt.mem_cache.pool_host.common.get_allocator_from_storage": HookType.AROUND,
+    "sglang.srt.mem_cache.storage.backend_factory.StorageBackendFactory._create_builtin_backend": HookType.AROUND,
+    "sglang.srt.server_args.ServerArgs.add_cli_args": HookType.AFTER,
+}
+THEIRS = {"umbp": {"module_path": "sglang.srt.mem_cache.storage.umbp", "class_name": "UMBPStore", "loader": None}}
+
+pytestmark = pytest.mark.usefixtures("registries")
+
+
+def hooks() -> dict[str, list[HookType]]:
+    """What is registered, by target."""
+    return {target: [kind for kind, *_ in given] for target, given in HookRegistry._hooks.items() if given}
+
+
+def registered() -> str | None:
+    """Whose backend the name stands for."""
+    entry: dict[str, Any] | None = StorageBackendFactory._registry.get("umbp")
+    return None if entry is None else str(entry["module_path"])
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_the_name_and_its_hooks_are_registered_once(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        umbp_sglang.register()
+    assert registered() == "umbp_sglang.store"
+    assert hooks() == {target: [kind] for target, kind in TARGETS.items()}
+    assert warnings(caplog) == []
+
+
+def test_it_takes_no_time_where_sglang_is_loaded() -> None:
+    times = []
+    for _ in range(3):
+        HookRegistry._hooks.clear()
+        begin = time.perf_counter()
+        umbp_sglang.register()
+        times.append(time.perf_counter() - begin)
+    assert len(hooks()) == len(TARGETS)
+    assert min(times) < 0.05
+
+
+def test_the_kill_switch_leaves_sglang_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(registration.NO_HOOKS, "1")
+    umbp_sglang.register()
+    assert (registered(), hooks()) == (None, {})
+
+
+@pytest.mark.parametrize(("value", "is_set"), [("1", True), ("true", True), ("0", False), ("", False), ("off", False)])
+def test_switches_take_the_usual_words(value: str, is_set: bool) -> None:
+    assert registration.is_set({registration.NO_HOOKS: value}, registration.NO_HOOKS) is is_set
+    assert not registration.is_set({}, registration.NO_HOOKS)
+
+
+def test_a_backend_of_sglangs_own_goes_first(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(StorageBackendFactory, "_registry", dict(THEIRS))
+    umbp_sglang.register()
+    assert (registered(), hooks()) == (THEIRS["umbp"]["module_path"], {})
+    (said,) = warnings(caplog)
+    assert registration.DYNAMIC in said
+    assert registration.OVERRIDE in said
+
+
+def test_ours_goes_first_when_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StorageBackendFactory, "_registry", dict(THEIRS))
+    monkeypatch.setenv(registration.OVERRIDE, "1")
+    umbp_sglang.register()
+    assert registered() == "umbp_sglang.store"
+    assert set(hooks()) == set(TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "lost", "advice"),
+    [
+        (ServerArgs, "add_cli_args", "ServerArgs.add_cli_args", registration.DYNAMIC),
+        (HiCacheController, "_start_storage_threads", "HiCacheController._start_storage_threads", "interface_v1"),
+        (HiCacheController, "_page_get_zero_copy", "HiCacheController._start_storage_threads", "interface_v1"),
+        (common, "get_allocator_from_storage", "common.get_allocator_from_storage", '"allocator":"shm"'),
+    ],
+)
+def test_one_missing_place_costs_what_stood_there(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    owner: Any,
+    name: str,
+    lost: str,
+    advice: str,
+) -> None:
+    monkeypatch.delattr(owner, name)
+    umbp_sglang.register()
+    (said,) = warnings(caplog)
+    assert name in said
+    assert advice in said
+    assert {target for target in TARGETS if not target.endswith(lost)} == set(hooks())
+    assert registered() == "umbp_sglang.store"
+
+
+@pytest.mark.parametrize("name", ["_create_builtin_backend", "register_backend"])
+def test_a_factory_that_changed_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """The name must not be offered then: the server would end after its model is loaded."""
+    monkeypatch.delattr(StorageBackendFactory, name)
+    umbp_sglang.register()
+    assert (registered(), hooks()) == (None, {})
+    (said,) = warnings(caplog)
+    assert name in said
+    assert registration.DYNAMIC in said
+
+
+def test_other_parameters_are_another_function(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def create(backend_name: str, config: object) -> None:
+        """A later SGLang's."""
+
+    monkeypatch.setattr(StorageBackendFactory, "_create_builtin_backend", staticmethod(create))
+    umbp_sglang.register()
+    (said,) = warnings(caplog)
+    assert "takes (backend_name, config)" in said
+    assert registered() is None
+
+
+def test_no_plugin_framework_is_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "sglang.srt.plugins.hook_registry", None)
+    umbp_sglang.register()
+    assert warnings(caplog) == ["umbp could not be registered; SGLang goes on without it"]
+
+
+def test_a_failed_import_does_not_raise(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "umbp_sglang.registration", None)
+    monkeypatch.delattr(umbp_sglang, "registration")
+    umbp_sglang.register()
+    assert len(warnings(caplog)) == 1
