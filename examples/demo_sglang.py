@@ -28,7 +28,6 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.progress import console, progress
-from examples.random_model import medium_llama, prompt
 from examples.serving_sglang import (
     PAGE_TOKENS,
     PAGES,
@@ -39,6 +38,7 @@ from examples.serving_sglang import (
     cpu_environment,
     cpu_only,
     extra_config,
+    restart_without_gpu,
 )
 
 GPU_TIE = 0.5
@@ -74,6 +74,7 @@ class Phase:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
     options = _parse(arguments)
+    restart_without_gpu()
     screen = console()
     on_cpu = cpu_only()
     tie = 0.0 if on_cpu else GPU_TIE
@@ -92,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, folder: Path, screen: Console, on_cpu: bool) -> list[Phase]:
     """Measure all phases; ``folder`` takes the model, the pool's SSD folder and the log."""
+    from examples.random_model import medium_llama, prompt  # not before the environment is right
+
     prompts = [prompt(options.tokens, seed=seed) for seed in range(options.prompts)]
     with progress(screen, 4 * len(prompts) + 3) as tell:
         tell("making a random model")
@@ -186,7 +189,7 @@ def _table(phases: Sequence[Phase], tokens: int, tie: float) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     cold = phases[0]
     for phase in phases:
-        levels = (lambda answer: answer.device, lambda answer: answer.host, lambda answer: answer.storage)
+        levels = (lambda answer: answer.device, lambda answer: answer.storage)
         table.add_row(
             phase.name,
             *(str(phase.median(level)) for level in levels),

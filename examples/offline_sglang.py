@@ -10,10 +10,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs from any folder
 
-from examples.random_model import medium_llama, prompt
 from examples.serving_sglang import cpu_only, restart_without_gpu
 
 PAGE_TOKENS = 64
@@ -23,6 +23,8 @@ def main() -> None:
     """Generate once cold and once from the pool, and print both times."""
     restart_without_gpu()
     import sglang
+
+    from examples.random_model import medium_llama, prompt
 
     with tempfile.TemporaryDirectory() as folder:
         engine = sglang.Engine(
@@ -36,16 +38,16 @@ def main() -> None:
             **(_cpu_arguments() if cpu_only() else {}),
         )
         try:
-            _ask_twice(engine)
+            _ask_twice(engine, prompt(1500, seed=0))
         finally:
             engine.shutdown()
 
 
-def _ask_twice(engine: object) -> None:
+def _ask_twice(engine: Any, question: list[int]) -> None:
     greedy = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
     for name in ("computed", "from the pool"):
         begin = time.perf_counter()
-        output = engine.generate(input_ids=prompt(1500, seed=0), sampling_params=greedy)
+        output = engine.generate(input_ids=question, sampling_params=greedy)
         seconds = time.perf_counter() - begin
         reused = output["meta_info"]["cached_tokens"]
         print(f"{name}: {reused} tokens reused, {seconds:.2f} s, {output['output_ids']}")
