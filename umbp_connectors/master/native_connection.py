@@ -113,8 +113,10 @@ class NativeConnection(asyncio.Protocol):
             self._pace()
             return
         self._began = now
-        if len(frames) == 1 and frames[0][0] == _REQUEST and not self._busy and splitter.error is None:
-            self._request(frames[0][1], frames[0][2])  # what a client that waits for its answers sends
+        alone = not self._backlog and not self._paused and self._stalled_since is None and splitter.error is None
+        if alone and len(frames) == 1 and frames[0][0] == _REQUEST:
+            _, sequence, payload = frames[0]  # what a client that waits for its answers sends
+            self._request(sequence, payload)
             self._flush()
         else:
             self._backlog += frames
@@ -224,11 +226,6 @@ class NativeConnection(asyncio.Protocol):
         return self._stalled_since is not None
 
     # the work
-
-    @property
-    def _busy(self) -> bool:
-        """Whether something has to be done before, or afterwards, that a request alone does not ask for."""
-        return bool(self._backlog) or self._paused or self._stalled_since is not None
 
     def _work(self) -> None:
         """Answer what was read, for one turn."""
