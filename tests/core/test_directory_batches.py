@@ -101,3 +101,27 @@ def test_a_tier_that_nobody_follows_makes_no_events() -> None:
     node.drop(B, Tier.DRAM)
     assert [(event.kind, event.tier) for event in node.drain_events()] == [(EventKind.ADDED, Tier.SSD)]
     assert readable(node) == [A]
+
+
+def test_what_changed_together_is_told_in_one_piece() -> None:
+    node = directory(dram=2)
+    node.reserve_many("op", wanted(A, B), Tier.DRAM)
+    node.commit_many("op", {A: b"a", B: b"b"}, Tier.DRAM)
+    node.reserve_many("next", wanted(C, D), Tier.DRAM)
+    node.commit_many("next", {}, Tier.DRAM)
+    added, evicted = node.drain_changes()
+    assert (added.kind, added.tier, list(added.keys)) == (EventKind.ADDED, Tier.DRAM, [A, B])
+    assert (evicted.kind, evicted.tier, list(evicted.keys)) == (EventKind.REMOVED, Tier.DRAM, [A, B])
+    assert [copy.checksum for copy in added.copies] == [copy.checksum for copy in evicted.copies] == [b"a", b"b"]
+    assert (node.drain_changes(), node.drain_events()) == ([], [])
+
+
+def test_a_cleared_tier_is_one_change() -> None:
+    node = directory()
+    put(node, A, B, C)
+    node.lease("reader", [B], 1.0)
+    node.drain_changes()
+    assert node.clear(Tier.DRAM) == 2
+    (cleared,) = node.drain_changes()
+    assert (cleared.kind, list(cleared.keys)) == (EventKind.REMOVED, [A, C])
+    assert (node.clear(Tier.DRAM), node.drain_changes()) == (0, [])

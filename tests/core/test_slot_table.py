@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from umbp_core.slot_table import JOINT, LIFE, TRANSACTION, Life, LifeEvent, Transaction, TransactionEvent
+from umbp_core.slot_table import (
+    JOINT,
+    LIFE,
+    TRANSACTION,
+    Life,
+    LifeEvent,
+    Step,
+    Transaction,
+    TransactionEvent,
+    states_that_allow,
+)
 
 
 def test_every_state_is_in_its_table() -> None:
@@ -64,3 +74,23 @@ def test_nothing_begins_while_a_failure_drains() -> None:
 def test_joint_rules_end() -> None:
     for (life, transaction), target in JOINT.items():
         assert (target, transaction) not in JOINT, f"{life.name} would go on from {target.name} for ever"
+
+
+def test_a_step_moves_both_machines_or_none() -> None:
+    store = Step.of(LifeEvent.BEGIN_STORE, TransactionEvent.STORE_BEGUN)
+    assert store.after[Life.DECODING, Transaction.NONE] == (Life.DECODING, Transaction.STORING)
+    assert (Life.INITIALIZED, Transaction.NONE) not in store.after
+    assert (Life.DECODING, Transaction.FAILED) not in store.after
+    assert states_that_allow(LifeEvent.BEGIN_STORE, TransactionEvent.STORE_BEGUN) == store.after.keys()
+
+
+def test_a_step_names_the_machine_that_refuses_it() -> None:
+    store = Step.of(LifeEvent.BEGIN_STORE, TransactionEvent.STORE_BEGUN)
+    assert store.refusal((Life.INITIALIZED, Transaction.FAILED)) == ("life", "INITIALIZED", "BEGIN_STORE")
+    assert store.refusal((Life.DECODING, Transaction.FAILED)) == ("transaction", "FAILED", "STORE_BEGUN")
+
+
+def test_the_last_release_ends_a_request_that_is_over() -> None:
+    ended = Step.of(transfer=TransactionEvent.STORES_ENDED)
+    assert ended.after[Life.FINISHING, Transaction.STORING] == (Life.FINISHED, Transaction.NONE)
+    assert ended.after[Life.DECODING, Transaction.STORING] == (Life.DECODING, Transaction.NONE)
