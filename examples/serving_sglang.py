@@ -51,17 +51,16 @@ class SglangAnswer(Answer):
 class SglangServer(EngineServer):
     """An SGLang server with HiCache, metrics and cache reports (see :class:`EngineServer`).
 
-    ``launcher`` is the module and the words that start it, up to the model: ``sglang serve`` is
-    ``("sglang.cli.main", "serve")``.  ``admin_key`` is what SGLang wants to know before it attaches, detaches or
-    flushes; without one it does not attach.
+    ``launcher`` is what Python runs, up to the model: a module, or the script ``sglang`` with ``serve``.  ``admin_key``
+    is what SGLang wants to know before it attaches, detaches or flushes; without one it does not attach.
     """
 
-    launcher: Sequence[str] = ("sglang.launch_server",)
+    launcher: Sequence[str] = ("-m", "sglang.launch_server")
     admin_key: str = ""
 
     def command(self) -> list[str]:
         """The command line up to the caller's own arguments."""
-        serve = [self.python, "-m", *self.launcher, "--model-path", str(self.model)]
+        serve = [self.python, *self.launcher, "--model-path", str(self.model)]
         serve += ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", MODEL_NAME]
         serve += ["--page-size", str(PAGE_TOKENS), "--enable-metrics", "--enable-cache-report"]
         serve += ["--admin-api-key", self.admin_key] if self.admin_key else []

@@ -1,4 +1,4 @@
-"""What every test with an SGLang in its environment needs before torch and SGLang are imported, and its child processes.
+"""What every test with an SGLang in its environment needs before torch and SGLang are imported, and its children.
 
 Without a GPU, the shim beside this file fills in what SGLang lacks then.
 """

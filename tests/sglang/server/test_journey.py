@@ -7,6 +7,7 @@ tests look at these.  What the engine computes from nothing is the measure for e
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 FIRST = prompts(0, 3)
 LAST = prompts(100, 6)
 """What the second server is asked just before it is killed."""
-SERVE = ("sglang.cli.main", "serve")
+SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")
 WHOLE = PAGES * PAGE_TOKENS
 
 Answers = list[SglangAnswer]
