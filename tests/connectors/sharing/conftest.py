@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -46,14 +44,6 @@ def reader(path: Path) -> Iterator[SharedPoolReader]:
     reader = SharedPoolReader(path, IDENTITY, timeout_s=30.0)
     yield reader
     reader.close()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Look again and again until ``condition`` holds."""
-    pause, deadline = threading.Event(), time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
-        pause.wait(0.005)
 
 
 def pinned(pool: LocalPool) -> int:

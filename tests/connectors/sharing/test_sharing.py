@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from tests.connectors.disk import Disk
-from tests.connectors.sharing.conftest import pinned, until
+from tests.connectors.sharing.conftest import pinned
 from tests.connectors.sharing.processes import IDENTITY, SIZE, key_of, object_of
+from tests.connectors.waiting import until
 from umbp_connectors.pool.local import GetStatus, LocalPool, PutStatus
 from umbp_connectors.pool.sharing import SharedPoolReader, SharedPoolServer, messages
 from umbp_connectors.pool.sharing.link import Link, connect

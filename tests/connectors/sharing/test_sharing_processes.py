@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.connectors.sharing.conftest import pinned, until
+from tests.connectors.sharing.conftest import pinned
 from tests.connectors.sharing.processes import IDENTITY, SIZE, Other, key_of, object_of
+from tests.connectors.waiting import until
 from umbp_connectors.pool.local import GetStatus, LocalPool
 from umbp_connectors.pool.sharing import SharedPoolReader, SharedPoolServer
 

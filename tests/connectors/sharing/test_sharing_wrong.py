@@ -15,8 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.connectors.sharing.conftest import pinned, until
+from tests.connectors.sharing.conftest import pinned
 from tests.connectors.sharing.processes import IDENTITY, PAGES, SIZE, key_of, object_of
+from tests.connectors.waiting import until
 from umbp_connectors.pool.local import GetStatus, LocalPool
 from umbp_connectors.pool.sharing import SharedPoolReader, SharedPoolServer, messages
 from umbp_connectors.pool.sharing.messages import Borrow, Done, Found, Greeting, Lent, Lookup, Place, Welcome
@@ -87,6 +88,15 @@ def test_another_revision_is_told_why(share: Share, path: Path) -> None:
     share(1)
     greeting = messages.encode(Greeting(messages.REVISION + 1, IDENTITY.digest, wants_arena=False))
     assert b"run the same version" in _talk(path, encode_frame(FrameType.HELLO, 0, 0, greeting))
+
+
+def test_a_process_of_another_user_is_not_even_answered(
+    share: Share, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share(1)
+    assert _talk(path, HELLO)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert _talk(path, HELLO) == b""
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
