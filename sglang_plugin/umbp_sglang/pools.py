@@ -19,7 +19,6 @@ from umbp_sglang.host_pages import PageAccess, PageBuffer
 
 logger = logging.getLogger(__name__)
 
-_KEPT = frozenset({PutStatus.STORED, PutStatus.PRESENT})
 BATCH_PAGES = 128
 """Pages of one storage call of SGLang."""
 
@@ -204,15 +203,23 @@ def depths_of(prefix_pages: int, pages: int) -> list[int]:
 
 def _kept(statuses: list[list[PutStatus]]) -> Moved:
     """A page is stored when all its parts are."""
-    ok = [all(status in _KEPT for status in page) for page in zip(*statuses, strict=True)]
     late = any(PutStatus.TIMED_OUT in part for part in statuses)
-    fresh = sum(good and PutStatus.STORED in page for good, page in zip(ok, zip(*statuses, strict=True), strict=True))
-    return Moved(ok, late, fresh)
+    stored, present = PutStatus.STORED, PutStatus.PRESENT
+    if len(statuses) == 1:  # nearly always, and once for each page of every call
+        (only,) = statuses
+        return Moved([status is stored or status is present for status in only], late, only.count(stored))
+    pages = list(zip(*statuses, strict=True))
+    ok = [all(status is stored or status is present for status in page) for page in pages]
+    return Moved(ok, late, sum(good and stored in page for good, page in zip(ok, pages, strict=True)))
 
 
 def _hits(statuses: list[list[GetStatus]]) -> Moved:
     """A page arrived when all its parts did."""
-    ok = [all(status.hit for status in page) for page in zip(*statuses, strict=True)]
     late = any(GetStatus.TIMED_OUT in part for part in statuses)
-    fresh = sum(good and GetStatus.SSD in page for good, page in zip(ok, zip(*statuses, strict=True), strict=True))
-    return Moved(ok, late, fresh)
+    dram, ssd = GetStatus.DRAM, GetStatus.SSD
+    if len(statuses) == 1:
+        (only,) = statuses
+        return Moved([status is dram or status is ssd for status in only], late, only.count(ssd))
+    pages = list(zip(*statuses, strict=True))
+    ok = [all(status.hit for status in page) for page in pages]
+    return Moved(ok, late, sum(good and ssd in page for good, page in zip(ok, pages, strict=True)))

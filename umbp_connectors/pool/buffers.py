@@ -44,9 +44,9 @@ class Pieces:
 
     __slots__ = ("nbytes", "parts")
 
-    def __init__(self, parts: list[Bytes]) -> None:
+    def __init__(self, parts: list[Bytes], nbytes: int | None = None) -> None:
         self.parts = parts
-        self.nbytes = sum(part.nbytes for part in parts)
+        self.nbytes: int = sum(part.nbytes for part in parts) if nbytes is None else nbytes
 
 
 View: TypeAlias = Bytes | Pieces
@@ -85,11 +85,16 @@ def as_view(buffer: ScatteredSource) -> View:
     """
     if isinstance(buffer, tuple):
         return Pieces([part for segment in buffer for part in _parts_of(segment)])
-    if not isinstance(buffer, np.ndarray) or buffer.flags.c_contiguous:
+    if not isinstance(buffer, np.ndarray):
         return as_bytes(buffer)
-    if buffer.ndim == 2 and buffer.dtype == _UINT8 and buffer.strides[1] == 1 and buffer.shape[1] >= _ROW_BYTES:
-        # K and V of a page: what nearly every put and get consists of.
-        return Pieces(list(buffer))
+    if buffer.ndim == 2 and buffer.dtype == _UINT8:
+        rows, row = buffer.shape
+        apart, close = buffer.strides
+        if close == 1 and row >= _ROW_BYTES and apart != row:
+            # K and V of a page: what nearly every put and get consists of.
+            return Pieces(list(buffer), rows * row)
+    if buffer.flags.c_contiguous:
+        return as_bytes(buffer)
     return Pieces(_parts_of(buffer))
 
 
