@@ -62,7 +62,7 @@ format: $(VENV_READY) ## ruff's formatter and its safe fixes
 	$(VENV) -m ruff format .
 	$(VENV) -m ruff check --fix .
 
-bench: $(VENV_READY) $(VLLM_READY) ## the benchmarks; JSON and tables go to bench-results/
+bench: $(VENV_READY) $(VLLM_READY) $(SGLANG_READY) ## the benchmarks; JSON and tables go to bench-results/
 	$(VENV) benchmarks/pool.py
 	$(VENV) benchmarks/index.py
 	$(VENV) benchmarks/master.py
@@ -71,6 +71,7 @@ bench: $(VENV_READY) $(VLLM_READY) ## the benchmarks; JSON and tables go to benc
 	$(VLLM) benchmarks/leader.py
 	$(VLLM) benchmarks/vllm_ttft.py
 	$(VLLM) benchmarks/vllm_throughput.py
+	$(SGLANG) benchmarks/sglang_hicache.py
 
 docs: $(VENV_READY) ## rewrite the generated tables in docs/
 	$(VENV) scripts/gen_docs.py
