@@ -71,7 +71,6 @@ DYNAMIC = Backend(
         **_umbp(folder),
     },
 )
-BACKENDS = {backend.name: backend for backend in (FILE, UMBP, DYNAMIC)}
 
 
 @dataclass(frozen=True)
