@@ -187,6 +187,7 @@ class StorePool:
                 except ConfigError as error:
                     logger.warning("umbp: the other ranks cannot read SGLang's pool %s: %s", self.name, error)
             undo.pop_all()
+        logger.info("umbp: pool %s open: pages of %.2f MiB, %s", self.name, self.page_bytes / 2**20, self._tiers_text())
 
     def close(self) -> None:
         """Give everything back; idempotent."""
@@ -194,6 +195,18 @@ class StorePool:
             server.close()
         for shard in self.shards:
             shard.close()
+
+    def _tiers_text(self) -> str:
+        tiers = self.tiers()
+        if "dram" not in tiers:
+            return "read where the first rank keeps them"
+        page = round_up(self.access.object_bytes, ALIGNMENT) * self.access.parts
+        _, dram = tiers["dram"]
+        text = f"DRAM tier of {dram / 2**30:.2f} GiB ({dram // page} pages)"
+        if "ssd" not in tiers:
+            return f"{text}, no SSD tier"
+        used, ssd = tiers["ssd"]
+        return f"{text}, SSD tier of {ssd / 2**30:.2f} GiB with {used // page} pages from before"
 
 
 def depths_of(prefix_pages: int, pages: int) -> list[int]:
