@@ -12,9 +12,9 @@ from umbp_core.ports import Clock
 class ReadFence:
     """A breaker for the calls that read from one disk.  Any thread.
 
-    A call *fails* when its time is over and the disk gave it nothing at all.  After ``failures`` of these in a row the
-    disk is left alone for ``retry_s`` seconds, then one call may try; every failed trial makes the pause longer, up to
-    a minute.
+    A call *fails* when its time is over and the disk gave it nothing at all, though there was enough of it.  After
+    ``failures`` of these in a row the disk is left alone for ``retry_s`` seconds, then one call may try; every failed
+    trial makes the pause longer, up to a minute.
     """
 
     def __init__(self, clock: Clock, failures: int, retry_s: float) -> None:
@@ -49,10 +49,13 @@ class ReadFence:
         with self._lock:
             self._kept_away += objects
 
-    def leave(self, permit: int, answered: bool) -> None:
-        """The call with ``permit`` got something from the disk, or nothing at all in its time."""
+    def leave(self, permit: int, answered: bool, fair: bool) -> None:
+        """The call with ``permit`` got something from the disk, or nothing at all in its time.
+
+        A time that was not ``fair`` says nothing about the disk, unless the call was the one that should try it.
+        """
         with self._lock:
             if answered:
                 self._breaker.succeeded(permit)
-            else:
+            elif fair or self._breaker.state is BreakerState.HALF_OPEN:
                 self._breaker.failed(permit, self._clock())

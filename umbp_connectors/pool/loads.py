@@ -24,6 +24,9 @@ from umbp_core.directory import Copy
 from umbp_core.errors import TierUnavailable, TransferError
 from umbp_core.tiers import Tier
 
+_FAIR_S = 0.02
+"""Who gave the disk less time than this has not found out whether it answers."""
+
 
 class WantedLoad(NamedTuple):
     """An object that a call wants from SSD: its place in the call, its key, its copy, and where it shall go.
@@ -124,6 +127,7 @@ class LoadBatch:
         self._changed = threading.Condition()
         self._loads: list[Load] = []
         self._open = 0
+        self._began = 0.0
         self._permit: int | None = None
         self._refused = False
 
@@ -132,6 +136,7 @@ class LoadBatch:
         fence = self._loader.fence
         with self._changed:
             if self._permit is None and not self._refused:
+                self._began = time.monotonic()
                 self._permit = fence.enter()
                 self._refused = self._permit is None
             if self._refused:
@@ -163,7 +168,8 @@ class LoadBatch:
         with self._changed:
             self._changed.wait_for(lambda: not self._open)
         if self._permit is not None:
-            self._loader.fence.leave(self._permit, answered=len(late) < len(self._loads))
+            fair = time.monotonic() - self._began >= _FAIR_S
+            self._loader.fence.leave(self._permit, answered=len(late) < len(self._loads), fair=fair)
         for load in self._loads:
             if load.error is not None and load.state is LoadState.ENDED:
                 raise load.error

@@ -5,8 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+import pytest
+
 from tests.connectors.deadlines.kit import COLD, SHORT, SIZE, WARM, buffers_for, check_hits, object_of
 from tests.connectors.disk import Disk
+from umbp_connectors.pool import loads
 from umbp_connectors.pool.local import GetStatus, LocalPool, PutStatus
 from umbp_core.testing.fakes import FakeClock
 
@@ -68,3 +71,21 @@ def test_failures_count_in_a_row_only(make: Callable[..., LocalPool], disk: Disk
         disk.wait_free()
         check_hits(pool, [COLD[COLD.index(key) + 1]])
     assert pool.counters().fenced == 0
+
+
+def test_calls_without_patience_say_nothing_about_the_disk(
+    make: Callable[..., LocalPool], disk: Disk, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make(ssd_failures=1, ssd_retry_s=10.0)
+    disk.hang("read")
+    with monkeypatch.context() as patch:
+        patch.setattr(loads, "_FAIR_S", 1e6)
+        assert pool.get(COLD, buffers_for(COLD), timeout=SHORT) == [GetStatus.TIMED_OUT] * 6
+        assert (pool.exists(COLD), pool.counters().fenced) == ([True] * 6, 0)
+    assert pool.get(COLD, buffers_for(COLD), timeout=SHORT) == [GetStatus.TIMED_OUT] * 6
+    assert pool.counters().fenced == 1
+    clock.advance(10)
+    with monkeypatch.context() as patch:
+        patch.setattr(loads, "_FAIR_S", 1e6)
+        assert pool.get(COLD, buffers_for(COLD), timeout=SHORT) == [GetStatus.TIMED_OUT] * 6
+    assert pool.counters().fenced == 2, "but a trial that fails has failed"

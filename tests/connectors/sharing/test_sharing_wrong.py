@@ -124,7 +124,7 @@ class _Impostor:
         self._listener.bind(str(path))
         self._listener.listen()
         self._talk = (welcome, answer, fd)
-        self._thread = threading.Thread(target=self._serve)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
     def _serve(self) -> None:
