@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tests.connectors.disk import Disk
 from tests.connectors.sharing.conftest import pinned
 from tests.connectors.sharing.processes import IDENTITY, SIZE, key_of, object_of
 from tests.connectors.waiting import until
+from umbp_connectors.pool.checksums import copy_checksummed
 from umbp_connectors.pool.local import GetStatus, LocalPool, PutStatus
 from umbp_connectors.pool.sharing import SharedPoolReader, SharedPoolServer, messages
 from umbp_connectors.pool.sharing.link import Link, connect
@@ -317,3 +319,20 @@ def test_readers_beside_a_busy_writer_never_see_wrong_bytes(share: Share, path: 
     assert len(hits) == 600
     assert {GetStatus.DRAM, GetStatus.SSD} <= set(hits)
     until(lambda: pinned(pool) == 0)
+
+
+def test_the_time_is_looked_at_before_each_object(
+    share: Share, reader: SharedPoolReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share(2)
+    pause = threading.Event()
+
+    def slow(*arguments: Any) -> bytes:
+        pause.wait(0.6)
+        return copy_checksummed(*arguments)
+
+    assert _get(reader, [0, 1]) == [GetStatus.DRAM] * 2
+    with monkeypatch.context() as patch:
+        patch.setattr("umbp_connectors.pool.sharing.reader.copy_checksummed", slow)
+        assert _get(reader, [0, 1], timeout=0.5) == [GetStatus.DRAM, GetStatus.TIMED_OUT]
+    assert _get(reader, [0, 1]) == [GetStatus.DRAM] * 2

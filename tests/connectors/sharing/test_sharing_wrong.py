@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tests.connectors.sharing.conftest import pinned
 from tests.connectors.sharing.processes import IDENTITY, PAGES, SIZE, key_of, object_of
 from tests.connectors.waiting import until
+from umbp_connectors.pool.checksums import object_checksum
 from umbp_connectors.pool.local import GetStatus, LocalPool
 from umbp_connectors.pool.sharing import SharedPoolReader, SharedPoolServer, messages
 from umbp_connectors.pool.sharing.messages import Borrow, Done, Found, Greeting, Lent, Lookup, Place, Welcome
@@ -235,3 +236,17 @@ def test_a_frame_that_does_not_end_is_not_waited_for(share: Share, path: Path, m
         assert sock.recv(65536) == b""
         assert time.monotonic() - began < 30
     until(lambda: server.readers == 0)
+
+
+@pytest.mark.parametrize(("uid", "status"), [(os.geteuid(), GetStatus.DRAM), (12345, GetStatus.MISS)])
+def test_a_server_of_another_user_is_not_believed(
+    path: Path, memory: int, monkeypatch: pytest.MonkeyPatch, uid: int, status: GetStatus
+) -> None:
+    checksum = object_checksum(IDENTITY.digest + key_of(0), object_of(0))
+    answer = _reply(Lent([Place(1, 0, SIZE, checksum)]))
+    impostor = _Impostor(path, encode_frame(FrameType.HELLO, 0, 0, GOOD), answer, os.dup(memory))
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    reader = SharedPoolReader(path, IDENTITY, timeout_s=30)
+    assert reader.get([key_of(0)], [bytearray(SIZE)]) == [status]
+    reader.close()
+    impostor.close()
