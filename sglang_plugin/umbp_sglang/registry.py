@@ -104,14 +104,19 @@ class PoolRegistry:
         return self._open.get(name)
 
     def open(self) -> None:
-        """Open what was added.  A pool that cannot be opened is left out, which costs hits and one warning."""
+        """Open what was added.  A pool that cannot be opened is left out, which costs hits and one warning.
+
+        A pool that comes when others are open has them opened anew, so that all of them together stay within the
+        configured space: what they had in DRAM only is gone.
+        """
         with self._lock:
             added, self._added = self._added, {}
-            if self._closed:
+            if self._closed or not added:
                 return
             self._known.update(added)
+            self._close_pools()
             total = sum(member.nbytes for member in self._known.values())
-            for member in added.values():
+            for member in self._known.values():
                 try:
                     pool = self._pool(member, member.nbytes / total)
                     pool.open()
@@ -133,7 +138,10 @@ class PoolRegistry:
         """Close every pool; idempotent."""
         with self._lock:
             self._closed = True
-            pools, self._open = self._open, {}
+            self._close_pools()
+
+    def _close_pools(self) -> None:
+        pools, self._open = self._open, {}
         with contextlib.ExitStack() as closing:
             for pool in pools.values():
                 closing.callback(pool.close)

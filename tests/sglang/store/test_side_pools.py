@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from sglang.srt.mem_cache.memory_pool_host import LogicalHostPool
 from tests.sglang.store.conftest import Stores
 from tests.sglang.store.faults import Faults
 from tests.sglang.store.pools import PAGE, contents, hashes, mha_pool, rows, storage_config, wipe
+from umbp_core.tiers import Tier
 from umbp_sglang.keys import block_keys
 from umbp_sglang.store import UMBPStore
 
@@ -152,6 +154,26 @@ def test_a_pool_registered_late_is_stored_too(store: UMBPStore) -> None:
     wipe(draft)
     assert store.batch_get_v2([PoolTransfer(PoolName.DRAFT, rows(1), keys=keys)]) == {PoolName.DRAFT: [True]}
     assert contents(draft, [1]) == want
+
+
+def test_all_pools_together_stay_within_the_configured_space(stores: Stores, tmp_path: Path) -> None:
+    """A pool that comes late has the others opened anew, smaller; what they had on SSD is still there."""
+    faults, kv, keys = Faults(), mha_pool(), hashes(2)
+    tiers = {"dram_capacity": "1MiB", "ssd_dir": str(tmp_path), "ssd_capacity": "32MiB"}
+    store = stores(storage_config(extra=tiers), kv, {PoolName.SWA: mha_pool(heads=1)}, make_pool=faults.make)
+    want = contents(kv, [0, 1])
+    store.batch_set_v1(keys, rows(0, 1))
+    store.register_mem_host_pool_v2(mha_pool(heads=1), PoolName.DRAFT)
+    assert store.batch_exists(keys) == 2
+    assert store.batch_get_v1(keys, rows(5, 6)) == [True, True]
+    assert contents(kv, [5, 6]) == want
+    alive = faults.pools[-3:]
+    assert len(faults.pools) == 5, "two at first, then three"
+    for tier, capacity in ((Tier.DRAM, 1 << 20), (Tier.SSD, 32 << 20)):
+        sizes = [pool.stats(tier).total_pages * pool.page_bytes for pool in alive]
+        assert all(sizes)
+        assert 0.9 * capacity * (tier is Tier.DRAM) < sum(sizes) <= capacity
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) <= 32 << 20
 
 
 def test_an_anchor_without_bytes_leaves_everything_to_side_pools(stores: Stores) -> None:
