@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from array import array
 
 import pytest
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from tests.sglang.kit.conftest import World
 from tests.sglang.kit.rig import UMBP, Setup
@@ -46,4 +49,8 @@ def test_one_rank_reads_what_two_wrote(world: World) -> None:
 @pytest.mark.parametrize("missing", [0, 1])
 def test_half_a_page_is_no_page(world: World, missing: int) -> None:
     check(world, HALVES[1 - missing], write=True)
-    assert world.engine(WHOLE, ledger=False).prefetch(prompt_of(FULL, 8)) == 0
+    engine = world.engine(WHOLE, ledger=False)
+    prompt = prompt_of(FULL, 8)
+    hashes = get_storage_hash_str(RadixKey(array("q", prompt.tokens)), page_size=FULL.page_size)
+    assert engine.backend.batch_exists(hashes) == 0
+    assert engine.prefetch(prompt) == 0

@@ -17,6 +17,7 @@ PLAIN = Setup(UMBP, FULL, extra=TOGETHER)
 OTHERS = {
     "the same": PLAIN,
     "model": dataclasses.replace(PLAIN, model="another"),
+    "a model of the same short name": dataclasses.replace(PLAIN, model="somebody/tiny"),
     "page_first_direct": dataclasses.replace(PLAIN, layout="page_first_direct"),
     "page_head": dataclasses.replace(PLAIN, layout="page_head"),
     "layer_first": dataclasses.replace(PLAIN, layout="layer_first"),
@@ -30,7 +31,7 @@ OTHERS = {
 }
 
 
-APART = {"the same", "model", "rank", "namespace"}
+APART = {"the same", "model", "a model of the same short name", "rank", "namespace"}
 """These have folders of their own on the SSD; of the others, the one that comes later takes the place."""
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang.srt.mem_cache.hicache_storage import PoolTransfer
+from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 
 from tests.sglang.kit.conftest import World
 from tests.sglang.kit.proxies import Proxy, Results
-from tests.sglang.kit.rig import Backend, Setup
+from tests.sglang.kit.rig import UMBP, Backend, Setup
 from tests.sglang.kit.shapes import LARGE_PAGES, prompt_of
 
 PAGES = 6
@@ -61,6 +61,19 @@ class RefusesTheAnchor(Proxy):
 
     def batch_set(self, keys: list[str], values: Any = None, *more: Any) -> bool:
         return False if self.refuse else super().batch_set(keys, values, *more)
+
+
+def test_a_side_pool_cannot_be_read_before_its_anchor(world: World) -> None:
+    """Together or not at all: nothing of it is there, not even for who asks for the side pool alone."""
+    engine = world.engine(setup_of(UMBP), wrap=RefusesTheAnchor)
+    prompt = prompt_of(LARGE_PAGES, PAGES)
+    engine.compute(prompt)
+    engine.offload(prompt)
+    leaf = engine.match(prompt).last_device_node
+    hashes = engine.kit._all_page_hashes(engine.cache, leaf)
+    pages = engine.cache.host_pool_group.anchor_entry.host_pool.alloc(len(prompt))
+    wanted = PoolTransfer(PoolName.INDEXER, host_indices=pages, keys=hashes)
+    assert engine.backend.batch_get_v2([wanted]) == {PoolName.INDEXER: [False] * PAGES}
 
 
 def test_a_side_pool_without_its_anchor_is_no_hit(world: World, backend: Backend) -> None:
