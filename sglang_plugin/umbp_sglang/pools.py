@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -66,6 +67,17 @@ class Shard(Protocol):
         """Give everything back."""
 
 
+class Budget:
+    """The seconds that one call has for all its parts."""
+
+    def __init__(self, seconds: float) -> None:
+        self._until = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """What is left of them, 0 when they are over."""
+        return max(0.0, self._until - time.monotonic())
+
+
 @dataclass(frozen=True, slots=True)
 class Moved:
     """What became of each page of one call, and whether its time was over before its end."""
@@ -113,29 +125,30 @@ class StorePool:
         """Bytes of one page on this rank."""
         return self.access.object_bytes * self.access.parts
 
-    def put(self, keys: Sequence[bytes], indices: Any, depths: Sequence[int], timeout: float) -> Moved:
+    def put(self, keys: Sequence[bytes], indices: Any, depths: Sequence[int], budget: Budget) -> Moved:
         """Store the pages whose rows ``indices`` names.  Raises ``ValueError`` unless these are so many whole pages."""
         parts = self.access.sources(indices, len(keys))
-        return _kept([shard.put(keys, part, depths, timeout) for shard, part in zip(self.shards, parts, strict=True)])
+        shards = zip(self.shards, parts, strict=True)
+        return _kept([shard.put(keys, part, depths, budget.left()) for shard, part in shards])
 
-    def stage(self, keys: Sequence[bytes], indices: Any, depths: Sequence[int], timeout: float) -> StagedPages:
+    def stage(self, keys: Sequence[bytes], indices: Any, depths: Sequence[int], budget: Budget) -> StagedPages:
         """Copy them, to be published later.  Raises as :meth:`put` does."""
         parts = self.access.sources(indices, len(keys))
         puts = []
         with contextlib.ExitStack() as undo:
             for shard, part in zip(self.shards, parts, strict=True):
-                puts.append(shard.stage(keys, part, depths, timeout))
+                puts.append(shard.stage(keys, part, depths, budget.left()))
                 undo.callback(puts[-1].discard)
             undo.pop_all()
         return StagedPages(_kept([put.statuses for put in puts]), tuple(puts))
 
-    def get(self, keys: Sequence[bytes], indices: Any, timeout: float) -> Moved:
+    def get(self, keys: Sequence[bytes], indices: Any, budget: Budget) -> Moved:
         """Fill the pages whose rows ``indices`` names.  Raises as :meth:`put` does.
 
         What did not arrive has undefined content.
         """
         parts = self.access.targets(indices, len(keys))
-        moved = _hits([shard.get(keys, part, timeout) for shard, part in zip(self.shards, parts, strict=True)])
+        moved = _hits([shard.get(keys, part, budget.left()) for shard, part in zip(self.shards, parts, strict=True)])
         self.access.deliver(indices, parts, moved.ok)
         return moved
 

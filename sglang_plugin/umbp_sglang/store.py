@@ -26,7 +26,7 @@ from umbp_sglang.doors import Door
 from umbp_sglang.hits import PrefixHits, leading_groups, prefixes_up_to, prefixes_with_tail
 from umbp_sglang.host_pages import tensor_bytes
 from umbp_sglang.keys import block_keys, leading
-from umbp_sglang.pools import BATCH_PAGES, Moved, StorePool, depths_of
+from umbp_sglang.pools import BATCH_PAGES, Budget, Moved, StorePool, depths_of
 from umbp_sglang.registry import KV, PoolMaker, PoolRegistry
 from umbp_sglang.settings import read_settings
 from umbp_sglang.sidecars import Sidecars
@@ -119,7 +119,7 @@ class UMBPStore(HiCacheStorage):
         self, keys: list[str], host_indices: Any, extra_info: HiCacheStorageExtraInfo | None = None
     ) -> list[bool]:
         """Fill the host pages of KV; which of them arrived."""
-        return self._get(KV, keys, host_indices)
+        return self._get(KV, keys, host_indices, Budget(self._timeout))
 
     def batch_set_v1(
         self, keys: list[str], host_indices: Any, extra_info: HiCacheStorageExtraInfo | None = None
@@ -132,8 +132,9 @@ class UMBPStore(HiCacheStorage):
         self, transfers: list[PoolTransfer], extra_info: HiCacheStorageExtraInfo | None = None
     ) -> dict[str, list[bool]]:
         """Fill host pages of the named pools; for each pool which of them arrived."""
+        budget = Budget(self._timeout)
         return {
-            transfer.name: self._get(str(transfer.name), transfer.keys or [], transfer.host_indices)
+            transfer.name: self._get(str(transfer.name), transfer.keys or [], transfer.host_indices, budget)
             for transfer in transfers
         }
 
@@ -146,7 +147,8 @@ class UMBPStore(HiCacheStorage):
         """
         self._sidecars.begin()
         depth = len(extra_info.prefix_keys or ()) if extra_info is not None else 0
-        return {transfer.name: self._set_side(transfer, depth) for transfer in transfers}
+        budget = Budget(self._timeout)
+        return {transfer.name: self._set_side(transfer, depth, budget) for transfer in transfers}
 
     # Flat pages (v0)
 
@@ -224,13 +226,13 @@ class UMBPStore(HiCacheStorage):
                 hits.restrict(name, prefixes_up_to(hits.anchor, pool.count_prefix(chain)))
         return hits
 
-    def _get(self, name: str, keys: Sequence[str], host_indices: Any) -> list[bool]:
+    def _get(self, name: str, keys: Sequence[str], host_indices: Any, budget: Budget) -> list[bool]:
         if name == KV and self._pools.logical:
             return [True] * len(keys)
         pool = self._pools.get(name)
         if pool is None:
             return [False] * len(keys)
-        work = self._timed("get", pool, lambda: pool.get(block_keys(keys), host_indices, self._timeout))
+        work = self._timed("get", pool, lambda: pool.get(block_keys(keys), host_indices, budget))
         return self._gets.move(work, len(keys))
 
     def _put_anchor(self, keys: Sequence[str], host_indices: Any, depth: int) -> Moved:
@@ -247,17 +249,17 @@ class UMBPStore(HiCacheStorage):
         if self._sidecars.awaited(wanted):
             moved = self._timed("put", pool, lambda: self._put_together(pool, wanted, indices, depths))()
         else:
-            moved = self._timed("put", pool, lambda: pool.put(wanted, indices, depths, self._timeout))()
+            moved = self._timed("put", pool, lambda: pool.put(wanted, indices, depths, Budget(self._timeout)))()
         return Moved(moved.ok + [False] * (len(keys) - allowed), moved.late, moved.fresh)
 
     def _put_together(self, pool: StorePool, anchors: list[bytes], indices: Any, depths: Sequence[int]) -> Moved:
         """Store KV pages whose side pools' pages wait for them: those are published first, so none is found without."""
-        staged = pool.stage(anchors, indices, depths, self._timeout)
+        staged = pool.stage(anchors, indices, depths, Budget(self._timeout))
         self._sidecars.ready([anchor for anchor, ok in zip(anchors, staged.moved.ok, strict=True) if ok])
         published = staged.publish()
         return staged.moved if published else Moved([False] * len(anchors))
 
-    def _set_side(self, transfer: PoolTransfer, depth: int) -> list[bool]:
+    def _set_side(self, transfer: PoolTransfer, depth: int, budget: Budget) -> list[bool]:
         keys, pool = transfer.keys or [], self._pools.get(str(transfer.name))
         if pool is None:
             return [False] * len(keys)
@@ -268,15 +270,19 @@ class UMBPStore(HiCacheStorage):
             part = block_keys(keys[start : start + BATCH_PAGES])
             rows = pool.access.rows
             indices = transfer.host_indices[start * rows : (start + len(part)) * rows]
-            work = self._timed("put", pool, self._staging(pool, part, indices, depths_of(depth + start, len(part))))
+            work = self._timed(
+                "put", pool, self._staging(pool, part, indices, depths_of(depth + start, len(part)), budget)
+            )
             ok += self._puts.move(work, len(part))
         if str(transfer.indices_from_pool or "") == KV:
             self._sidecars.bar([key for key, there in zip(block_keys(keys), ok, strict=True) if not there])
         return ok
 
-    def _staging(self, pool: StorePool, keys: list[bytes], indices: Any, depths: Sequence[int]) -> Callable[[], Moved]:
+    def _staging(
+        self, pool: StorePool, keys: list[bytes], indices: Any, depths: Sequence[int], budget: Budget
+    ) -> Callable[[], Moved]:
         def stage() -> Moved:
-            staged = pool.stage(keys, indices, depths, self._timeout)
+            staged = pool.stage(keys, indices, depths, budget)
             self._sidecars.add(staged, self._missing_anchors(keys))
             return staged.moved
 
