@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+_HEAD_POOLS = ("MHATokenToKVPoolHost", "MHATokenToKOnlyPoolHost")
+
 
 def optional(owner: Any, name: str, default: Any = None) -> Any:
     """``owner.name``, or ``default`` where this SGLang has no such attribute (or no such owner)."""
@@ -35,6 +37,18 @@ def require_parameters(target: str, parameters: Sequence[str]) -> None:
     has = list(inspect.signature(find(target)).parameters)
     if [name for name in has if name in parameters] != list(parameters):
         raise LookupError(f"{target.rpartition(':')[2]} takes ({', '.join(has)}), not ({', '.join(parameters)})")
+
+
+def has_heads(host_pool: Any) -> bool:
+    """Whether ``host_pool`` keeps keys or values by heads, of which each TP rank has its own.
+
+    Where SGLang does not tell, it counts as such a pool: bytes taken for another rank's would be wrong.
+    """
+    try:
+        kinds = [find(f"sglang.srt.mem_cache.pool_host.mha:{name}") for name in _HEAD_POOLS]
+    except LookupError:
+        return True
+    return isinstance(host_pool, tuple(kinds))
 
 
 def storage_metrics(**counts: list[Any]) -> Any:

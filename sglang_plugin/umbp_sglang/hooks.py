@@ -9,10 +9,12 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from umbp_sglang import allocator
+from umbp_sglang import allocator, compat
 
 BACKEND = "umbp"
 """The backend's name in SGLang."""
+KV = "kv"
+"""SGLang's name of the main pool."""
 OPTION = "--hicache-storage-backend"
 """The option whose choices are extended."""
 
@@ -53,6 +55,19 @@ def use_zero_copy(controller: Any, *_args: object, **_kwargs: object) -> None:
     if controller.storage_backend_type == BACKEND:
         controller.page_get_func = controller._page_get_zero_copy
         controller.page_set_func = controller._page_set_zero_copy
+
+
+def backs_up(original: Callable[..., bool], controller: Any, transfer: Any) -> bool:
+    """Around ``HybridCacheController.should_backup``: every rank stores its own heads of a draft model.
+
+    Where KV is the same on all ranks, SGLang lets one of them write, and knows one backend that does better.
+    """
+    if original(controller, transfer):
+        return True
+    if controller.storage_backend_type != BACKEND or str(transfer.name) == KV:
+        return False
+    entry = controller.mem_pool_host.entry_map.get(transfer.name)
+    return entry is not None and compat.has_heads(entry.host_pool)
 
 
 def choose_allocator(original: Callable[..., Any], allocator_type: str) -> Any:

@@ -32,6 +32,7 @@ FACTORY = "sglang.srt.mem_cache.storage.backend_factory:StorageBackendFactory"
 _CONTROLLER = "sglang.srt.managers.cache_controller:HiCacheController"
 _REGISTRY = "sglang.srt.plugins.hook_registry:HookRegistry"
 _KINDS = "sglang.srt.plugins.hook_registry:HookType"
+_HYBRID = "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller:HybridCacheController"
 _NO = frozenset({"", "0", "false", "no", "off"})
 _logger = logging.getLogger(__name__)
 
@@ -87,6 +88,14 @@ MORE_HOOKS = (
         hooks.use_zero_copy,
         f"{BACKEND} would get copies of pages instead of their addresses, which is slow; use {DYNAMIC}",
         needs=(f"{_CONTROLLER}._page_get_zero_copy", f"{_CONTROLLER}._page_set_zero_copy"),
+    ),
+    Hook(
+        "draft heads",
+        f"{_HYBRID}.should_backup",
+        ("self", "transfer"),
+        "AROUND",
+        hooks.backs_up,
+        "a draft model's heads beside KV that all ranks share are not stored by every rank, which costs its hits",
     ),
     Hook(
         "host pool",

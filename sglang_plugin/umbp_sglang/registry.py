@@ -25,8 +25,8 @@ from umbp_sglang.siblings import SiblingPool, meeting_place
 logger = logging.getLogger(__name__)
 
 KV = "kv"
-_OWN_PER_RANK = frozenset({"mamba"})
-"""Pools of which every TP rank has its own part even where KV is the same on all."""
+_STATES = "mamba"
+"""SGLang's pool of states: every TP rank has its own part of them, even where KV is the same on all."""
 
 PoolMaker = Callable[[Identity, LocalPoolConfig], LocalPool]
 
@@ -155,7 +155,9 @@ class PoolRegistry:
             access = page_access(host_pool, parts)
         except ValueError as error:
             raise ConfigError(f"SGLang's pool {name} cannot be stored: {error}") from error
-        return _Member(name, host_pool, access, rank.replicated and name not in _OWN_PER_RANK)
+        # A draft model may have heads, which the ranks divide, beside a model whose KV is the same on all of them.
+        own = name == _STATES or (name != KV and compat.has_heads(host_pool))
+        return _Member(name, host_pool, access, rank.replicated and not own)
 
     def _pool(self, member: _Member, share: float) -> StorePool:
         parts: list[int | None] = [None]

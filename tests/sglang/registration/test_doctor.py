@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-HOOKS = {"hook command line", "hook zero copy", "hook host pool", "--hicache-storage-backend umbp"}
+HOOKS = {"hook command line", "hook zero copy", "hook draft heads", "hook host pool", "--hicache-storage-backend umbp"}
 LIVE = {"backend umbp", "entry point sglang.srt.plugins", *HOOKS}
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]

@@ -9,7 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
 from sglang.srt.mem_cache.pool_host import common
+from sglang.srt.mem_cache.pool_host.mamba import MambaPoolHost
+from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
+from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.server_args import ServerArgs
@@ -138,3 +143,30 @@ def test_an_sglang_that_reads_its_configuration_elsewhere_keeps_its_allocator(
     monkeypatch.delattr("sglang.srt.runtime_context.get_memory")
     assert allocator.configured() is None
     assert "get_memory" in caplog.text
+
+
+def asked_to_back_up(backend: str, name: PoolName, pool: object) -> bool:
+    """What SGLang's own method and our hook around it say on a rank that does not write the KV that all ranks share."""
+    controller = SimpleNamespace(
+        backup_skip=True,
+        storage_backend_type=backend,
+        mem_pool_host=SimpleNamespace(entry_map={name: SimpleNamespace(host_pool=pool)}),
+    )
+    method = HybridCacheController.should_backup
+    original = getattr(method, "__wrapped__", method)
+    return hooks.backs_up(original, controller, PoolTransfer(name))
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "kind", "expected"),
+    [
+        ("umbp", PoolName.DRAFT, MHATokenToKVPoolHost, True),
+        ("umbp", PoolName.DRAFT_SWA, MHATokenToKVPoolHost, True),
+        ("umbp", PoolName.DRAFT, MLATokenToKVPoolHost, False),
+        ("umbp", PoolName.KV, MHATokenToKVPoolHost, False),
+        ("umbp", PoolName.MAMBA, MambaPoolHost, True),
+        ("file", PoolName.DRAFT, MHATokenToKVPoolHost, False),
+    ],
+)
+def test_each_rank_stores_its_own_heads_of_a_draft(backend: str, name: PoolName, kind: type, expected: bool) -> None:
+    assert asked_to_back_up(backend, name, kind.__new__(kind)) is expected

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from sglang.srt.managers.cache_controller import HiCacheController
+from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
 from sglang.srt.mem_cache.pool_host import common
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -19,6 +20,7 @@ from umbp_sglang import registration
 
 TARGETS = {
     "sglang.srt.managers.cache_controller.HiCacheController._start_storage_threads": HookType.BEFORE,
+    "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController.should_backup": HookType.AROUND,
     "sglang.srt.mem_cache.pool_host.common.get_allocator_from_storage": HookType.AROUND,
     "sglang.srt.mem_cache.storage.backend_factory.StorageBackendFactory._create_builtin_backend": HookType.AROUND,
     "sglang.srt.server_args.ServerArgs.add_cli_args": HookType.AFTER,
@@ -97,6 +99,7 @@ def test_ours_goes_first_when_that_is_wanted(monkeypatch: pytest.MonkeyPatch) ->
         (ServerArgs, "add_cli_args", "ServerArgs.add_cli_args", registration.DYNAMIC),
         (HiCacheController, "_start_storage_threads", "HiCacheController._start_storage_threads", "interface_v1"),
         (HiCacheController, "_page_get_zero_copy", "HiCacheController._start_storage_threads", "interface_v1"),
+        (HybridCacheController, "should_backup", "HybridCacheController.should_backup", "draft"),
         (common, "get_allocator_from_storage", "common.get_allocator_from_storage", '"allocator":"shm"'),
     ],
 )

@@ -50,6 +50,38 @@ def test_a_state_of_which_each_rank_has_a_part_is_stored_by_each(stores: Stores)
         assert contents(sides[rank], [9]) == want
 
 
+@pytest.mark.parametrize("name", [PoolName.DRAFT, PoolName.DRAFT_SWA])
+def test_a_drafts_heads_are_each_ranks_own(stores: Stores, name: PoolName) -> None:
+    """A draft model with heads beside replicated KV: no rank ever gets another's."""
+    drafts = [mha_pool(heads=1), mha_pool(heads=1)]
+    drafts[1].kv_buffer.add_(1)
+    first, second = (
+        stores(storage_config(mla=True, tp=(rank, 2)), mla_pool(), {name: draft}) for rank, draft in enumerate(drafts)
+    )
+    keys, want = hashes(1), [contents(draft, [3]) for draft in drafts]
+    assert want[0] != want[1]
+    assert first.batch_set_v2([PoolTransfer(name, rows(3), keys=keys)]) == {name: [True]}
+    assert first.batch_set_v1(keys, rows(3)) == [True]
+    assert second.batch_exists_v2(keys, [PoolTransfer(name, keys=keys)]).kv_hit_pages == 0
+    assert second.batch_get_v2([PoolTransfer(name, rows(9), keys=keys)]) == {name: [False]}
+    assert second.batch_set_v2([PoolTransfer(name, rows(3), keys=keys)]) == {name: [True]}
+    for store, draft, page in zip((first, second), drafts, want, strict=True):
+        assert store.batch_exists_v2(keys, [PoolTransfer(name, keys=keys)]).kv_hit_pages == 1
+        assert store.batch_get_v2([PoolTransfer(name, rows(9), keys=keys)]) == {name: [True]}
+        assert contents(draft, [9]) == page
+
+
+def test_a_draft_of_latents_is_the_same_on_all_ranks(stores: Stores) -> None:
+    draft = mla_pool()
+    writer = stores(storage_config(mla=True, tp=(0, 2)), mla_pool(), {PoolName.DRAFT: draft})
+    reader = stores(storage_config(mla=True, tp=(1, 2)), mla_pool(), {PoolName.DRAFT: (copy := mla_pool())})
+    keys, want = hashes(1), contents(draft, [3])
+    writer.batch_set_v2([PoolTransfer(PoolName.DRAFT, rows(3), keys=keys)])
+    writer.batch_set_v1(keys, rows(3))
+    assert reader.batch_get_v2([PoolTransfer(PoolName.DRAFT, rows(9), keys=keys)]) == {PoolName.DRAFT: [True]}
+    assert contents(copy, [9]) == want
+
+
 def test_a_writer_that_is_gone_makes_misses(stores: Stores) -> None:
     pool = mla_pool()
     writer = stores(storage_config(mla=True, tp=(0, 2)), pool)
