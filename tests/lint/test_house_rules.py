@@ -128,7 +128,7 @@ def _expects(node: ast.AST) -> bool:
     if not isinstance(node, ast.Call):
         return isinstance(node, ast.Assert | ast.Raise)
     called = ast.unparse(node.func).rpartition(".")[2]
-    return called in ("raises", "warns", "fail", "run_state_machine_as_test") or called.startswith(("assert_", "check"))
+    return called in ("raises", "warns", "fail", "run_state_machine_as_test") or called.lstrip("_").startswith(("assert_", "check"))
 
 
 @pytest.mark.parametrize("what", FORBIDDEN)

@@ -143,7 +143,8 @@ def test_our_store_is_a_storage_that_can_be_made() -> None:
 @pytest.mark.parametrize("arguments", [("config", "host pool"), ("config", {}), ("config",)])
 def test_our_store_is_made_in_each_of_the_ways_that_sglang_has(arguments: tuple[object, ...]) -> None:
     """As a registered backend, as ``dynamic``, and as those of SGLang that take the configuration only."""
-    inspect.signature(UMBPStore).bind(*arguments)
+    bound = inspect.signature(UMBPStore).bind(*arguments).arguments
+    assert tuple(bound.values()) == arguments
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
