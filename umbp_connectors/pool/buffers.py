@@ -91,8 +91,9 @@ def as_view(buffer: ScatteredSource) -> View:
         rows, row = buffer.shape
         apart, close = buffer.strides
         if close == 1 and row >= _ROW_BYTES and apart != row:
-            # K and V of a page: what nearly every put and get consists of.
-            return Pieces(list(buffer), rows * row)
+            # K and V of a page: what nearly every put and get consists of.  Small ones are copied in one go, since two
+            # threads that copy wait for each other's GIL after every copy.
+            return Pieces([buffer] if rows * row <= PIECE_BYTES else list(buffer), rows * row)
     if buffer.flags.c_contiguous:
         return as_bytes(buffer)
     return Pieces(_parts_of(buffer))
