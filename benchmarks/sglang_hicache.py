@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "The copy moves the same pieces of the same pages between host pool and other memory, with one thread.",
         "Medians of interleaved rounds; ratios are medians of each round's ratio.",
         "Core seconds count all threads of the process: they say most on a machine that others use too.",
+        "The pool copies with two threads.  Where the kernel puts both on one core, the rate falls to that of one.",
         "This pool verifies every page (xxh3-128); the copies and the file backend do not.",
     ]
     print(write("sglang", "SGLang's L3 storage", sections, notes, options.out))
