@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections import Counter
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeVar
 
+from umbp_connectors.cpus import Apart
 from umbp_connectors.pool.arena import Arena
 from umbp_connectors.pool.books import Books
 from umbp_connectors.pool.buffers import View
@@ -86,6 +88,7 @@ class BatchMover:
         self._loader: Loader | None = None
         self._demoter: Demoter | None = None
         self._copy_threads = copy_threads
+        self._apart = Apart(frozenset(os.sched_getaffinity(0)))
         self._copies = ThreadPoolExecutor(max(1, copy_threads - 1), "umbp-copy")
         self._lock = threading.Lock()
         self._closed = False
@@ -189,7 +192,8 @@ class BatchMover:
         worth_sharing = nbytes >= _SHARED_OBJECT_BYTES * count
         shares = max(1, min(self._copy_threads, nbytes // _SHARE_BYTES, count)) if worth_sharing else 1
         bounds = [count * share // shares for share in range(shares + 1)]
-        others = [((start, stop), self._copies.submit(work, start, stop)) for start, stop in pairwise(bounds[1:])]
+        helped = self._apart.from_here(work) if shares > 1 else work
+        others = [((start, stop), self._copies.submit(helped, start, stop)) for start, stop in pairwise(bounds[1:])]
         try:
             results = work(0, bounds[1])
             for bound, other in others:

@@ -90,7 +90,7 @@ class TransferEngine:
             object_bytes=dict(object_bytes),
             device=Lanes("device", 1),
             io=Lanes("io", io_threads),
-            hashing=Lanes("hash", hash_threads),
+            hashing=Lanes("hash", hash_threads, apart=True),
             hash_threads=hash_threads,
             failures=FailureLog(clock),
         )

@@ -9,21 +9,24 @@ import threading
 import time
 from collections.abc import Callable
 
+from umbp_connectors.cpus import take_share
+
 logger = logging.getLogger(__name__)
 
 _STOP_PRIORITY = -1
 
 
 class Lanes:
-    """``count`` daemon threads over one priority queue.
+    """``count`` daemon threads over one priority queue; with ``apart``, never two of them on one processor.
 
     They are daemons of our own, and not an executor's, because an executor's threads are joined when the
     interpreter exits: one read that hangs in a dead disk would then hang the engine's exit.
     """
 
-    def __init__(self, name: str, count: int) -> None:
+    def __init__(self, name: str, count: int, apart: bool = False) -> None:
         self._name = name
         self._count = count
+        self._apart = apart
         self._tasks: queue.PriorityQueue[tuple[int, int, Callable[[], None] | None]] = queue.PriorityQueue()
         self._sequence = itertools.count()
         self._threads: list[threading.Thread] = []
@@ -31,7 +34,7 @@ class Lanes:
     def start(self) -> None:
         """Start the threads."""
         for number in range(self._count):
-            thread = threading.Thread(target=self._run, name=f"umbp-{self._name}-{number}", daemon=True)
+            thread = threading.Thread(target=self._run, args=(number,), name=f"umbp-{self._name}-{number}", daemon=True)
             self._threads.append(thread)
             thread.start()
 
@@ -51,7 +54,9 @@ class Lanes:
             thread.join(max(0.0, end - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
-    def _run(self) -> None:
+    def _run(self, number: int) -> None:
+        if self._apart:
+            take_share(number, self._count)
         while (task := self._tasks.get()[2]) is not None:
             try:
                 task()
