@@ -54,6 +54,7 @@ def test_verdicts_compare_with_the_targets(bench: types.ModuleType) -> None:
             bench.MATCH: [
                 {"hashes": length, "kind": "hit", "native: p50 us": us, "gRPC: p50 us": us} for length in (1, 128, 2048)
             ],
+            bench.PLACED: [{"processors": name, "match of 128, p50 us": us} for name in ("one for both", "one each")],
             bench.SPREAD: [{"hashes": 2048, "native: p50 us": us}],
             bench.STALLS: [
                 {"revoked": "nothing else happens", "longest match ms, best of 3": 99.0},
