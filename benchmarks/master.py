@@ -110,7 +110,7 @@ def main() -> None:
         f"{total // 5} hashes on 8 nodes in matches, {total} on 4 nodes in memory, revokes and the large index.",
         "A native answer is a bitmap per node and tier; our client makes lists of hashes of it, which counts here.",
         "Which processors the two processes run on is the scheduler's choice, but where it says otherwise.",
-        "The target of 45 us was set where an empty call costs 9 us; the table by processors shows what waking the other costs.",
+        "The target of 45 us was set where an empty call costs 9 us; waking another processor costs more.",
         "Pipelined requests were encoded before, and their answers are only counted.",
         "The line 'nothing else happens' is what this machine does to a match without any revoke.",
         "Resident memory is what the process grew by, with what the allocator keeps after tables were enlarged.",
