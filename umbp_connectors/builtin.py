@@ -68,24 +68,18 @@ def _ssd_tier(config: UmbpConfig, spec: SsdTierSpec) -> SsdTier:
 
 
 def _local_pool(config: UmbpConfig, spec: ClientSpec) -> PoolClient:
-    from umbp_connectors.pool.local import LocalPool, LocalPoolConfig
+    from umbp_connectors.pool.local import LocalPool
+    from umbp_connectors.pool.settings import local_pool_config
 
     pool = LocalPool(
         spec.identity,
-        LocalPoolConfig(
+        local_pool_config(
+            config,
             object_bytes=spec.object_bytes,
             dram_bytes=config.dram_capacity // spec.ranks,
-            ssd_dir=config.ssd_dir if config.ssd_active else None,
-            ssd_capacity=config.ssd_capacity,
+            eviction=spec.make_eviction,
             rank=spec.rank,
             ranks=spec.ranks,
-            eviction=config.eviction_policy,
-            io_threads=config.io_threads,
-            demote_threads=config.max_concurrent_demotions,
-            huge_pages=config.dram_use_hugepages,
-            numa_node=config.dram_numa_node,
-            prefault=config.dram_prefault,
-            direct_io=config.ssd_direct_io,
         ),
     )
     pool.open()

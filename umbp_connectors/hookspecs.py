@@ -10,14 +10,14 @@ is logged once per plug-in and hook, counted, and never reaches an engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pluggy
 
 from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.tier_ports import DramTier, PoolClient, SsdTier
-from umbp_core.eviction import EvictionPolicy
+from umbp_core.eviction import EvictionPolicy, LruPolicy
 from umbp_core.ids import Identity
 from umbp_core.scheduler import Limits, TransferScheduler
 from umbp_core.tiers import Tier
@@ -57,13 +57,15 @@ class SsdTierSpec:
 class ClientSpec:
     """A client that is wanted: for objects of at most ``object_bytes`` under ``identity``.
 
-    ``rank`` is the world rank, ``ranks`` how many share the configured capacities.
+    ``rank`` is the world rank, ``ranks`` how many share the configured capacities.  ``make_eviction`` makes a fresh
+    policy of the configured name, whichever plug-in offers it; the plug-in host fills it in.
     """
 
     identity: Identity
     object_bytes: int
     rank: int = 0
     ranks: int = 1
+    make_eviction: Callable[[], EvictionPolicy] = LruPolicy
 
 
 @hookspec(firstresult=True)

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
 
@@ -115,6 +116,7 @@ class PluginHost:
     def make_client(self, spec: hookspecs.ClientSpec) -> PoolClient:
         """A client of the pool, open.  Raises ``UmbpError``."""
         what = f"a client for mode {self.config.mode!r}"
+        spec = replace(spec, make_eviction=self.eviction_maker())
         return cast(PoolClient, self._first(self._hook.umbp_make_client, what, config=self.config, spec=spec))
 
     def make_eviction(self, name: str) -> EvictionPolicy:
@@ -122,6 +124,12 @@ class PluginHost:
         what = f"the eviction_policy {name!r} (built in: {', '.join(POLICIES)})"
         policy = self._first(self._hook.umbp_make_eviction, what, config=self.config, name=name)
         return cast(EvictionPolicy, policy)
+
+    def eviction_maker(self) -> Callable[[], EvictionPolicy]:
+        """Makes fresh policies of the configured name.  Raises ``ConfigError``, here and now, when nobody offers it."""
+        name = self.config.eviction_policy
+        self.make_eviction(name)
+        return lambda: self.make_eviction(name)
 
     def make_scheduler(self, limits: Limits) -> TransferScheduler:
         """The scheduler of one rank's transfers.  Raises ``UmbpError``."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from umbp_connectors.pool.buffers import round_up
 from umbp_connectors.pool.local import LocalPool, LocalPoolConfig
+from umbp_connectors.pool.settings import local_pool_config
 from umbp_connectors.pool.sharing import SharedPoolServer
 from umbp_connectors.pool.slab import ALIGNMENT
 from umbp_core.errors import ConfigError, UmbpError
@@ -200,22 +201,14 @@ class PoolRegistry:
         if part is not None:
             columns, column = rank.head_parts, part
         groups = rank.pp_size * rank.cp_size
-        return LocalPoolConfig(
+        return local_pool_config(
+            config,
             object_bytes=member.access.object_bytes,
             dram_bytes=self._dram(member, share),
-            ssd_dir=config.ssd_dir if config.ssd_active else None,
-            ssd_capacity=config.ssd_capacity,
-            ssd_share=share,
-            ssd_engines=config.ssd_engines,
+            eviction=self._settings.make_eviction,
             rank=(rank.pp_rank * rank.cp_size + rank.cp_rank) * columns + column,
             ranks=groups * columns,
-            eviction="lru" if config.eviction_policy == "lru" else "prefix_aware_lru",
-            io_threads=config.io_threads,
-            demote_threads=config.max_concurrent_demotions,
-            huge_pages=config.dram_use_hugepages,
-            numa_node=config.dram_numa_node,
-            prefault=config.dram_prefault,
-            direct_io=config.ssd_direct_io,
+            ssd_share=share,
         )
 
     def _columns(self, member: _Member) -> tuple[int, int]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from umbp_connectors.config import resolve
 from umbp_connectors.config_model import UmbpConfig
+from umbp_connectors.plugins import create_manager
 from umbp_core.errors import ConfigError
+from umbp_core.eviction import EvictionPolicy
 
 ENGINE_KEYS = frozenset(
     {
@@ -56,6 +58,7 @@ class StoreSettings:
 
     config: UmbpConfig
     rank: RankFacts
+    make_eviction: Callable[[], EvictionPolicy]
     page_metrics: bool = False
     """Whether SGLang collects the store's page counts (``get_stats``)."""
 
@@ -64,10 +67,16 @@ def read_settings(storage_config: Any, env: Mapping[str, str] | None = None) -> 
     """The settings of a store that SGLang makes with ``storage_config`` (a ``HiCacheStorageConfig``).
 
     ``env`` is the process's own by default.  Raises ``ConfigError`` with one line per problem: an unknown key with the
-    nearest known one, a wrong value, a ``tp_lcm_size`` that this TP size does not divide.
+    nearest known one, a wrong value, an eviction policy that nobody offers, a ``tp_lcm_size`` that this TP size does
+    not divide.
     """
     resolved = resolve(storage_config.extra_config or {}, env, engine_keys=ENGINE_KEYS)
-    return StoreSettings(resolved.config, _rank_facts(storage_config), bool(storage_config.enable_storage_metrics))
+    return StoreSettings(
+        resolved.config,
+        _rank_facts(storage_config),
+        create_manager(resolved.config).eviction_maker(),
+        bool(storage_config.enable_storage_metrics),
+    )
 
 
 def _rank_facts(storage_config: Any) -> RankFacts:

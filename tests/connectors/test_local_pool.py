@@ -18,6 +18,7 @@ from umbp_connectors.pool import batches
 from umbp_connectors.pool.checksums import copy_checksummed
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
 from umbp_core.errors import ConfigError, StateError
+from umbp_core.eviction import PrefixAwareLruPolicy
 from umbp_core.ids import Identity, RankScope
 from umbp_core.tiers import Tier
 
@@ -160,7 +161,7 @@ def test_what_is_used_stays(make: Callable[..., LocalPool]) -> None:
 
 
 def test_depth_counts_with_the_prefix_aware_policy(make: Callable[..., LocalPool]) -> None:
-    pool = make(pages=4, eviction="prefix_aware_lru")
+    pool = make(pages=4, eviction=PrefixAwareLruPolicy)
     pool.put(_keys(4), _objects(4), depths=[0, 1, 2, 3])
     pool.put([b"new"], _objects(1, seed=1))
     assert pool.exists(_keys(4)) == [True, True, True, False]

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from types import SimpleNamespace
 from typing import Any
@@ -79,6 +79,29 @@ def test_built_in_client_puts_gets_and_finds(tmp_path: Any) -> None:
         client.close()
 
 
+def test_a_pool_evicts_by_the_policy_of_a_plug_in() -> None:
+    """The newest goes first, which no built-in policy does."""
+
+    class NewestFirst(LruPolicy):
+        def victims(self) -> Iterator[bytes]:
+            return reversed(list(super().victims()))
+
+    def umbp_make_eviction(name: str) -> LruPolicy | None:
+        return NewestFirst() if name == "newest" else None
+
+    config = UmbpConfig(dram_capacity=3 * 4096, eviction_policy="newest", dram_prefault=False)
+    host = create_manager(config, entries=[])
+    host.register(plugin(umbp_make_eviction=umbp_make_eviction), "mine")
+    client = host.make_client(ClientSpec(Identity("model", bytes(32), RankScope()), object_bytes=4096))
+    try:
+        keys = [b"a", b"b", b"c", b"d"]
+        for key in keys:
+            client.put([key], [key * 4096])
+        assert client.exists(keys) == [True, True, False, True]
+    finally:
+        client.close()
+
+
 def test_ssd_tier_without_a_folder_says_what_to_set(host: PluginHost) -> None:
     with pytest.raises(ConfigError, match="set ssd_dir"):
         host.make_ssd_tier(SsdTierSpec("model", bytes(32), slot_bytes=4096))
@@ -87,6 +110,8 @@ def test_ssd_tier_without_a_folder_says_what_to_set(host: PluginHost) -> None:
 def test_unknown_eviction_policy_names_the_known_ones(host: PluginHost) -> None:
     with pytest.raises(ConfigError, match=r"'lruu'.*lru, prefix_aware_lru"):
         host.make_eviction("lruu")
+    with pytest.raises(ConfigError, match=r"'lruu'.*lru, prefix_aware_lru"):
+        create_manager(UmbpConfig(eviction_policy="lruu"), entries=[]).eviction_maker()
 
 
 def test_others_are_asked_before_the_built_in_parts_last_registered_first(host: PluginHost) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from umbp_connectors.pool.catalogue import Catalogue, CatalogueRow
@@ -12,7 +12,7 @@ from umbp_connectors.pool.fence import ReadFence
 from umbp_connectors.pool.outcomes import PutStatus
 from umbp_core.directory import Copy, Directory, EventKind, TierSpace, TierStats
 from umbp_core.errors import StateError
-from umbp_core.eviction import POLICIES
+from umbp_core.eviction import EvictionPolicy
 from umbp_core.pages import PageAllocator
 from umbp_core.tiers import Tier
 
@@ -31,7 +31,7 @@ class Books:
     An object takes one page in each tier.  Owners are the caller's strings (:meth:`new_owner`).
     """
 
-    def __init__(self, page_bytes: int, dram_pages: int, eviction: str) -> None:
+    def __init__(self, page_bytes: int, dram_pages: int, eviction: Callable[[], EvictionPolicy]) -> None:
         self._page_bytes = page_bytes
         self._eviction = eviction
         self._dram = self._space(Tier.DRAM, dram_pages)
@@ -199,7 +199,7 @@ class Books:
 
     def _space(self, tier: Tier, pages: int) -> TierSpace:
         allocator = PageAllocator(self._page_bytes, [pages * self._page_bytes])
-        return TierSpace(tier, allocator, POLICIES[self._eviction](), told=tier is Tier.SSD)
+        return TierSpace(tier, allocator, self._eviction(), told=tier is Tier.SSD)
 
     def _ssd_counts(self) -> bool:
         return self._fence is None or self._fence.passable

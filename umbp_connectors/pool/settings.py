@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.pool.folder import PATIENCE_S
+from umbp_core.eviction import EvictionPolicy, LruPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,8 @@ class LocalPoolConfig:
     A disk read gets ``ssd_timeout_s`` seconds in a call that names no time itself.  After ``ssd_failures`` calls in a
     row whose time was over before the disk gave them anything, it is left alone for ``ssd_retry_s`` seconds, later for
     longer ones; meanwhile what is on SSD only counts as not there.
+
+    ``eviction`` makes a fresh policy for each tier.
     """
 
     object_bytes: int
@@ -29,7 +34,7 @@ class LocalPoolConfig:
     ssd_capacity: int = 0
     rank: int = 0
     ranks: int = 1
-    eviction: str = "lru"
+    eviction: Callable[[], EvictionPolicy] = LruPolicy
     copy_threads: int = 2
     io_threads: int = 4
     demote_threads: int = 2
@@ -43,3 +48,33 @@ class LocalPoolConfig:
     ssd_retry_s: float = 1.0
     ssd_share: float = 1.0
     ssd_engines: int = 1
+
+
+def local_pool_config(
+    config: UmbpConfig,
+    *,
+    object_bytes: int,
+    dram_bytes: int,
+    eviction: Callable[[], EvictionPolicy],
+    rank: int = 0,
+    ranks: int = 1,
+    ssd_share: float = 1.0,
+) -> LocalPoolConfig:
+    """The pool that the user's ``config`` asks for; what it cannot know is given, see :class:`LocalPoolConfig`."""
+    return LocalPoolConfig(
+        object_bytes=object_bytes,
+        dram_bytes=dram_bytes,
+        ssd_dir=config.ssd_dir if config.ssd_active else None,
+        ssd_capacity=config.ssd_capacity,
+        rank=rank,
+        ranks=ranks,
+        eviction=eviction,
+        io_threads=config.io_threads,
+        demote_threads=config.max_concurrent_demotions,
+        huge_pages=config.dram_use_hugepages,
+        numa_node=config.dram_numa_node,
+        prefault=config.dram_prefault,
+        direct_io=config.ssd_direct_io,
+        ssd_share=ssd_share,
+        ssd_engines=config.ssd_engines,
+    )

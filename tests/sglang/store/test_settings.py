@@ -8,6 +8,7 @@ import pytest
 
 from tests.sglang.store.pools import storage_config
 from umbp_core.errors import ConfigError
+from umbp_core.eviction import LruPolicy, PrefixAwareLruPolicy
 from umbp_sglang.settings import ENGINE_KEYS, read_settings
 
 DYNAMIC = {
@@ -39,6 +40,16 @@ def test_a_mistake_is_one_line(extra: dict[str, object], message: str) -> None:
         read_settings(storage_config(extra=extra), {})
     assert message in str(refused.value)
     assert len(str(refused.value).splitlines()) == 2
+
+
+def test_a_policy_that_nobody_offers_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'lruu'.*built in: lru, prefix_aware_lru"):
+        read_settings(storage_config(extra={"eviction_policy": "lruu"}), {})
+
+
+def test_the_configured_policy_is_made() -> None:
+    assert type(read_settings(storage_config(extra={"eviction_policy": "lru"}), {}).make_eviction()) is LruPolicy
+    assert type(read_settings(storage_config(), {}).make_eviction()) is PrefixAwareLruPolicy
 
 
 def test_the_environment_and_a_file_count_too(tmp_path: Path) -> None:
