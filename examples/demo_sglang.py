@@ -15,11 +15,8 @@ downloaded and nothing is left behind.  The exit status is 1 when a token differ
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs from any folder
@@ -27,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs 
 from rich.console import Console
 from rich.table import Table
 
-from examples.progress import console, progress
+from examples.demo_phases import GPU_TIE, Phase, add_row, ask_all, options_of, show, table_of
+from examples.progress import progress
 from examples.serving_sglang import (
     PAGE_TOKENS,
     PAGES,
-    ServerFailed,
     SglangAnswer,
     SglangServer,
     cpu_arguments,
@@ -41,57 +38,25 @@ from examples.serving_sglang import (
     restart_without_gpu,
 )
 
-GPU_TIE = 0.5
-"""Nats between two candidates that 16-bit rounding may swap; the random model's best leads by about three."""
-
 COLD, DEVICE, DRAM, SSD = "cold", "L1 hit", "L3 hit, DRAM", "L3 hit, SSD after restart"
 TIERS = {DRAM: "dram", SSD: "ssd"}
 """Where the pool itself must say that the pages of a phase came from."""
 
 
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """What one phase measured: an answer per prompt, and the pages that the pool says came from the tier expected."""
-
-    name: str
-    answers: tuple[SglangAnswer, ...]
-    from_tier: int = 0
-
-    @property
-    def seconds(self) -> float:
-        """Median time to the first token."""
-        return statistics.median(answer.seconds_to_first_token for answer in self.answers)
-
-    def median(self, level: Callable[[SglangAnswer], int]) -> int:
-        """Median number of tokens of the prompt that came from a level."""
-        return round(statistics.median(level(answer) for answer in self.answers))
-
-    def agrees(self, cold: Phase, tie: float) -> bool:
-        """Whether every answer is the cold run's; ``tie`` as in :meth:`Answer.agrees`."""
-        return all(mine.agrees(theirs, tie) for mine, theirs in zip(cold.answers, self.answers, strict=True))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
-    options = _parse(arguments)
+    options = options_of(__doc__, arguments)
     restart_without_gpu()
-    screen = console()
     on_cpu = cpu_only()
     tie = 0.0 if on_cpu else GPU_TIE
-    with tempfile.TemporaryDirectory(prefix="umbp-demo-") as folder:
-        try:
-            phases = run(options, Path(folder), screen, on_cpu)
-        except (ServerFailed, TimeoutError) as error:
-            screen.print(f"[red]The demo failed:[/red] {error}", highlight=False)
-            return 1
-    screen.print(_table(phases, options.tokens, tie))
-    faults = faults_of(phases, tie)
-    for fault in faults:
-        screen.print(f"[red]{fault}[/red]", highlight=False)
-    return 1 if faults else 0
+    return show(
+        lambda folder, screen: run(options, folder, screen, on_cpu),
+        lambda phases: _table(phases, options.tokens, tie),
+        lambda phases: faults_of(phases, tie),
+    )
 
 
-def run(options: argparse.Namespace, folder: Path, screen: Console, on_cpu: bool) -> list[Phase]:
+def run(options: argparse.Namespace, folder: Path, screen: Console, on_cpu: bool) -> list[Phase[SglangAnswer]]:
     """Measure all phases; ``folder`` takes the model, the pool's SSD folder and the log."""
     from examples.random_model import medium_llama, prompt  # not before the environment is right
 
@@ -115,7 +80,7 @@ def run(options: argparse.Namespace, folder: Path, screen: Console, on_cpu: bool
     return phases
 
 
-def faults_of(phases: Sequence[Phase], tie: float) -> list[str]:
+def faults_of(phases: Sequence[Phase[SglangAnswer]], tie: float) -> list[str]:
     """What must not be: tokens that differ from the cold ones, or a phase that reused nothing from where it should."""
     source: dict[str, Callable[[SglangAnswer], int]] = {
         DEVICE: lambda answer: answer.device,
@@ -128,17 +93,9 @@ def faults_of(phases: Sequence[Phase], tie: float) -> list[str]:
             faults.append(f"{phase.name}: the tokens differ from those of the cold run")
         if phase.name in source and min(map(source[phase.name], phase.answers)) == 0:
             faults.append(f"{phase.name}: at least one prompt was computed again instead of reused")
-        if phase.name in TIERS and not phase.from_tier:
+        if phase.name in TIERS and not phase.from_source:
             faults.append(f"{phase.name}: no page came from {TIERS[phase.name]}")
     return faults
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048, help="prompt tokens (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=3, help="different prompts per phase (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=16, help="tokens to generate (default: %(default)s)")
-    return parser.parse_args(arguments)
 
 
 def _server(model: Path, folder: Path, options: argparse.Namespace, on_cpu: bool) -> SglangServer:
@@ -163,33 +120,21 @@ def _measure(
     prompts: Sequence[list[int]],
     options: argparse.Namespace,
     tell: Callable[[str], None],
-) -> Phase:
+) -> Phase[SglangAnswer]:
     tier = {"direction": "get", "result": TIERS.get(name, "")}
     before = server.metric(PAGES, **tier)
-    answers = []
-    for number, tokens in enumerate(prompts, 1):
-        tell(f"{name}, prompt {number} of {len(prompts)}")
-        answers.append(server.complete(tokens, options.max_tokens))
-    return Phase(name, tuple(answers), round(server.metric(PAGES, **tier) - before))
+    answers = ask_all(name, prompts, lambda tokens: server.complete(tokens, options.max_tokens), tell)
+    return Phase(name, answers, round(server.metric(PAGES, **tier) - before))
 
 
-def _table(phases: Sequence[Phase], tokens: int, tie: float) -> Table:
-    title = f"Time to first token of a {tokens}-token prompt (median of {len(phases[0].answers)} prompts)"
-    table = Table(title=title, caption="tokens by SGLang's cached_tokens_details, pages by the pool's own metrics")
-    table.add_column("phase", no_wrap=True)
-    for heading in ("device\n(L1)", "storage\n(L3)", "pages\nfrom", "TTFT", "ratio\nto cold", "same\ntokens"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    cold = phases[0]
+def _table(phases: Sequence[Phase[SglangAnswer]], tokens: int, tie: float) -> Table:
+    caption = "tokens by SGLang's cached_tokens_details, pages by the pool's own metrics"
+    table = table_of(phases, tokens, caption, ("device\n(L1)", "storage\n(L3)", "pages\nfrom"))
     for phase in phases:
-        levels = (lambda answer: answer.device, lambda answer: answer.storage)
-        table.add_row(
-            phase.name,
-            *(str(phase.median(level)) for level in levels),
-            f"{phase.from_tier} {TIERS[phase.name]}" if phase.name in TIERS else "-",
-            f"{phase.seconds * 1000:.0f} ms",
-            f"{phase.seconds / cold.seconds:.3f}",
-            "yes" if phase.agrees(cold, tie) else "[red]no[/red]",
-        )
+        device = str(phase.median(lambda answer: answer.device))
+        storage = str(phase.median(lambda answer: answer.storage))
+        pages = f"{phase.from_source} {TIERS[phase.name]}" if phase.name in TIERS else "-"
+        add_row(table, phase, phases[0], tie, device, storage, pages)
     return table
 
 

@@ -15,11 +15,8 @@ nothing is left behind.  The exit status is 1 when a token differs or a phase re
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs from any folder
@@ -27,12 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs 
 from rich.console import Console
 from rich.table import Table
 
-from examples.progress import console, progress
+from examples.demo_phases import GPU_TIE, Phase, add_row, ask_all, options_of, show, table_of
+from examples.progress import progress
 from examples.random_model import medium_llama, prompt
-from examples.serving import Answer, ServerFailed, VllmServer, cpu_environment, cpu_only
-
-GPU_TIE = 0.5
-"""Nats between two candidates that 16-bit rounding may swap; the random model's best leads by about three."""
+from examples.serving import Answer, VllmServer, cpu_environment, cpu_only
 
 COLD, ENGINE, DRAM, SSD = "cold", "engine prefix hit", "DRAM hit", "SSD hit after restart"
 CACHED = "vllm:prompt_tokens_cached_by_source"
@@ -40,49 +35,19 @@ SOURCES = {COLD: None, ENGINE: "device", DRAM: "host", SSD: "disk"}
 """Where vLLM itself must say that the reused tokens of a phase came from."""
 
 
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """What one phase measured: an answer per prompt, and the tokens that vLLM's metrics attribute to its source."""
-
-    name: str
-    answers: tuple[Answer, ...]
-    by_source: int
-
-    @property
-    def reused(self) -> int:
-        """Median number of prompt tokens that were not computed."""
-        return round(statistics.median(answer.cached_tokens for answer in self.answers))
-
-    @property
-    def seconds(self) -> float:
-        """Median time to the first token."""
-        return statistics.median(answer.seconds_to_first_token for answer in self.answers)
-
-    def agrees(self, cold: Phase, tie: float) -> bool:
-        """Whether every answer is the cold run's; ``tie`` as in :meth:`Answer.agrees`."""
-        return all(mine.agrees(theirs, tie) for mine, theirs in zip(cold.answers, self.answers, strict=True))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
-    options = _parse(arguments)
-    screen = console()
+    options = options_of(__doc__, arguments)
     on_cpu = cpu_only()
     tie = 0.0 if on_cpu else GPU_TIE
-    with tempfile.TemporaryDirectory(prefix="umbp-demo-") as folder:
-        try:
-            phases = run(options, Path(folder), screen, on_cpu)
-        except (ServerFailed, TimeoutError) as error:
-            screen.print(f"[red]The demo failed:[/red] {error}", highlight=False)
-            return 1
-    screen.print(_table(phases, options.tokens, tie))
-    faults = faults_of(phases, tie)
-    for fault in faults:
-        screen.print(f"[red]{fault}[/red]", highlight=False)
-    return 1 if faults else 0
+    return show(
+        lambda folder, screen: run(options, folder, screen, on_cpu),
+        lambda phases: _table(phases, options.tokens, tie),
+        lambda phases: faults_of(phases, tie),
+    )
 
 
-def run(options: argparse.Namespace, folder: Path, screen: Console, on_cpu: bool) -> list[Phase]:
+def run(options: argparse.Namespace, folder: Path, screen: Console, on_cpu: bool) -> list[Phase[Answer]]:
     """Measure all phases; ``folder`` takes the model, the pool's SSD folder and the log."""
     prompts = [prompt(options.tokens, seed=seed) for seed in range(options.prompts)]
     with progress(screen, 4 * len(prompts) + 3) as tell:
@@ -101,25 +66,17 @@ def run(options: argparse.Namespace, folder: Path, screen: Console, on_cpu: bool
     return phases
 
 
-def faults_of(phases: Sequence[Phase], tie: float) -> list[str]:
+def faults_of(phases: Sequence[Phase[Answer]], tie: float) -> list[str]:
     """What must not be: tokens that differ from the cold ones, or a phase that reused nothing."""
     faults = []
     for phase in phases:
         if not phase.agrees(phases[0], tie):
             faults.append(f"{phase.name}: the tokens differ from those of the cold run")
         if SOURCES[phase.name] is not None and (
-            min(a.cached_tokens for a in phase.answers) == 0 or not phase.by_source
+            min(a.cached_tokens for a in phase.answers) == 0 or not phase.from_source
         ):
             faults.append(f"{phase.name}: at least one prompt was computed again instead of reused")
     return faults
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048, help="prompt tokens (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=3, help="different prompts per phase (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=16, help="tokens to generate (default: %(default)s)")
-    return parser.parse_args(arguments)
 
 
 def _server(model: Path, folder: Path, options: argparse.Namespace, on_cpu: bool) -> VllmServer:
@@ -143,34 +100,21 @@ def _measure(
     prompts: Sequence[list[int]],
     options: argparse.Namespace,
     tell: Callable[[str], None],
-) -> Phase:
+) -> Phase[Answer]:
     source = SOURCES[name]
     before = server.metric(CACHED, source=source) if source else 0
-    answers = []
-    for number, tokens in enumerate(prompts, 1):
-        tell(f"{name}, prompt {number} of {len(prompts)}")
-        answers.append(server.complete(tokens, options.max_tokens))
+    answers = ask_all(name, prompts, lambda tokens: server.complete(tokens, options.max_tokens), tell)
     after = server.metric(CACHED, source=source) if source else 0
-    return Phase(name, tuple(answers), round(after - before))
+    return Phase(name, answers, round(after - before))
 
 
-def _table(phases: Sequence[Phase], tokens: int, tie: float) -> Table:
-    title = f"Time to first token of a {tokens}-token prompt (median of {len(phases[0].answers)} prompts)"
-    table = Table(title=title, caption="by vLLM's metrics: tokens of all prompts, and where from")
-    table.add_column("phase", no_wrap=True)
-    for heading in ("tokens\nreused", "by vLLM's\nmetrics", "TTFT", "ratio\nto cold", "same\ntokens"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    cold = phases[0]
+def _table(phases: Sequence[Phase[Answer]], tokens: int, tie: float) -> Table:
+    caption = "by vLLM's metrics: tokens of all prompts, and where from"
+    table = table_of(phases, tokens, caption, ("tokens\nreused", "by vLLM's\nmetrics"))
     for phase in phases:
         source = SOURCES[phase.name]
-        table.add_row(
-            phase.name,
-            str(phase.reused),
-            f"{phase.by_source} {source}" if source else "-",
-            f"{phase.seconds * 1000:.0f} ms",
-            f"{phase.seconds / cold.seconds:.3f}",
-            "yes" if phase.agrees(cold, tie) else "[red]no[/red]",
-        )
+        reused = str(phase.median(lambda answer: answer.cached_tokens))
+        add_row(table, phase, phases[0], tie, reused, f"{phase.from_source} {source}" if source else "-")
     return table
 
 

@@ -97,8 +97,10 @@ def first(model: Path, pool: dict[str, object], tmp_path_factory: pytest.TempPat
 def between(model: Path, pool: dict[str, object], first: Stage) -> dict[str, list[dict[str, Any]]]:
     """vLLM with the same model in the same folder."""
     python = os.environ.get("TEST_VLLM_PYTHON", "")
+    if not python:
+        pytest.skip("TEST_VLLM_PYTHON names no Python with a vLLM; `make test-sglang` makes one")
     if not Path(python).is_file():
-        pytest.skip(f"TEST_VLLM_PYTHON={python!r} is no Python with a vLLM; `make test-sglang` makes one")
+        pytest.fail(f"TEST_VLLM_PYTHON={python!r} is not there; `make venv-vllm` makes one")
     task = {"model": str(model), "pool": pool, "prompts": FIRST, "max_tokens": MAX_TOKENS}
     paths = [os.environ.get("TEST_VLLM_PYTHONPATH", "")]
     answer: dict[str, list[dict[str, Any]]] = drive(
@@ -116,7 +118,7 @@ def second(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Stage:
     """``sglang serve`` after a restart; killed while it writes."""
-    if Path(os.environ.get("TEST_VLLM_PYTHON", "")).is_file():
+    if os.environ.get("TEST_VLLM_PYTHON"):
         request.getfixturevalue("between")
     stage = Stage()
     with server(model, tmp_path_factory.mktemp("second"), *extra_config(**pool), launcher=SERVE) as running:

@@ -34,11 +34,10 @@ def install() -> None:
 
 
 def _define() -> None:
-    import torch
+    from torch import cuda, library
 
-    if torch.cuda.is_available():
+    if cuda.is_available():
         return
-    library = torch.library
     for name in ("nms", "qnms"):
         try:
             library.define(f"torchvision::{name}", _SCHEMA)
