@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import threading
@@ -221,6 +222,59 @@ def test_a_wrong_answer_to_a_lookup_is_a_miss(path: Path, answer: Found) -> None
     assert reader.failed == 1
     reader.close()
     impostor.close()
+
+
+def test_what_keeps_a_connection_from_being_taken_is_waited_out(
+    share: Share, reader: SharedPoolReader, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("umbp_connectors.pool.sharing.sockets._RETRY_S", 0.01)
+    reasons = [OSError(errno.EMFILE, "Too many open files")] * 3
+    accept = socket.socket.accept
+
+    def without_descriptors(sock: socket.socket) -> tuple[socket.socket, object]:
+        if reasons:
+            raise reasons.pop()
+        return accept(sock)
+
+    monkeypatch.setattr(socket.socket, "accept", without_descriptors)
+    _, server = share(1)
+    assert reader.exists([key_of(0)]) == [True]
+    assert reasons == []
+    assert [record.message for record in caplog.records].count(
+        "no reader of the shared pool can be taken for now: [Errno 24] Too many open files"
+    ) == 1
+    server.close()
+    assert "umbp-share" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_reader_that_gets_no_thread_costs_no_other_reader(
+    share: Share, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, server = share(1)
+    start = threading.Thread.start
+
+    def without_threads(thread: threading.Thread) -> None:
+        if thread.name == "umbp-share-reader":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", without_threads)
+        assert _talk(path, HELLO) == b""
+        until(lambda: server.readers == 0)
+    assert _talk(path, HELLO) != b""
+
+
+def test_descriptors_that_nobody_asked_for_are_not_kept(share: Share, path: Path) -> None:
+    _, server = share(1)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(60)
+        sock.connect(str(path))
+        sock.sendall(HELLO)
+        assert sock.recv(65536)
+        socket.send_fds(sock, [_request(messages.encode(Lookup([key_of(0)], False)))], [sock.fileno()])
+        assert sock.recv(65536)
+    until(lambda: server.readers == 0)  # with a copy of the reader's end it would never see that this is closed
 
 
 def test_a_frame_that_does_not_end_is_not_waited_for(share: Share, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

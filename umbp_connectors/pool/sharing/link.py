@@ -107,7 +107,7 @@ def connect(path: Path, identity: bytes, wants_arena: bool, deadline: float) -> 
         check_peer(raw)
         greeting = messages.encode(Greeting(messages.REVISION, identity, wants_arena))
         sock.send(FrameType.HELLO, 0, greeting, deadline)
-        kind, _, payload = sock.receive(deadline)
+        kind, _, payload = sock.receive(deadline, with_fd=wants_arena)
         if kind != FrameType.HELLO:
             refusal = messages.decode_as(Refusal, payload)
             raise TierUnavailable(f"the pool shared at {path} is not for this process: {refusal.message}")

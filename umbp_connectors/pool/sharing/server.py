@@ -95,8 +95,13 @@ class SharedPoolServer:
             thread = threading.Thread(target=self._serve, args=(session,), name="umbp-share-reader", daemon=True)
             with self._lock:
                 session.refused = self._closing or len(self._sessions) >= self._max_readers
-                self._sessions[session] = thread
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError as error:  # the system has no more threads
+                    logger.warning("a reader of the shared pool cannot be served: %s", error)
+                    session.end()
+                else:
+                    self._sessions[session] = thread
 
     def _serve(self, session: _Session) -> None:
         """Thread: one session until its end."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import stat
 import struct
+import threading
 import time
 from collections import deque
 from pathlib import Path
@@ -15,10 +17,14 @@ from umbp_connectors.pool.locks import FolderInUse, FolderLock
 from umbp_core.errors import AccessDenied, ConfigError, TierUnavailable
 from umbp_core.wire.frames import Frame, FrameSplitter, FrameType, encode_frame
 
+logger = logging.getLogger(__name__)
+
 _RECV_BYTES = 64 << 10
 _CREDENTIALS = struct.Struct("3i")
 _REST_S = 5.0
 """How long the rest of a frame may take, once its first bytes are here."""
+_RETRY_S = 0.2
+"""How long a listener rests when the system has nothing left for another connection."""
 
 
 class FrameSocket:
@@ -46,15 +52,18 @@ class FrameSocket:
             self._sock.settimeout(_left(deadline))
             sent += self._sock.send(data[sent:])
 
-    def receive(self, deadline: float | None) -> Frame:
-        """The next frame; waits for its first byte until ``deadline``, or for ever."""
+    def receive(self, deadline: float | None, with_fd: bool = False) -> Frame:
+        """The next frame; waits for its first byte until ``deadline``, or for ever.
+
+        A descriptor that comes with it is kept for :meth:`take_fd` if ``with_fd``, and dropped by the system otherwise.
+        """
         while not self._frames:
             if self._splitter.error is not None:
                 raise self._splitter.error
             if self._splitter.partial:
                 deadline = min(deadline or float("inf"), time.monotonic() + _REST_S)
             self._sock.settimeout(None if deadline is None else _left(deadline))
-            data, fds, _, _ = socket.recv_fds(self._sock, _RECV_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+            data, fds, _, _ = socket.recv_fds(self._sock, _RECV_BYTES, int(with_fd), socket.MSG_CMSG_CLOEXEC)
             self._fds += fds
             if not data:
                 raise ConnectionResetError("the other side has ended")
@@ -92,6 +101,7 @@ class Listener:
         self._path = path
         self._lock = FolderLock(path.parent, f"{path.name}.lock")
         self._sock: socket.socket | None = None
+        self._closed = threading.Event()
 
     def open(self, backlog: int) -> None:
         """Make the folder if it is missing, take over what a dead process left at the path, and listen.
@@ -116,23 +126,33 @@ class Listener:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"a pool cannot be shared at {self._path}: {error}; give another path") from error
+        self._closed.clear()
         self._sock = sock
 
     def accept(self) -> socket.socket | None:
-        """The next connection; ``None`` once :meth:`close` was called."""
-        sock = self._sock
-        if sock is None:
-            return None
-        try:
-            return sock.accept()[0]
-        except OSError:
-            return None
+        """The next connection; ``None`` once :meth:`close` was called.
+
+        What keeps one from being taken, as that no descriptor is free, is waited out.
+        """
+        told = False
+        while (sock := self._sock) is not None:
+            try:
+                return sock.accept()[0]
+            except OSError as error:
+                if self._sock is None:
+                    break
+                if not told:
+                    logger.warning("no reader of the shared pool can be taken for now: %s", error)
+                    told = True
+                self._closed.wait(_RETRY_S)
+        return None
 
     def close(self) -> None:
         """Wake :meth:`accept`, and let the path go; idempotent."""
         sock, self._sock = self._sock, None
         if sock is None:
             return
+        self._closed.set()
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
         sock.close()
