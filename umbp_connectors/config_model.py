@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from umbp_core.errors import ConfigError
+
 GIB = 1 << 30
 
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?:(?P<prefix>[KMGTP])(?P<binary>I?))?(?P<byte>B?)", re.IGNORECASE)
@@ -66,6 +68,24 @@ def _no_bool(value: object) -> object:
 
 def _absolute(path: Path) -> Path:
     return path.expanduser().absolute()
+
+
+def _addresses(value: str) -> str:
+    from umbp_connectors.client.addresses import parse_addresses
+
+    if value:
+        try:
+            parse_addresses(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+    return value
+
+
+def _tags(value: tuple[str, ...]) -> tuple[str, ...]:
+    for tag in value:
+        if not tag.partition("=")[0] or "=" not in tag:
+            raise ValueError(f"{tag!r} is no tag; give NAME=VALUE")
+    return value
 
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
@@ -152,6 +172,34 @@ class UmbpConfig(BaseModel):
         "recompute", description="What a load that fails means for its request: recompute the blocks, or an error."
     )
 
+    master_address: Annotated[str, AfterValidator(_addresses)] = Field(
+        "",
+        description="The master that is told what this engine holds: `umbp://HOST:PORT`, `umbp+unix://PATH`, "
+        "`grpc://HOST:PORT` or `HOST:PORT`; several, separated by commas, are alternatives. Empty: nobody is told.",
+    )
+    report: bool = Field(True, description="`false`: nobody is told though `master_address` is set.")
+    report_interval_ms: Milliseconds = Field(10, description="How long changes wait for others before they are told.")
+    node_id: str = Field(
+        "",
+        description="Name of this engine at the master; empty: host, port, ranks and role. It has to be another one "
+        "for every engine, and the same after a restart.",
+    )
+    node_address: str = Field("", description="Address of this engine at the master; empty: its host.")
+    node_tags: Annotated[Names, AfterValidator(_tags)] = Field(
+        (), description="More tags of this engine, `NAME=VALUE`, comma-separated; the master makes labels of them."
+    )
+    master_token: str = Field(
+        "", repr=False, description="Token that the master asks for; better in a file, which counts if both are given."
+    )
+    master_token_file: AbsolutePath | None = Field(None, description="File that holds the master's token.")
+    master_tls_ca: AbsolutePath | None = Field(
+        None, description="Speak TLS with the master, and trust what this CA (PEM) signed."
+    )
+    master_client_cert: AbsolutePath | None = Field(
+        None, description="Certificate (PEM) to show to a master that asks for one."
+    )
+    master_client_key: AbsolutePath | None = Field(None, description="Private key (PEM) of `master_client_cert`.")
+
     plugins: Names = Field((), description="Names of the plug-ins that may load, comma-separated; empty means all.")
     log_level: LogLevel = Field(
         "info", description="Level of the `umbp_*` loggers; `0`, `1`, `2` mean info, warning, error."
@@ -161,6 +209,12 @@ class UmbpConfig(BaseModel):
     def _ssd_needs_a_folder(self) -> UmbpConfig:
         if self.ssd_enabled and self.ssd_dir is None:
             raise ValueError("ssd_enabled is true but ssd_dir is not set: name a folder, or leave ssd_enabled out")
+        return self
+
+    @model_validator(mode="after")
+    def _certificate_and_key(self) -> UmbpConfig:
+        if (self.master_client_cert is None) != (self.master_client_key is None):
+            raise ValueError("master_client_cert and master_client_key come together: give both, or neither")
         return self
 
     @property

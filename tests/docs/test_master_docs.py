@@ -54,7 +54,14 @@ def test_defaults_in_the_text_are_those_of_the_code() -> None:
 def test_variables_that_the_page_of_the_master_names_exist() -> None:
     text = page("master.md") + page("master-configuration.md")
     named = set(re.findall(r"`(UMBP_[A-Z_]+)", text))
-    known = {*ENV_KEYS, *FOREIGN, "UMBP_REDIS_SHARD_URIS", "UMBP_DRAM_CAPACITY", "UMBP_MASTER_TLS_CA"}
+    known = {
+        *ENV_KEYS,
+        *FOREIGN,
+        "UMBP_REDIS_SHARD_URIS",
+        "UMBP_DRAM_CAPACITY",
+        "UMBP_MASTER_ADDRESS",
+        "UMBP_MASTER_TLS_CA",
+    }
     assert named - known == {"UMBP_HEARTBEAT_TTL_SECS", "UMBP_MASTER_"} & named
 
 

@@ -22,6 +22,8 @@ BROAD_EXCEPTS = {
     "umbp_connectors/pool/demoter.py": (1, "top of a demotion thread"),
     "umbp_connectors/pool/io.py": (1, "boundary of a job for the disk: who waits for it is told, the thread lives"),
     "umbp_connectors/pool/sharing/server.py": (1, "top of a reader's thread: the others are served on"),
+    "umbp_connectors/reporting/feed.py": (1, "producer boundary: a list that cannot be had must not reach the engine"),
+    "umbp_connectors/reporting/reporter.py": (2, "producer boundary: what one source says wrongly costs that source"),
     "umbp_connectors/transfer/jobs.py": (2, "op boundary of a transfer worker: the op fails, the worker lives"),
     "umbp_connectors/transfer/lanes.py": (1, "top of a transfer thread"),
     "sglang_plugin/umbp_sglang/doors.py": (1, "engine boundary: a storage call is a miss"),

@@ -1,0 +1,72 @@
+"""Who a reporting engine is: the name of its node, and what its registration says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from umbp_connectors.config_model import UmbpConfig
+from umbp_core.master.model import Registration
+
+Engine = Literal["vllm", "sglang"]
+Role = Literal["prefill", "decode", "both"]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What an engine knows of itself.  ``port`` is that of its HTTP server, ``None`` where it has none (offline use).
+
+    ``dp``, ``pp`` and ``tp`` are the ranks of this node in the engine, 0 where one node stands for all of them;
+    ``several`` says whether other ranks of the same engine report too, each as a node of its own.  ``tags`` are added
+    to the registration's.
+    """
+
+    engine: Engine
+    model: str
+    version: str
+    role: Role
+    host: str
+    port: int | None
+    dp: int = 0
+    pp: int = 0
+    tp: int = 0
+    several: bool = False
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+def node_id_of(facts: NodeFacts, config: UmbpConfig) -> str:
+    """The node's name: the same after a restart, and another one for every rank that reports.
+
+    Without a port the process id stands in its place, and the name is another one after a restart.
+    """
+    ranks = f":dp{facts.dp}:pp{facts.pp}:tp{facts.tp}"
+    if config.node_id:
+        return config.node_id + (ranks if facts.several else "")
+    door = f"pid{os.getpid()}" if facts.port is None else str(facts.port)
+    role = "" if facts.role == "both" else f":{facts.role}"
+    return f"{facts.host}:{door}{ranks}{role}"
+
+
+def registration_of(facts: NodeFacts, config: UmbpConfig) -> Registration:
+    """How the node introduces itself.  The user's tags replace those of the same name."""
+    tags = {
+        "engine": facts.engine,
+        "model": facts.model,
+        "version": facts.version,
+        "role": facts.role,
+        "dp": str(facts.dp),
+        "pp": str(facts.pp),
+        "tp": str(facts.tp),
+    }
+    if facts.port is not None:
+        host = f"[{facts.host}]" if ":" in facts.host else facts.host
+        tags["http"] = f"{host}:{facts.port}"
+    tags |= facts.tags
+    tags |= dict(each.split("=", 1) for each in config.node_tags)
+    return Registration(
+        node_id_of(facts, config),
+        node_address=config.node_address or facts.host,
+        tags=tuple(f"{name}={value}" for name, value in tags.items()),
+    )
