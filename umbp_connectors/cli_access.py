@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from umbp_core.errors import MasterError, MasterUnavailable
+from umbp_core.errors import ConfigError, MasterError, MasterUnavailable
 
 if TYPE_CHECKING:
+    from umbp_connectors.client.dial import ClientTls
+    from umbp_connectors.client.native_async import NativeAsyncClient
     from umbp_core.master.transport import MasterTransport
 
 DEFAULT_MASTER = "umbp://127.0.0.1:50052,grpc://127.0.0.1:50051"
@@ -60,13 +62,9 @@ class MasterAccess:
         Without a file the token comes from the environment; other users would see an argument.
         """
         from umbp_connectors.client.addresses import parse_addresses
-        from umbp_connectors.client.dial import ClientTls, Dialer
-        from umbp_connectors.master.security import read_token
+        from umbp_connectors.client.dial import Dialer
 
-        secret = os.environ.get("UMBP_MASTER_TOKEN", "")
-        token = secret if self.token_file is None else read_token(self.token_file).decode()
-        tls = ClientTls(*self.tls_files) if any(self.tls_files) else None
-        dialer = Dialer(token, tls, role="cli")
+        dialer = Dialer(self._token(), self._tls(), role="cli")
         failures = []
         for address in parse_addresses(self.master):
             try:
@@ -82,6 +80,41 @@ class MasterAccess:
         if len(failures) == 1:
             raise failures[0]
         raise MasterUnavailable("no master answers: " + "; ".join(map(str, failures)))
+
+    def native_clients(self) -> list[Callable[[], NativeAsyncClient]]:
+        """What makes an asyncio client, for each of the addresses at which the native protocol may be spoken.
+
+        Raises a ``ConfigError``, also when there is no such address.
+        """
+        from umbp_connectors.client.addresses import Wire, parse_addresses
+        from umbp_connectors.client.native_async import NativeAsyncClient
+        from umbp_connectors.client.native_session import Identity
+
+        found = [address for address in parse_addresses(self.master) if address.wire is not Wire.GRPC]
+        if not found:
+            raise ConfigError(
+                "UMBP's gRPC cannot be watched; give the umbp:// address of one of our masters by --master"
+            )
+        identity = Identity(role="cli", token=self._token().encode())
+        tls = self._tls()
+        context = None if tls is None else tls.context
+        return [
+            functools.partial(NativeAsyncClient, each.path, identity)
+            if each.wire is Wire.NATIVE_UNIX
+            else functools.partial(NativeAsyncClient, (each.host, each.port), identity, tls=context)
+            for each in found
+        ]
+
+    def _token(self) -> str:
+        from umbp_connectors.master.security import read_token
+
+        secret = os.environ.get("UMBP_MASTER_TOKEN", "")
+        return secret if self.token_file is None else read_token(self.token_file).decode()
+
+    def _tls(self) -> ClientTls | None:
+        from umbp_connectors.client.dial import ClientTls
+
+        return ClientTls(*self.tls_files) if any(self.tls_files) else None
 
 
 def _access(
