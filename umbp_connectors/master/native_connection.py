@@ -281,10 +281,8 @@ class NativeConnection(asyncio.Protocol):
                 self._task = asyncio.get_running_loop().create_task(later)
                 return
             self._put(_REPLY, sequence, self._payload_of(answer))
-        except MasterError as error:
-            self._fail(sequence, name, error)
         except Exception as error:  # noqa: BLE001 - a mistake of ours must not cost the other clients their master
-            self._mistake(sequence, name, error)
+            self._fail(sequence, name, error)
         else:
             self._finish(name, _OK)
 
@@ -292,12 +290,9 @@ class NativeConnection(asyncio.Protocol):
         """The rest of a request that takes longer."""
         try:
             payload = self._payload_of(await answer)
-        except MasterError as error:
-            self._began = started
-            self._fail(sequence, name, error)
         except Exception as error:  # noqa: BLE001 - as above
             self._began = started
-            self._mistake(sequence, name, error)
+            self._fail(sequence, name, error)
         else:
             self._began = started
             self._put(_REPLY, sequence, payload)
@@ -319,16 +314,15 @@ class NativeConnection(asyncio.Protocol):
             )
         return payload
 
-    def _fail(self, sequence: int, name: str, error: MasterError) -> None:
-        code = code_of(error)
-        self._put(_ERROR, sequence, encode(replies.Failure(code, str(error)[: bounds.TEXT_CHARS])))
+    def _fail(self, sequence: int, name: str, error: Exception) -> None:
+        """Answer with what went wrong; of a mistake of ours only the log says more."""
+        if isinstance(error, MasterError):
+            code, message = code_of(error), str(error)[: bounds.TEXT_CHARS]
+        else:
+            logger.error("umbp: a native call %s of %s failed", name, self.peer, exc_info=error)
+            code, message = ErrorCode.INTERNAL, f"{name or 'the call'} failed inside the master; its log says more"
+        self._put(_ERROR, sequence, encode(replies.Failure(code, message)))
         self._finish(name or "unknown", code.name)
-
-    def _mistake(self, sequence: int, name: str, error: Exception) -> None:
-        logger.error("umbp: a native call %s of %s failed", name, self.peer, exc_info=error)
-        message = f"{name or 'the call'} failed inside the master; its log says more"
-        self._put(_ERROR, sequence, encode(replies.Failure(ErrorCode.INTERNAL, message)))
-        self._finish(name or "unknown", ErrorCode.INTERNAL.name)
 
     def _finish(self, name: str, code: str) -> None:
         """A call is answered; the next one begins now."""
