@@ -76,6 +76,11 @@ class Directory:
         state = self._spaces.get(tier)
         return state.published.get(key) if state else None
 
+    def keys(self, tier: Tier) -> list[bytes]:
+        """Everything that is published in ``tier``."""
+        state = self._spaces.get(tier)
+        return list(state.published) if state else []
+
     def is_present_or_pending(self, key: bytes, tier: Tier) -> bool:
         """Whether ``key`` is published or being written in ``tier``: then ``reserve`` refuses it."""
         state = self._spaces.get(tier)

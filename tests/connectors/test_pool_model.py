@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.connectors.disk import Disk
+from tests.connectors.pool_follower import Follower
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus, StagedPut
 from umbp_core.ids import Identity, RankScope
 from umbp_core.tiers import Tier
@@ -44,6 +45,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.staged: dict[StagedPut, dict[bytes, bytes]] = {}
         self.given_back: list[np.ndarray] = []
         self.number = 0
+        self.follower = Follower()
         self.pool = self._open()
 
     def _open(self) -> LocalPool:
@@ -59,6 +61,8 @@ class PoolMachine(RuleBasedStateMachine):
             ssd_failures=1 << 30,
         )
         pool = LocalPool(Identity("model", b"\x11" * 32, RankScope()), config)
+        self.follower = Follower()
+        pool.observe(self.follower)
         pool.open()
         return pool
 
@@ -215,6 +219,10 @@ class PoolMachine(RuleBasedStateMachine):
         used = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
         assert used <= CAPACITY + 4096, "locks and identity.json are the rest"
         assert sum(self.pool.exists(list(self.truth))) <= DRAM_PAGES + SLOTS
+
+    @invariant()
+    def an_observer_knows_all_of_it(self) -> None:
+        assert self.follower.faults == []
 
     @invariant()
     def buffers_that_were_given_back_are_the_callers(self) -> None:

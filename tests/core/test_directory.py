@@ -37,6 +37,16 @@ def test_lookups_count_any_tier_and_stop_at_the_first_gap() -> None:
     assert node.contains_many([D, A, B]) == [False, True, True]
 
 
+def test_keys_are_those_that_are_published_in_the_tier() -> None:
+    node = directory()
+    put(node, A, C)
+    put(node, B, tier=Tier.SSD)
+    node.reserve("op", D, Tier.DRAM, 10)
+    assert node.keys(Tier.DRAM) == [A, C]
+    assert node.keys(Tier.SSD) == [B]
+    assert node.keys(Tier.HBM) == []
+
+
 def test_copies_in_several_tiers_are_independent() -> None:
     node = directory()
     put(node, A)

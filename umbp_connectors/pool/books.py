@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from umbp_connectors.pool.catalogue import Catalogue, CatalogueRow
 from umbp_connectors.pool.fence import ReadFence
 from umbp_connectors.pool.outcomes import PutStatus
-from umbp_core.directory import Copy, Directory, EventKind, TierSpace, TierStats
+from umbp_core.directory import Change, Copy, Directory, EventKind, TierSpace, TierStats
 from umbp_core.errors import StateError
 from umbp_core.eviction import EvictionPolicy
 from umbp_core.pages import PageAllocator
@@ -25,14 +25,37 @@ class Wanted(NamedTuple):
     depth: int
 
 
+Holdings = Callable[[], list[tuple[Tier, list[bytes]]]]
+"""Everything that is published, tier by tier."""
+
+
+class PoolObserver(Protocol):
+    """Who follows what a pool holds.
+
+    Called under the pool's lock, so that nothing changes meanwhile and calls come in order: it must be short, call
+    nothing of the pool and raise nothing.
+    """
+
+    def changed(self, changes: Sequence[Change], holdings: Holdings) -> None:
+        """``changes`` happened.  ``holdings`` says what there is now; it may be called until this method returns."""
+
+
 class Books:
     """A :class:`Directory` for several threads.  Every call is short; none touches a byte of an object or the disk.
 
-    An object takes one page in each tier.  Owners are the caller's strings (:meth:`new_owner`).
+    An object takes one page in each tier.  Owners are the caller's strings (:meth:`new_owner`).  ``observer`` is told
+    whatever becomes or stops being readable, what an earlier life left on SSD included.
     """
 
-    def __init__(self, page_bytes: int, dram_pages: int, eviction: Callable[[], EvictionPolicy]) -> None:
+    def __init__(
+        self,
+        page_bytes: int,
+        dram_pages: int,
+        eviction: Callable[[], EvictionPolicy],
+        observer: PoolObserver | None = None,
+    ) -> None:
         self._page_bytes = page_bytes
+        self._observer = observer
         self._eviction = eviction
         self._dram = self._space(Tier.DRAM, dram_pages)
         self._directory = Directory([self._dram])
@@ -63,7 +86,9 @@ class Books:
             except StateError:
                 bad.append(row.key)
         catalogue.forget(bad)
-        self._directory.drain_events()
+        with self._lock:
+            found = self._directory.drain_changes()
+            self._tell([_together(found)] if found else [])
         return restored
 
     def new_owner(self) -> str:
@@ -145,6 +170,7 @@ class Books:
             directory.pin(owner, [key], Tier.SSD)
             self._writing.add(owner)
             pages = directory.reserve(owner, key, Tier.DRAM, copy.nbytes, copy.depth)
+            self._follow()
         return copy, pages[0] if pages else None
 
     def end_load(self, owner: str, key: bytes, written: Mapping[bytes, bytes], lender: str | None) -> None:
@@ -199,7 +225,8 @@ class Books:
 
     def _space(self, tier: Tier, pages: int) -> TierSpace:
         allocator = PageAllocator(self._page_bytes, [pages * self._page_bytes])
-        return TierSpace(tier, allocator, self._eviction(), told=tier is Tier.SSD)
+        told = tier is Tier.SSD or self._observer is not None
+        return TierSpace(tier, allocator, self._eviction(), told)
 
     def _ssd_counts(self) -> bool:
         return self._fence is None or self._fence.passable
@@ -221,12 +248,35 @@ class Books:
         return valid
 
     def _follow(self) -> None:
-        """Tell the catalogue, in order, what changed on SSD.  Called with the lock held."""
-        catalogue = self._catalogue
-        if catalogue is None:
+        """Tell the catalogue what changed on SSD, and the observer everything, in order.  With the lock held."""
+        changes = self._directory.drain_changes()
+        if not changes:
             return
-        for kind, key, _, pages, nbytes, checksum, depth in self._directory.drain_events():
-            if kind is EventKind.ADDED:
-                catalogue.record([CatalogueRow(key, pages[0], nbytes, checksum, depth)])
-            else:
-                catalogue.forget([key])
+        catalogue = self._catalogue
+        if catalogue is not None:
+            for change in changes:
+                if change.tier is Tier.SSD:
+                    _record(catalogue, change)
+        self._tell(changes)
+
+    def _tell(self, changes: Sequence[Change]) -> None:
+        if changes and self._observer is not None:
+            self._observer.changed(changes, self._holdings)
+
+    def _holdings(self) -> list[tuple[Tier, list[bytes]]]:
+        return [(tier, self._directory.keys(tier)) for tier in (Tier.DRAM, Tier.SSD)]
+
+
+def _record(catalogue: Catalogue, change: Change) -> None:
+    for kind, key, _, pages, nbytes, checksum, depth in change.events():
+        if kind is EventKind.ADDED:
+            catalogue.record([CatalogueRow(key, pages[0], nbytes, checksum, depth)])
+        else:
+            catalogue.forget([key])
+
+
+def _together(added: Sequence[Change]) -> Change:
+    """The same additions to one tier as one."""
+    keys = [key for change in added for key in change.keys]
+    copies = [copy for change in added for copy in change.copies]
+    return Change(EventKind.ADDED, added[0].tier, keys, copies)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from umbp_connectors.pool.arena import Arena
 from umbp_connectors.pool.batches import BatchMover, PutBatch
-from umbp_connectors.pool.books import Books
+from umbp_connectors.pool.books import Books, PoolObserver
 from umbp_connectors.pool.buffers import ScatteredSource, ScatteredTarget, as_view, is_writeable, round_up
 from umbp_connectors.pool.lending import ArenaOffer, Loan
 from umbp_connectors.pool.outcomes import GetStatus, PoolCounters, PutStatus
@@ -54,6 +54,7 @@ class LocalPool:
         self._identity = identity
         self._config = config
         self._clock = clock
+        self._observer: PoolObserver | None = None
         self._parts: _Parts | None = None
         self._state = threading.Condition()
         self._calls = 0
@@ -67,6 +68,15 @@ class LocalPool:
     def page_bytes(self) -> int:
         """Bytes that an object takes in each tier."""
         return round_up(self._config.object_bytes, ALIGNMENT)
+
+    def observe(self, observer: PoolObserver) -> None:
+        """Tell ``observer`` whatever becomes or stops being readable, from :meth:`open` on.  Closing is not told.
+
+        Raises ``StateError`` when the pool is open: what it holds would not be told.
+        """
+        if self._parts is not None:
+            raise StateError("this pool is open already; name its observer before")
+        self._observer = observer
 
     def open(self) -> None:
         """Map the arena, take the SSD folder and restore what an earlier life left there.
@@ -89,7 +99,7 @@ class LocalPool:
         with contextlib.ExitStack() as undo:
             arena.open()
             undo.callback(arena.close)
-            books = Books(self.page_bytes, pages, config.eviction)
+            books = Books(self.page_bytes, pages, config.eviction, self._observer)
             mover = BatchMover(books, arena, self._identity.digest, config.copy_threads)
             ssd = open_ssd(self._identity, config, self.page_bytes, books, arena, self._clock)
             if ssd is not None:
