@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -39,18 +40,16 @@ class Mirror:
 
     def snapshot(self) -> Iterator[tuple[int, Sequence[bytes]]]:
         """Everything, tier by tier, each as it is when it is reached.  Changes go on meanwhile."""
-        pieces = self._holdings.snapshot()
-        while True:
+        with self._lock:
+            tiers = self._holdings.tiers()
+        for tier in tiers:
             with self._lock:
-                piece = next(pieces, None)
-            if piece is None:
-                return
-            yield piece
+                hashes = self._holdings.held(tier)
+            yield tier, hashes
 
     def counts(self) -> dict[int, int]:
-        """Hashes per tier."""
-        with self._lock:
-            return self._holdings.counts()
+        """Hashes per tier.  Never waits: a change that is under way may be in it already, or not yet."""
+        return self._holdings.counts()
 
     def apply(self, source: str, word: Word, changes: Changes) -> None:
         """``source`` says ``word``; what that changes for the node goes into ``changes``."""
@@ -78,7 +77,7 @@ class Mirror:
         if self._holdings.count(tier):
             changes.go(tier, removed)
         else:
-            changes.clear(tier)
+            changes.clear(tier, len(removed))
 
 
 class Changes:
@@ -90,23 +89,24 @@ class Changes:
     def __init__(self, told: Told) -> None:
         self._told = told
         self._runs: dict[int, tuple[bool, list[bytes]]] = {}
-        self.came = 0
-        """Hashes that came to a tier, ever."""
-        self.went = 0
-        """Hashes that left one, those of a cleared tier left out."""
+        self.came: Counter[int] = Counter()
+        """Hashes that came, per tier."""
+        self.left: Counter[int] = Counter()
+        """Hashes that left, per tier."""
 
     def come(self, tier: int, hashes: list[bytes]) -> None:
         """``hashes`` came to ``tier``."""
-        self.came += len(hashes)
+        self.came[tier] += len(hashes)
         self._join(tier, True, hashes)
 
     def go(self, tier: int, hashes: list[bytes]) -> None:
         """``hashes`` left ``tier``."""
-        self.went += len(hashes)
+        self.left[tier] += len(hashes)
         self._join(tier, False, hashes)
 
-    def clear(self, tier: int) -> None:
-        """Everything left ``tier``: what was to be said of it before does not matter."""
+    def clear(self, tier: int, count: int) -> None:
+        """Everything left ``tier``, the last ``count`` hashes now: what was to be said of it does not matter."""
+        self.left[tier] += count
         self._runs.pop(tier, None)
         self._told.clear(tier)
 

@@ -9,18 +9,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
-from umbp_connectors.client.counters import ClientStats
 from umbp_connectors.client.master_client import MasterClient
 from umbp_connectors.reporting.feed import MAX_WAITING, Feed
-from umbp_connectors.reporting.mirror import Changes, Mirror
+from umbp_connectors.reporting.mirror import Mirror
+from umbp_connectors.reporting.reader import Reader
+from umbp_connectors.reporting.stats import ReporterStats
 from umbp_connectors.reporting.words import Word
-from umbp_core.errors import StateError
 from umbp_core.master.model import TierCapacity
 from umbp_core.ports import Clock
+
+__all__ = ["Reporter", "ReporterStats"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,32 +29,7 @@ T = TypeVar("T")
 
 INTERVAL = 0.01
 CLOSE_TIMEOUT = 3.0
-_CAPACITY_INTERVAL = 1.0
-_PAUSE_AFTER_A_BUG = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class ReporterStats:
-    """One look at a reporter.  Numbers count from its start."""
-
-    held: Mapping[int, int]
-    """Hashes that the node holds, per tier, by what it told."""
-    waiting: int
-    """Hashes that the engine told and the reporter did not read yet."""
-    told: int
-    """Items that the engine told."""
-    reported: int
-    """Hashes that came to a tier."""
-    revoked: int
-    """Hashes that left a tier, those of cleared tiers left out."""
-    overflows: int
-    """How often more waited than may, so that the whole truth of a source was told instead."""
-    resyncs: int
-    """How often the whole truth of a source was told."""
-    failures: int
-    """Items that could not be understood, lists that could not be had, and capacities likewise."""
-    client: ClientStats
-    """How it goes with the master."""
+CAPACITY_INTERVAL = 1.0
 
 
 class Reporter:
@@ -77,18 +53,15 @@ class Reporter:
         self._client = client
         self._mirror = mirror
         self._interval = interval
-        self._max_waiting = max_waiting
         self._clock = clock
-        self._changes = Changes(client)
-        self._feeds: dict[str, Feed[Any]] = {}
-        self._retries: dict[str, float] = {}
+        self._bell = threading.Event()
+        self._hurry = threading.Event()
+        self._reader = Reader(client, mirror, clock, self._bell, max_waiting)
         self._capacities: Callable[[], Sequence[TierCapacity]] | None = None
         self._capacities_due = 0.0
         self._last_capacities: tuple[TierCapacity, ...] = ()
         self._failures = 0
         self._lock = threading.Lock()
-        self._bell = threading.Event()
-        self._hurry = threading.Event()
         self._barriers: list[threading.Event] = []
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -99,26 +72,19 @@ class Reporter:
         return self._client
 
     def feed(self, source: str, decode: Callable[[T], Iterable[Word]], resync: Callable[[], T]) -> Feed[T]:
-        """A way for ``source`` to tell, see :class:`Feed`.  Before or after :meth:`start`.
+        """A way for ``source`` to tell, see :class:`Feed`; before or after :meth:`start`.
 
         Raises ``StateError`` when there is one already.
         """
-        with self._lock:
-            if source in self._feeds:
-                raise StateError(f"source {source!r} has a feed already; use that one, or another name")
-            feed = Feed(source, decode, resync, self._bell, self._max_waiting)
-            if self._closing:
-                feed.close()
-            self._feeds[source] = feed
-        return feed
+        return self._reader.feed(source, decode, resync)
 
     def watch_capacities(self, capacities: Callable[[], Sequence[TierCapacity]]) -> None:
         """Ask ``capacities`` once a second, in the reporter's thread, for the bytes per tier that heartbeats tell.
 
         A master that is not ours is not told: it would send others' blocks to a node that serves nobody.
         """
-        with self._lock:
-            self._capacities = capacities
+        self._capacities = capacities
+        self._hurry.set()
         self._bell.set()
 
     def start(self) -> None:
@@ -142,19 +108,19 @@ class Reporter:
         return barrier.wait(timeout) and self._client.flush(max(0.0, deadline - self._clock()))
 
     def stats(self) -> ReporterStats:
-        """How it goes.  The numbers are taken one after the other, while things go on."""
-        with self._lock:
-            feeds = list(self._feeds.values())
+        """How it goes; never waits.  The numbers are taken one after the other, while things go on."""
+        feeds = self._reader.feeds
         counters = [feed.counters for feed in feeds]
+        changes = self._reader.changes
         return ReporterStats(
             held=self._mirror.counts(),
             waiting=sum([feed.waiting for feed in feeds]),
             told=sum([each.told for each in counters]),
-            reported=self._changes.came,
-            revoked=self._changes.went,
+            came=dict(changes.came),
+            left=dict(changes.left),
             overflows=sum([each.overflows for each in counters]),
             resyncs=sum([each.resyncs for each in counters]),
-            failures=self._failures + sum([each.failures for each in counters]),
+            failures=self._failures + self._reader.failures + sum([each.failures for each in counters]),
             client=self._client.stats(),
         )
 
@@ -166,9 +132,8 @@ class Reporter:
         deadline = self._clock() + timeout
         with self._lock:
             self._closing = True
-            feeds, thread = list(self._feeds.values()), self._thread
-        for feed in feeds:
-            feed.close()
+            thread = self._thread
+        self._reader.close()
         self._hurry.set()
         self._bell.set()
         if thread is not None:
@@ -177,66 +142,35 @@ class Reporter:
         return ended and (thread is None or not thread.is_alive())
 
     def _run(self) -> None:
+        due = None
         while not self._closing:
-            self._bell.wait(self._rest())
+            self._bell.wait(self._rest(due))
             if self._bell.is_set():
                 self._hurry.wait(self._interval)
             self._hurry.clear()
             self._bell.clear()
             with self._lock:
                 barriers, self._barriers = self._barriers, []
-                feeds = list(self._feeds.values())
-            for feed in feeds:
-                self._read(feed)
-            self._changes.pass_on()
+            due = self._reader.read()
             for barrier in barriers:
                 barrier.set()
-            self._retry()
             self._tell_capacities()
 
-    def _rest(self) -> float | None:
-        """How long there is nothing to do unless the bell rings."""
-        dues = [*self._retries.values()]
+    def _rest(self, due: float | None) -> float | None:
+        """Seconds to wait for the bell; ``None``: until it rings."""
         if self._capacities is not None:
-            dues.append(self._capacities_due)
-        return max(0.0, min(dues) - self._clock()) if dues else None
-
-    def _read(self, feed: Feed[Any]) -> None:
-        """Everything that waits in ``feed``."""
-        taken = feed.take()
-        if taken.lost:
-            self._lose(feed)
-        for item in taken.items:
-            try:
-                for word in feed.decode(item):
-                    self._mirror.apply(feed.source, word, self._changes)
-            except Exception:  # producer boundary: what one source says wrongly must not end the telling of the others
-                if not self._failures:
-                    logger.exception("umbp: what %s told is not understood; it counts as empty for now", feed.source)
-                self._failures += 1
-                feed.mute()
-                self._lose(feed)
-                break
-
-    def _lose(self, feed: Feed[Any]) -> None:
-        """Rather too little than too much is known of a source that cannot say what it holds, until it can."""
-        self._mirror.forget(feed.source, self._changes)
-        self._retries[feed.source] = self._clock() + _PAUSE_AFTER_A_BUG
-
-    def _retry(self) -> None:
-        for source in [source for source, due in self._retries.items() if due <= self._clock()]:
-            del self._retries[source]
-            self._feeds[source].demand()
+            due = self._capacities_due if due is None else min(due, self._capacities_due)
+        return None if due is None else max(0.0, due - self._clock())
 
     def _tell_capacities(self) -> None:
         if self._capacities is None or self._clock() < self._capacities_due:
             return
-        self._capacities_due = self._clock() + _CAPACITY_INTERVAL
+        self._capacities_due = self._clock() + CAPACITY_INTERVAL
         if not self._client.stats().native:
             return
         try:
             capacities = tuple(self._capacities())
-        except Exception:  # producer boundary, as above
+        except Exception:  # producer boundary: what is wrong with its numbers must not end the telling
             if not self._failures:
                 logger.exception("umbp: the capacities of this node cannot be had; the master keeps the last ones")
             self._failures += 1
