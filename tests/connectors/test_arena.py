@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from tests.connectors.gate import Gate
 from umbp_connectors.pool import machine
 from umbp_connectors.pool.arena import Arena
 from umbp_connectors.pool.machine import MemoryLimits
@@ -132,21 +133,16 @@ def test_prefaulting_stops_when_memory_runs_short(
 
 
 def test_closing_stops_prefaulting(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, go_on = threading.Event(), threading.Event()
-
-    def slow(address: int, nbytes: int) -> None:
-        first.set()
-        assert go_on.wait(60)
-
-    monkeypatch.setattr(machine, "populate", slow)
+    gate = Gate(lambda address, nbytes: None)
+    monkeypatch.setattr(machine, "populate", gate)
     arena = Arena(32 << 20, pages=4)
     arena.open()
-    assert first.wait(60)
+    gate.wait_reached()
     assert not arena.wait_prefaulted(0)
     closer = threading.Thread(target=arena.close)
     closer.start()
     assert arena._stop.wait(60)
-    go_on.set()
+    gate.open()
     closer.join(60)
     assert not closer.is_alive()
     assert arena.progress == 0.25

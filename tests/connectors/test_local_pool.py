@@ -9,11 +9,11 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.connectors.gate import Gate
 from umbp_connectors.pool import batches
 from umbp_connectors.pool.checksums import copy_checksummed
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
@@ -410,22 +410,17 @@ def test_clear_forgets_everything_for_good(make: Callable[..., LocalPool]) -> No
 
 
 def test_close_waits_for_calls_under_way(make: Callable[..., LocalPool], monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = make(copy_threads=1)
-    inside, go_on = threading.Event(), threading.Event()
-
-    def slow(*arguments: Any) -> bytes:
-        inside.set()
-        assert go_on.wait(60)
-        return copy_checksummed(*arguments)
-
-    monkeypatch.setattr(batches, "copy_checksummed", slow)
+    pool, gate = make(copy_threads=1), Gate(copy_checksummed)
+    monkeypatch.setattr(batches, "copy_checksummed", gate)
     statuses: list[PutStatus] = []
     writer = threading.Thread(target=lambda: statuses.extend(pool.put([b"key"], [b"data"])))
     writer.start()
-    assert inside.wait(60)
+    gate.wait_reached()
     closer = threading.Thread(target=pool.close)
     closer.start()
-    go_on.set()
+    closer.join(0.05)
+    assert closer.is_alive()
+    gate.open()
     writer.join(60)
     closer.join(60)
     assert statuses == [PutStatus.STORED]
@@ -435,22 +430,15 @@ def test_close_waits_for_calls_under_way(make: Callable[..., LocalPool], monkeyp
 def test_a_call_that_does_not_end_does_not_hold_up_a_close(
     make: Callable[..., LocalPool], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pool = make(copy_threads=1)
-    inside, go_on = threading.Event(), threading.Event()
-
-    def stuck(*arguments: Any) -> bytes:
-        inside.set()
-        assert go_on.wait(60)
-        return copy_checksummed(*arguments)
-
-    monkeypatch.setattr(batches, "copy_checksummed", stuck)
+    pool, gate = make(copy_threads=1), Gate(copy_checksummed)
+    monkeypatch.setattr(batches, "copy_checksummed", gate)
     statuses: list[PutStatus] = []
     writer = threading.Thread(target=lambda: statuses.extend(pool.put([b"key"], [b"data"])))
     writer.start()
-    assert inside.wait(60)
+    gate.wait_reached()
     pool.close(timeout=0)
     assert "calls are under way" in caplog.text
-    go_on.set()
+    gate.open()
     writer.join(60)
     assert statuses == [PutStatus.STORED], "its memory stayed valid for as long as it needed it"
 

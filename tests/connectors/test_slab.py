@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.connectors.gate import Gate
 from umbp_connectors.pool.arena import Arena
 from umbp_connectors.pool.slab import SlabFile
 from umbp_core.errors import StateError, TierUnavailable, TransferError
@@ -287,19 +288,12 @@ def test_probing_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_close_waits_for_transfers_and_refuses_new_ones(slab: SlabFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    inside, go_on = threading.Event(), threading.Event()
-    read = os.preadv
-
-    def slow(*arguments: object) -> int:
-        inside.set()
-        assert go_on.wait(60)
-        return read(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(os, "preadv", slow)
+    gate = Gate(os.preadv)
+    monkeypatch.setattr(os, "preadv", gate)
     target = bytearray(8)
     reader = threading.Thread(target=slab.read_into, args=(0, target))
     reader.start()
-    assert inside.wait(60)
+    gate.wait_reached()
     waiting, wait_for = threading.Event(), slab._guard.wait_for
 
     def announce(condition: Callable[[], bool], timeout: float) -> bool:
@@ -313,7 +307,7 @@ def test_close_waits_for_transfers_and_refuses_new_ones(slab: SlabFile, monkeypa
     with pytest.raises(StateError, match="not open"):
         slab.read_into(1, bytearray(8))
     assert closer.is_alive()
-    go_on.set()
+    gate.open()
     reader.join(60)
     closer.join(60)
     assert not reader.is_alive()
@@ -323,21 +317,14 @@ def test_close_waits_for_transfers_and_refuses_new_ones(slab: SlabFile, monkeypa
 def test_a_disk_that_does_not_answer_does_not_hold_up_a_close(
     slab: SlabFile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    inside, go_on = threading.Event(), threading.Event()
-    read = os.preadv
-
-    def stuck(*arguments: object) -> int:
-        inside.set()
-        assert go_on.wait(60)
-        return read(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(os, "preadv", stuck)
+    gate = Gate(os.preadv)
+    monkeypatch.setattr(os, "preadv", gate)
     reader = threading.Thread(target=slab.read_into, args=(0, bytearray(8)))
     reader.start()
-    assert inside.wait(60)
+    gate.wait_reached()
     slab.close(timeout=0)
     assert "the disk does not answer" in caplog.text
-    go_on.set()
+    gate.open()
     reader.join(60)
     slab.close()
     with pytest.raises(StateError, match="not open"):

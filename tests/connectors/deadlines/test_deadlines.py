@@ -12,6 +12,7 @@ import pytest
 
 from tests.connectors.deadlines.kit import COLD, SHORT, SIZE, WARM, buffers_for, check_hits, held, object_of
 from tests.connectors.disk import Disk
+from tests.connectors.gate import Gate
 from tests.connectors.waiting import until
 from umbp_connectors.pool import batches, loads
 from umbp_connectors.pool.checksums import copy_checksummed
@@ -117,7 +118,7 @@ def test_the_pools_own_patience_counts_where_a_call_names_no_time(make: Callable
     assert pool.get(WARM + COLD, buffers_for(WARM + COLD)) == [GetStatus.DRAM] * 2 + [GetStatus.TIMED_OUT] * 6
 
 
-def test_one_read_serves_all_who_want_theobject_of(make: Callable[..., LocalPool], disk: Disk) -> None:
+def test_one_read_serves_all_who_want_the_object(make: Callable[..., LocalPool], disk: Disk) -> None:
     pool = make(io_threads=4)
     disk.hang("read")
     results: list[tuple[list[GetStatus], bytearray]] = []
@@ -139,7 +140,7 @@ def test_one_read_serves_all_who_want_theobject_of(make: Callable[..., LocalPool
     assert all(status.hit and buffer == object_of(COLD[0]) for (status,), buffer in results)
 
 
-def test_a_read_that_ends_badly_after_its_call_forgets_theobject_of(make: Callable[..., LocalPool], disk: Disk) -> None:
+def test_a_read_that_ends_badly_after_its_call_forgets_the_object(make: Callable[..., LocalPool], disk: Disk) -> None:
     pool = make(io_threads=1)
     disk.hang("read")
     assert pool.get(COLD[:2], buffers_for(COLD[:2]), timeout=SHORT) == [GetStatus.TIMED_OUT] * 2
@@ -230,22 +231,15 @@ def test_a_delivery_that_has_begun_is_waited_for(
     make: Callable[..., LocalPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The copy into the caller's memory is the one thing that a call waits for beyond its time."""
-    pool = make()
-    begun, go_on = threading.Event(), threading.Event()
-
-    def slow(*arguments: Any) -> bytes:
-        begun.set()
-        assert go_on.wait(60)
-        return copy_checksummed(*arguments)
-
-    monkeypatch.setattr(loads, "copy_checksummed", slow)
+    pool, gate = make(), Gate(copy_checksummed)
+    monkeypatch.setattr(loads, "copy_checksummed", gate)
     buffer, statuses = bytearray(SIZE), list[GetStatus]()
     reader = threading.Thread(target=lambda: statuses.extend(pool.get(COLD[:1], [buffer], timeout=SHORT)))
     reader.start()
-    assert begun.wait(60)
+    gate.wait_reached()
     reader.join(4 * SHORT)
     assert reader.is_alive()
-    go_on.set()
+    gate.open()
     reader.join(60)
     assert statuses == [GetStatus.SSD]
     assert buffer == object_of(COLD[0])
@@ -266,7 +260,7 @@ def test_an_object_that_goes_before_its_load_begins_is_a_miss(make: Callable[...
     assert statuses == [GetStatus.MISS] * 2
 
 
-def test_the_time_is_looked_at_before_eachobject_of(
+def test_the_time_is_looked_at_before_each_object(
     make: Callable[..., LocalPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = make(copy_threads=1)
