@@ -49,8 +49,9 @@ class PreparedMatches(Generic[A]):
         places = index.places_of(hashes)
         if count_as_hit:
             index.count_hits(hashes, places, now)
-        if not count or places.count(places[0]) != count or clients.silent(now):
-            return self._answer(places, clients.silent(now))
+        silent = clients.silent(now)
+        if silent or not count or places.count(places[0]) != count:
+            return self._answer(places, silent)
         revision = index.revision + clients.revision  # neither ever shrinks
         if revision != self._revision:
             self._ready.clear()
