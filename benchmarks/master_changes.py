@@ -39,14 +39,16 @@ def reports(command: Sequence[str], total: int) -> list[_report.Row]:
     for _ in range(3):
         for door in ("native", "native, TCP", "gRPC"):
             with master(command) as running:
-                client = running.doors()[door]
+                doors = running.doors()
+                client = doors[door]
                 for size in CPP_REPORT:
                     register(client, f"node-{size}")
                     # Small batches take long: fewer blocks are enough.
                     blocks = min(total, size * 2000)
                     rate = report(client, f"node-{size}", hashes(blocks, size * 10**9), HBM, size) / 1e6
                     figures[size].setdefault(door, []).append(rate)
-                client.close()
+                for each in doors.values():
+                    each.close()
     return [
         {"blocks a call": size}
         | {door: max(rates) for door, rates in figures[size].items()}

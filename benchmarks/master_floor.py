@@ -78,11 +78,13 @@ def echoes() -> Iterator[Echoes]:
         path = str(Path(folder) / "echo.sock")
         process = context.Process(target=_serve, args=(path, its))
         process.start()
-        if not mine.poll(TIMEOUT):
-            raise SystemExit("the process that answers with nothing does not start")
-        yield Echoes(process.pid or 0, path, mine.recv())
-        mine.send(True)
-        process.join(TIMEOUT)
+        try:
+            if not mine.poll(TIMEOUT):
+                raise SystemExit("the process that answers with nothing does not start")
+            yield Echoes(process.pid or 0, path, mine.recv())
+        finally:
+            mine.send(True)
+            process.join(TIMEOUT)
 
 
 @contextmanager

@@ -30,20 +30,22 @@ def placed(master: Master, held: Sequence[Sequence[bytes]], count: int) -> list[
 
     rows: list[_report.Row] = []
     with master_floor.echoes() as server, master_floor.unix_call(server.path) as empty:
-        for name, processor in (("one for both", first), ("one each", last)):
-            _hold(os.getpid(), {first})
-            _hold(server.pid, {processor})
-            _hold(master.pid, {processor})
-            rows.append(
-                {
-                    "processors": name,
-                    "64 bytes and back, p50 us": master_floor.median(empty, count),
-                    "match of 1, p50 us": master_floor.median(lambda: match(1), count),
-                    "match of 128, p50 us": master_floor.median(lambda: match(128), count),
-                }
-            )
-        for pid in (os.getpid(), master.pid):
-            _hold(pid, allowed)
+        try:
+            for name, processor in (("one for both", first), ("one each", last)):
+                _hold(os.getpid(), {first})
+                _hold(server.pid, {processor})
+                _hold(master.pid, {processor})
+                rows.append(
+                    {
+                        "processors": name,
+                        "64 bytes and back, p50 us": master_floor.median(empty, count),
+                        "match of 1, p50 us": master_floor.median(lambda: match(1), count),
+                        "match of 128, p50 us": master_floor.median(lambda: match(128), count),
+                    }
+                )
+        finally:
+            for pid in (os.getpid(), master.pid):
+                _hold(pid, allowed)
     client.close()
     return rows
 
