@@ -121,8 +121,8 @@ class Bench:
         figure = self._measured(f"{label} put", lambda: self._rigs[label].put(hashes, first))
         stored = self._stored[label]
         stored.append((hashes, first))
-        if label == "file":
-            self._forget_files(keep=hashes)
+        if label == "file" and self._folder is not None:
+            _forget_files(self._folder, keep=hashes)
         return figure
 
     def _get(self, label: str) -> float:
@@ -138,11 +138,13 @@ class Bench:
         self.core_seconds.setdefault(name, []).append((time.process_time() - start) / self._moved * 1e9)
         return figure
 
-    def _forget_files(self, keep: Sequence[str]) -> None:
-        kept = set(keep)
-        for path in (self._folder or Path()).iterdir():
-            if path.name[:64] not in kept:
-                path.unlink()
+
+def _forget_files(folder: Path, keep: Sequence[str]) -> None:
+    """Remove what the file backend has in ``folder``, but for the pages ``keep``."""
+    kept = set(keep)
+    for path in folder.iterdir():
+        if path.name[:64] not in kept:
+            path.unlink()
 
 
 def reached_by(label: str, bench: Bench, figures: dict[str, list[float]]) -> Row:
