@@ -11,7 +11,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import typer
@@ -22,9 +22,9 @@ from pydantic.fields import FieldInfo
 from umbp_connectors import hookspecs
 from umbp_connectors.cli import app
 from umbp_connectors.config_model import UmbpConfig, parse_size
-from umbp_connectors.master.metrics_families import FAMILIES, PREFIX
+from umbp_connectors.master.metrics_families import FAMILIES, PREFIX, Family
 from umbp_connectors.master.settings import MasterConfig
-from umbp_sglang.metrics import METRICS
+from umbp_sglang.metrics import METRICS, MetricDoc
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 _PART = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -82,21 +82,12 @@ def configuration_keys(model: type[BaseModel], env_name: Callable[[str], str]) -
     return "\n".join(rows)
 
 
-def master_metrics() -> str:
-    """One row per metric that a master emits about itself."""
+def metrics(documented: Iterable[Family | MetricDoc], prefix: str = "") -> str:
+    """One row per metric, whose name on the page begins with ``prefix``."""
     rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
-    for family in FAMILIES:
-        labels = ", ".join(f"`{label}`" for label in family.labels) or "-"
-        rows.append(f"| `{PREFIX}{family.name}` | {family.kind} | {labels} | {family.help} |")
-    return "\n".join(rows)
-
-
-def sglang_metrics() -> str:
-    """One row per metric of a store."""
-    rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
-    for metric in METRICS:
+    for metric in documented:
         labels = ", ".join(f"`{label}`" for label in metric.labels) or "-"
-        rows.append(f"| `{metric.name}` | {metric.kind} | {labels} | {metric.help} |")
+        rows.append(f"| `{prefix}{metric.name}` | {metric.kind} | {labels} | {metric.help} |")
     return "\n".join(rows)
 
 
@@ -134,8 +125,8 @@ def _parameter(parameter: typing.Any) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "configuration-keys": lambda: configuration_keys(UmbpConfig, UmbpConfig.env_name),
     "master-keys": lambda: configuration_keys(MasterConfig, MasterConfig.env_name),
-    "master-metrics": master_metrics,
-    "sglang-metrics": sglang_metrics,
+    "master-metrics": lambda: metrics(FAMILIES, PREFIX),
+    "sglang-metrics": lambda: metrics(METRICS),
     "hooks": hook_pages,
     "command-line": command_line,
 }

@@ -83,9 +83,11 @@ def check_hash(env: Environment) -> None:
 def check_result(env: Environment) -> None:
     """Import once what a server's process imports: what is broken should show here, not in the first test."""
     if not is_ready(env):
-        program = "import sys; sys.path[:0] = [{!r}]; import sitecustomize; from sglang.srt.managers import {}, {}"
-        code = program.format(str(SHIM), "scheduler", "detokenizer_manager")
-        done = env.run("-c", f"import os; os.environ['SGLANG_USE_CPU_ENGINE'] = '1'; {code}", timeout=300)
+        program = (
+            f"import os, sys; os.environ['SGLANG_USE_CPU_ENGINE'] = '1'; sys.path.insert(0, {str(SHIM)!r}); "
+            "import sitecustomize; from sglang.srt.managers import scheduler, detokenizer_manager"
+        )
+        done = env.run("-c", program)
         if done.returncode:
             raise SetupError(f"SGLang was installed but cannot be imported:\n{reason(done)}\nSee {env.log}.")
         (env.folder / STAMP).write_text(wanted(), encoding="utf-8")
