@@ -88,7 +88,7 @@ clean: ## remove what the targets above made
 $(VENV_READY): pyproject.toml
 	@python=$$(sh scripts/find_python.sh "the tests and tools" 3.11 3.12 3.13 3.10) || exit 1; \
 	test -x $(VENV) || { echo "making .venv with $$python" && "$$python" -m venv .venv; } && \
-	$(VENV) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(VENV) -m pip install --quiet --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
 .venv-vllm/.ready: pyproject.toml scripts/setup_vllm.py scripts/engine_environment.py
