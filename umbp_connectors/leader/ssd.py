@@ -13,7 +13,7 @@ from umbp_core.directory import Change, Directory, EventKind
 from umbp_core.errors import StateError, TierUnavailable
 from umbp_core.tiers import Tier
 
-logger = logging.getLogger("vllm.umbp.ssd")
+logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 10.0
 
