@@ -24,7 +24,8 @@ from umbp_vllm.compat import (
 from umbp_vllm.groups import failures_by_block
 from umbp_vllm.leader import Leader
 from umbp_vllm.metadata import HandshakeHello, StepMetadata, WorkerReport
-from umbp_vllm.setup import make_leader, make_worker, settings_of
+from umbp_vllm.reporting import Reporting
+from umbp_vllm.setup import make_leader, make_reporting, make_worker, settings_of
 from umbp_vllm.stats import UmbpPromMetrics, UmbpStats
 from umbp_vllm.worker import LoadOutcome, Worker
 
@@ -61,12 +62,14 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
         self._cache_config = kv_cache_config
         self._settings = settings_of(vllm_config)
         self._leader: Leader | None = None
+        self._reporting: Reporting | None = None
         self._worker: Worker | None = None
         self._outcome = LoadOutcome()
         self._idle = False
         self._failures: dict[str, int] = {}
         if role == KVConnectorRole.SCHEDULER:
-            self._leader = make_leader(vllm_config, kv_cache_config, self._settings)
+            self._reporting = make_reporting(vllm_config, kv_cache_config, self._settings)
+            self._leader = make_leader(vllm_config, kv_cache_config, self._settings, self._reporting)
 
     def _failed(self, place: str, error: Exception) -> None:
         self._failures[place] = self._failures.get(place, 0) + 1
@@ -119,6 +122,12 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
     def _hold_in(self, block_pool: Any) -> None:
         if self.leader.held.bind(block_pool):
             compat.before_reset(block_pool, self._let_go_of_blocks)
+            self._report_from(block_pool)
+
+    @_guarded(lambda: None)
+    def _report_from(self, block_pool: Any) -> None:
+        if self._reporting is not None:
+            self._reporting.start(block_pool)
 
     @_guarded(lambda: None)
     def _let_go_of_blocks(self) -> None:
@@ -151,6 +160,7 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
         """The workers' instructions for this step."""
         self.leader.begin_step()
         self._plan_step(scheduler_output)
+        self._report_step()
         return self.leader.drain()
 
     @_guarded(lambda: None)
@@ -183,7 +193,13 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
 
     def take_events(self) -> Iterable[Any]:
         """KV events of the DRAM and SSD tiers since the last call."""
+        self._report_step()
         return self.leader.take_events()
+
+    @_guarded(lambda: None)
+    def _report_step(self) -> None:
+        if self._reporting is not None:
+            self._reporting.step()
 
     def get_kv_connector_stats(self) -> UmbpStats | None:
         """Counters since the last call; only the scheduler counts, it sees every rank."""
@@ -283,5 +299,7 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
         """End everything of this role within a bound."""
         if self._leader is not None:
             self._leader.shutdown()
+        if self._reporting is not None:
+            self._reporting.close()
         if self._worker is not None:
             self._worker.close(CLOSE_TIMEOUT_S)

@@ -28,7 +28,12 @@ ENGINES_KEY = "ssd_engines"
 POLICY_KEY = "load_failure_policy"
 """The key of the connector's extra config that says what a failed load means for its request."""
 
+SERVING_KEY = "serving"
+"""The key of the connector's extra config that says where the API server listens, ``HOST:PORT``."""
+
 _MARK = "umbp_hook"
+_WHERE = "_umbp_serving"
+"""What ``from_cli_args`` leaves on the object it makes, besides the fields."""
 _NATIVE = "native"
 _NEEDED = frozenset({"kv_transfer_config", "kv_offloading_backend", "kv_offloading_size"})
 
@@ -53,6 +58,9 @@ def install(arg_utils: Any) -> None:
         _wrap(cls, "__init__", _accepting_connector)
     if not _is_hook(create_engine_config):
         base.create_engine_config = _mark(_translating(create_engine_config))
+    from_cli_args = vars(base).get("from_cli_args")
+    if isinstance(from_cli_args, classmethod) and not _is_hook(from_cli_args.__func__):
+        base.from_cli_args = classmethod(_mark(_noting_where(from_cli_args.__func__)))
     if not _is_hook(add_cli_args):
         base.add_cli_args = staticmethod(_mark(cli_flags.extending(add_cli_args, arg_utils)))
 
@@ -141,21 +149,49 @@ def count_engines(vllm_config: Any) -> None:
     They share the SSD folder and its capacity.  What the user says about it stays.
     """
     engines = vllm_config.parallel_config.data_parallel_size
-    config = vllm_config.kv_transfer_config
-    if config is None or engines == 1:
-        return
+    if engines > 1:
+        vllm_config.kv_transfer_config = _saying(vllm_config.kv_transfer_config, ENGINES_KEY, engines)
+
+
+def say_where(args: Any) -> None:
+    """Tell umbp where the API server listens, which no engine knows."""
+    where = vars(args).get(_WHERE)
+    if where is not None:
+        args.kv_transfer_config = _saying(args.kv_transfer_config, SERVING_KEY, where)
+
+
+def _noting_where(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A server on a Unix socket, and a process without one (``--headless``), listen nowhere."""
+
+    @functools.wraps(original)
+    def from_cli_args(cls: Any, args: Any) -> Any:
+        made = original(cls, args)
+        given = vars(args)
+        if given.get("port") is not None and not given.get("uds") and not given.get("headless"):
+            vars(made)[_WHERE] = f"{given.get('host') or ''}:{given['port']}"
+        return made
+
+    return from_cli_args
+
+
+def _saying(config: Any, key: str, value: object) -> Any:
+    """``config`` (a ``KVTransferConfig`` or ``None``) with ``value`` wherever it is for umbp and says nothing of it."""
+    if config is None:
+        return None
     extra = config.kv_connector_extra_config
     if config.kv_connector == CONNECTOR:
-        extra = {ENGINES_KEY: engines, **extra}
+        extra = {key: value, **extra}
     elif config.kv_connector == MULTI:
-        extra = {**extra, "connectors": [_counted(child, engines) for child in _children(extra)]}
-    vllm_config.kv_transfer_config = dataclasses.replace(config, kv_connector_extra_config=extra)
+        extra = {**extra, "connectors": [_child_saying(child, key, value) for child in _children(extra)]}
+    else:
+        return config
+    return dataclasses.replace(config, kv_connector_extra_config=extra)
 
 
-def _counted(child: dict[str, Any], engines: int) -> dict[str, Any]:
+def _child_saying(child: dict[str, Any], key: str, value: object) -> dict[str, Any]:
     if child.get("kv_connector") != CONNECTOR:
         return child
-    return {**child, "kv_connector_extra_config": {ENGINES_KEY: engines, **_extra_of(child)}}
+    return {**child, "kv_connector_extra_config": {key: value, **_extra_of(child)}}
 
 
 def _children(extra: dict[str, Any]) -> Sequence[dict[str, Any]]:
@@ -186,6 +222,7 @@ def _translating(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         translate_offloading(self)
         let_children_recompute(self)
+        say_where(self)
         vllm_config = original(self, *args, **kwargs)
         count_engines(vllm_config)
         return vllm_config

@@ -21,6 +21,7 @@ from umbp_vllm.groups import KvGroup
 from umbp_vllm.hbm import BlockTables, HeldBlocks
 from umbp_vllm.metadata import RankHello, StepMetadata, WorkerReport
 from umbp_vllm.pool import LeaderPool, LeaderSetup, open_pool
+from umbp_vllm.reporting import Reporting
 from umbp_vllm.requests import AT_ONCE, NEVER, RequestState
 from umbp_vllm.stats import UmbpStats
 
@@ -30,8 +31,9 @@ logger = logging.getLogger("vllm.umbp.leader")
 class Leader:
     """Decides what is loaded, stored and demoted, for all ranks of one engine."""
 
-    def __init__(self, setup: LeaderSetup, clock: Clock) -> None:
+    def __init__(self, setup: LeaderSetup, clock: Clock, reporting: Reporting | None = None) -> None:
         self._setup = setup
+        self._reporting = reporting
         self._clock = clock
         self._groups: Sequence[KvGroup] = setup.groups
         self._slots = SlotTable()
@@ -56,7 +58,9 @@ class Leader:
         if self._pool is None and not self._refused_pool and len(self._hellos) == self._setup.ranks:
             ordered = [self._hellos[rank] for rank in range(self._setup.ranks)]
             try:
-                self._pool = open_pool(self._setup, ordered, self._clock, self.held, self.tables, self.stats)
+                self._pool = open_pool(
+                    self._setup, ordered, self._clock, self.held, self.tables, self.stats, self._reporting
+                )
             except UmbpError as error:
                 self._refused_pool = True
                 self.degraded("pool", str(error))

@@ -27,6 +27,7 @@ from umbp_vllm.hbm import BlockTables, HeldBlocks
 from umbp_vllm.loads import LoadPlanner, LoadPolicy
 from umbp_vllm.matching import Matcher
 from umbp_vllm.metadata import PROTOCOL_VERSION, RankHello
+from umbp_vllm.reporting import PoolTeller, Reporting
 from umbp_vllm.requests import RequestState
 from umbp_vllm.stats import UmbpStats, counter
 from umbp_vllm.stores import StorePlanner, StorePolicy
@@ -81,6 +82,8 @@ class LeaderPool:
     held: HeldBlocks
     stats: UmbpStats
     plugins: PluginHost
+    teller: PoolTeller | None
+    """What tells a master, where there is one."""
     ended: Mapping[Direction, Callable[[Verdict], Iterable[RequestState]]] = field(init=False)
     """What takes the end of an op on all ranks, by direction; returns the requests it was for."""
 
@@ -120,7 +123,7 @@ class LeaderPool:
         self.held.release(op_id)
 
     def settle(self) -> None:
-        """Tell the catalogue, the event stream and the plug-ins what changed in the directory."""
+        """Tell the catalogue, the event stream, the plug-ins and the master what changed in the directory."""
         changes = self.directory.drain_changes()
         for change in changes:
             keys, tier = change.keys, change.tier
@@ -129,6 +132,8 @@ class LeaderPool:
             if self.events.enabled:
                 self.events.changed(keys, tier, added=added)
             self.plugins.blocks_changed(keys if added else (), () if added else keys, tier)
+        if self.teller is not None:
+            self.teller.changed(changes)
         if self.catalogue is not None:
             self.catalogue.follow(changes)
 
@@ -156,6 +161,7 @@ def open_pool(
     held: HeldBlocks,
     tables: BlockTables,
     stats: UmbpStats,
+    reporting: Reporting | None = None,
 ) -> LeaderPool:
     """Build the pool from what the workers said, in world-rank order.
 
@@ -193,7 +199,11 @@ def open_pool(
         op_ids,
     )
     _announce(hellos, pages, catalogue, restored)
-    return LeaderPool(directory, catalogue, ledger, loads, stores, demotions, events, held, stats, setup.plugins)
+    sizes = _page_bytes(hellos, catalogue)
+    teller = None if reporting is None else reporting.follow_pool(directory, sizes)
+    return LeaderPool(
+        directory, catalogue, ledger, loads, stores, demotions, events, held, stats, setup.plugins, teller
+    )
 
 
 def _demotions(config: UmbpConfig, directory: Directory, clock: Clock, op_ids: OpIds) -> DemotionQueue:
@@ -277,12 +287,19 @@ def _directory(
     return Directory(spaces)
 
 
-def _announce(hellos: Sequence[RankHello], pages: int, catalogue: SsdCatalogue | None, restored: int) -> None:
+def _page_bytes(hellos: Sequence[RankHello], catalogue: SsdCatalogue | None) -> dict[Tier, int]:
+    """Bytes of one page over all ranks that own memory, for each tier that there is."""
     writers = [hello for hello in hellos if hello.writer_rank == hello.world_rank]
-    dram = pages * sum(hello.page_bytes for hello in writers)
+    sizes = {Tier.DRAM: sum(hello.page_bytes for hello in writers)}
+    return sizes if catalogue is None else {**sizes, Tier.SSD: sum(hello.slot_bytes for hello in writers)}
+
+
+def _announce(hellos: Sequence[RankHello], pages: int, catalogue: SsdCatalogue | None, restored: int) -> None:
+    sizes = _page_bytes(hellos, catalogue)
+    dram = pages * sizes[Tier.DRAM]
     ssd = "no SSD tier (set ssd_dir to keep KV over restarts)"
     if catalogue is not None:
-        slots = catalogue.slots * sum(hello.slot_bytes for hello in writers)
+        slots = catalogue.slots * sizes[Tier.SSD]
         ssd = f"SSD tier of {slots / 2**30:.2f} GiB with {restored} blocks from before"
     logger.info(
         "umbp: pool open for %d rank(s): DRAM tier of %.2f GiB (%d blocks), %s", len(hellos), dram / 2**30, pages, ssd

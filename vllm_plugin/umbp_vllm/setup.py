@@ -13,6 +13,7 @@ from umbp_connectors import logs
 from umbp_connectors.config import UmbpConfig, resolve
 from umbp_connectors.hookspecs import DramTierSpec, SsdTierSpec
 from umbp_connectors.plugins import PluginHost, create_manager
+from umbp_connectors.reporting.opening import open_reporter
 from umbp_connectors.tier_ports import DramTier, SsdTier
 from umbp_connectors.transfer.engine import TransferEngine
 from umbp_core.errors import ConfigError, UmbpError
@@ -21,6 +22,7 @@ from umbp_core.scheduler import Limits
 from umbp_vllm import compat
 from umbp_vllm.copiers import make_copier
 from umbp_vllm.copy_plan import PageArena
+from umbp_vllm.engine_args import SERVING_KEY
 from umbp_vllm.groups import failures_by_block, kv_groups
 from umbp_vllm.hashing import hash_stability
 from umbp_vllm.layout import kv_is_replicated, layout_digest
@@ -28,7 +30,9 @@ from umbp_vllm.layout_groups import geometry_of
 from umbp_vllm.leader import Leader
 from umbp_vllm.metadata import PROTOCOL_VERSION, RankHello
 from umbp_vllm.namespace import namespace_of, rank_scope
+from umbp_vllm.node import facts_of
 from umbp_vllm.pool import LeaderSetup
+from umbp_vllm.reporting import Reporting
 from umbp_vllm.sharing import SharedSlab, share_arena, share_slab
 from umbp_vllm.worker import Worker
 
@@ -50,7 +54,8 @@ def settings_of(vllm_config: Any) -> Settings:
     default is to fail the request.  Raises ``ConfigError`` for a bad configuration, which stops the start.
     """
     transfer = vllm_config.kv_transfer_config
-    config = resolve(extra=transfer.kv_connector_extra_config).config
+    extra = {key: value for key, value in transfer.kv_connector_extra_config.items() if key != SERVING_KEY}
+    config = resolve(extra=extra).config
     logs.join("vllm", config.log_level)
     transfer.kv_load_failure_policy = config.load_failure_policy
     notice = compat.version_notice(compat.vllm_version())
@@ -59,7 +64,9 @@ def settings_of(vllm_config: Any) -> Settings:
     return Settings(config, create_manager(config))
 
 
-def make_leader(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> Leader:
+def make_leader(
+    vllm_config: Any, kv_cache_config: Any, settings: Settings, reporting: Reporting | None = None
+) -> Leader:
     """The scheduler half.  Raises ``ConfigError`` for models whose KV cannot be kept per block."""
     parallel = vllm_config.parallel_config
     _refuse_context_parallel(parallel)
@@ -85,7 +92,29 @@ def make_leader(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> L
         may_store=bool(vllm_config.kv_transfer_config.is_kv_producer),
         tokens_per_step=1 + int(vllm_config.num_speculative_tokens),
     )
-    return Leader(setup, time.monotonic)
+    return Leader(setup, time.monotonic, reporting)
+
+
+def make_reporting(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> Reporting | None:
+    """What tells the master, not started; ``None`` when none is configured.
+
+    Raises ``ConfigError`` for a model or a configuration that cannot work, as :func:`make_leader` does.
+    """
+    parallel = vllm_config.parallel_config
+    hash_tokens = compat.hash_tokens(vllm_config, kv_cache_config)
+    groups = kv_groups(kv_cache_config, hash_tokens)
+    facts = facts_of(vllm_config, groups, hash_tokens, _engines(parallel, settings), _engine_rank(parallel))
+    reporter = open_reporter(settings.config, facts)
+    if reporter is None:
+        return None
+    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    tensor_bytes = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
+    return Reporting(
+        reporter,
+        groups,
+        hbm_block_bytes=tensor_bytes // kv_cache_config.num_blocks * ranks,
+        caches_prefixes=bool(vllm_config.cache_config.enable_prefix_caching),
+    )
 
 
 def make_worker(vllm_config: Any, kv_cache_config: Any, settings: Settings, kv_caches: dict[str, Any]) -> Worker:
@@ -214,10 +243,15 @@ def _folder(namespace: str, parallel: Any, settings: Settings) -> str:
     engines = _engines(parallel, settings)
     if engines == 1:
         return namespace
+    return f"{namespace}-dp{_engine_rank(parallel)}of{engines}"
+
+
+def _engine_rank(parallel: Any) -> int:
+    """Which of the data-parallel engines this is."""
     rank = parallel.data_parallel_rank
     if parallel.data_parallel_size == 1:
         rank = compat.optional(parallel, "data_parallel_index", rank)
-    return f"{namespace}-dp{rank}of{engines}"
+    return int(rank)
 
 
 def _kv_events(vllm_config: Any) -> bool:

@@ -49,6 +49,15 @@ FORMS: dict[str, tuple[list[str], dict[str, Any]]] = {
     ),
 }
 
+PLACES: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "a host and a port": (["--host", "10.1.2.3", "--port", "1234"], {"serving": "10.1.2.3:1234"}),
+    "an IPv6 address": (["--host", "::1"], {"serving": "::1:8000"}),
+    "a Unix socket": (["--uds", "/run/vllm.sock"], {}),
+    "no server": (["--headless"], {}),
+    "what the user says": ([f"{DOTTED.rpartition('.')[0]}.serving", "proxy:80"], {"serving": "proxy:80"}),
+}
+"""Arguments beside ``--kv-connector umbp``, and the connector's extra config."""
+
 CONFLICTS: dict[str, tuple[list[str], str]] = {
     "flag, then another connector": (["--kv-connector", "umbp", "--kv-transfer-config", OTHER], "ExampleConnector"),
     "another connector, then flag": (["--kv-transfer-config", OTHER, "--kv-connector", "umbp"], "ExampleConnector"),
@@ -87,6 +96,11 @@ def answers(drive: Any, model_dir: Path, tmp_path_factory: pytest.TempPathFactor
     yaml.write_text("kv-connector: umbp\nkv-transfer-config:\n  kv_connector_extra_config:\n    namespace: team-a\n")
     table = {**FORMS, **CONFLICTS, **UNTOUCHED}
     commands = {name: ["serve", model, *common, *arguments] for name, (arguments, _) in table.items()}
+    for name, (arguments, _) in PLACES.items():
+        commands[name] = ["serve", model, *common, "--kv-connector", "umbp", *arguments]
+    both = {"connectors": [json.loads(NAMED), json.loads(OTHER)]}
+    multi = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": both}
+    commands["below MultiConnector"] = ["serve", model, *common, "--kv-transfer-config", json.dumps(multi)]
     commands["sizes disagree"] = [
         *["serve", model, *common, "--kv-offloading-backend", "umbp", "--kv-offloading-size", "4"],
         *["--kv-transfer-config.kv_connector_extra_config.cpu_bytes_to_use", "17"],
@@ -110,10 +124,15 @@ def umbp(extra: dict[str, Any]) -> dict[str, Any]:
     return {"connector": "umbp", "role": "kv_both", "extra": extra}
 
 
+def served(extra: dict[str, Any], where: str = ":8000") -> dict[str, Any]:
+    """What ``vllm serve`` makes: the engine is told where its server listens."""
+    return umbp({**extra, "serving": where})
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_names_the_connector_in_the_engines_configuration(form: str, answers: dict[str, Any]) -> None:
     answer = answers[form]
-    assert answer.get("config") == umbp(FORMS[form][1]), answer
+    assert answer.get("config") == served(FORMS[form][1]), answer
     assert answer["again"] == answer["config"]
     assert answer["offloading_size"] is None
 
@@ -147,10 +166,21 @@ def test_vllms_own_offloading_still_wins_over_other_connectors(answers: dict[str
 
 
 def test_a_yaml_file_takes_the_flag(answers: dict[str, Any]) -> None:
-    assert answers["yaml"]["config"] == umbp(EXTRA)
-    assert answers["yaml overridden"]["config"] == umbp({"namespace": "b"})
+    assert answers["yaml"]["config"] == served(EXTRA)
+    assert answers["yaml overridden"]["config"] == served({"namespace": "b"})
 
 
 @pytest.mark.parametrize("form", ["bench latency", "bench throughput", "bench offloading"])
 def test_the_benchmarks_take_the_flag(form: str, answers: dict[str, Any]) -> None:
     assert answers[form]["config"] == umbp({})
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_engine_hears_where_its_server_listens(place: str, answers: dict[str, Any]) -> None:
+    assert answers[place]["config"] == umbp(PLACES[place][1])
+
+
+def test_the_engine_below_multi_connector_hears_it_too(answers: dict[str, Any]) -> None:
+    ours, other = answers["below MultiConnector"]["config"]["extra"]["connectors"]
+    assert ours["kv_connector_extra_config"] == {"serving": ":8000"}
+    assert other == json.loads(OTHER)

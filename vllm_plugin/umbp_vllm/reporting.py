@@ -1,0 +1,142 @@
+"""Tells a master what this engine holds: HBM as vLLM's block pool has it, DRAM and SSD as our directory has them.
+
+Everything here that the scheduler's thread calls appends a reference to a feed and returns; words are made of it in the
+reporter's thread.  Nothing waits for a master, and nothing is lost for good while it is away (``docs/reporting.md``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from umbp_connectors.reporting.feed import Feed
+from umbp_connectors.reporting.reporter import Reporter
+from umbp_connectors.reporting.words import Word
+from umbp_core.directory import Change, Directory, EventKind
+from umbp_core.master.model import TierCapacity
+from umbp_core.tiers import Tier
+from umbp_vllm import compat
+from umbp_vllm.groups import KvGroup
+from umbp_vllm.hbm_watch import All, BlockLog, BlockMirror, Note
+from umbp_vllm.published import GroupWords, hash_form
+
+logger = logging.getLogger("vllm.umbp.reporting")
+
+CLOSE_TIMEOUT_S = 2.0
+"""How long the end of the engine may wait for the master to be told."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolListing:
+    """Everything that the pool holds at one moment: block keys per tier."""
+
+    keys: dict[Tier, list[bytes]]
+
+
+PoolNews: TypeAlias = "Sequence[Change] | PoolListing"
+
+
+class PoolMirror:
+    """Makes words of the directory's changes.  The reporter's thread."""
+
+    def __init__(self, words: GroupWords) -> None:
+        self._words = words
+
+    def decode(self, news: PoolNews) -> Iterator[Word]:
+        """The words for ``news``, in its order."""
+        if isinstance(news, PoolListing):
+            for tier, keys in news.keys.items():
+                yield self._words.replaced(tier, keys)
+            return
+        for change in news:
+            came, gone = (change.keys, ()) if change.kind is EventKind.ADDED else ((), change.keys)
+            yield from self._words.changed(change.tier, came, gone)
+
+
+class PoolTeller:
+    """The scheduler thread's half of what the pool holds."""
+
+    def __init__(self, directory: Directory, tiers: Sequence[Tier], reporter: Reporter, words: GroupWords) -> None:
+        self._directory = directory
+        self._tiers = tiers
+        self._feed: Feed[PoolNews] = reporter.feed("pool", PoolMirror(words).decode, self._listing)
+        listing = self._listing()
+        self._feed.tell(sum(map(len, listing.keys.values())), listing)
+
+    def changed(self, changes: Sequence[Change]) -> None:
+        """The directory changed like this; ``changes`` is not changed any more."""
+        if changes:
+            self._feed.tell(sum([len(change.keys) for change in changes]), changes)
+
+    def _listing(self) -> PoolListing:
+        return PoolListing({tier: self._directory.keys(tier) for tier in self._tiers})
+
+
+@dataclass
+class Reporting:
+    """All that one engine tells.  Scheduler thread only."""
+
+    reporter: Reporter
+    groups: Sequence[KvGroup]
+    hbm_block_bytes: int
+    """Bytes of one of vLLM's KV blocks over all ranks."""
+    caches_prefixes: bool
+    """Whether vLLM's own prefix cache is on; without it HBM can serve nobody."""
+    _log: BlockLog = field(default_factory=BlockLog, init=False)
+    _hbm: Feed[list[Note]] | None = field(default=None, init=False)
+    _capacities: list[Callable[[], Sequence[TierCapacity]]] = field(default_factory=list, init=False)
+
+    def start(self, block_pool: Any) -> None:
+        """Follow vLLM's ``block_pool`` and start to report.  Never waits."""
+        reason = compat.cannot_watch(block_pool)
+        if reason is not None:
+            logger.warning(
+                "umbp: what HBM holds is not reported, because this vLLM (%s) is not known: %s; DRAM and SSD are",
+                compat.vllm_version(),
+                reason,
+            )
+        elif self.caches_prefixes:
+            mirror = BlockMirror(block_pool, self._words())
+            self._hbm = self.reporter.feed("hbm", mirror.decode, lambda: [All.UNKNOWN])
+            compat.watch_blocks(block_pool, self._log.note, self._emptied)
+        self._capacities.append(lambda: [self._hbm_capacity(block_pool)])
+        self.reporter.watch_capacities(lambda: [tier for some in tuple(self._capacities) for tier in some()])
+        self.reporter.start()
+
+    def follow_pool(self, directory: Directory, page_bytes: dict[Tier, int]) -> PoolTeller:
+        """The pool is open: tell what its ``directory`` holds, and what changes from now on.
+
+        ``page_bytes`` has the bytes of a page over all ranks, for each tier that there is.
+        """
+        teller = PoolTeller(directory, tuple(page_bytes), self.reporter, self._words())
+        self._capacities.append(lambda: [_capacity(directory, tier, nbytes) for tier, nbytes in page_bytes.items()])
+        return teller
+
+    def step(self) -> None:
+        """A moment between two changes: tell what was noted of HBM.  At least once per engine step."""
+        if self._hbm is not None:
+            notes = self._log.take()
+            if notes:
+                self._hbm.tell(sum([1 if isinstance(note, All) else len(note) for note in notes]), notes)
+
+    def close(self) -> None:
+        """Unregister and end; bounded in time."""
+        self.reporter.close(CLOSE_TIMEOUT_S)
+
+    def _emptied(self) -> None:
+        self._log.note(All.EMPTIED)
+        self.step()
+
+    def _words(self) -> GroupWords:
+        return GroupWords(self.groups, hash_form())
+
+    def _hbm_capacity(self, block_pool: Any) -> TierCapacity:
+        free = block_pool.get_num_free_blocks()
+        return TierCapacity(Tier.HBM, block_pool.num_gpu_blocks * self.hbm_block_bytes, free * self.hbm_block_bytes)
+
+
+def _capacity(directory: Directory, tier: Tier, page_bytes: int) -> TierCapacity:
+    stats = directory.stats(tier)
+    return TierCapacity(tier, stats.total_pages * page_bytes, stats.free_pages * page_bytes)
