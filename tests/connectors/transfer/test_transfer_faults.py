@@ -65,6 +65,7 @@ def test_bytes_behind_the_object_are_not_part_of_it(rig: Rig) -> None:
     rig.pages.array[10:14, 8000:] = 0x55
     (result,) = rig.run(rig.op("load", Direction.LOAD, blocks))
     assert result.status is OpStatus.DONE
+    check_delivery(rig, set())
 
 
 def test_right_bytes_under_a_wrong_name_do_not_verify(rig: Rig) -> None:

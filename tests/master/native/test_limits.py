@@ -209,7 +209,7 @@ def test_a_socket_that_somebody_else_put_there_is_not_removed(running: Master, t
     path.unlink()
     path.write_text("somebody else's")
     running.run(server.stop(DEADLINE))
-    assert path.exists()
+    assert path.read_text() == "somebody else's"
 
 
 def test_a_port_that_is_taken_is_said_so(running: Master) -> None:
