@@ -133,11 +133,11 @@ def test_prefaulting_stops_when_memory_runs_short(
 
 
 def test_closing_stops_prefaulting(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(lambda address, nbytes: None)
+    gate = Gate()
     monkeypatch.setattr(machine, "populate", gate)
     arena = Arena(32 << 20, pages=4)
     arena.open()
-    gate.wait_reached()
+    gate.wait_until_held()
     assert not arena.wait_prefaulted(0)
     closer = threading.Thread(target=arena.close)
     closer.start()

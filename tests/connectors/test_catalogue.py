@@ -9,12 +9,12 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.connectors.gate import Gate
 from umbp_connectors.pool.capacity import catalogue_allowance
 from umbp_connectors.pool.catalogue import Catalogue, CatalogueRow
 from umbp_core.errors import StateError, TierUnavailable
@@ -224,34 +224,26 @@ def test_a_second_owner_is_refused_and_harms_nothing(make: Callable[..., Catalog
     assert _reopened(make, catalogue) == [_row(b"a", 1)]
 
 
-class _Gate:
-    """Holds the writer in its transaction until it is opened."""
-
-    def __init__(self, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.entered, self.open = threading.Event(), threading.Event()
-        commit = catalogue._commit
-
-        def held(batch: object) -> bool:
-            self.entered.set()
-            assert self.open.wait(60)
-            return commit(batch)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(catalogue, "_commit", held)
+def _held(catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> Gate:
+    """Holds the writer before it commits."""
+    gate = Gate(catalogue._commit)
+    monkeypatch.setattr(catalogue, "_commit", gate)
+    return gate
 
 
 def test_an_overflow_is_counted_and_costs_only_what_did_not_fit(
     make: Callable[..., Catalogue], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     catalogue = make(max_pending=4)
-    gate = _Gate(catalogue, monkeypatch)
+    gate = _held(catalogue, monkeypatch)
     catalogue.open()
     catalogue.record([_row(b"first", 0)])
-    assert gate.entered.wait(60)
+    gate.wait_until_held()
     catalogue.record([_row(b"k%d" % slot, slot) for slot in range(1, 10)])
     catalogue.forget([b"first"])
     assert catalogue.dropped == 5
     assert not catalogue.flush(0), "time ran out"
-    gate.open.set()
+    gate.open()
     assert catalogue.flush(10), "nothing was dropped since the last flush"
     assert [row.key for row in _reopened(make, catalogue)] == [b"k1", b"k2", b"k3", b"k4"]
 
@@ -260,12 +252,12 @@ def test_flush_waits_for_the_batch_that_is_being_written(
     make: Callable[..., Catalogue], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     catalogue = make()
-    gate = _Gate(catalogue, monkeypatch)
+    gate = _held(catalogue, monkeypatch)
     catalogue.open()
     catalogue.record([_row(b"first", 0)])
-    assert gate.entered.wait(60)
+    gate.wait_until_held()
     assert not catalogue.flush(0.01), "nothing is queued, but the batch is not committed"
-    gate.open.set()
+    gate.open()
     assert catalogue.flush(10)
 
 

@@ -415,7 +415,7 @@ def test_close_waits_for_calls_under_way(make: Callable[..., LocalPool], monkeyp
     statuses: list[PutStatus] = []
     writer = threading.Thread(target=lambda: statuses.extend(pool.put([b"key"], [b"data"])))
     writer.start()
-    gate.wait_reached()
+    gate.wait_until_held()
     closer = threading.Thread(target=pool.close)
     closer.start()
     closer.join(0.05)
@@ -435,7 +435,7 @@ def test_a_call_that_does_not_end_does_not_hold_up_a_close(
     statuses: list[PutStatus] = []
     writer = threading.Thread(target=lambda: statuses.extend(pool.put([b"key"], [b"data"])))
     writer.start()
-    gate.wait_reached()
+    gate.wait_until_held()
     pool.close(timeout=0)
     assert "calls are under way" in caplog.text
     gate.open()

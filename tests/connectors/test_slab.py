@@ -293,7 +293,7 @@ def test_close_waits_for_transfers_and_refuses_new_ones(slab: SlabFile, monkeypa
     target = bytearray(8)
     reader = threading.Thread(target=slab.read_into, args=(0, target))
     reader.start()
-    gate.wait_reached()
+    gate.wait_until_held()
     waiting, wait_for = threading.Event(), slab._guard.wait_for
 
     def announce(condition: Callable[[], bool], timeout: float) -> bool:
@@ -321,7 +321,7 @@ def test_a_disk_that_does_not_answer_does_not_hold_up_a_close(
     monkeypatch.setattr(os, "preadv", gate)
     reader = threading.Thread(target=slab.read_into, args=(0, bytearray(8)))
     reader.start()
-    gate.wait_reached()
+    gate.wait_until_held()
     slab.close(timeout=0)
     assert "the disk does not answer" in caplog.text
     gate.open()

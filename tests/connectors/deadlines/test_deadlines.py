@@ -236,7 +236,7 @@ def test_a_delivery_that_has_begun_is_waited_for(
     buffer, statuses = bytearray(SIZE), list[GetStatus]()
     reader = threading.Thread(target=lambda: statuses.extend(pool.get(COLD[:1], [buffer], timeout=SHORT)))
     reader.start()
-    gate.wait_reached()
+    gate.wait_until_held()
     reader.join(4 * SHORT)
     assert reader.is_alive()
     gate.open()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
+from tests.connectors.gate import Gate
 from umbp_connectors.pool.checksums import object_checksum
 from umbp_connectors.transfer import Limits, TransferEngine
 from umbp_core.ids import Identity, RankScope
@@ -17,29 +17,6 @@ from umbp_core.testing.fakes import CopyCall, FakeClock, MemoryDevice, MemoryPag
 
 PATIENCE = 20.0
 """Seconds for what takes milliseconds: only a bug waits for it."""
-
-
-class Gate:
-    """A hook that holds whoever passes it while it is closed."""
-
-    def __init__(self, only: Callable[..., bool] = lambda *_: True) -> None:
-        self._only = only
-        self._open = threading.Event()
-        self._arrived = threading.Semaphore(0)
-
-    def __call__(self, *event: Any) -> None:
-        if self._only(*event):
-            self._arrived.release()
-            assert self._open.wait(PATIENCE)
-
-    def wait_until_held(self, count: int = 1) -> None:
-        """Returns when ``count`` more threads stand at the gate."""
-        for _ in range(count):
-            assert self._arrived.acquire(timeout=PATIENCE)
-
-    def open(self) -> None:
-        """Let all pass, now and later."""
-        self._open.set()
 
 
 class Rig:
@@ -81,7 +58,7 @@ class Rig:
 
     def gate(self, only: Callable[..., bool] = lambda *_: True) -> Gate:
         """A gate that the end of the test opens, whatever happened."""
-        gate = Gate(only)
+        gate = Gate(only=only)
         self.gates.append(gate)
         return gate
 
