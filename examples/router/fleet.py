@@ -1,0 +1,152 @@
+"""Keeps the books true: which workers there are, whether they answer, what they serve, and how fast they are."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from examples.router.books import Books, Worker
+from examples.router.settings import RouterSettings
+from examples.router.speeds import Totals, measured, totals_of
+from umbp_connectors.client.reader import MasterReader
+from umbp_connectors.prompt_hashes.hasher import Namespace
+from umbp_connectors.prompt_hashes.tags import tag_values
+from umbp_core.errors import ConfigError
+from umbp_core.master.model import NodeInfo, NodeStatus
+
+logger = logging.getLogger(__name__)
+
+Nodes = dict[str, dict[int, tuple[str, Mapping[str, str]]]]
+"""URL to data-parallel rank to name and tags."""
+
+_UNHEALTHY = (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError, TypeError, KeyError)
+"""What a worker that is ill, or is none, brings about."""
+
+
+class Fleet:
+    """Looks at the master and at the workers, again and again; one loop's thread."""
+
+    def __init__(
+        self, books: Books, http: aiohttp.ClientSession, reader: MasterReader | None, settings: RouterSettings
+    ) -> None:
+        self._books = books
+        self._http = http
+        self._reader = reader
+        self._settings = settings
+        self._totals: dict[str, Totals] = {}
+        for url in settings.workers:
+            books.add(place_of(url), settings.speeds, listed=True)
+
+    async def run(self) -> None:
+        """Look again after every interval, until it is cancelled."""
+        while True:
+            await asyncio.sleep(self._settings.refresh_interval)
+            await self.refresh()
+
+    async def refresh(self) -> None:
+        """One look at everything; no failure of a worker or of the master is raised."""
+        await self._read_nodes()
+        await asyncio.gather(*map(self._look, list(self._books)))
+
+    async def _read_nodes(self) -> None:
+        if self._reader is None:
+            return
+        infos = await asyncio.to_thread(self._reader.nodes, self._settings.look_timeout)
+        if infos is None:
+            return  # what was known goes on; questions for prefixes find out by themselves
+        found = nodes_by_url(infos)
+        if not self._settings.workers:
+            for url in found:
+                self._books.add(url, self._settings.speeds)
+        for worker in list(self._books):
+            nodes = found.get(worker.url, {})
+            self._books.seat_nodes(worker, nodes)
+            if not nodes and not worker.listed and not worker.alive:
+                self._books.drop(worker.url)
+
+    async def _look(self, worker: Worker) -> None:
+        try:
+            await self._get(worker, "/health")
+            models = models_of(await self._get(worker, "/v1/models"))
+        except _UNHEALTHY as error:
+            if worker.alive:
+                logger.warning("worker %s does not answer any more: %s", worker.url, type(error).__name__)
+            worker.alive = False
+            self._totals.pop(worker.url, None)
+            return
+        if not worker.alive:
+            logger.info("worker %s serves %s", worker.url, ", ".join(models))
+        worker.models, worker.alive = models, True
+        try:
+            await self._measure(worker)
+        except _UNHEALTHY as error:
+            logger.debug("worker %s has no metrics to go by: %s", worker.url, error)
+
+    async def _measure(self, worker: Worker) -> None:
+        text = (await self._get(worker, "/metrics")).decode()
+        blocks = [seat.tags.get("block", "0") for seat in worker.seats.values()]
+        totals = await asyncio.to_thread(totals_of, text, int(blocks[0]))
+        before = self._totals.get(worker.url)
+        self._totals[worker.url] = totals
+        if before is not None:
+            worker.speeds = measured(worker.speeds, before, totals)
+        own = sum(seat.outstanding for seat in worker.seats.values())
+        worker.foreign_waiting = max(0, round(totals.waiting) - own)
+
+    async def _get(self, worker: Worker, path: str) -> bytes:
+        timeout = aiohttp.ClientTimeout(total=self._settings.look_timeout)
+        async with self._http.get(worker.url + path, timeout=timeout) as response:
+            response.raise_for_status()
+            return await response.read()
+
+
+def place_of(url: str) -> str:
+    """``url`` as it is compared: ``http://host:port``.  Raises ``ConfigError`` when it is no such thing."""
+    parts = urlsplit(url if "://" in url else f"http://{url}")
+    try:
+        port = parts.port
+    except ValueError:
+        port = None
+    if parts.scheme not in {"http", "https"} or not parts.hostname or port is None:
+        raise ConfigError(f"{url!r} is no address of a worker; give http://HOST:PORT")
+    host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname
+    return f"{parts.scheme}://[{host}]:{port}" if ":" in host else f"{parts.scheme}://{host}:{port}"
+
+
+def nodes_by_url(infos: Iterable[NodeInfo]) -> Nodes:
+    """The living nodes that can serve requests.
+
+    The first rank stands for its engine's tensor and pipeline parallel ranks.  Nodes that only prefill are not asked.
+    """
+    found: Nodes = {}
+    for info in infos:
+        tags = tag_values(info.tags)
+        if info.status is not NodeStatus.ALIVE or "http" not in tags or tags.get("role") == "prefill":
+            continue
+        if tags.get("tp", "0") != "0" or tags.get("pp", "0") != "0":
+            continue
+        try:
+            url, rank = place_of(tags["http"]), int(tags.get("dp", "0"))
+        except (ConfigError, ValueError):
+            logger.debug("node %s has tags that name no worker: %s", info.node_id, info.tags)
+            continue
+        found.setdefault(url, {})[rank] = (info.node_id, tags)
+    return found
+
+
+def models_of(page: bytes) -> dict[str, Namespace]:
+    """What ``/v1/models`` says: names, and the namespace of those that are adapters.  Raises ``ValueError`` and kin."""
+    models: dict[str, Namespace] = {}
+    cards: list[dict[str, Any]] = json.loads(page)["data"]
+    for card in cards:
+        adapter = card.get("parent") is not None
+        models[card["id"]] = (
+            Namespace(lora_name=card["id"], lora_path=card.get("root") or "") if adapter else Namespace()
+        )
+    return models

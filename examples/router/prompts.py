@@ -1,0 +1,87 @@
+"""From a request to what its hashes cover.  The body is read here, never kept and never logged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from umbp_connectors.prompt_hashes.hasher import Namespace
+
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+_OF_A_TEMPLATE = (
+    "messages",
+    "tools",
+    "tool_choice",
+    "reasoning_effort",
+    "add_generation_prompt",
+    "continue_final_message",
+    "add_special_tokens",
+    "chat_template",
+    "chat_template_kwargs",
+)
+"""Fields of a chat request that decide its tokens."""
+
+
+class Unreadable(Exception):
+    """The tokens of a request cannot be known here; the message is a few words for a header."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What to ask a worker's ``/tokenize``; or, when ``tokens`` is set, nothing."""
+
+    body: Mapping[str, Any]
+    tokens: Sequence[int] | None = None
+
+
+def question_of(path: str, body: Mapping[str, Any]) -> Question:
+    """How the tokens of a request are found.  Of several prompts in one request, the first decides.
+
+    Raises ``Unreadable``.
+    """
+    if path == CHAT:
+        return Question(_chat(body))
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], (list, str)):
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        kept = ("add_special_tokens",)
+        return Question({"model": body.get("model"), "prompt": prompt, **_some(body, kept)})
+    if isinstance(prompt, list) and prompt and all(_is_token(token) for token in prompt):
+        return Question({}, prompt)
+    raise Unreadable("the prompt is no text and no tokens")
+
+
+def tokens_of(answer: object) -> list[int]:
+    """The tokens in what ``/tokenize`` answered.  Raises ``Unreadable``."""
+    tokens = answer.get("tokens") if isinstance(answer, dict) else None
+    if not isinstance(tokens, list) or not all(_is_token(token) for token in tokens):
+        raise Unreadable("/tokenize answered with no tokens")
+    return tokens
+
+
+def namespace_of(body: Mapping[str, Any], adapter: Namespace) -> Namespace:
+    """What keeps the request's blocks apart; ``adapter`` is what the model that it names has."""
+    salt = body.get("cache_salt")
+    return Namespace(salt if isinstance(salt, str) else "", adapter.lora_name, adapter.lora_path)
+
+
+def _chat(body: Mapping[str, Any]) -> dict[str, Any]:
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise Unreadable("no messages")
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list) and any(not isinstance(p, dict) or p.get("type") != "text" for p in content):
+            raise Unreadable("not only text")
+    return {"model": body.get("model"), **_some(body, _OF_A_TEMPLATE)}
+
+
+def _some(body: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: body[name] for name in names if body.get(name) is not None}
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
