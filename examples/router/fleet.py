@@ -90,8 +90,8 @@ class Fleet:
 
     async def _measure(self, worker: Worker) -> None:
         text = (await self._get(worker, "/metrics")).decode()
-        blocks = [seat.tags.get("block", "0") for seat in worker.seats.values()]
-        totals = await asyncio.to_thread(totals_of, text, int(blocks[0]))
+        page = next((seat.tags["block"] for seat in worker.seats.values() if "block" in seat.tags), "0")
+        totals = await asyncio.to_thread(totals_of, text, int(page))
         before = self._totals.get(worker.url)
         self._totals[worker.url] = totals
         if before is not None:

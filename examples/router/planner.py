@@ -14,7 +14,7 @@ from umbp_connectors.prompt_hashes.hasher import NO_NAMESPACE, CannotHash, Names
 from umbp_connectors.prompt_hashes.tags import hasher_of
 from umbp_core.index_match import PrefixMatch, TierRun
 
-_SCHEME = ("block", "hash", "hash_form", "hash_start", "hash_unit", "version")
+_SCHEME = ("block", "hash", "hash_form", "hash_start", "hash_unit", "hash_every", "hash_keys")
 """Tags that decide how hashes are computed; seats that have the same share them."""
 _CHARACTERS_PER_TOKEN = 4
 """A guess, for prompts whose tokens are not known."""
@@ -53,9 +53,9 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """What nodes hold of a prompt: runs by the name of the node."""
+    """What nodes hold of a prompt, by their names: runs of blocks, and tokens per block."""
 
-    runs: Mapping[str, Sequence[TierRun]]
+    runs: Mapping[str, tuple[Sequence[TierRun], int]]
     cause: str = ""
     note: str = ""
 
@@ -92,7 +92,7 @@ class Planner:
 
     def _ask(self, reader: MasterReader, prompt: Prompt, schemes: Sequence[Mapping[str, str]]) -> _Held:
         """Who holds the prompt, under the hashes of each scheme.  Any thread."""
-        runs: dict[str, Sequence[TierRun]] = {}
+        runs: dict[str, tuple[Sequence[TierRun], int]] = {}
         cause = note = ""
         for tags in schemes:
             try:
@@ -105,7 +105,7 @@ class Planner:
             if found is None:
                 cause, note = "master_silent", "the master does not answer"
                 break
-            runs |= {match.node: match.runs for match in found}
+            runs |= {match.node: (match.runs, hasher.block_tokens) for match in found}
         return _Held(runs, cause, note)
 
     def _match(self, reader: MasterReader, hasher: PromptHasher, hashes: Sequence[bytes]) -> list[PrefixMatch] | None:
@@ -114,17 +114,17 @@ class Planner:
         weights = self._settings.speeds.weights(hasher.block_tokens)
         return reader.match_prefix(hashes, weights, self._settings.match_timeout)
 
-    def _offer(self, worker: Worker, seat: Seat, held: Mapping[str, Sequence[TierRun]]) -> Offer:
+    def _offer(self, worker: Worker, seat: Seat, held: Mapping[str, tuple[Sequence[TierRun], int]]) -> Offer:
         if self._settings.policy is Policy.TURN:
             return Offer(seat.name, worker.speeds)
-        runs = held.get(seat.node, ()) if seat.node else ()
+        runs, block_tokens = held.get(seat.node, ((), 0)) if seat.node else ((), 0)
         return Offer(
             seat.name,
             worker.speeds,
             queue_seconds=worker.queue_seconds(seat),
             outstanding=seat.outstanding,
             runs=runs,
-            block_tokens=int(seat.tags["block"]) if runs else 0,
+            block_tokens=block_tokens,
         )
 
 

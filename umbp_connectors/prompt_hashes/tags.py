@@ -2,17 +2,17 @@
 
 ========================  ====================================================================================
 ``block=TOKENS``          tokens per hash
+``hash_every=N``          only every N-th of these is the hash of a block (vLLM)
 ``hash=NAME``             ``sglang``, or a name of vLLM's ``--prefix-caching-hash-algo``
 ``hash_form=FORM``        ``int64`` or ``hex`` (vLLM)
 ``hash_start=KIND``       ``default``; ``seed``: from ``PYTHONHASHSEED``; ``random``: nobody else can know (vLLM)
 ``hash_unit=bigram``      pages of pairs of tokens (SGLang with EAGLE)
-``version=VERSION``       of the engine; what a namespace adds changed with vLLM 0.31
+``hash_keys=KIND``        ``tagged`` or, before 0.31, ``untagged``: how a namespace is hashed (vLLM)
 ========================  ====================================================================================
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 
 from umbp_connectors.prompt_hashes.hasher import CannotHash, PromptHasher
@@ -20,8 +20,6 @@ from umbp_connectors.prompt_hashes.sglang import SGLangHasher
 from umbp_connectors.prompt_hashes.vllm import DEFAULT_SEED, DIGESTS, VllmHasher, as_hex, as_int64
 
 _FORMS: dict[str, Callable[[bytes], bytes]] = {"int64": as_int64, "hex": as_hex}
-_TAGGED_SINCE = (0, 31)
-_VERSION = re.compile(r"(\d+)\.(\d+)")
 
 
 def tag_values(tags: Iterable[str]) -> dict[str, str]:
@@ -50,7 +48,8 @@ def hasher_of(tags: Mapping[str, str], seed: str | None = None) -> PromptHasher:
     if form not in _FORMS:
         raise CannotHash(f"the node publishes hashes in the unknown form {form!r} (tag hash_form=)")
     start = _start(tags.get("hash_start", "default"), seed)
-    return VllmHasher(int(block), DIGESTS[name], _FORMS[form], start, tagged=_is_tagged(tags.get("version", "")))
+    tagged = tags.get("hash_keys") != "untagged"
+    return VllmHasher(int(block), DIGESTS[name], _FORMS[form], start, every=_every(tags), tagged=tagged)
 
 
 def _start(kind: str, seed: str | None) -> str:
@@ -68,7 +67,8 @@ def _start(kind: str, seed: str | None) -> str:
     )
 
 
-def _is_tagged(version: str) -> bool:
-    """An unknown version is taken for a new one."""
-    found = _VERSION.match(version)
-    return found is None or (int(found[1]), int(found[2])) >= _TAGGED_SINCE
+def _every(tags: Mapping[str, str]) -> int:
+    text = tags.get("hash_every", "1")
+    if not text.isdecimal() or int(text) == 0:
+        raise CannotHash(f"the node names every {text!r}-th hash (tag hash_every=), which is no number")
+    return int(text)

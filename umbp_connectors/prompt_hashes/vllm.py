@@ -55,21 +55,25 @@ def as_hex(digest: bytes) -> bytes:
 
 
 class VllmHasher:
-    """The hashes of a vLLM with ``block_tokens`` tokens per hash; ``seed`` is what its chains start from.
+    """The hashes of a vLLM whose chains start from ``seed`` and have a link every ``chain_tokens`` tokens.
 
+    Only every ``every``-th link is the hash of a block, where all attention groups have blocks longer than a link.
     Since 0.31 what a namespace adds to a block is ``tagged`` with its kind, and an adapter is named with its path.
     """
 
     def __init__(
         self,
-        block_tokens: int,
+        chain_tokens: int,
         digest: Digest,
         publish: Callable[[bytes], bytes] = as_int64,
         seed: str = DEFAULT_SEED,
         *,
+        every: int = 1,
         tagged: bool = True,
     ) -> None:
-        self.block_tokens = block_tokens
+        self.block_tokens = chain_tokens * every
+        self._chain_tokens = chain_tokens
+        self._every = every
         self._digest = digest
         self._publish = publish
         self._seed = seed
@@ -77,16 +81,16 @@ class VllmHasher:
 
     def hashes(self, tokens: Sequence[int], namespace: Namespace = NO_NAMESPACE) -> list[bytes]:
         """See ``PromptHasher``; every namespace can be computed."""
-        size, digest, publish = self.block_tokens, self._digest, self._publish
+        size, digest = self._chain_tokens, self._digest
         everywhere = self._adapter(namespace)
         extra = everywhere + self._salt(namespace) or None
         before = digest(self._seed)
-        published = []
+        chain = []
         for start in range(0, len(tokens) - size + 1, size):
             before = digest((before, tuple(tokens[start : start + size]), extra))
-            published.append(publish(before))
+            chain.append(before)
             extra = everywhere or None
-        return published
+        return list(map(self._publish, chain[self._every - 1 :: self._every]))
 
     def _adapter(self, namespace: Namespace) -> tuple[Any, ...]:
         if not namespace.lora_name:

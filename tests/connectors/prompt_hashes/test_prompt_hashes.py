@@ -62,12 +62,19 @@ def test_each_part_of_a_namespace_changes_every_block(name: str) -> None:
 
 
 def test_before_031_vllm_left_the_adapters_path_out() -> None:
-    old = hasher_of({"block": "4", "hash": "sha256", "version": "0.30.2"})
-    new = hasher_of({"block": "4", "hash": "sha256", "version": "0.31.0"})
+    old = hasher_of({"block": "4", "hash": "sha256", "hash_keys": "untagged"})
+    new = hasher_of({"block": "4", "hash": "sha256", "hash_keys": "tagged"})
     one, other = Namespace(lora_name="a", lora_path="p"), Namespace(lora_name="a", lora_path="q")
     assert old.hashes(TOKENS, one) == old.hashes(TOKENS, other)
     assert new.hashes(TOKENS, one) != new.hashes(TOKENS, other)
     assert old.hashes(TOKENS) == new.hashes(TOKENS)
+
+
+def test_blocks_of_several_links_have_the_hash_of_the_last() -> None:
+    links = hasher_of({"block": "2", "hash": "sha256"}).hashes([*TOKENS, 9, 10])
+    blocks = hasher_of({"block": "2", "hash": "sha256", "hash_every": "2"})
+    assert blocks.block_tokens == 4
+    assert blocks.hashes([*TOKENS, 9, 10]) == [links[1], links[3]]
 
 
 def test_the_same_object_twice_is_hashed_like_two_equal_ones() -> None:
@@ -94,6 +101,7 @@ def test_whole_digests_in_hexadecimal() -> None:
         ({"block": "4"}, "unknown kind"),
         ({"block": "4", "hash": "md5"}, "'md5'"),
         ({"block": "4", "hash": "sha256", "hash_form": "base64"}, "'base64'"),
+        ({"block": "4", "hash": "sha256", "hash_every": "0"}, "hash_every="),
         ({"block": "4", "hash": "sha256", "hash_start": "seed"}, "PYTHONHASHSEED"),
         ({"block": "4", "hash": "xxhash", "hash_start": "random"}, "drew for itself"),
     ],
