@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,21 +141,40 @@ def test_a_request_that_is_wrong_gets_an_error_and_the_connection_goes_on(
     assert raw.ask(LOOKUP, pack_hashes([b"k"])) == (FrameType.REPLY, [116, b"\0"])
 
 
-def test_a_mistake_in_the_master_costs_one_call(
-    raw: RawClient, running: Master, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken(*_: object) -> None:
-        raise ZeroDivisionError("a mistake")
+def at_once(*_: object) -> None:
+    raise ZeroDivisionError("a mistake")
 
-    running.service.list_nodes = broken  # type: ignore[method-assign, assignment]
-    number = raw.request(34)
+
+async def in_steps(*_: object) -> None:
+    raise ZeroDivisionError("a mistake")
+
+
+@pytest.mark.parametrize(
+    ("method", "broken", "fields", "name"),
+    [
+        ("list_nodes", at_once, [34], "ListNodes"),
+        ("match_prefix", in_steps, [33, pack_hashes([b"h"]), None], "MatchPrefix"),
+    ],
+)
+def test_a_mistake_in_the_master_costs_one_call(
+    raw: RawClient,
+    running: Master,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    broken: Callable[..., object],
+    fields: list[Any],
+    name: str,
+) -> None:
+    monkeypatch.setattr(running.service, method, broken)
+    number = raw.request(*fields)
     sequence, code, text = refused(raw)
     assert (sequence, code) == (number, ErrorCode.INTERNAL)
-    assert "ListNodes" in text
+    assert name in text
     assert "a mistake" not in text
     assert raw.ask(LOOKUP, pack_hashes([b"k"])) == (FrameType.REPLY, [116, b"\0"])
     assert "a mistake" in caplog.text
-    assert running.observer.calls[0] == ("native", "ListNodes", "INTERNAL")
+    assert running.observer.calls[0] == ("native", name, "INTERNAL")
 
 
 def some_value(rng: random.Random, depth: int = 0) -> Any:
