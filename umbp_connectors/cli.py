@@ -47,10 +47,10 @@ def config(extra: ExtraOption = "", file: FileOption = None, as_json: JsonOption
         print(json.dumps(_as_json(resolved), indent=2))
         return
     table = Table("key", "value", "from", box=box.SIMPLE, pad_edge=False)
-    values = resolved.config.model_dump(mode="json")
+    values = _values(resolved)
     for key, origin in resolved.origins.items():
         style = "dim" if origin == "default" else "bold"
-        table.add_row(key, escape(_shown(values[key])), escape(origin), style=style)
+        table.add_row(key, escape(_shown(key, values[key])), escape(origin), style=style)
     Console(soft_wrap=True).print(table)
 
 
@@ -109,18 +109,25 @@ def _extra(text: str) -> dict[str, Any]:
 
 
 def _as_json(resolved: ResolvedConfig) -> dict[str, dict[str, Any]]:
-    values = resolved.config.model_dump(mode="json")
+    values = _values(resolved)
     return {key: {"value": values[key], "origin": origin} for key, origin in resolved.origins.items()}
 
 
-def _shown(value: object) -> str:
+def _values(resolved: ResolvedConfig) -> dict[str, Any]:
+    """The value of every key; of a secret, only whether there is one."""
+    values = resolved.config.model_dump(mode="json")
+    secrets = [key for key, field in type(resolved.config).model_fields.items() if not field.repr and values[key]]
+    return values | dict.fromkeys(secrets, "(secret)")
+
+
+def _shown(key: str, value: object) -> str:
     """``value`` as one would write it; a whole number of MiB with its unit."""
     if value is None:
         return "not set"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return ", ".join(map(str, value)) or "all"
+        return ", ".join(map(str, value)) or ("all" if key == "plugins" else "none")
     if isinstance(value, int) and value >= 1 << 20:
         return f"{value >> 30}GiB" if value % (1 << 30) == 0 else f"{value / 2**20:.4g}MiB ({value})"
     return str(value)

@@ -49,6 +49,18 @@ def test_config_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert told["io_threads"] == {"value": 9, "origin": "environment UMBP_IO_THREADS"}
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_config_does_not_tell_secrets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], form: list[str]
+) -> None:
+    assert run(monkeypatch, "config", *form) == 0
+    assert "(secret)" not in capsys.readouterr().out
+    assert run(monkeypatch, "config", *form, "--extra", '{"master_token": "s3cret"}') == 0
+    told = capsys.readouterr().out
+    assert "(secret)" in told
+    assert "s3cret" not in told
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

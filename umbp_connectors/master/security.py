@@ -54,17 +54,17 @@ def read_token(path: Path) -> bytes:
     text = _read(path, "token_file")
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         logger.warning("umbp: %s, which holds the token, can be read by others: chmod 600 it", path)
-    return _checked(text.strip(), f"token_file {path}")
+    return checked_token(text.strip(), f"token_file {path}")
 
 
 def _token(config: MasterConfig) -> bytes:
     if config.token_file is not None:
         return read_token(config.token_file)
-    return _checked(config.token.encode(), "token") if config.token else b""
+    return checked_token(config.token.encode(), "token") if config.token else b""
 
 
-def _checked(token: bytes, where: str) -> bytes:
-    """``token``, if it can be sent in a header of gRPC too."""
+def checked_token(token: bytes, where: str) -> bytes:
+    """``token``, if it can be sent in a header of gRPC too; else raises ``ConfigError``, which names ``where``."""
     if not token:
         raise ConfigError(f"{where} is empty: give the shared token, or leave the key out")
     if len(token) > MAX_TOKEN or not all(33 <= byte < 127 for byte in token):

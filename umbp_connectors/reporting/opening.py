@@ -16,21 +16,23 @@ _JOIN_INTERVAL = 0.001
 
 
 def dialer_of(config: UmbpConfig, node_id: str = "", role: str = "node") -> Dialer:
-    """Connects to the master as ``config`` says.  Raises ``ConfigError`` when the token's file cannot be used."""
+    """Connects to the master as ``config`` says.  Raises ``ConfigError`` when the token cannot be used."""
     from umbp_connectors.client.dial import ClientTls, Dialer
-    from umbp_connectors.master.security import read_token
+    from umbp_connectors.master.security import checked_token, read_token
 
-    token = config.master_token
+    token = b""
     if config.master_token_file is not None:
-        token = read_token(config.master_token_file).decode()
+        token = read_token(config.master_token_file)
+    elif config.master_token:
+        token = checked_token(config.master_token.encode(), "master_token")
     files = (config.master_tls_ca, config.master_client_cert, config.master_client_key)
-    return Dialer(token, ClientTls(*files) if any(files) else None, node_id, role)
+    return Dialer(token.decode(), ClientTls(*files) if any(files) else None, node_id, role)
 
 
 def open_reporter(config: UmbpConfig, facts: NodeFacts) -> Reporter | None:
     """The reporter of the node that ``facts`` describe, not started; ``None`` without a master, or with ``report`` off.
 
-    Raises ``ConfigError`` when the token's file cannot be used.
+    Raises ``ConfigError`` when the token cannot be used.
     """
     if not config.report or not config.master_address:
         return None
