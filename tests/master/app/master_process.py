@@ -62,6 +62,7 @@ class MasterProcess:
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._log: list[str] = []
+        self._logged = threading.Condition()
         self._readers = [
             threading.Thread(target=self._read_lines, args=(self.process.stdout,), daemon=True),
             threading.Thread(target=self._read_log, args=(self.process.stderr,), daemon=True),
@@ -86,6 +87,11 @@ class MasterProcess:
     def log(self) -> str:
         """What it wrote to standard error up to now."""
         return "".join(self._log)
+
+    def says(self, text: str) -> bool:
+        """Whether it writes ``text`` to standard error, which may reach us later than what it does."""
+        with self._logged:
+            return self._logged.wait_for(lambda: text in self.log, DEADLINE)
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send a signal, and wait for the exit code."""
@@ -126,4 +132,6 @@ class MasterProcess:
 
     def _read_log(self, stream: IO[str]) -> None:
         for line in stream:
-            self._log.append(line)
+            with self._logged:
+                self._log.append(line)
+                self._logged.notify_all()

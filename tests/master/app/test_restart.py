@@ -96,7 +96,6 @@ def test_a_kill_amid_registrations_leaves_a_table_that_can_be_read(tmp_path: Pat
         thread.join(DEADLINE)
         client.close()
     with MasterProcess(tmp_path, *STATE) as master:
-        assert "moved" not in master.log
         client = master.native()
         infos = client.list_nodes(CALL)
         assert 0 < len(infos) <= len(told) + 1
@@ -104,13 +103,14 @@ def test_a_kill_amid_registrations_leaves_a_table_that_can_be_read(tmp_path: Pat
         assert all(info.peer_address == f"10.0.0.1:{info.node_id[1:]}" for info in infos)
         client.close()
         assert master.end() == 0
+        assert "moved" not in master.log
 
 
 def test_a_default_folder_that_cannot_be_made_is_no_refusal(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with MasterProcess(tmp_path, "--listen", f"127.0.0.1:{port}", HOME="/dev/null") as master:
-        assert "starts without what it knew of nodes" in master.log
+        assert master.says("starts without what it knew of nodes")
         client = master.native()
         client.register(NODE, CALL)
         client.close()
@@ -156,11 +156,11 @@ def test_a_spoilt_table_is_moved_aside_with_one_sentence(tmp_path: Path) -> None
     (folder / "nodes.sqlite").write_bytes(b"spoilt" * 1000)
     with MasterProcess(tmp_path, *STATE) as master:
         assert master.doors["nodes"] == "0"
-        assert master.log.count("was moved to nodes.sqlite.corrupt") == 1
         client = master.native()
         client.register(NODE, CALL)
         client.close()
         assert master.end() == 0
+        assert master.log.count("was moved to nodes.sqlite.corrupt") == 1
     assert kept(folder) == {"n1": NODE.peer_address}
     assert (folder / "nodes.sqlite.corrupt").read_bytes() == b"spoilt" * 1000
 
@@ -210,6 +210,6 @@ def test_a_redis_that_is_not_required_may_be_away(tmp_path: Path) -> None:
     with MasterProcess(tmp_path, *away) as master:
         client: NativeBlockingClient = master.native()
         client.register(NODE, CALL)
-        assert "starts without what it knew of nodes" in master.log
+        assert master.says("starts without what it knew of nodes")
         client.close()
         assert master.end() == 0
