@@ -66,6 +66,7 @@ bench: $(VENV_READY) $(VLLM_READY) $(SGLANG_READY) ## the benchmarks; JSON and t
 	$(VENV) benchmarks/pool.py
 	$(VENV) benchmarks/index.py
 	$(VENV) benchmarks/master.py
+	$(VENV) benchmarks/reporting.py
 	$(VENV) benchmarks/scaling_sim.py
 	$(VLLM) benchmarks/copiers.py
 	$(VLLM) benchmarks/leader.py
