@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+_KEPT = "_umbp_reporting"
 _HEAD_POOLS = ("MHATokenToKVPoolHost", "MHATokenToKOnlyPoolHost")
 
 
@@ -54,3 +55,13 @@ def has_heads(host_pool: Any) -> bool:
 def storage_metrics(**counts: list[Any]) -> Any:
     """SGLang's ``StorageMetrics`` with these lists."""
     return find("sglang.srt.observability.metrics_collector:StorageMetrics")(**counts)
+
+
+def keep(owner: Any, ours: Any) -> None:
+    """Leave ``ours`` with ``owner``, an object of SGLang's that outlives a storage."""
+    setattr(owner, _KEPT, ours)
+
+
+def kept(owner: Any) -> Any:
+    """What was left there, ``None`` where nothing was."""
+    return getattr(owner, _KEPT, None)

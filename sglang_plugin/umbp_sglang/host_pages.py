@@ -19,6 +19,7 @@ import torch
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
+from umbp_connectors.pool.rows import ObjectRows
 from umbp_sglang import compat
 
 logger = logging.getLogger(__name__)
@@ -53,18 +54,18 @@ class PageAccess(ABC):
         return sum(self.segments)
 
     @abstractmethod
-    def sources(self, indices: Any, pages: int) -> list[list[PageBuffer]]:
+    def sources(self, indices: Any, pages: int) -> list[Sequence[PageBuffer]]:
         """The memory to read ``pages`` pages from, whose rows ``indices`` names: a list of buffers for each part.
 
         Raises ``ValueError`` when the indices are not those of so many whole pages.
         """
 
     @abstractmethod
-    def targets(self, indices: Any, pages: int) -> list[list[PageBuffer]]:
+    def targets(self, indices: Any, pages: int) -> list[Sequence[PageBuffer]]:
         """The memory to write them to."""
 
     @abstractmethod
-    def deliver(self, indices: Any, targets: list[list[PageBuffer]], arrived: Sequence[bool]) -> None:
+    def deliver(self, indices: Any, targets: list[Sequence[PageBuffer]], arrived: Sequence[bool]) -> None:
         """Called when :meth:`targets` were written: those that arrived belong into the pool."""
 
     def page_numbers(self, indices: Any, pages: int) -> NDArray[np.int64]:
@@ -94,16 +95,16 @@ class StridedPages(PageAccess):
         super().__init__(pool, rows, pages, segments, len(views))
         self._views = views
 
-    def sources(self, indices: Any, pages: int) -> list[list[PageBuffer]]:
+    def sources(self, indices: Any, pages: int) -> list[Sequence[PageBuffer]]:
         """See :class:`PageAccess`."""
         numbers: list[int] = self.page_numbers(indices, pages).tolist()
         return [_rows_of(views, numbers) for views in self._views]
 
-    def targets(self, indices: Any, pages: int) -> list[list[PageBuffer]]:
+    def targets(self, indices: Any, pages: int) -> list[Sequence[PageBuffer]]:
         """See :class:`PageAccess`."""
         return self.sources(indices, pages)
 
-    def deliver(self, indices: Any, targets: list[list[PageBuffer]], arrived: Sequence[bool]) -> None:
+    def deliver(self, indices: Any, targets: list[Sequence[PageBuffer]], arrived: Sequence[bool]) -> None:
         """Nothing to do: the targets are the pool."""
 
 
@@ -112,18 +113,18 @@ class FlatPages(PageAccess):
 
     name = "flat"
 
-    def sources(self, indices: Any, pages: int) -> list[list[PageBuffer]]:
+    def sources(self, indices: Any, pages: int) -> list[Sequence[PageBuffer]]:
         """See :class:`PageAccess`."""
         self.page_numbers(indices, pages)
         starts = indices[:: self.rows].tolist()
         return [[tensor_bytes(self.pool.get_data_page(start, flat=True).contiguous()) for start in starts]]
 
-    def targets(self, indices: Any, pages: int) -> list[list[PageBuffer]]:
+    def targets(self, indices: Any, pages: int) -> list[Sequence[PageBuffer]]:
         """See :class:`PageAccess`."""
         self.page_numbers(indices, pages)
         return [[np.empty(self.object_bytes, dtype=np.uint8) for _ in range(pages)]]
 
-    def deliver(self, indices: Any, targets: list[list[PageBuffer]], arrived: Sequence[bool]) -> None:
+    def deliver(self, indices: Any, targets: list[Sequence[PageBuffer]], arrived: Sequence[bool]) -> None:
         """Copy what arrived into the pool."""
         for start, data, there in zip(indices[:: self.rows].tolist(), targets[0], arrived, strict=True):
             if there:
@@ -267,10 +268,9 @@ def _squeezed(base: Bytes, shape: tuple[int, ...], strides: tuple[int, ...]) -> 
     return as_strided(base, [shape[axis] for axis in keep], [strides[axis] for axis in keep])
 
 
-def _rows_of(views: tuple[Bytes, ...], numbers: list[int]) -> list[PageBuffer]:
+def _rows_of(views: tuple[Bytes, ...], numbers: list[int]) -> Sequence[PageBuffer]:
     if len(views) == 1:
-        whole = views[0]
-        return [whole[number] for number in numbers]
+        return ObjectRows(views[0], numbers)
     return [tuple(view[number] for view in views) for number in numbers]
 
 

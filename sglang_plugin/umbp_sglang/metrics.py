@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from umbp_connectors.reporting.stats import REPORT_METRICS, ReportMetric
+
 
 @dataclass(frozen=True, slots=True)
 class MetricDoc:
@@ -13,6 +15,11 @@ class MetricDoc:
     kind: str
     labels: tuple[str, ...]
     help: str
+
+
+def counter_of(metric: ReportMetric) -> str:
+    """The name of one of the reporter's counters among ours."""
+    return f"umbp_sglang_{metric.name}_total"
 
 
 METRICS = (
@@ -25,5 +32,12 @@ METRICS = (
     MetricDoc("umbp_sglang_degraded_total", "counter", ("reason",), "Calls that gave up a part of their service."),
     MetricDoc("umbp_sglang_tier_used_bytes", "gauge", ("pool", "tier"), "Bytes of a tier that hold pages."),
     MetricDoc("umbp_sglang_tier_capacity_bytes", "gauge", ("pool", "tier"), "Bytes of a tier."),
+    *(MetricDoc(counter_of(metric), "counter", metric.labels, metric.help) for metric in REPORT_METRICS),
+    MetricDoc(
+        "umbp_sglang_report_untold_pages",
+        "gauge",
+        (),
+        "Pages in L3 that the master is not told, since it is not known what the event stream calls them.",
+    ),
 )
 """Every metric of a store; ``docs/metrics.md`` has this table."""

@@ -24,7 +24,9 @@ def main() -> None:
     compat.find("sglang.srt.plugins:load_plugins")()
     answers = {f"backend {BACKEND}": backend()}
     if answers[f"backend {BACKEND}"]["live"]:
-        answers |= {f"hook {hook.name}": of_hook(hook) for hook in registration.MORE_HOOKS}
+        answers |= {
+            f"hook {hook.name}": of_hook(hook) for hook in (*registration.MORE_HOOKS, *registration.REPORTING_HOOKS)
+        }
         answers[f"{OPTION} {BACKEND}"] = command_line()
     answers["SGLang's page hash"] = hashing()
     print(json.dumps(answers))

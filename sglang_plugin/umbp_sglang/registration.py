@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from umbp_sglang import compat, hooks
+from umbp_sglang import compat, hooks, reporting_hooks
 from umbp_sglang.hooks import BACKEND
+from umbp_sglang.reporting_hooks import PUBLISHER
 
 NO_HOOKS = "UMBP_SGLANG_NO_HOOKS"
 """Kill switch: with this variable set nothing is registered, and only ``dynamic`` starts the backend."""
@@ -108,6 +109,69 @@ MORE_HOOKS = (
 )
 
 
+_PUBLISHER = "sglang.srt.managers.scheduler_components.kv_events_publisher:SchedulerKvEventsPublisher"
+_EVENTS = "sglang.srt.disaggregation.kv_events"
+_FACTORY = f"{_EVENTS}:EventPublisherFactory"
+_CACHE = "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache"
+_L3_ONLY = "with a master, what lies on the device and in the host pool is not reported"
+_UNNAMED = (
+    "with a master, pages of requests with a cache_salt, an extra_key or an adapter may be reported by a wrong name"
+)
+
+REPORTING_HOOKS = (
+    Hook(
+        "events",
+        "sglang.srt.server_args:ServerArgs.resolve_once",
+        ("self",),
+        "BEFORE",
+        reporting_hooks.ask_for_events,
+        f"{_L3_ONLY} unless --kv-events-config is given",
+    ),
+    Hook(
+        "publisher",
+        f"{_PUBLISHER}.init_kv_events",
+        ("self", "kv_events_config"),
+        "AFTER",
+        reporting_hooks.follow_events,
+        _L3_ONLY,
+        needs=(f"{_PUBLISHER}.publish_kv_events", f"{_EVENTS}:EventPublisher", f"{_EVENTS}:StorageMedium"),
+    ),
+    Hook(
+        "every step",
+        "sglang.srt.managers.scheduler_components.metrics_reporter:SchedulerMetricsReporter.report_decode_stats",
+        ("self",),
+        "AFTER",
+        reporting_hooks.publish_each_step,
+        "with a master, what decoding adds is reported with a delay",
+    ),
+    Hook(
+        "names of stored pages",
+        f"{_CACHE}.write_backup_storage",
+        ("self", "node_id"),
+        "BEFORE",
+        reporting_hooks.describe_backup,
+        _UNNAMED,
+    ),
+    Hook(
+        "names of buffered pages",
+        "sglang.srt.mem_cache.buffer_mode.pipeline:BufferModePipeline.enqueue_backup_intent",
+        ("self", "node_id"),
+        "BEFORE",
+        reporting_hooks.describe_buffered,
+        _UNNAMED,
+    ),
+    Hook(
+        "names of pages asked for",
+        f"{_HYBRID}._storage_hit_query",
+        ("self", "operation"),
+        "AFTER",
+        reporting_hooks.describe_query,
+        _UNNAMED,
+    ),
+)
+"""What a configured master needs; without one they do nothing."""
+
+
 def register() -> None:
     """Register the backend and its hooks, or say why not.  SGLang applies hooks when all plug-ins have run.
 
@@ -135,13 +199,26 @@ def register() -> None:
     if owner or BACKEND not in _registered(factory):
         factory.register_backend(BACKEND, STORE_MODULE, STORE_CLASS)
     _install(registry, FACTORY_HOOK)
-    for hook in MORE_HOOKS:
+    _register_publisher()
+    for hook in (*MORE_HOOKS, *REPORTING_HOOKS):
         try:
             hook.probe()
         except LookupError as error:
             _say(error, hook)
         else:
             _install(registry, hook)
+
+
+def _register_publisher() -> None:
+    """Make our publisher's name known; SGLang refuses a name that it has."""
+    try:
+        factory = compat.find(_FACTORY)
+        compat.require_parameters(f"{_FACTORY}.register_publisher", ("name", "ctor"))
+    except LookupError as error:
+        _logger.warning("umbp: this SGLang is not as expected (%s), so %s", error, _L3_ONLY)
+        return
+    if PUBLISHER not in compat.optional(factory, "_registry", {}):
+        factory.register_publisher(PUBLISHER, reporting_hooks.make_publisher)
 
 
 def is_set(env: Mapping[str, str], name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,12 @@ from umbp_connectors.pool.local import LocalPool, LocalPoolConfig
 from umbp_connectors.pool.settings import local_pool_config
 from umbp_connectors.pool.sharing import SharedPoolServer
 from umbp_connectors.pool.slab import ALIGNMENT
-from umbp_core.errors import ConfigError, UmbpError
+from umbp_core.errors import ConfigError, StateError, UmbpError
 from umbp_core.ids import Identity
 from umbp_sglang import compat
 from umbp_sglang.host_pages import PageAccess, is_logical, layout_of, page_access
 from umbp_sglang.identity import layout_descriptor, pool_identity, rank_scope
+from umbp_sglang.pool_teller import PoolTeller
 from umbp_sglang.pools import StorePool
 from umbp_sglang.settings import StoreSettings
 from umbp_sglang.siblings import SiblingPool, meeting_place
@@ -56,6 +57,7 @@ class PoolRegistry:
 
     def __init__(self, settings: StoreSettings, weights: object = None, make_pool: PoolMaker = LocalPool) -> None:
         self._settings = settings
+        self._teller: PoolTeller | None = None
         self._weights = weights
         self._make_pool = make_pool
         self._lock = threading.RLock()
@@ -85,6 +87,10 @@ class PoolRegistry:
             with self._lock:
                 self._added[KV] = member
         self.anchor = host_pool
+
+    def tell(self, teller: PoolTeller) -> None:
+        """Let ``teller`` know what the pools hold.  Before they are opened."""
+        self._teller = teller
 
     def add(self, name: str, host_pool: Any) -> None:
         """Take a side pool, or KV again.  Raises ``ConfigError`` when its pages cannot be stored.
@@ -117,9 +123,11 @@ class PoolRegistry:
             self._known.update(added)
             self._close_pools()
             total = sum(member.nbytes for member in self._known.values())
+            told = self._begin_to_tell(self._known.values())
             for member in self._known.values():
                 try:
                     pool = self._pool(member, member.nbytes / total)
+                    self._observe(pool, told)
                     pool.open()
                 except UmbpError as error:
                     logger.warning("umbp: SGLang's pool %s is not stored: %s", member.name, error)
@@ -129,6 +137,28 @@ class PoolRegistry:
     def pools(self) -> list[StorePool]:
         """Every open pool."""
         return list(self._open.values())
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of one page; 0 before the KV pool is known."""
+        return int(compat.optional(self.anchor, "page_size", 0))
+
+    def tiers(self) -> dict[str, tuple[int, int]]:
+        """Of each tier how many bytes of it the pools of this rank use and have."""
+        total: dict[str, tuple[int, int]] = {}
+        for pool in self.pools():
+            with contextlib.suppress(StateError):  # it is being closed
+                for tier, (used, there) in pool.tiers().items():
+                    before = total.get(tier, (0, 0))
+                    total[tier] = (before[0] + used, before[1] + there)
+        return total
+
+    def call_observers(self) -> None:
+        """Have the pages of KV told that were not, though nothing changed."""
+        pool = self._open.get(KV)
+        for shard in pool.shards if pool is not None else ():
+            if isinstance(shard, LocalPool):
+                shard.call_observer()
 
     def clear(self) -> None:
         """Forget every page of every pool."""
@@ -143,9 +173,27 @@ class PoolRegistry:
 
     def _close_pools(self) -> None:
         pools, self._open = self._open, {}
+        self._begin_to_tell(())
         with contextlib.ExitStack() as closing:
             for pool in pools.values():
                 closing.callback(pool.close)
+
+    def _begin_to_tell(self, members: Iterable[_Member]) -> list[tuple[str, int]]:
+        """Void what was told of earlier pools; which parts of which of these are to tell what they hold."""
+        if self._teller is None:
+            return []
+        return self._teller.begin({each.name: each.access.parts for each in members if not self._is_read_only(each)})
+
+    def _observe(self, pool: StorePool, told: Sequence[tuple[str, int]]) -> None:
+        for number, (name, part) in enumerate(told):
+            shard = pool.shards[part] if name == pool.name else None
+            if self._teller is not None and isinstance(shard, LocalPool):
+                shard.observe(self._teller.observer(number))
+
+    def _is_read_only(self, member: _Member) -> bool:
+        """Whether a sibling rank keeps the pool, and this one reads it there."""
+        rank = self._settings.rank
+        return member.replicated and rank.tp_size > 1 and not rank.writer
 
     def _member(self, name: str, host_pool: Any) -> _Member:
         rank = self._settings.rank
@@ -168,7 +216,7 @@ class PoolRegistry:
             parts = list(range(first, first + member.access.parts))
         identities = [self._identity(member, part) for part in parts]
         shared = member.replicated and rank.tp_size > 1
-        if shared and not rank.writer:
+        if self._is_read_only(member):
             timeout = self._settings.config.call_timeout_ms / 1000
             readers = [SiblingPool(found, meeting_place(found, rank.dp_rank), timeout) for found in identities]
             return StorePool(member.name, member.access, readers)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from umbp_connectors.reporting.stats import Reading
 from umbp_core.errors import StateError
 from umbp_sglang import compat
-from umbp_sglang.metrics import METRICS, MetricDoc
+from umbp_sglang.metrics import METRICS, MetricDoc, counter_of
 from umbp_sglang.pools import Moved, StorePool
 
 _SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -78,6 +79,13 @@ class StoreStats:
             for tier, (used, capacity) in tiers.items():
                 self._metrics["umbp_sglang_tier_used_bytes"].labels(pool.name, tier).set(used)
                 self._metrics["umbp_sglang_tier_capacity_bytes"].labels(pool.name, tier).set(capacity)
+
+    def reported(self, readings: Iterable[Reading], untold: int) -> None:
+        """What was told to a master since the last time, and how many pages it cannot be told."""
+        for metric, labels, amount in readings:
+            counter = self._metrics[counter_of(metric)]
+            (counter.labels(*labels) if labels else counter).inc(amount)
+        self._metrics["umbp_sglang_report_untold_pages"].set(untold)
 
     def take_page_counts(self) -> Any:
         """SGLang's ``StorageMetrics`` of the calls since the last time: pages, and GB/s, of each."""

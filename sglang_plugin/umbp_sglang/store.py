@@ -19,6 +19,7 @@ from sglang.srt.mem_cache.hicache_storage import (
 )
 
 from umbp_connectors.pool.local import LocalPool
+from umbp_connectors.reporting.stats import ReportMeter
 from umbp_core.breaker import Backoff, Breaker
 from umbp_core.errors import ConfigError
 from umbp_core.ports import Clock
@@ -28,6 +29,7 @@ from umbp_sglang.host_pages import tensor_bytes
 from umbp_sglang.keys import block_keys, leading
 from umbp_sglang.pools import BATCH_PAGES, Budget, Moved, StorePool, depths_of
 from umbp_sglang.registry import KV, PoolMaker, PoolRegistry
+from umbp_sglang.reporting import NodeReporting, keep_reporting, kept_reporting, open_reporting
 from umbp_sglang.settings import read_settings
 from umbp_sglang.sidecars import Sidecars
 from umbp_sglang.stats import StoreStats
@@ -37,6 +39,7 @@ __all__ = ["UMBPStore"]
 
 logger = logging.getLogger(__name__)
 
+_HOLDER = "storage"
 _BACKOFF = Backoff(first=1.0, ceiling=30.0)
 
 
@@ -68,6 +71,7 @@ class UMBPStore(HiCacheStorage):
         self._gets = self._door("get")
         self._puts = self._door("put")
         self._asks = self._door("exists")
+        self._reporting: NodeReporting | None = None
         if mem_pool_host is not None and not isinstance(mem_pool_host, dict):
             self.register_mem_pool_host(mem_pool_host)
 
@@ -76,12 +80,18 @@ class UMBPStore(HiCacheStorage):
         """The store's Prometheus metrics."""
         return self._stats.registry
 
+    @property
+    def reporting(self) -> NodeReporting | None:
+        """What tells a master about this rank; ``None`` when nothing does."""
+        return self._reporting
+
     # What SGLang registers
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
         """Take the host pool of KV.  Raises ``ConfigError`` when its pages cannot be stored."""
         self._pools.bind_anchor(mem_pool_host)
         super().register_mem_pool_host(mem_pool_host)
+        self._report_beside(mem_pool_host)
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         """Take a pool by name.  One that cannot be stored is left out: its pages are always missing."""
@@ -94,6 +104,8 @@ class UMBPStore(HiCacheStorage):
 
     def on_host_pools_registered(self) -> None:
         """Every pool is known: open them all."""
+        if self._reporting is not None:
+            self._reporting.hold(_HOLDER)
         self._asks.answer(self._pools.open, None)
 
     # Pages in place (v1), and pools by name (v2)
@@ -126,7 +138,9 @@ class UMBPStore(HiCacheStorage):
     ) -> list[bool]:
         """Store the host pages of KV, and publish what side pools stored for them; which of them are there."""
         depth = len(extra_info.prefix_keys or ()) if extra_info is not None else 0
-        return self._puts.move(lambda: self._put_anchor(keys, host_indices, depth), len(keys))
+        there = self._puts.move(lambda: self._put_anchor(keys, host_indices, depth), len(keys))
+        self.tell_names()
+        return there
 
     def batch_get_v2(
         self, transfers: list[PoolTransfer], extra_info: HiCacheStorageExtraInfo | None = None
@@ -196,6 +210,36 @@ class UMBPStore(HiCacheStorage):
         """Write what is to be on SSD, give everything back; idempotent.  Later calls are misses."""
         self._sidecars.clear()
         self._asks.answer(self._pools.close, None)
+        reporting, self._reporting = self._reporting, None
+        if reporting is not None:
+            self._asks.answer(lambda: reporting.release(_HOLDER), None)
+
+    # Reporting
+
+    def tell_names(self) -> None:
+        """Tell under their own names the pages that SGLang has described (see ``page_ids``).  A storage thread."""
+        reporting = self._reporting
+        if reporting is not None and reporting.pool.pending:
+            self._asks.answer(self._pools.call_observers, None)
+
+    def _report_beside(self, host_pool: Any) -> None:
+        """Report with what already does for the same caches, or with what the configuration says."""
+        rank, config = self._settings.rank, self._settings.config
+        if self._reporting is not None or (rank.replicated and not rank.writer):
+            return
+        reporting = kept_reporting(host_pool) or open_reporting(config, rank.model, self._pools.page_tokens)
+        if reporting is None:
+            return
+        keep_reporting(host_pool, reporting)
+        self._reporting = reporting
+        self._pools.tell(reporting.pool)
+        meter = ReportMeter(reporting.reporter.stats)
+        reporting.watch(lambda: self._watched(reporting, meter))
+
+    def _watched(self, reporting: NodeReporting, meter: ReportMeter) -> dict[str, tuple[int, int]]:
+        """Once a second, in the reporter's thread: count what was reported, and say how full the tiers are."""
+        self._stats.reported(meter.read(), reporting.pages.untold)
+        return self._pools.tiers()
 
     def _door(self, name: str) -> Door:
         return Door(name, Breaker(random.random, _BACKOFF), self._clock, self._stats.degraded)

@@ -62,6 +62,7 @@ def test_what_is_stored_is_told_on_the_tier_that_it_reached(make: Maker) -> None
     assert follower.held[Tier.DRAM] == set(keys(0, 4))
     assert pool.flush(30)
     assert follower.held[Tier.SSD] == set(keys(0, 4))
+    assert {tier: set(held) for tier, held in pool.holdings().items()} == follower.held
 
 
 def test_what_is_staged_is_told_when_it_is_published(make: Maker) -> None:
@@ -121,6 +122,14 @@ def test_bad_bytes_are_told_gone(make: Maker) -> None:
     os.pwrite(pool.arena_offer().fd, b"\xff" * SIZE, 0)
     assert pool.check(keys(0, 2)) == 1
     assert len(follower.held[Tier.DRAM]) == 1
+
+
+def test_an_observer_is_called_when_it_asks_to_be(make: Maker) -> None:
+    pool, follower = make()
+    put(pool, keys(0, 2))
+    before = follower.calls
+    pool.call_observer()
+    assert (follower.calls, follower.faults) == (before + 1, [])
 
 
 def test_an_observer_comes_before_the_pool_is_open(make: Maker) -> None:

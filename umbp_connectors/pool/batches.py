@@ -22,6 +22,15 @@ from umbp_connectors.pool.demoter import Demoter
 from umbp_connectors.pool.lending import LentObject, Loan
 from umbp_connectors.pool.loads import LoadBatch, Loader, WantedLoad
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
+from umbp_connectors.pool.rows import (
+    RowViews,
+    Views,
+    copy_rows_in,
+    copy_rows_out,
+    count_stretches,
+    sizes_of,
+    stretches,
+)
 from umbp_connectors.pool.staged import StagedPut
 from umbp_core.directory import Copy
 from umbp_core.tiers import Tier
@@ -34,8 +43,8 @@ _CHUNK_BYTES = 16 << 20
 """Bytes per visit, at most: what is stored can be read, and written to SSD, while the rest of its batch is copied."""
 _SHARE_BYTES = 1 << 20
 """From about here a second thread pays off."""
-_SHARED_OBJECT_BYTES = 192 << 10
-"""Objects that are smaller on average are left to one thread: several would wait for each other's GIL after each."""
+_SHARED_COPY_BYTES = 192 << 10
+"""Copies that are smaller on average are left to one thread: several would wait for each other's GIL after each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +52,7 @@ class PutBatch:
     """What one put wants.  ``deadline`` is in monotonic seconds."""
 
     keys: Sequence[bytes]
-    views: Sequence[View]
+    views: Views
     depths: Sequence[int]
     deadline: float | None
 
@@ -57,7 +66,7 @@ class GetBatch:
     """What one get wants, and who pins it.  ``loads`` is what comes from SSD."""
 
     keys: Sequence[bytes]
-    views: Sequence[View]
+    views: Views
     deadline: float | None
     owner: str
     loads: LoadBatch | None
@@ -118,7 +127,7 @@ class BatchMover:
                 self._books.settle(stage.owner, {}, Tier.DRAM)
         return StagedPut(statuses, lambda publish: self._settle_stage(stage, statuses, publish))
 
-    def get(self, keys: Sequence[bytes], views: Sequence[View], deadline: float | None) -> list[GetStatus]:
+    def get(self, keys: Sequence[bytes], views: Views, deadline: float | None) -> list[GetStatus]:
         """Copy the objects under ``keys`` into ``views``, verified."""
         loads = LoadBatch(self._loader) if self._loader is not None else None
         batch = GetBatch(keys, views, deadline, self._books.new_owner(), loads)
@@ -182,14 +191,14 @@ class BatchMover:
         self._closed = True
         self._copies.shutdown(wait=idle)
 
-    def _shared(self, views: Sequence[View], work: Callable[[int, int], list[Status]]) -> list[Status]:
+    def _shared(self, views: Views, work: Callable[[int, int], list[Status]]) -> list[Status]:
         """``work`` on ranges that together are the whole batch, one range per thread; their results in order.
 
         The caller takes over the ranges that nobody has begun when it is through with its own.
         """
         count = len(views)
-        nbytes = sum(view.nbytes for view in views)
-        worth_sharing = nbytes >= _SHARED_OBJECT_BYTES * count
+        nbytes = sum(sizes_of(views))
+        worth_sharing = nbytes >= _SHARED_COPY_BYTES * count_stretches(views)
         shares = max(1, min(self._copy_threads, nbytes // _SHARE_BYTES, count)) if worth_sharing else 1
         bounds = [count * share // shares for share in range(shares + 1)]
         helped = self._apart.from_here(work) if shares > 1 else work
@@ -229,20 +238,32 @@ class BatchMover:
 
     def _write(self, owner: str, batch: PutBatch, written: dict[bytes, bytes]) -> list[PutStatus]:
         """Copy ``batch`` into pages that ``owner`` reserves; adds the checksums to ``written``."""
-        deadline, pages, prefix = batch.deadline, self._pages, self._prefix
-        if _is_over(deadline):
+        if _is_over(batch.deadline):
             return [PutStatus.TIMED_OUT] * len(batch.keys)
-        places = self._books.reserve_new(owner, batch.keys, [view.nbytes for view in batch.views], batch.depths)
+        places = self._books.reserve_new(owner, batch.keys, sizes_of(batch.views), batch.depths)
+        pages = [None if isinstance(place, PutStatus) else place for place in places]
         statuses: list[PutStatus] = []
-        for key, view, place in zip(batch.keys, batch.views, places, strict=True):
+        for first, stop in stretches(batch.views, pages):
+            place = places[first]
             if isinstance(place, PutStatus):
                 statuses.append(place)
-            elif _is_over(deadline):
-                statuses.append(PutStatus.TIMED_OUT)
+            elif _is_over(batch.deadline):
+                statuses += [PutStatus.TIMED_OUT] * (stop - first)
             else:
-                written[key] = copy_checksummed(prefix + key, pages[place, : view.nbytes], view)
-                statuses.append(PutStatus.STORED)
+                self._copy_in(batch, first, stop, place, written)
+                statuses += [PutStatus.STORED] * (stop - first)
         return statuses
+
+    def _copy_in(self, batch: PutBatch, first: int, stop: int, page: int, written: dict[bytes, bytes]) -> None:
+        """Copy the objects from ``first`` on to the pages from ``page`` on."""
+        views, keys = batch.views, batch.keys[first:stop]
+        if stop - first > 1 and isinstance(views, RowViews):
+            pages = self._pages[page : page + stop - first, : views.nbytes_each]
+            names = [self._prefix + key for key in keys]
+            written.update(zip(keys, copy_rows_in(names, pages, views.together(first, stop)), strict=True))
+        else:
+            view = views[first]
+            written[keys[0]] = copy_checksummed(self._prefix + keys[0], self._pages[page, : view.nbytes], view)
 
     def _settle_stage(self, stage: _Stage, statuses: Sequence[PutStatus], publish: bool) -> bool:
         publish = publish and not self._closed
@@ -266,28 +287,51 @@ class BatchMover:
             statuses += self._get_chunk(batch, first, batch.keys[part], batch.views[part])
         return statuses
 
-    def _get_chunk(self, batch: GetBatch, first: int, keys: Sequence[bytes], views: Sequence[View]) -> list[GetStatus]:
+    def _get_chunk(self, batch: GetBatch, first: int, keys: Sequence[bytes], views: Views) -> list[GetStatus]:
         if _is_over(batch.deadline):
             return [GetStatus.TIMED_OUT] * len(keys)
         copies = self._books.pin(batch.owner, keys)
+        sizes = sizes_of(views)
         wanted = [
-            WantedLoad(index, key, copy, view)
-            for index, (key, view, copy) in enumerate(zip(keys, views, copies, strict=True), first)
-            if copy is not None and copy.tier is Tier.SSD and copy.nbytes == view.nbytes
+            WantedLoad(first + index, keys[index], copy, views[index])
+            for index, (copy, nbytes) in enumerate(zip(copies, sizes, strict=True))
+            if copy is not None and copy.tier is Tier.SSD and copy.nbytes == nbytes
         ]
         from_ssd = self._load(batch, wanted) if wanted else GetStatus.MISS
+        pages = [
+            copy.pages[0] if copy is not None and copy.tier is Tier.DRAM and copy.nbytes == nbytes else None
+            for copy, nbytes in zip(copies, sizes, strict=True)
+        ]
         statuses: list[GetStatus] = []
-        for index, (key, view, copy) in enumerate(zip(keys, views, copies, strict=True), first):
+        for start, stop in stretches(views, pages):
+            copy = copies[start]
             if copy is None:
                 statuses.append(GetStatus.MISS)
-            elif copy.nbytes != view.nbytes:
+            elif copy.nbytes != sizes[start]:
                 statuses.append(GetStatus.SIZE_MISMATCH)
             elif copy.tier is Tier.SSD:
                 statuses.append(from_ssd)
             elif _is_over(batch.deadline):
-                statuses.append(GetStatus.TIMED_OUT)
+                statuses += [GetStatus.TIMED_OUT] * (stop - start)
             else:
-                statuses.append(self._get_one(batch, index, key, view, copy))
+                part = slice(start, stop)
+                statuses += self._deliver(batch, first + start, keys[part], views[part], copies[part])
+        return statuses
+
+    def _deliver(
+        self, batch: GetBatch, first: int, keys: Sequence[bytes], views: Views, copies: Sequence[Copy | None]
+    ) -> list[GetStatus]:
+        """Deliver from DRAM what lies side by side there; what is not what it was, again and alone."""
+        there = [copy for copy in copies if copy is not None]
+        statuses = [GetStatus.DRAM] * len(keys)
+        again: Sequence[int] = range(len(keys))
+        if len(keys) > 1 and isinstance(views, RowViews):
+            page = there[0].pages[0]
+            pages = self._pages[page : page + len(keys), : views.nbytes_each]
+            found = copy_rows_out([self._prefix + key for key in keys], views.together(0, len(keys)), pages)
+            again = [index for index in again if found[index] != there[index].checksum]
+        for index in again:
+            statuses[index] = self._get_one(batch, first + index, keys[index], views[index], there[index])
         return statuses
 
     def _get_one(self, batch: GetBatch, index: int, key: bytes, view: View, copy: Copy) -> GetStatus:

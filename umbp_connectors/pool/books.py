@@ -91,6 +91,12 @@ class Books:
             self._tell([_together(found)] if found else [])
         return restored
 
+    def call_observer(self) -> None:
+        """Let the observer say what it may have put off, though nothing changed."""
+        with self._lock:
+            if self._observer is not None:
+                self._observer.changed((), self._holdings)
+
     def new_owner(self) -> str:
         """An owner that nobody else uses."""
         return f"local-{next(self._numbers)}"
@@ -215,6 +221,11 @@ class Books:
             gone = sum(self._directory.clear(tier) for tier in tiers)
             self._follow()
         return gone
+
+    def holdings(self) -> dict[Tier, list[bytes]]:
+        """Everything that is published, tier by tier."""
+        with self._lock:
+            return dict(self._holdings())
 
     def stats(self, tier: Tier) -> TierStats | None:
         """Counts of ``tier``; ``None`` when the pool has no such tier."""

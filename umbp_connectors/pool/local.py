@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from umbp_connectors.pool.arena import Arena
 from umbp_connectors.pool.batches import BatchMover, PutBatch
 from umbp_connectors.pool.books import Books, PoolObserver
-from umbp_connectors.pool.buffers import ScatteredSource, ScatteredTarget, as_view, is_writeable, round_up
+from umbp_connectors.pool.buffers import ScatteredSource, ScatteredTarget, round_up
 from umbp_connectors.pool.lending import ArenaOffer, Loan
 from umbp_connectors.pool.outcomes import GetStatus, PoolCounters, PutStatus
+from umbp_connectors.pool.rows import targets_of, views_of
 from umbp_connectors.pool.settings import LocalPoolConfig
 from umbp_connectors.pool.slab import ALIGNMENT
 from umbp_connectors.pool.ssd import PoolSsd, open_ssd
@@ -77,6 +78,10 @@ class LocalPool:
         if self._parts is not None:
             raise StateError("this pool is open already; name its observer before")
         self._observer = observer
+
+    def call_observer(self) -> None:
+        """Call the observer with no changes, so that it can say what it put off.  Raises ``StateError`` when closed."""
+        self._opened().books.call_observer()
 
     def open(self) -> None:
         """Map the arena, take the SSD folder and restore what an earlier life left there.
@@ -149,9 +154,9 @@ class LocalPool:
         the arguments do not match.
         """
         deadline = _deadline(timeout)
-        views = [as_view(buffer) for buffer in buffers]
-        if len(keys) != len(views) or not all(map(is_writeable, views)):
-            raise ValueError(f"{len(keys)} keys need as many buffers that can be written, got {len(views)}")
+        views = targets_of(buffers)
+        if views is None or len(keys) != len(views):
+            raise ValueError(f"{len(keys)} keys need as many buffers that can be written, got {len(buffers)}")
         with self._using() as parts:
             return parts.mover.get(keys, views, deadline)
 
@@ -218,6 +223,10 @@ class LocalPool:
             fenced_loads=ssd.fence.kept_away if ssd else 0,
         )
 
+    def holdings(self) -> dict[Tier, list[bytes]]:
+        """The keys of all objects that can be read, by tier.  Takes time in proportion to them."""
+        return self._opened().books.holdings()
+
     def stats(self, tier: Tier) -> TierStats | None:
         """How full ``tier`` is; ``None`` when the pool has no such tier."""
         return self._opened().books.stats(tier)
@@ -271,7 +280,7 @@ def _put_batch(
     timeout: float | None,
 ) -> PutBatch:
     deadline = _deadline(timeout)
-    views = [as_view(buffer) for buffer in buffers]
+    views = views_of(buffers)
     places = depths if depths is not None else [0] * len(keys)
     if not len(keys) == len(views) == len(places):
         raise ValueError(f"{len(keys)} keys, {len(views)} buffers and {len(places)} depths do not match")

@@ -25,6 +25,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (
     InsertParams,
     MatchPrefixParams,
 )
+from sglang.srt.mem_cache.events import KvEventLoraNames
 from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool, MLATokenToKVPool
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.storage import StorageBackendFactory
@@ -85,6 +86,10 @@ class Setup:
     mla: bool = False
     indexer: bool = False
     tp: tuple[int, int] = (0, 1)
+    core: str = "python"
+    """Which of SGLang's two trees; ``rust`` is what servers use."""
+    events: str | None = None
+    """``--kv-events-config``."""
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -138,6 +143,7 @@ class Engine:
         self.kit = Kit(setup)
         self.wrap: Callable[[Any], Any] = lambda backend: backend
         self.ledger: Ledger | None = None
+        self.names = KvEventLoraNames()
         self._pages, self._faults = pages, faults
         self._requests = 0
 
@@ -147,7 +153,12 @@ class Engine:
         """Builds the pools and the tree and attaches the backend, as a server's start does."""
         pool = _dsa_pool if self.setup.indexer else _mla_pool if self.setup.mla else fixtures.MHATokenToKVPool
         with mock.patch.object(fixtures, "MHATokenToKVPool", pool):
-            self.cache, self.allocator, self.reqs = fixtures.build_fixture(self.setup.cfg)
+            self.cache, self.allocator, self.reqs = fixtures.build_fixture(
+                self.setup.cfg,
+                enable_kv_cache_events=self.setup.events is not None,
+                tree_core_backend=self.setup.core,
+                kv_event_lora_names=self.names,
+            )
         args = self._server_args(attach)
         observed = self._observed() if ledger else contextlib.nullcontext()
         with self._as_rank(), observed:

@@ -8,15 +8,20 @@ import time
 from typing import Any
 
 import pytest
+from sglang.srt.disaggregation.kv_events import EventPublisherFactory
 from sglang.srt.managers.cache_controller import HiCacheController
+from sglang.srt.managers.scheduler_components.kv_events_publisher import SchedulerKvEventsPublisher
+from sglang.srt.managers.scheduler_components.metrics_reporter import SchedulerMetricsReporter
+from sglang.srt.mem_cache.buffer_mode.pipeline import BufferModePipeline
 from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
 from sglang.srt.mem_cache.pool_host import common
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.server_args import ServerArgs
 
 import umbp_sglang
-from umbp_sglang import registration
+from umbp_sglang import registration, reporting_hooks
 
 TARGETS = {
     "sglang.srt.managers.cache_controller.HiCacheController._start_storage_threads": HookType.BEFORE,
@@ -24,6 +29,18 @@ TARGETS = {
     "sglang.srt.mem_cache.pool_host.common.get_allocator_from_storage": HookType.AROUND,
     "sglang.srt.mem_cache.storage.backend_factory.StorageBackendFactory._create_builtin_backend": HookType.AROUND,
     "sglang.srt.server_args.ServerArgs.add_cli_args": HookType.AFTER,
+    "sglang.srt.server_args.ServerArgs.resolve_once": HookType.BEFORE,
+    "sglang.srt.managers.scheduler_components.kv_events_publisher.SchedulerKvEventsPublisher.init_kv_events": (
+        HookType.AFTER
+    ),
+    "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter.report_decode_stats": (
+        HookType.AFTER
+    ),
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.write_backup_storage": HookType.BEFORE,
+    "sglang.srt.mem_cache.buffer_mode.pipeline.BufferModePipeline.enqueue_backup_intent": HookType.BEFORE,
+    "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController._storage_hit_query": (
+        HookType.AFTER
+    ),
 }
 THEIRS = {"umbp": {"module_path": "sglang.srt.mem_cache.storage.umbp", "class_name": "UMBPStore", "loader": None}}
 
@@ -50,6 +67,7 @@ def test_the_name_and_its_hooks_are_registered_once(caplog: pytest.LogCaptureFix
         umbp_sglang.register()
     assert registered() == "umbp_sglang.store"
     assert hooks() == {target: [kind] for target, kind in TARGETS.items()}
+    assert EventPublisherFactory._registry["umbp"] is reporting_hooks.make_publisher
     assert warnings(caplog) == []
 
 
@@ -101,6 +119,11 @@ def test_ours_goes_first_when_that_is_wanted(monkeypatch: pytest.MonkeyPatch) ->
         (HiCacheController, "_page_get_zero_copy", "HiCacheController._start_storage_threads", "interface_v1"),
         (HybridCacheController, "should_backup", "HybridCacheController.should_backup", "draft"),
         (common, "get_allocator_from_storage", "common.get_allocator_from_storage", '"allocator":"shm"'),
+        (ServerArgs, "resolve_once", "ServerArgs.resolve_once", "--kv-events-config"),
+        (SchedulerKvEventsPublisher, "publish_kv_events", "init_kv_events", "not reported"),
+        (SchedulerMetricsReporter, "report_decode_stats", "report_decode_stats", "delay"),
+        (UnifiedRadixCache, "write_backup_storage", "write_backup_storage", "wrong name"),
+        (BufferModePipeline, "enqueue_backup_intent", "enqueue_backup_intent", "wrong name"),
     ],
 )
 def test_one_missing_place_costs_what_stood_there(
@@ -118,6 +141,16 @@ def test_one_missing_place_costs_what_stood_there(
     assert advice in said
     assert {target for target in TARGETS if not target.endswith(lost)} == set(hooks())
     assert registered() == "umbp_sglang.store"
+
+
+def test_a_factory_of_publishers_that_changed_costs_the_name_only(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delattr(EventPublisherFactory, "register_publisher")
+    umbp_sglang.register()
+    (said,) = warnings(caplog)
+    assert "register_publisher" in said
+    assert set(hooks()) == set(TARGETS)
 
 
 @pytest.mark.parametrize("name", ["_create_builtin_backend", "register_backend"])

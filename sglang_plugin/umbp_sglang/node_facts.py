@@ -1,0 +1,106 @@
+"""Who this rank of SGLang is at the master."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any, Literal
+
+from umbp_connectors.reporting.node import NodeFacts
+from umbp_sglang import compat
+
+_CONTEXT = "sglang.srt.runtime_context"
+_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+_WILDCARD = frozenset({"", "*", "0.0.0.0", "::"})
+_ROLES: dict[object, Literal["prefill", "decode"]] = {"prefill": "prefill", "decode": "decode"}
+
+
+def node_facts(model: str, page_tokens: int) -> NodeFacts:
+    """What the master is told of this rank, by the configuration that SGLang publishes in its processes.
+
+    ``page_tokens`` tokens are behind each hash.
+    """
+    parallel, serving, disagg = _published("parallel"), _published("serving"), _published("disagg")
+    configured = str(compat.optional(serving, "host", "") or "")
+    port = compat.optional(serving, "port") if _serves() else None
+    host = _own_address() if configured in _LOOPBACK | _WILDCARD else configured
+    tags = {"block": str(page_tokens), "hash": "sglang", "hash_form": "int64", "hash_start": "default"}
+    if port is not None and configured in _LOOPBACK:
+        tags["http"] = f"127.0.0.1:{port}"  # nobody else reaches it
+    if _has_bigrams():
+        tags["hash_unit"] = "bigram"
+    sizes = ("dp_size", "pp_size", "tp_size")
+    return NodeFacts(
+        engine="sglang",
+        model=str(compat.optional(serving, "served_model_name") or model),
+        version=_version(),
+        role=_ROLES.get(str(compat.optional(disagg, "disaggregation_mode")), "both"),
+        host=host,
+        port=port,
+        dp=_dp_rank(parallel),
+        pp=_number(parallel, "pp_rank"),
+        tp=_number(parallel, "attn_cp_rank") * max(1, _number(parallel, "attn_tp_size"))
+        + _number(parallel, "attn_tp_rank"),
+        several=any(_number(parallel, size) > 1 for size in sizes),
+        tags=tags,
+    )
+
+
+def publishes_events() -> bool:
+    """Whether this rank is the one of its cache that publishes events."""
+    parallel = _published("parallel")
+    return not any(_number(parallel, rank) for rank in ("pp_rank", "attn_tp_rank", "attn_cp_rank"))
+
+
+def _dp_rank(parallel: Any) -> int:
+    """As SGLang numbers the publishers of independent caches."""
+    return _number(parallel, "attn_dp_rank" if _number(parallel, "attn_dp_size") > 1 else "dp_rank")
+
+
+def _serves() -> bool:
+    """Whether there is an HTTP server, which an ``Engine`` has not; SGLang notes how it was started."""
+    try:
+        arguments = compat.find(f"{_CONTEXT}:get_server_args")()
+    except (LookupError, ValueError):
+        return False
+    started = compat.optional(arguments, "launch_command")
+    return bool(started) and not str(started).startswith("Engine(")
+
+
+def _has_bigrams() -> bool:
+    """Whether the tree's pages are of pairs of tokens, as speculative decoding of EAGLE's kind has them."""
+    name = compat.optional(_published("spec"), "speculative_algorithm")
+    try:
+        kind = compat.find("sglang.srt.speculative.spec_info:SpeculativeAlgorithm")
+        return bool(name) and bool(kind.from_string(str(name)).is_eagle())
+    except (LookupError, ValueError):
+        return False
+
+
+def _own_address() -> str:
+    """The address of this machine that SGLang would use itself."""
+    try:
+        address: str = compat.find("sglang.srt.utils.network:get_local_ip_auto")("127.0.0.1")
+    except LookupError:
+        return "127.0.0.1"
+    return address
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _number(bag: Any, name: str) -> int:
+    try:
+        return int(compat.optional(bag, name) or 0)
+    except (AttributeError, RuntimeError, ValueError):  # SGLang's answer for what is not known in this process
+        return 0
+
+
+def _published(name: str) -> Any:
+    try:
+        return compat.find(f"{_CONTEXT}:get_{name}")()
+    except (LookupError, ValueError):
+        return None
