@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import tracemalloc
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -370,12 +371,19 @@ def test_a_prefix_that_nobody_begins_is_nobodys(index: ExternalKvIndex) -> None:
 
 
 def test_a_chain_is_read_only_as_far_as_some_node_goes(index: ExternalKvIndex) -> None:
+    read: list[int] = []
+
     class Chain(list[bytes]):
+        def __getitem__(self, place: Any) -> Any:
+            read.append(place.stop)
+            return super().__getitem__(place)
+
         def __iter__(self) -> Iterator[bytes]:
-            yield from super().__iter__()
             pytest.fail("nobody holds the last block")
 
-    assert [match.length for match in index.match_prefix(Chain([A, B, C, Z]))] == [3, 1]
+    chain = Chain([A, B, C, *many(1000)])
+    assert [match.length for match in index.match_prefix(chain)] == [3, 1]
+    assert 3 <= max(read) < 100
 
 
 def test_a_cleared_tier_ends_a_prefix_at_once(index: ExternalKvIndex) -> None:

@@ -89,3 +89,11 @@ def test_hits_of_a_chain_are_counted_for_each_of_its_hashes() -> None:
     for length in (20, 20, 40, 10):
         index.match_positions(joined(CHAIN[:length]), True, 1.0)
     assert list(index.hits.counts(CHAIN).values()) == [4] * 10 + [3] * 10 + [1] * 20
+
+
+def test_a_chain_that_was_reported_in_its_order_is_found_as_a_whole() -> None:
+    index = loaded()
+    for query, row in ((CHAIN, 1), (CHAIN[3:20], 4), (CHAIN[::-1], 0), ([*CHAIN[:3], b"x"], 0)):
+        asked = joined(query)
+        index.match_positions(asked)
+        assert asked.row == row
