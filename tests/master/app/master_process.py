@@ -10,10 +10,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-from umbp_connectors.client.grpc_transport import GrpcTransport
 from umbp_connectors.client.native_blocking import NativeBlockingClient
+
+if TYPE_CHECKING:
+    from umbp_connectors.client.grpc_transport import GrpcTransport
 
 ROOT = Path(__file__).resolve().parents[3]
 DEADLINE = 60.0
@@ -111,7 +113,9 @@ class MasterProcess:
         return NativeBlockingClient((host, int(port)))
 
     def grpc(self, address: str = "") -> GrpcTransport:
-        """A client of its gRPC door."""
+        """A client of its gRPC door; needs the packages of the extra ``grpc``."""
+        from umbp_connectors.client.grpc_transport import GrpcTransport
+
         return GrpcTransport.connect(address or self.doors["grpc"], CALL)
 
     def get(self, path: str) -> tuple[int, str]:

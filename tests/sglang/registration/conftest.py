@@ -14,7 +14,7 @@ from umbp_sglang.registration import NO_HOOKS, OVERRIDE
 
 @pytest.fixture
 def registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No hook, no backend and no publisher called umbp, and none of our variables set; what a test registers is forgotten after it."""
+    """No hook, no backend or publisher called umbp, no variable of ours; what a test registers is forgotten after."""
     monkeypatch.setattr(HookRegistry, "_hooks", defaultdict(list))
     monkeypatch.setattr(HookRegistry, "_patched", set())
     known = {name: entry for name, entry in StorageBackendFactory._registry.items() if name != "umbp"}
