@@ -405,6 +405,8 @@ def test_a_lock_is_idempotent_and_waits_when_asked(tmp_path: Path) -> None:
     assert first.held
     waiter = threading.Thread(target=second.acquire, kwargs={"wait": True})
     waiter.start()
+    waiter.join(0.05)
+    assert waiter.is_alive()
     first.release()
     first.release()
     waiter.join(60)

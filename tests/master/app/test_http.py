@@ -50,7 +50,7 @@ async def ask(endpoint: Endpoint, request: bytes) -> bytes:
     try:
         writer.write(request)
         return await asyncio.wait_for(reader.read(), 10)
-    except ConnectionResetError:
+    except ConnectionError:
         return b""
     finally:
         await leave(writer)
@@ -83,8 +83,11 @@ def test_answers(request_line: str, status: int, body: bytes) -> None:
 
 def test_a_head_that_is_too_long_is_refused() -> None:
     async def scenario(endpoint: Endpoint) -> None:
-        answer = await ask(endpoint, b"GET /hello HTTP/1.1\r\nX: " + b"x" * (2 * http.MAX_HEAD))
-        assert answer == b"" or answer.startswith(b"HTTP/1.1 431")
+        # Little more than the bound: of what the server leaves unread, a reset would overtake its answer.
+        answer = await ask(endpoint, b"GET /hello HTTP/1.1\r\nX: " + b"x" * http.MAX_HEAD)
+        assert answer.startswith(b"HTTP/1.1 431 ")
+        await ask(endpoint, b"GET /hello HTTP/1.1\r\nX: " + b"x" * (64 * http.MAX_HEAD))
+        assert (await ask(endpoint, b"GET /hello HTTP/1.1\r\n\r\n")).endswith(b"hello\n")
 
     served(scenario)
 
