@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -39,6 +40,7 @@ class NodeFacts:
 def node_id_of(facts: NodeFacts, config: UmbpConfig) -> str:
     """The node's name: the same after a restart, and another one for every rank that reports.
 
+    An engine that serves this machine only has the machine's name in it: others have the same loopback address.
     Without a port the process id stands in its place, and the name is another one after a restart.
     """
     ranks = f":dp{facts.dp}:pp{facts.pp}:tp{facts.tp}"
@@ -46,7 +48,8 @@ def node_id_of(facts: NodeFacts, config: UmbpConfig) -> str:
         return config.node_id + (ranks if facts.several else "")
     door = f"pid{os.getpid()}" if facts.port is None else str(facts.port)
     role = "" if facts.role == "both" else f":{facts.role}"
-    return f"{facts.host}:{door}{ranks}{role}"
+    host = socket.gethostname() if _is_loopback(facts.host) else facts.host
+    return f"{host}:{door}{ranks}{role}"
 
 
 def registration_of(facts: NodeFacts, config: UmbpConfig) -> Registration:
@@ -70,3 +73,7 @@ def registration_of(facts: NodeFacts, config: UmbpConfig) -> Registration:
         node_address=config.node_address or facts.host,
         tags=tuple(f"{name}={value}" for name, value in tags.items()),
     )
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -33,6 +34,9 @@ def config_of(**keys: object) -> UmbpConfig:
         (replace(FACTS, role="prefill"), {}, "10.0.0.7:8000:dp0:pp0:tp0:prefill"),
         (replace(FACTS, role="decode", dp=1), {}, "10.0.0.7:8000:dp1:pp0:tp0:decode"),
         (replace(FACTS, port=None), {}, f"10.0.0.7:pid{os.getpid()}:dp0:pp0:tp0"),
+        (replace(FACTS, host="127.0.0.1"), {}, f"{socket.gethostname()}:8000:dp0:pp0:tp0"),
+        (replace(FACTS, host="localhost"), {}, f"{socket.gethostname()}:8000:dp0:pp0:tp0"),
+        (replace(FACTS, host="::1", port=None), {}, f"{socket.gethostname()}:pid{os.getpid()}:dp0:pp0:tp0"),
         (FACTS, {"node_id": "gpu-1"}, "gpu-1"),
         (replace(FACTS, role="prefill"), {"node_id": "gpu-1"}, "gpu-1"),
         (replace(FACTS, several=True, dp=2), {"node_id": "gpu-1"}, "gpu-1:dp2:pp0:tp0"),

@@ -30,7 +30,7 @@ from umbp_connectors.reporting.mirror import Mirror
 from umbp_connectors.reporting.reporter import Reporter
 from umbp_core.master.model import Registration
 
-NODE = "127.0.0.1:8000:dp0:pp0:tp0"
+NODE = f"{socket.gethostname()}:8000:dp0:pp0:tp0"
 INTERVAL = 1.0
 """Seconds between heartbeats of the masters here."""
 SLACK = 3.0
