@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import resource
 import signal
 import socket
 import ssl
@@ -15,6 +16,7 @@ import pytest
 
 from tests.master.app.master_process import (
     CALL,
+    DEADLINE,
     POSITIONAL,
     UMBP,
     MasterProcess,
@@ -84,6 +86,32 @@ def test_a_stop_waits_for_clients_no_longer_than_its_deadline(tmp_path: Path) ->
             begin = monotonic()
             assert master.end() == 0
             assert monotonic() - begin < 15
+
+
+@pytest.mark.parametrize("hidden", ["", "import sys; sys.modules['uvloop'] = None; "], ids=["uvloop", "asyncio"])
+def test_who_takes_all_descriptors_is_waited_out_at_every_door(tmp_path: Path, hidden: str) -> None:
+    with MasterProcess(tmp_path, code=hidden + UMBP) as master:
+        pid, folder = master.process.pid, Path(f"/proc/{master.process.pid}/fd")
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        most = len(list(folder.iterdir())) + 2
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, hard))
+        with contextlib.ExitStack() as greedy:
+            for door in ("native", "metrics", "grpc"):
+                host, _, port = master.doors[door].rpartition(":")
+                for _ in range(8):
+                    greedy.enter_context(socket.create_connection((host, int(port)), CALL))
+            end = monotonic() + DEADLINE
+            while len(list(folder.iterdir())) < most:
+                assert monotonic() < end
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+        native = master.native()
+        assert native.match([b"a"], False, CALL) == []
+        native.close()
+        grpc = master.grpc()
+        assert grpc.match([b"a"], False, CALL) == []
+        grpc.close()
+        assert master.get("/healthz") == (200, "alive\n")
+        assert master.end() == 0
 
 
 def test_unix_socket_is_for_its_owner_and_gone_after_the_end(tmp_path: Path) -> None:
