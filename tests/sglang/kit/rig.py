@@ -36,7 +36,7 @@ from sglang.test.kits.unified_radix_cache import fixtures, mixins
 from sglang.test.kits.unified_radix_cache.config import CacheConfig
 from sglang.test.kits.unified_radix_cache.storage import UnifiedRadixCacheStorageFixtures
 
-from tests.sglang.kit import content
+from tests.sglang.kit import content, rust_core
 from tests.sglang.kit.content import POOL_OF, Prompt, Share
 from tests.sglang.kit.proxies import Ledger, PageId
 
@@ -152,7 +152,7 @@ class Engine:
     def start(self, *, attach: bool = True, ledger: bool = True) -> None:
         """Builds the pools and the tree and attaches the backend, as a server's start does."""
         pool = _dsa_pool if self.setup.indexer else _mla_pool if self.setup.mla else fixtures.MHATokenToKVPool
-        with mock.patch.object(fixtures, "MHATokenToKVPool", pool):
+        with mock.patch.object(fixtures, "MHATokenToKVPool", pool), rust_core.as_the_kits():
             self.cache, self.allocator, self.reqs = fixtures.build_fixture(
                 self.setup.cfg,
                 enable_kv_cache_events=self.setup.events is not None,
@@ -390,7 +390,8 @@ class Engine:
     def _as_rank(self) -> Iterator[None]:
         rank, size = self.setup.tp
         whole = {"tp_size": size, "attn_tp_size": size, "moe_tp_size": size}
-        with get_parallel().override(tp_rank=rank, attn_tp_rank=rank, pp_rank=0, pp_size=1, **whole):
+        alone = {"pp_rank": 0, "pp_size": 1, "attn_cp_rank": 0, "attn_dp_rank": 0, "dp_rank": None}
+        with get_parallel().override(tp_rank=rank, attn_tp_rank=rank, **whole, **alone):
             yield
 
     @contextlib.contextmanager

@@ -1,0 +1,65 @@
+"""After each thing that happens to a page the master knows on which tiers it is, hash by hash."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.connectors.reporting.at_master import DRAM, HBM, SSD, known_at
+from tests.sglang.kit.content import Prompt
+from tests.sglang.kit.shapes import FULL, prompt_of
+from tests.sglang.reporting.conftest import Start
+from tests.sglang.reporting.rig import NODE, Reported, published
+
+pytestmark = pytest.mark.parametrize("core", ["rust", "python"])
+PROMPT = prompt_of(FULL, 6)
+
+
+def ids(prompt: Prompt) -> set[bytes]:
+    return set(published(prompt, FULL.page_size))
+
+
+def flush_pool(reported: Reported) -> None:
+    """What is in L3's DRAM is on its SSD too."""
+    for pool in reported.engine.backend._pools.pools():
+        for shard in pool.shards:
+            assert shard.flush(30)
+
+
+def test_a_page_is_told_on_every_tier_that_it_reaches(start: Start, core: str) -> None:
+    node = start(core=core)
+    node.knows([PROMPT])
+    assert node.assert_equal() == {}
+    node.engine.compute(PROMPT)
+    assert node.assert_equal() == {HBM: ids(PROMPT)}
+    node.engine.offload(PROMPT)
+    flush_pool(node)
+    assert node.assert_equal() == {HBM: ids(PROMPT), DRAM: ids(PROMPT), SSD: ids(PROMPT)}
+
+
+def test_a_flush_empties_the_caches_and_not_the_storage(start: Start, core: str) -> None:
+    node = start(core=core)
+    node.knows([PROMPT])
+    node.engine.compute(PROMPT)
+    node.engine.offload(PROMPT)
+    flush_pool(node)
+    node.engine.flush()
+    told = node.assert_equal()
+    assert told == {DRAM: ids(PROMPT), SSD: ids(PROMPT)}, "in DRAM since L3 has a copy there"
+    assert node.engine.prefetch(PROMPT) == len(PROMPT)
+    assert node.assert_equal() == told
+    assert node.engine.onboard(PROMPT) == len(PROMPT)
+    assert node.assert_equal() == {HBM: ids(PROMPT), **told}
+
+
+def test_a_restarted_engine_tells_what_is_on_its_ssd(start: Start, core: str) -> None:
+    first = start(core=core)
+    first.knows([PROMPT])
+    first.engine.compute(PROMPT)
+    first.engine.offload(PROMPT)
+    first.assert_equal()
+    first.engine.stop()
+    first.component.kv_event_publisher.shutdown()
+    assert known_at(first.master, NODE) == {}, "a node that ends in order says so"
+    second = start(core=core)
+    second.knows([PROMPT])
+    assert second.assert_equal() == {SSD: ids(PROMPT)}
