@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Callable
+
 import pytest
 
 from tests.core.small_directory import PAGE, A, B, C, D, directory, put, readable
@@ -125,3 +128,45 @@ def test_a_cleared_tier_is_one_change() -> None:
     (cleared,) = node.drain_changes()
     assert (cleared.kind, list(cleared.keys)) == (EventKind.REMOVED, [A, C])
     assert (node.clear(Tier.DRAM), node.drain_changes()) == (0, [])
+
+
+def one_by_one(node: Directory, owner: str) -> None:
+    node.reserve(owner, A, Tier.DRAM, PAGE)
+    node.commit(owner, A, Tier.DRAM, b"")
+
+
+def in_a_batch(node: Directory, owner: str) -> None:
+    node.reserve_many(owner, wanted(A), Tier.DRAM)
+    node.commit_many(owner, {A: b""}, Tier.DRAM)
+
+
+def given_up(node: Directory, owner: str) -> None:
+    node.reserve_many(owner, wanted(A), Tier.DRAM)
+    node.abort_owner(owner)
+
+
+def pinned_and_leased(node: Directory, owner: str) -> None:
+    in_a_batch(node, owner)
+    node.pin(owner, [A])
+    node.lease(owner, [A], 1.0)
+    node.unpin(owner)
+    node.release(owner)
+
+
+@pytest.mark.parametrize("write", [one_by_one, in_a_batch, given_up, pinned_and_leased])
+def test_nothing_is_left_of_owners_that_are_done(write: Callable[[Directory, str], None]) -> None:
+    node = directory()
+
+    def live(owners: range) -> int:
+        for number in owners:
+            write(node, f"op {number}")
+            node.drop(A, Tier.DRAM)
+            node.drain_changes()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = live(range(500))
+        assert live(range(500, 3500)) - before < 50_000
+    finally:
+        tracemalloc.stop()
