@@ -40,7 +40,12 @@ MATCH_QUERIED = Family("external_kv_match_queried_blocks_total", "counter", (), 
 MATCH_MATCHED = Family(
     "external_kv_match_matched_blocks_total", "counter", (), "Distinct hashes that were found, summed over nodes."
 )
-EXTERNAL_LIVE = Family("external_kv_live_count", "gauge", NODE_TIER, "External hashes that a node holds on a tier.")
+EXTERNAL_LIVE = Family(
+    "external_kv_live_count",
+    "gauge",
+    NODE_TIER,
+    "External hashes that a node holds on a tier; the node's tags are labels too.",
+)
 CLIENTS = Family("client_count", "gauge", (), "Nodes that are alive.")
 CAPACITY_TOTAL = Family("client_capacity_total_bytes", "gauge", NODE_TIER, "Size of a tier, as its node says.")
 CAPACITY_AVAILABLE = Family("client_capacity_available_bytes", "gauge", NODE_TIER, "Free bytes of a tier.")

@@ -82,7 +82,7 @@ def _nodes(infos: Iterable[NodeInfo]) -> Iterator[Metric]:
             live.add_sample(live.name, tagged | {"tier": tier}, count)
         total.add_sample(total.name, tagged, sum(info.block_counts.values()))
         for tier, count in _by_label(info.external_counts).items():
-            external.add_sample(external.name, node | {"tier": tier}, count)
+            external.add_sample(external.name, tagged | {"tier": tier}, count)
     yield from (*capacities.values(), live, total, external)
 
 

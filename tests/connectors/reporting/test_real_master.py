@@ -19,6 +19,7 @@ import pytest
 from tests.connectors.reporting.at_master import (
     HBM,
     PATIENCE,
+    SSD,
     Engine,
     eventually,
     known_at,
@@ -75,6 +76,9 @@ def test_every_tier_is_told_as_it_changes(cleanup: ExitStack, tmp_path: Path, do
     assert stats.client.native == door.startswith("umbp")
     assert (stats.failures, stats.overflows, stats.resyncs, stats.client.refused) == (0, 0, 0, 0)
     assert {tier: count for tier, count in stats.held.items() if count} == {t: len(h) for t, h in found.items()}
+    labels = f'dp="0",engine="vllm",http="127.0.0.1:8000",model="tiny",node="{NODE}",pp="0",role="both",tier="SSD"'
+    metric = f'mori_umbp_external_kv_live_count{{{labels},tp="0",version="0.32.0"}} {float(len(found[SSD]))}'
+    assert metric in master.get("/metrics")[1]
     assert reporter.close()
     assert known_at(master, NODE) == {}
 

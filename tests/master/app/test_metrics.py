@@ -101,7 +101,7 @@ def test_gauges_of_nodes_are_those_of_this_moment() -> None:
     assert found[at("client_capacity_utilization_ratio", node="n1", tier="SSD")] == 0
     assert found[at("client_kv_live_count", node="n1", tier="SSD", sgl_role="decode")] == 4
     assert found[at("client_kv_live_count_total", node="n1", sgl_role="decode")] == 7
-    assert found[at("external_kv_live_count", node="n1", tier="HBM")] == 7
+    assert found[at("external_kv_live_count", node="n1", tier="HBM", sgl_role="decode")] == 7
     assert not [key for key in found if ("node", "dead") in key[1]]
     assert page(metrics)[at("client_count")] == 0
 
@@ -114,7 +114,7 @@ def test_tiers_without_a_name_share_a_label() -> None:
     found = page(metrics, strange)
     assert found[at("external_kv_report_blocks_total", node="n1", tier="OTHER")] == 96
     assert found[at("client_capacity_used_bytes", node="n1", tier="OTHER")] == 17
-    assert found[at("external_kv_live_count", node="n1", tier="OTHER")] == 3
+    assert found[at("external_kv_live_count", node="n1", tier="OTHER", sgl_role="decode")] == 3
 
 
 def test_calls_have_a_latency_histogram_per_protocol() -> None:
