@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -69,6 +69,9 @@ class EngineServer(ABC):
     ``arguments`` go behind the command; ``environment`` is added to this process's.  The log goes to ``log``, which is
     appended to, so that the log of a second start of the same server follows the first.
     """
+
+    READY: ClassVar[str] = "/health"
+    """What answers with 200 from the moment on when it serves."""
 
     model: Path
     log: Path
@@ -183,10 +186,16 @@ class EngineServer(ABC):
 
     def events(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The server-sent events of a POST, as they come; raises ``ServerFailed`` unless the status is 200."""
+        with self.stream(path, body) as (_, events):
+            yield from events
+
+    @contextlib.contextmanager
+    def stream(
+        self, path: str, body: Mapping[str, Any]
+    ) -> Iterator[tuple[http.client.HTTPMessage, Iterator[dict[str, Any]]]]:
+        """The headers and the server-sent events of a POST; raises ``ServerFailed`` unless the status is 200."""
         with self._asked("POST", path, body, None, 300.0) as response:
-            for line in response:
-                if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
-                    yield json.loads(line[len(b"data: ") :])
+            yield response.headers, map(json.loads, filter(None, map(_event, response)))
 
     @contextlib.contextmanager
     def _asked(
@@ -208,12 +217,18 @@ class EngineServer(ABC):
             if self.process is None or self.process.poll() is not None:
                 raise ServerFailed(f"the server ended before it was ready; the end of {self.log}:\n{self.log_tail()}")
             with contextlib.suppress(OSError, ServerFailed):
-                self.get("/health")
+                self.get(self.READY)
                 return
             if time.monotonic() > deadline:
                 waited = f"the server was not ready after {self.start_timeout:g} s"
                 raise ServerFailed(f"{waited}; the end of {self.log}:\n{self.log_tail()}")
             time.sleep(0.25)
+
+
+def _event(line: bytes) -> bytes:
+    """What a line of a stream of events says; empty when that is nothing."""
+    data = line.removeprefix(b"data: ")
+    return b"" if data is line or data.startswith(b"[DONE]") else data
 
 
 def free_port() -> int:

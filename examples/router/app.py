@@ -33,7 +33,7 @@ class Router:
     """Answers requests; made in the loop that serves it."""
 
     def __init__(self, settings: RouterSettings, http: aiohttp.ClientSession, reader: MasterReader | None) -> None:
-        self.books = Books()
+        self.books = Books(settings.speeds)
         self.metrics = RouterMetrics()
         self.fleet = Fleet(self.books, http, reader, settings)
         self._forwarder = Forwarder(http, settings)

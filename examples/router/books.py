@@ -71,7 +71,6 @@ class Worker:
     """One engine's HTTP server, at ``url`` without a slash at its end."""
 
     url: str
-    speeds: Speeds
     listed: bool = False
     """Given by the user, and therefore kept when no node names it."""
     alive: bool = False
@@ -83,9 +82,9 @@ class Worker:
     usual_seconds: float = 0.0
     """What our requests take it, as estimated; the latest count most."""
 
-    def queue_seconds(self, seat: Seat) -> float:
+    def queue_seconds(self, seat: Seat, speeds: Speeds) -> float:
         """What a new request for ``seat`` has to wait for; others' requests are taken to be like ours."""
-        return seat.queue_seconds(self.speeds) + self.foreign_waiting / max(1, len(self.seats)) * self.usual_seconds
+        return seat.queue_seconds(speeds) + self.foreign_waiting / max(1, len(self.seats)) * self.usual_seconds
 
     def take(self, seat: Seat, seconds: float) -> Ticket:
         """A request is on its way to ``seat``; give the ticket back with :meth:`Seat.end`, whatever became of it."""
@@ -98,19 +97,24 @@ class Worker:
 
 
 class Books:
-    """All workers, by URL."""
+    """All workers, by URL, and how fast they are.
 
-    def __init__(self) -> None:
+    All are taken to be alike: what a few requests say about one of them is worth less than that, and would send every
+    new prompt to whichever seems a little faster.
+    """
+
+    def __init__(self, speeds: Speeds) -> None:
+        self.speeds = speeds
         self.workers: dict[str, Worker] = {}
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self.workers.values())
 
-    def add(self, url: str, speeds: Speeds, *, listed: bool = False) -> Worker:
+    def add(self, url: str, *, listed: bool = False) -> Worker:
         """The worker at ``url``, which is new or not; it has one seat until its nodes are known."""
         worker = self.workers.get(url)
         if worker is None:
-            worker = self.workers[url] = Worker(url, speeds, listed, seats={None: Seat(url)})
+            worker = self.workers[url] = Worker(url, listed, seats={None: Seat(url)})
         return worker
 
     def seat_nodes(self, worker: Worker, nodes: Mapping[int, tuple[str, Mapping[str, str]]]) -> None:

@@ -41,7 +41,7 @@ class Fleet:
         self._settings = settings
         self._totals: dict[str, Totals] = {}
         for url in settings.workers:
-            books.add(place_of(url), settings.speeds, listed=True)
+            books.add(place_of(url), listed=True)
 
     async def run(self) -> None:
         """Look again after every interval, until it is cancelled."""
@@ -63,7 +63,7 @@ class Fleet:
         found = nodes_by_url(infos)
         if not self._settings.workers:
             for url in found:
-                self._books.add(url, self._settings.speeds)
+                self._books.add(url)
         for worker in list(self._books):
             nodes = found.get(worker.url, {})
             self._books.seat_nodes(worker, nodes)
@@ -95,7 +95,7 @@ class Fleet:
         before = self._totals.get(worker.url)
         self._totals[worker.url] = totals
         if before is not None:
-            worker.speeds = measured(worker.speeds, before, totals)
+            self._books.speeds = measured(self._books.speeds, before, totals)
         own = sum(seat.outstanding for seat in worker.seats.values())
         worker.foreign_waiting = max(0, round(totals.waiting) - own)
 

@@ -37,6 +37,9 @@ class RouterMetrics:
             "umbp_router_worker_failures", "Attempts that failed.", ["worker", "cause"], registry=registry
         )
         self._alive = Gauge("umbp_router_worker_alive", "Whether a worker answers.", ["worker"], registry=registry)
+        self._speeds = Gauge(
+            "umbp_router_seconds_per_token", "What a token is taken to cost.", ["kind"], registry=registry
+        )
         self._outstanding = Gauge(
             "umbp_router_outstanding", "Requests that a worker has now.", ["worker"], registry=registry
         )
@@ -68,6 +71,9 @@ class RouterMetrics:
         """The text for a scrape."""
         self._alive.clear()
         self._outstanding.clear()
+        self._speeds.labels("prefill").set(books.speeds.prefill)
+        for tier, seconds in books.speeds.tiers.items():
+            self._speeds.labels(Tier(tier).name).set(seconds)
         for worker in books:
             self._alive.labels(worker.url).set(worker.alive)
             for seat in worker.seats.values():

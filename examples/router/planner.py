@@ -111,17 +111,18 @@ class Planner:
     def _match(self, reader: MasterReader, hasher: PromptHasher, hashes: Sequence[bytes]) -> list[PrefixMatch] | None:
         if not hashes:
             return []
-        weights = self._settings.speeds.weights(hasher.block_tokens)
+        weights = self._books.speeds.weights(hasher.block_tokens)
         return reader.match_prefix(hashes, weights, self._settings.match_timeout)
 
     def _offer(self, worker: Worker, seat: Seat, held: Mapping[str, tuple[Sequence[TierRun], int]]) -> Offer:
+        speeds = self._books.speeds
         if self._settings.policy is Policy.TURN:
-            return Offer(seat.name, worker.speeds)
+            return Offer(seat.name, speeds)
         runs, block_tokens = held.get(seat.node, ((), 0)) if seat.node else ((), 0)
         return Offer(
             seat.name,
-            worker.speeds,
-            queue_seconds=worker.queue_seconds(seat),
+            speeds,
+            queue_seconds=worker.queue_seconds(seat, speeds),
             outstanding=seat.outstanding,
             runs=runs,
             block_tokens=block_tokens,
