@@ -142,10 +142,13 @@ def test_a_reporter_closes_in_time_whatever_the_master_does(cleanup: ExitStack, 
     assert not any(thread.name == "umbp-reporter" for thread in threading.enumerate())
 
 
-def test_an_engine_that_was_away_longer_than_its_expiry_is_known_again(cleanup: ExitStack, tmp_path: Path) -> None:
+@pytest.mark.parametrize("door", DOORS)
+def test_an_engine_that_was_away_longer_than_its_expiry_is_known_again(
+    cleanup: ExitStack, tmp_path: Path, door: str
+) -> None:
     """The master is stopped, not the engine: to the master that is the same."""
     master = cleanup.enter_context(MasterProcess(tmp_path, **FAST, UMBP_MAX_MISSED_HEARTBEATS="1"))
-    reporter, engine = started(cleanup, f"umbp://{master.doors['native']}")
+    reporter, engine = started(cleanup, door.format(**master.doors))
     run(engine)
     assert reporter.flush(PATIENCE)
     master.process.send_signal(signal.SIGSTOP)
