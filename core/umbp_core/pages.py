@@ -95,7 +95,7 @@ class PageAllocator:
     def allocate_each(self, count: int) -> list[int] | None:
         """A page for each of ``count`` objects of one page at most; ``None`` when too few are free.
 
-        The same pages as ``count`` calls of :meth:`allocate`, in one.
+        The same pages as ``count`` calls of :meth:`allocate`, in one, and in ascending order: neighbours lie together.
         """
         if count > self._free:
             return None
@@ -111,6 +111,7 @@ class PageAllocator:
                 self._cursor = page + 1
             used[page] = _USED
             pages.append(page)
+        pages.sort()
         self._book(pages, -1)
         return pages
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.connectors.disk import Disk
 from tests.connectors.pool_follower import Follower
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus, StagedPut
+from umbp_connectors.pool.rows import ObjectRows
 from umbp_core.ids import Identity, RankScope
 from umbp_core.tiers import Tier
 
@@ -158,6 +160,35 @@ class PoolMachine(RuleBasedStateMachine):
             assert not buffer[size:].any()
             buffer[...] = 0xA5
         self.given_back = [*self.given_back, *whole][-50:]
+
+    @rule(keys=KEYS, nbytes=SIZES, order=st.randoms(use_true_random=False))
+    def put_rows(self, keys: list[bytes], nbytes: int, order: random.Random) -> None:
+        """As :meth:`put`, from rows of one array, now neighbours and now not."""
+        self._settle()
+        objects = self._objects(keys, nbytes)
+        numbers = order.sample(range(len(keys)), len(keys)) if order.random() < 0.5 else list(range(len(keys)))
+        whole = np.zeros((len(keys) + 1, nbytes), dtype=np.uint8)
+        for number, data in zip(numbers, objects, strict=True):
+            whole[number] = np.frombuffer(data, dtype=np.uint8)
+        statuses = self.pool.put(keys, ObjectRows(whole, numbers), timeout=30)
+        for key, data, status in zip(keys, objects, statuses, strict=True):
+            assert status in (PutStatus.STORED, PutStatus.PRESENT, PutStatus.NO_ROOM)
+            if status is PutStatus.STORED:
+                self.truth[key] = data
+
+    @rule(keys=KEYS, nbytes=SIZES)
+    def get_rows(self, keys: list[bytes], nbytes: int) -> None:
+        """As :meth:`get`, into rows; objects of another size do not come."""
+        if self.sound:
+            assert self.pool.flush(30)
+        whole = np.zeros((len(keys) + 1, nbytes), dtype=np.uint8)
+        statuses = self.pool.get(keys, ObjectRows(whole, range(len(keys))), timeout=30 if self.sound else SHORT)
+        for key, row, status in zip(keys, whole, statuses, strict=False):
+            assert not status.hit or row.tobytes() == self.truth[key]
+            assert not self.sound or status.hit == (len(self.truth.get(key, b"")) == nbytes)
+        assert not whole[-1].any()
+        whole[...] = 0xA5
+        self.given_back = [*self.given_back, whole][-50:]
 
     @rule(keys=KEYS, nbytes=SIZES)
     def without_time(self, keys: list[bytes], nbytes: int) -> None:

@@ -119,7 +119,7 @@ class LocalPool:
         depths: Sequence[int] | None = None,
         timeout: float | None = None,
     ) -> list[PutStatus]:
-        """Store ``buffers[i]`` under block key ``keys[i]``, for all ``i``.
+        """Store ``buffers[i]`` under block key ``keys[i]``, for all ``i``; fastest when they are ``ObjectRows``.
 
         ``depths`` are the blocks' places in their prefix chains, for eviction.  An object can be read when the call
         returns.  What is not copied after ``timeout`` seconds is ``TIMED_OUT``.  Raises ``StateError`` when the pool is

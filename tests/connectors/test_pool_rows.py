@@ -1,0 +1,172 @@
+"""Objects that are rows of one array: what is copied together arrives as if it had been copied one by one."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from umbp_connectors.pool import batches, rows
+from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
+from umbp_connectors.pool.rows import TOGETHER_BYTES, ObjectRows
+from umbp_core.ids import Identity, RankScope
+
+IDENTITY = Identity("model", b"\x11" * 32, RankScope())
+SIZE = 256 << 10
+COUNT = 24
+
+Maker = Callable[..., LocalPool]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Maker]:
+    made: list[LocalPool] = []
+
+    def make(pages: int = 2 * COUNT, **options: object) -> LocalPool:
+        config = LocalPoolConfig(SIZE, pages * SIZE, patience_s=0, prefault=False, **options)  # type: ignore[arg-type]
+        made.append(LocalPool(IDENTITY, config))
+        made[-1].open()
+        return made[-1]
+
+    yield make
+    for pool in made:
+        pool.close()
+
+
+def _keys(count: int = COUNT) -> list[bytes]:
+    return [b"%032d" % number for number in range(count)]
+
+
+def _whole(count: int = COUNT) -> np.ndarray:
+    """K and V of each page far apart, as in a host pool."""
+    values = np.random.default_rng(3).integers(0, 256, (2, count, SIZE // 2), dtype=np.uint8)
+    return values.transpose(1, 0, 2)
+
+
+def _orders() -> dict[str, list[int]]:
+    shuffled = np.random.default_rng(5).permutation(COUNT).tolist()
+    gaps = [*range(5), *range(9, 15), *range(20, COUNT)]
+    return {"neighbours": list(range(COUNT)), "backwards": list(range(COUNT))[::-1], "shuffled": shuffled, "gaps": gaps}
+
+
+@pytest.mark.parametrize("order", list(_orders()))
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_come_back_in_whatever_order_they_lie(make: Maker, order: str, threads: int) -> None:
+    pool = make(copy_threads=threads)
+    numbers, whole = _orders()[order], _whole()
+    keys = _keys(len(numbers))
+    assert pool.put(keys, ObjectRows(whole, numbers)) == [PutStatus.STORED] * len(keys)
+    flat = [np.zeros(SIZE, dtype=np.uint8) for _ in keys]
+    assert pool.get(keys, flat) == [GetStatus.DRAM] * len(keys)
+    assert [buffer.tobytes() for buffer in flat] == [whole[number].tobytes() for number in numbers]
+    back = np.zeros((2, COUNT, SIZE // 2), dtype=np.uint8).transpose(1, 0, 2)
+    assert pool.get(keys, ObjectRows(back, numbers)) == [GetStatus.DRAM] * len(keys)
+    expected = np.zeros_like(back)
+    expected[numbers] = whole[numbers]
+    assert np.array_equal(back, expected), "rows that nobody asked for were written"
+
+
+def test_neighbours_are_copied_together(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    copy = rows.copy_rows_in
+
+    def counted(object_keys: list[bytes], *arrays: np.ndarray) -> list[bytes]:
+        copied.append(len(object_keys))
+        return copy(object_keys, *arrays)
+
+    monkeypatch.setattr(batches, "copy_rows_in", counted)
+    pool = make(copy_threads=1)
+    pool.put(_keys(8), ObjectRows(_whole(), range(8)))
+    assert copied == [TOGETHER_BYTES // SIZE] * 2
+
+
+def test_a_bad_page_among_neighbours_is_the_only_one_that_is_missing(make: Maker) -> None:
+    pool = make(copy_threads=1)
+    keys, whole = _keys(), _whole()
+    pool.put(keys, ObjectRows(whole, range(COUNT)))
+    _damage(pool, keys[5])
+    back = np.zeros_like(whole)
+    statuses = pool.get(keys, ObjectRows(back, range(COUNT)))
+    assert statuses == [GetStatus.CORRUPT if key == keys[5] else GetStatus.DRAM for key in keys]
+    good = [number for number in range(COUNT) if number != 5]
+    assert np.array_equal(back[good], whole[good])
+    assert pool.exists([keys[4], keys[5], keys[6]]) == [True, False, True]
+
+
+def test_a_bad_page_among_neighbours_comes_from_ssd(make: Maker, tmp_path: Path) -> None:
+    pool = make(copy_threads=1, ssd_dir=tmp_path / "ssd", ssd_capacity=64 << 20)
+    keys, whole = _keys(8), _whole(8)
+    pool.put(keys, ObjectRows(whole, range(8)))
+    assert pool.flush(30)
+    _damage(pool, keys[2])
+    back = np.zeros_like(whole)
+    statuses = pool.get(keys, ObjectRows(back, range(8)))
+    assert statuses == [GetStatus.SSD if key == keys[2] else GetStatus.DRAM for key in keys]
+    assert np.array_equal(back, whole)
+
+
+def test_rows_that_are_there_already_part_the_neighbours(make: Maker) -> None:
+    pool = make()
+    keys, whole = _keys(8), _whole(8)
+    pool.put([keys[3]], ObjectRows(whole, [3]))
+    statuses = pool.put(keys, ObjectRows(whole, range(8)))
+    assert statuses == [PutStatus.PRESENT if key == keys[3] else PutStatus.STORED for key in keys]
+    back = np.zeros_like(whole)
+    assert pool.get([*keys[:5], b"other", *keys[5:7]], ObjectRows(back, range(8))) == [
+        *[GetStatus.DRAM] * 5,
+        GetStatus.MISS,
+        *[GetStatus.DRAM] * 2,
+    ]
+    assert np.array_equal(back[[0, 1, 2, 3, 4, 6, 7]], whole[:7])
+
+
+def test_staged_rows_can_be_read_when_they_are_published(make: Maker) -> None:
+    pool = make()
+    keys, whole = _keys(), _whole()
+    staged = pool.stage(keys, ObjectRows(whole, range(COUNT)))
+    assert pool.exists(keys) == [False] * COUNT
+    assert staged.publish()
+    back = np.zeros_like(whole)
+    assert pool.get(keys, ObjectRows(back, range(COUNT))) == [GetStatus.DRAM] * COUNT
+    assert np.array_equal(back, whole)
+
+
+def test_smaller_rows_than_a_page_take_their_bytes_only(make: Maker) -> None:
+    pool = make(copy_threads=1)
+    keys = _keys(4)
+    whole = np.random.default_rng(1).integers(0, 256, (4, 3, 1000), dtype=np.uint8)
+    assert pool.put(keys, ObjectRows(whole, range(4))) == [PutStatus.STORED] * 4
+    back = np.zeros((5, 3, 1000), dtype=np.uint8)
+    assert pool.get(keys, ObjectRows(back, range(4))) == [GetStatus.DRAM] * 4
+    assert np.array_equal(back[:4], whole)
+    assert not back[4].any()
+    assert pool.get(keys, ObjectRows(_whole(4), range(4))) == [GetStatus.SIZE_MISMATCH] * 4
+
+
+def test_rows_that_do_not_exist_or_do_not_lie_in_place_are_refused(make: Maker) -> None:
+    pool = make()
+    whole = _whole(4)
+    with pytest.raises(ValueError, match="rows 2 to 4 of an array that has 4"):
+        pool.put(_keys(3), ObjectRows(whole, [2, 3, 4]))
+    with pytest.raises(ValueError, match="rows -1 to 0"):
+        pool.get(_keys(2), ObjectRows(whole, [-1, 0]))
+    with pytest.raises(ValueError, match="last axis is contiguous"):
+        pool.put(_keys(1), ObjectRows(whole.view(np.uint16), [0]))
+    with pytest.raises(ValueError, match="last axis is contiguous"):
+        pool.put(_keys(1), ObjectRows(whole[:, :, ::2], [0]))
+    whole.flags.writeable = False
+    with pytest.raises(ValueError, match="can be written"):
+        pool.get(_keys(1), ObjectRows(whole, [0]))
+    assert pool.put(_keys(0), ObjectRows(whole, [])) == []
+
+
+def _damage(pool: LocalPool, key: bytes) -> None:
+    """Flip a bit of the copy in DRAM, through the memory that the pool offers to other processes."""
+    offer = pool.arena_offer()
+    loan = pool.lend([key])
+    with mmap.mmap(offer.fd, offer.pages * offer.page_bytes) as memory:
+        memory[loan.objects[0].page * offer.page_bytes + 100] ^= 1
+    loan.release()
