@@ -88,6 +88,7 @@ def test_unknown_ops_and_ranks_change_nothing() -> None:
     ledger = OpLedger([0])
     op = store("a")
     assert ledger.add(0, done(op)) is None
+    assert not ledger.release(0, "a")
     ledger.open(op)
     assert ledger.add(3, done(op)) is None
     assert len(ledger) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -111,7 +112,7 @@ def unreachable(address: NativeAddress, error: Exception) -> MasterUnavailable:
 
 def _reason(error: Exception) -> str:
     """The system's words for ``error``."""
-    if isinstance(error, (TimeoutError, BlockingIOError)):
+    if isinstance(error, (TimeoutError, asyncio.TimeoutError, BlockingIOError)):
         return "no answer in time"
     return str(error) or type(error).__name__
 

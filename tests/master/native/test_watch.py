@@ -254,7 +254,7 @@ def test_a_watch_of_a_master_that_is_silent_ends(tmp_path: Path, greets: bool) -
 
     async def watch(address: str) -> None:
         pages = NativeAsyncClient(address).watch(timeout=DEADLINE if greets else 0.05, silence=0.05)
-        with pytest.raises(MasterUnavailable):
+        with pytest.raises(MasterUnavailable, match="no answer in time"):
             await anext(pages)
 
     with FakeMaster(tmp_path / "s", script) as fake:
