@@ -18,7 +18,7 @@ from umbp_core.errors import ConfigError, MasterError, MasterUnavailable
 if TYPE_CHECKING:
     from umbp_connectors.client.dial import ClientTls
     from umbp_connectors.client.native_async import NativeAsyncClient
-    from umbp_core.master.transport import MasterTransport
+    from umbp_core.master.transport import MasterTransport, NativeTransport
 
 DEFAULT_MASTER = "umbp://127.0.0.1:50052,grpc://127.0.0.1:50051"
 
@@ -115,6 +115,15 @@ class MasterAccess:
         from umbp_connectors.client.dial import ClientTls
 
         return ClientTls(*self.tls_files) if any(self.tls_files) else None
+
+
+def native_of(transport: MasterTransport, wish: str) -> NativeTransport:
+    """``transport``, if it can do what is wished for.  Raises ``ConfigError``."""
+    from umbp_core.master.transport import is_native
+
+    if not is_native(transport):
+        raise ConfigError(f"UMBP's gRPC cannot {wish}; give the umbp:// address of one of our masters by --master")
+    return transport
 
 
 def _access(

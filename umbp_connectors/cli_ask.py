@@ -16,7 +16,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from umbp_connectors.cli_access import MasterAccess, asks_master
+from umbp_connectors.cli_access import MasterAccess, asks_master, native_of
 from umbp_core.errors import ConfigError, MasterUnavailable
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def nodes(access: MasterAccess) -> None:
     from umbp_connectors import cli_views as views
 
     with access.connected() as transport:
-        infos = _native(transport, "list nodes").list_nodes(access.timeout)
+        infos = native_of(transport, "list nodes").list_nodes(access.timeout)
     if access.as_json:
         _print_json([views.node_values(info) for info in infos])
     else:
@@ -95,7 +95,7 @@ def hits(
         if keys:
             counts = transport.hit_counts(keys, access.timeout)
         else:
-            held = islice(_held(_native(transport, "list hashes"), access.timeout), scan)
+            held = islice(_held(native_of(transport, "list hashes"), access.timeout), scan)
             counts = _most_matched(transport, held, most, access.timeout)
     if access.as_json:
         _print_json([{"hash": views.text_of(key), "hits": number} for key, number in counts])
@@ -116,7 +116,7 @@ def top(
     A master that goes away is waited for.
     """
     with access.connected() as transport:
-        client = _native(transport, "list nodes")
+        client = native_of(transport, "list nodes")
         look = _Look(lambda: client.list_nodes(access.timeout))
         rounds = iter(int, 1) if looks == 0 else iter(range(looks))
         pause = threading.Event()
@@ -202,14 +202,6 @@ class _Look:
         return {node: (held - before.get(node, held)) / seconds for node, held in self._held.items()}
 
 
-def _native(transport: MasterTransport, wish: str) -> NativeTransport:
-    from umbp_core.master.transport import is_native
-
-    if not is_native(transport):
-        raise ConfigError(f"UMBP's gRPC cannot {wish}; give the umbp:// address of one of our masters by --master")
-    return transport
-
-
 def _matches(transport: MasterTransport, keys: list[bytes], count: bool, timeout: float) -> tuple[list[Any], Any]:
     from umbp_connectors import cli_views as views
 
@@ -228,7 +220,7 @@ def _prefixes(transport: MasterTransport, keys: list[bytes], timeout: float) -> 
 def _explained(transport: MasterTransport, node: str, keys: list[bytes], timeout: float) -> tuple[list[Any], Any]:
     from umbp_connectors import cli_views as views
 
-    client = _native(transport, "explain")
+    client = native_of(transport, "explain")
     values = [views.explanation_values(key, client.explain(node, key, timeout)) for key in keys]
     return values, Text("\n".join(f"{value['hash']}: {value['text']}" for value in values))
 

@@ -7,7 +7,6 @@ Start it with ``python -m examples.router --master ADDRESS``; see docs/router.md
 ``books``          what the router knows of its workers: seats, queues, speeds
 ``fleet``          keeps the books true: nodes of the master, health, models, metrics of workers
 ``speeds``         seconds per token, read off what a worker's ``/metrics`` says
-``prompts``        from a request to its tokens and its namespace
 ``planner``        from a prompt to the ranking of the workers, through hashes and the master
 ``forwarding``     one request to one worker, with deadlines
 ``app``            the HTTP side

@@ -18,10 +18,10 @@ from examples.router.fleet import Fleet
 from examples.router.forwarding import Answer, BrokeOff, Forwarder, WorkerFailed, open_session
 from examples.router.metrics import RouterMetrics
 from examples.router.planner import NoWorker, Plan, Planner, Prompt
-from examples.router.prompts import CHAT, COMPLETIONS, Unreadable, namespace_of, question_of
 from examples.router.settings import Policy, RouterSettings
 from umbp_connectors.client.reader import MasterReader
 from umbp_connectors.prompt_hashes.hasher import Namespace
+from umbp_connectors.prompt_hashes.requests import CHAT, COMPLETIONS, Unreadable, namespace_of, question_of
 
 logger = logging.getLogger(__name__)
 

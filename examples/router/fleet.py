@@ -6,8 +6,6 @@ import asyncio
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -15,7 +13,8 @@ from examples.router.books import Books, Worker
 from examples.router.settings import RouterSettings
 from examples.router.speeds import Totals, measured, totals_of
 from umbp_connectors.client.reader import MasterReader
-from umbp_connectors.prompt_hashes.hasher import Namespace
+from umbp_connectors.engine_http import place_of
+from umbp_connectors.prompt_hashes.requests import adapters_of
 from umbp_connectors.prompt_hashes.tags import tag_values
 from umbp_core.errors import ConfigError
 from umbp_core.master.model import NodeInfo, NodeStatus
@@ -25,7 +24,7 @@ logger = logging.getLogger(__name__)
 Nodes = dict[str, dict[int, tuple[str, Mapping[str, str]]]]
 """URL to data-parallel rank to name and tags."""
 
-_UNHEALTHY = (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError, TypeError, KeyError)
+_UNHEALTHY = (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError)
 """What a worker that is ill, or is none, brings about."""
 
 
@@ -73,7 +72,7 @@ class Fleet:
     async def _look(self, worker: Worker) -> None:
         try:
             await self._get(worker, "/health")
-            models = models_of(await self._get(worker, "/v1/models"))
+            models = adapters_of(json.loads(await self._get(worker, "/v1/models")))
         except _UNHEALTHY as error:
             if worker.alive:
                 logger.warning("worker %s does not answer any more: %s", worker.url, type(error).__name__)
@@ -106,19 +105,6 @@ class Fleet:
             return await response.read()
 
 
-def place_of(url: str) -> str:
-    """``url`` as it is compared: ``http://host:port``.  Raises ``ConfigError`` when it is no such thing."""
-    parts = urlsplit(url if "://" in url else f"http://{url}")
-    try:
-        port = parts.port
-    except ValueError:
-        port = None
-    if parts.scheme not in {"http", "https"} or not parts.hostname or port is None:
-        raise ConfigError(f"{url!r} is no address of a worker; give http://HOST:PORT")
-    host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname
-    return f"{parts.scheme}://[{host}]:{port}" if ":" in host else f"{parts.scheme}://{host}:{port}"
-
-
 def nodes_by_url(infos: Iterable[NodeInfo]) -> Nodes:
     """The living nodes that can serve requests.
 
@@ -138,15 +124,3 @@ def nodes_by_url(infos: Iterable[NodeInfo]) -> Nodes:
             continue
         found.setdefault(url, {})[rank] = (info.node_id, tags)
     return found
-
-
-def models_of(page: bytes) -> dict[str, Namespace]:
-    """What ``/v1/models`` says: names, and the namespace of those that are adapters.  Raises ``ValueError`` and kin."""
-    models: dict[str, Namespace] = {}
-    cards: list[dict[str, Any]] = json.loads(page)["data"]
-    for card in cards:
-        adapter = card.get("parent") is not None
-        models[card["id"]] = (
-            Namespace(lora_name=card["id"], lora_path=card.get("root") or "") if adapter else Namespace()
-        )
-    return models

@@ -10,8 +10,8 @@ from typing import Any
 import aiohttp
 
 from examples.router.books import Seat, Worker
-from examples.router.prompts import Question, Unreadable, tokens_of
 from examples.router.settings import RouterSettings
+from umbp_connectors.prompt_hashes.requests import Question, Unreadable, tokens_of
 
 _OF_ONE_HOP = frozenset(
     {

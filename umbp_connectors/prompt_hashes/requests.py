@@ -1,4 +1,7 @@
-"""From a request to what its hashes cover.  The body is read here, never kept and never logged."""
+"""From a request of OpenAI's API to what its hashes cover: tokens and namespace.
+
+The body is read here, never kept and never logged.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from umbp_connectors.prompt_hashes.hasher import Namespace
+from umbp_core.errors import UmbpError
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -24,8 +28,8 @@ _OF_A_TEMPLATE = (
 """Fields of a chat request that decide its tokens."""
 
 
-class Unreadable(Exception):
-    """The tokens of a request cannot be known here; the message is a few words for a header."""
+class Unreadable(UmbpError):
+    """The tokens of a request cannot be known here; the message is a few words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +66,27 @@ def tokens_of(answer: object) -> list[int]:
     return tokens
 
 
+def adapters_of(models: object) -> dict[str, Namespace]:
+    """What ``/v1/models`` says: the names of all models, and what the blocks of adapters are kept apart by.
+
+    Raises ``ValueError`` when it is no list of models.
+    """
+    cards = models.get("data") if isinstance(models, dict) else None
+    if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
+        raise ValueError("/v1/models answered with no models")
+    return {str(card["id"]): _adapter(card) for card in cards}
+
+
 def namespace_of(body: Mapping[str, Any], adapter: Namespace) -> Namespace:
     """What keeps the request's blocks apart; ``adapter`` is what the model that it names has."""
     salt = body.get("cache_salt")
     return Namespace(salt if isinstance(salt, str) else "", adapter.lora_name, adapter.lora_path)
+
+
+def _adapter(card: Mapping[str, Any]) -> Namespace:
+    if card.get("parent") is None:
+        return Namespace()
+    return Namespace(lora_name=str(card["id"]), lora_path=str(card.get("root") or ""))
 
 
 def _chat(body: Mapping[str, Any]) -> dict[str, Any]:

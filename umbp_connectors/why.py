@@ -1,0 +1,183 @@
+"""Why a prompt's KV would be used or computed again, block by block.  Pure: it judges what others found out.
+
+An engine reuses a prompt from its beginning on: first what lies in HBM, up to the first block that does not; from there
+on what its pool has in DRAM or on SSD, up to the first block that it does not have.  The last token is always computed.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from umbp_core.master.model import HashChange
+from umbp_core.tiers import Tier
+
+_POOL = (Tier.DRAM, Tier.SSD)
+_WAYS = {
+    "revoked": "left {tier} {age} ago",
+    "cleared": "{tier} was cleared {age} ago{because}",
+    "reported": "was on {tier} {age} ago",
+}
+_VLLM = "vllm"
+
+
+class Verdict(enum.Enum):
+    """What becomes of a block."""
+
+    USED = "used"
+    MISSING = "missing"
+    """It is nowhere on this node: the prompt is computed from here on."""
+    BEHIND_A_HOLE = "behind a hole"
+    """It is there, but one before it is not."""
+    TOO_FEW = "too few"
+    """It is in the pool, with fewer others than are worth a load."""
+    LAST_TOKEN = "last token"
+    """It is there, but its last token has to be computed, and the engine reuses whole blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFacts:
+    """What a master knows of one block: its tiers on the node, what changed last there, and who else has it."""
+
+    key: bytes
+    tiers: tuple[int, ...] = ()
+    changes: tuple[HashChange, ...] = ()
+    """The latest first; only of blocks without tiers."""
+    elsewhere: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedBlock:
+    """One block with what becomes of it.  ``source`` is the tier that it would be taken from, if it is used."""
+
+    index: int
+    facts: BlockFacts
+    verdict: Verdict
+    reason: str
+    source: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """The whole prompt."""
+
+    prompt_tokens: int
+    block_tokens: int
+    blocks: tuple[JudgedBlock, ...]
+
+    @property
+    def reused_tokens(self) -> int:
+        """Tokens that are not computed."""
+        used = sum(block.verdict is Verdict.USED for block in self.blocks) * self.block_tokens
+        return min(used, self.prompt_tokens - 1) if self.prompt_tokens else 0
+
+    def runs(self) -> Iterator[tuple[JudgedBlock, JudgedBlock]]:
+        """First and last of blocks in a row that have the same lot."""
+        for _, group in groupby(self.blocks, key=_lot):
+            run = list(group)
+            yield run[0], run[-1]
+
+    def summary(self) -> str:
+        """One sentence or two."""
+        reused, computed = self.reused_tokens, self.prompt_tokens - self.reused_tokens
+        sources = [block.source for block in self.blocks if block.source is not None]
+        where = ", ".join(f"{sources.count(tier)} from {Tier(tier).name}" for tier in sorted(set(sources)))
+        text = f"{reused} of {self.prompt_tokens} tokens would be reused"
+        text += f" ({where} of {len(self.blocks)} blocks)" if where else ""
+        first = next((block for block in self.blocks if block.verdict is not Verdict.USED), None)
+        if first is not None:
+            return f"{text}; {computed} are computed, from block {first.index} on: {first.reason}"
+        if not self.blocks:
+            return f"{text}: a prompt of less than {self.block_tokens} tokens has no full block"
+        tail = self.prompt_tokens - len(self.blocks) * self.block_tokens
+        return f"{text}; {computed} are computed: {'they fill no block' if tail else 'the last token always is'}"
+
+
+def judge(
+    blocks: Sequence[BlockFacts], prompt_tokens: int, block_tokens: int, engine: str = _VLLM, min_load_blocks: int = 1
+) -> Judgement:
+    """What becomes of each of ``blocks``, the full blocks of a prompt of ``prompt_tokens`` tokens on one node.
+
+    ``min_load_blocks`` is the setting of that name of the engine's pool.
+    """
+    from_hbm = _leading(blocks, 0, (Tier.HBM,))
+    loaded = _leading(blocks, from_hbm, _POOL)
+    whole = from_hbm + loaded == len(blocks) and len(blocks) * block_tokens == prompt_tokens
+    if whole and loaded == 0 and blocks and engine == _VLLM and _source(blocks[-1], _POOL) is not None:
+        from_hbm, loaded = from_hbm - 1, 1  # the engine never takes a prompt's last block from HBM; the pool has it
+    too_few = 0 < loaded < min_load_blocks
+    judged = []
+    for index, facts in enumerate(blocks):
+        if index < from_hbm:
+            judged.append(JudgedBlock(index, facts, Verdict.USED, "in HBM", Tier.HBM))
+        elif index < from_hbm + loaded:
+            judged.append(_of_the_pool(index, facts, loaded, min_load_blocks))
+        else:
+            judged.append(_unused(index, facts, from_hbm + loaded, too_few))
+    if whole and judged and (engine != _VLLM or judged[-1].source is Tier.HBM):
+        last = judged[-1]
+        reason = "the last token is always computed, and the engine reuses whole blocks"
+        judged[-1] = JudgedBlock(last.index, last.facts, Verdict.LAST_TOKEN, reason)
+    return Judgement(prompt_tokens, block_tokens, tuple(judged))
+
+
+def _of_the_pool(index: int, facts: BlockFacts, loaded: int, least: int) -> JudgedBlock:
+    if loaded < least:
+        reason = f"a load of {loaded} blocks is less than min_load_blocks ({least})"
+        return JudgedBlock(index, facts, Verdict.TOO_FEW, reason)
+    source = Tier.DRAM if Tier.DRAM in facts.tiers else Tier.SSD
+    return JudgedBlock(index, facts, Verdict.USED, f"in {source.name}", source)
+
+
+def _unused(index: int, facts: BlockFacts, hole: int, too_few: bool) -> JudgedBlock:
+    if not facts.tiers:
+        return JudgedBlock(index, facts, Verdict.MISSING, _missing(facts))
+    what = "a load that is too short" if too_few else "a hole"
+    reason = f"there, but behind {what} at block {hole}"
+    if index == hole:  # not in the pool, so it is in HBM, behind the first block that is not
+        reason = "in HBM only, behind a block that is not: HBM counts from the beginning on"
+    return JudgedBlock(index, facts, Verdict.BEHIND_A_HOLE, reason)
+
+
+def _missing(facts: BlockFacts) -> str:
+    if facts.changes:
+        latest = facts.changes[0]
+        because = f" ({latest.reason})" if latest.reason else ""
+        way = _WAYS.get(latest.kind, latest.kind + " {tier} {age} ago")
+        text = way.format(tier=_name(latest.tier), age=_age(latest.age), because=because)
+    else:
+        text = "never stored here, or longer ago than the master remembers"
+    if facts.elsewhere:
+        text += f"; held by {', '.join(facts.elsewhere)}, which this engine does not read from"
+    return text
+
+
+def _leading(blocks: Sequence[BlockFacts], start: int, tiers: Sequence[Tier]) -> int:
+    """How many blocks in a row from ``start`` on are on one of ``tiers``."""
+    count = 0
+    for facts in blocks[start:]:
+        if _source(facts, tiers) is None:
+            break
+        count += 1
+    return count
+
+
+def _source(facts: BlockFacts, tiers: Sequence[Tier]) -> Tier | None:
+    return next((tier for tier in tiers if tier in facts.tiers), None)
+
+
+def _lot(block: JudgedBlock) -> tuple[object, ...]:
+    """What blocks in a row have in common to be shown as one; ages differ by as little as their reports did."""
+    kinds = [(change.tier, change.kind) for change in block.facts.changes[:1]]
+    reason = "" if kinds else block.reason
+    return block.verdict, reason, block.facts.tiers, kinds, block.facts.elsewhere
+
+
+def _name(tier: int) -> str:
+    return next((known.name for known in Tier if known == tier), f"tier {tier}")
+
+
+def _age(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
