@@ -152,7 +152,8 @@ class Ledger:
     def _observe_errors(self, rank: int, invalid: set[int]) -> None:
         loading = set[int]()
         for request_id, life in self.lives.items():
-            if request_id in self.scheduler.requests and life.loads:
+            # A request that loads in its own step may have been aborted during it.
+            if life.loads and (request_id in self.scheduler.requests or not life.load_is_async):
                 loading |= life.load_blocks
         if invalid - loading:
             raise ReportFault(f"rank {rank} reported errors in blocks {sorted(invalid - loading)} that it never loads")

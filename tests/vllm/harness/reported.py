@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
@@ -16,6 +17,8 @@ from umbp_core.tiers import Tier
 
 Held = dict[Tier, set[bytes]]
 FLUSH = 20.0
+AGAIN = 30.0
+"""Seconds for a master to be told by an engine that cannot be asked to flush."""
 
 
 def published(block_hash: bytes) -> bytes:
@@ -88,3 +91,10 @@ def difference(known: Held, held: Held) -> dict[str, tuple[int, int]]:
 def sizes(held: Held) -> dict[str, int]:
     """Hashes per tier."""
     return {tier.name: len(hashes) for tier, hashes in held.items()}
+
+
+def until_known(known: Callable[[], Held], held: Held) -> None:
+    """Wait until a master knows this and nothing else."""
+    deadline = time.monotonic() + AGAIN
+    while (told := known()) != held:
+        assert time.monotonic() < deadline, difference(told, held)

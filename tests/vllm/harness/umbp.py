@@ -22,7 +22,7 @@ from tests.vllm.harness.spec import EngineSpec
 from umbp_core.errors import TransferError
 from umbp_core.ids import block_key
 from umbp_core.ops import Direction
-from umbp_core.ports import DeviceCopier
+from umbp_core.ports import DeviceCopier, LayerCopier
 from umbp_core.tiers import Tier
 from umbp_vllm.pool import LeaderPool
 from umbp_vllm.worker import Worker
@@ -35,8 +35,9 @@ EXTRA = {"dram_capacity": "2MiB", "dram_prefault": False, "log_level": "error"}
 class GatedCopier:
     """A rank's copier that can be held, or made to fail, per direction."""
 
-    def __init__(self, inner: DeviceCopier) -> None:
+    def __init__(self, inner: DeviceCopier, layers: LayerCopier) -> None:
         self._inner = inner
+        self._layers = layers
         self._open = {Direction.LOAD: threading.Event(), Direction.STORE: threading.Event()}
         self.fails: set[Direction] = set()
         self.calls: Counter[Direction] = Counter()
@@ -88,6 +89,13 @@ class GatedCopier:
     def scatter(self, group: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
         self._pass(Direction.LOAD)
         self._inner.scatter(group, blocks, pages, fence)
+
+    def bands(self, group: int) -> int:
+        return self._layers.bands(group)
+
+    def scatter_band(self, group: int, band: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
+        self._pass(Direction.LOAD)
+        self._layers.scatter_band(group, band, blocks, pages, fence)
 
 
 class UmbpHarness(Harness):
@@ -145,8 +153,10 @@ class UmbpHarness(Harness):
         return scheduler
 
     def _gate(self, worker: Worker) -> GatedCopier:
-        copier = GatedCopier(worker.engine._tools.copier)
-        worker.engine._tools = dataclasses.replace(worker.engine._tools, copier=copier)
+        tools = worker.engine._tools
+        assert tools.layers is not None
+        copier = GatedCopier(tools.copier, tools.layers)
+        worker.engine._tools = dataclasses.replace(tools, copier=copier, layers=copier)
         return copier
 
     def store(self, prompt: Sequence[int]) -> None:
