@@ -41,4 +41,5 @@ def start(world: World, master: MasterProcess) -> Iterator[Start]:
 
     yield start
     for reported in started:
-        reported.component.kv_event_publisher.shutdown()
+        if reported.component.kv_event_publisher is not None:
+            reported.component.kv_event_publisher.shutdown()

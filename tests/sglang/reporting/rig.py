@@ -72,7 +72,8 @@ class Reported:
     @property
     def reporting(self) -> NodeReporting:
         """What reports."""
-        found = self.component.kv_event_publisher.reporting
+        publisher = self.component.kv_event_publisher
+        found = self.engine.backend.reporting if publisher is None else publisher.reporting
         assert isinstance(found, NodeReporting)
         return found
 
@@ -95,28 +96,31 @@ class Reported:
 
     def truth(self) -> Held:
         """What this rank holds."""
-        pool = self.engine.backend._pools.get("kv")
         held: Held = {Tier.HBM.value: set(), Tier.DRAM.value: set(), Tier.SSD.value: set()}
         for page, on_device, on_host in self._nodes():
             held[Tier.HBM] |= page if on_device else set()
             held[Tier.DRAM] |= page if on_host else set()
-        for shard in pool.shards if pool is not None else ():
-            assert isinstance(shard, LocalPool)
-            for tier, keys in shard.holdings().items():
-                held[tier] |= {self.names_of_pages[key] for key in keys}
+        for tier, keys in self.in_pool().items():
+            held[tier] |= {self.names_of_pages[key] for key in keys}
         return {tier: names for tier, names in held.items() if names}
 
     def in_pool(self) -> dict[Tier, set[bytes]]:
-        """L3 alone, by what the storage calls its pages."""
-        (shard,) = self.engine.backend._pools.get("kv").shards
-        return {tier: set(keys) for tier, keys in shard.holdings().items()}
+        """The whole pages of L3, by what the storage calls them: all parts, on a tier that all of them share."""
+        pools = self.engine.backend._pools.pools()
+        shards = [shard for pool in pools if pool.name in ("kv", "indexer") for shard in pool.shards]
+        parts = [shard.holdings() for shard in shards if isinstance(shard, LocalPool)]
+        if len(parts) < len(shards) or not parts:
+            return {}
+        dram, ssd = (set.intersection(*(set(part[tier]) for part in parts)) for tier in (Tier.DRAM, Tier.SSD))
+        somewhere = set.intersection(*(set(part[Tier.DRAM]) | set(part[Tier.SSD]) for part in parts))
+        return {Tier.DRAM: dram, Tier.SSD: ssd | (somewhere - dram)}
 
     def assert_equal(self) -> Held:
         """The master knows exactly what there is; returns it."""
         told, truth = self.told(), self.truth()
-        assert {tier: (truth.get(tier, set()) - names, names - truth.get(tier, set())) for tier, names in told.items()} == {
-            tier: (set(), set()) for tier in told
-        }, "what the master misses, and what it believes wrongly"
+        assert {
+            tier: (truth.get(tier, set()) - names, names - truth.get(tier, set())) for tier, names in told.items()
+        } == {tier: (set(), set()) for tier in told}, "what the master misses, and what it believes wrongly"
         assert told == truth
         return told
 
