@@ -323,7 +323,7 @@ NOTES: Sequence[str] = (
     "Most of that they hold the GIL: what it costs a thread that never waits is the table of the busy scheduler.",
     "A block counts when it comes and when it leaves.",
     "Bytes on the wire are those towards the master, heartbeats included.",
-    "Default settings: `report_interval_ms` 10. The master runs on the same machine.",
+    "Default settings: `report_interval_ms` 20. The master runs on the same machine.",
 )
 
 

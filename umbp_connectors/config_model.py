@@ -178,7 +178,9 @@ class UmbpConfig(BaseModel):
         "`grpc://HOST:PORT` or `HOST:PORT`; several, separated by commas, are alternatives. Empty: nobody is told.",
     )
     report: bool = Field(True, description="`false`: nobody is told though `master_address` is set.")
-    report_interval_ms: Milliseconds = Field(10, description="How long changes wait for others before they are told.")
+    report_interval_ms: Milliseconds = Field(
+        20, description="Changes are told this often at most; the first one after a pause at once."
+    )
     node_id: str = Field(
         "",
         description="Name of this engine at the master; empty: host, port, ranks and role. It has to be another one "

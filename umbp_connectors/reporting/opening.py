@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from umbp_connectors.reporting.node import NodeFacts
     from umbp_connectors.reporting.reporter import Reporter
 
-_JOIN_INTERVAL = 0.001
-"""Seconds that the client waits for more words: the reporter has gathered them already."""
+_FLUSH_INTERVAL = 0.0
+"""The client waits for no more words: the reporter has gathered them already."""
 
 
 def dialer_of(config: UmbpConfig, node_id: str = "", role: str = "node") -> Dialer:
@@ -48,7 +48,7 @@ def open_reporter(config: UmbpConfig, facts: NodeFacts) -> Reporter | None:
         config.master_address,
         registration,
         snapshot=mirror.snapshot,
-        settings=ClientSettings(flush_interval=_JOIN_INTERVAL),
+        settings=ClientSettings(flush_interval=_FLUSH_INTERVAL),
         dial=dialer_of(config, registration.node_id),
     )
     return Reporter(client, mirror, config.report_interval_ms / 1000)

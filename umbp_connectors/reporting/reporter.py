@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-INTERVAL = 0.01
+INTERVAL = 0.02
+JOIN = 0.001
+"""Seconds that the first change after a pause waits for others: an engine's step tells several things."""
 CLOSE_TIMEOUT = 3.0
 CAPACITY_INTERVAL = 1.0
 
@@ -35,8 +37,8 @@ CAPACITY_INTERVAL = 1.0
 class Reporter:
     """Tells ``client`` what the producers of its feeds say.
 
-    ``mirror`` is new, and its ``snapshot`` is the client's.  ``interval`` seconds after the first thing was told, all
-    that was told until then is read; at most ``max_waiting`` hashes per feed wait for that.
+    ``mirror`` is new, and its ``snapshot`` is the client's.  What was told is read every ``interval`` seconds at most,
+    and about at once after a pause; at most ``max_waiting`` hashes per feed wait for that.
 
     The constructor does nothing; :meth:`start` starts a thread, and the client.  All methods may be called by any
     thread.
@@ -143,10 +145,13 @@ class Reporter:
 
     def _run(self) -> None:
         due = None
+        join = min(JOIN, self._interval)
+        free = self._clock()
         while not self._closing:
             self._bell.wait(self._rest(due))
             if self._bell.is_set():
-                self._hurry.wait(self._interval)
+                self._hurry.wait(max(join, free - self._clock()))
+                free = self._clock() + self._interval
             self._hurry.clear()
             self._bell.clear()
             with self._lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -106,13 +107,30 @@ def test_what_is_told_before_the_start_is_told_after_it(make: Callable[..., Rig]
     assert (rig.client.known, rig.client.started) == ({(DRAM, b"a")}, 1)
 
 
-def test_changes_of_one_interval_are_one_call(make: Callable[..., Rig]) -> None:
-    rig = make(interval=0.2)
+def test_the_first_change_is_told_at_once_and_those_of_an_interval_in_one_call(make: Callable[..., Rig]) -> None:
+    rig = make(interval=0.5)
     rig.reporter.start()
+    began = time.monotonic()
+    rig.add(b"first")
+    assert rig.client.said.wait(LONG)
+    rig.client.said.clear()
     for key in (b"a", b"b", b"c"):
         rig.add(key)
     assert rig.client.said.wait(LONG)
-    assert rig.client.calls == [("report", DRAM, (b"a", b"b", b"c"))]
+    assert time.monotonic() - began >= 0.5
+    assert rig.client.calls == [("report", DRAM, (b"first",)), ("report", DRAM, (b"a", b"b", b"c"))]
+
+
+def test_a_second_change_waits_for_its_interval_unless_there_is_a_barrier(make: Callable[..., Rig]) -> None:
+    rig = make(interval=NEVER)
+    rig.reporter.start()
+    rig.add(b"first")
+    assert rig.client.said.wait(LONG)
+    rig.client.said.clear()
+    rig.add(b"second")
+    assert not rig.client.said.wait(0.05)
+    assert rig.reporter.flush(LONG)
+    assert rig.client.known == {(DRAM, b"first"), (DRAM, b"second")}
 
 
 def test_a_barrier_waits_for_no_interval(make: Callable[..., Rig]) -> None:
