@@ -29,7 +29,7 @@ SGLANG_READY := .venv-sglang/.ready
 SGLANG := .venv-sglang/bin/python
 export TEST_VLLM_PYTHON TEST_VLLM_PYTHONPATH
 
-.PHONY: help venv venv-vllm venv-sglang demo demo-sglang test test-unit test-vllm test-sglang lint format bench docs clean
+.PHONY: help venv venv-vllm venv-sglang demo demo-sglang demo-router test test-unit test-vllm test-sglang lint format bench docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -39,6 +39,9 @@ demo: $(VLLM_READY) ## serve a real vLLM with --kv-connector umbp and time cold,
 
 demo-sglang: $(SGLANG_READY) ## serve a real SGLang with --hicache-storage-backend umbp and time cold, L1, DRAM, SSD hits
 	$(SGLANG) examples/demo_sglang.py
+
+demo-router: $(VLLM_READY) ## two real vLLMs behind the router: conversations go where their KV is, against round robin
+	$(VLLM) examples/demo_router.py
 
 test: lint test-unit test-vllm test-sglang ## everything that must pass: linters, tests without an engine, with real ones
 
@@ -72,6 +75,7 @@ bench: $(VENV_READY) $(VLLM_READY) $(SGLANG_READY) ## the benchmarks; JSON and t
 	$(VLLM) benchmarks/leader.py
 	$(VLLM) benchmarks/vllm_ttft.py
 	$(VLLM) benchmarks/vllm_throughput.py
+	$(VLLM) benchmarks/router.py
 	$(SGLANG) benchmarks/sglang_hicache.py
 
 docs: $(VENV_READY) ## rewrite the generated tables in docs/

@@ -119,12 +119,24 @@ def cluster(
             stack.callback(worker.stop)
         with ThreadPoolExecutor(count) as starters:
             list(starters.map(VllmServer.start, workers))
-        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        flags = ["--master", master.address, *router_arguments]
-        router = RouterServer(model, folder / "router.log", flags, {"PYTHONPATH": paths})
-        stack.enter_context(router)
-        wait_until_seated(router, count)
+        router = stack.enter_context(_router(master, folder, count, router_arguments))
         yield Cluster(master, workers, router)
+
+
+@contextlib.contextmanager
+def second_router(started: Cluster, folder: Path, arguments: Sequence[str]) -> Iterator[RouterServer]:
+    """Another router in front of the same workers, with other arguments."""
+    with _router(started.master, folder, len(started.workers), arguments) as router:
+        yield router
+
+
+@contextlib.contextmanager
+def _router(master: MasterServer, folder: Path, workers: int, arguments: Sequence[str]) -> Iterator[RouterServer]:
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    flags = ["--master", master.address, *arguments]
+    with RouterServer(master.model, folder / "router.log", flags, {"PYTHONPATH": paths}) as router:
+        wait_until_seated(router, workers)
+        yield router
 
 
 def wait_until_seated(router: RouterServer, count: int, timeout: float = 60.0) -> None:

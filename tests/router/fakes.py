@@ -42,6 +42,7 @@ class FakeWorker:
     left: asyncio.Event = field(default_factory=asyncio.Event)
     """Whether a client left before its answer ended."""
     models: Sequence[dict[str, Any]] = ({"id": MODEL},)
+    metrics: str = ""
     url: str = ""
     runner: web.AppRunner | None = None
 
@@ -52,6 +53,7 @@ class FakeWorker:
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_get("/health", self._healthy)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/metrics", self._metrics)
         self.runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
         await self.runner.setup()
         await web.TCPSite(self.runner, "127.0.0.1", port).start()
@@ -98,6 +100,9 @@ class FakeWorker:
 
     async def _healthy(self, request: web.Request) -> web.Response:
         return web.Response()
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(text=self.metrics)
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"data": list(self.models)})

@@ -408,6 +408,46 @@ def test_headers_reach_the_worker_and_bodies_reach_no_log(caplog: pytest.LogCapt
     assert "a secret" not in caplog.text
 
 
+METRICS = """\
+# TYPE vllm:num_requests_waiting gauge
+vllm:num_requests_waiting {waiting}
+# TYPE vllm:request_prefill_time_seconds histogram
+vllm:request_prefill_time_seconds_sum {seconds}
+# TYPE vllm:request_prefill_kv_computed_tokens histogram
+vllm:request_prefill_kv_computed_tokens_sum {tokens}
+"""
+
+
+def test_speeds_are_read_off_the_workers_and_what_waits_there_counts() -> None:
+    async def test() -> None:
+        async with setting(replace(SETTINGS, refresh_interval=60.0)) as s:
+            fleet, books = s.router.router.fleet, s.router.router.books
+            for step in range(40):
+                s.a.metrics = METRICS.format(waiting=0, seconds=step * 2.0, tokens=step * 1000.0)
+                await fleet.refresh()
+            assert books.speeds.prefill == pytest.approx(0.002, rel=0.01)
+            await s.call.complete(PROMPT)
+            await s.call.complete(PROMPT)
+            s.a.metrics = METRICS.format(waiting=5, seconds=78.0, tokens=39_000.0)
+            await fleet.refresh()
+            assert books.workers[s.a.url].foreign_waiting == 5
+            assert {(await s.call.complete(PROMPT)).worker for _ in range(4)} == {s.b.url}
+
+    run(test())
+
+
+def test_a_page_of_metrics_that_is_none_costs_nothing() -> None:
+    async def test() -> None:
+        async with setting() as s:
+            s.a.metrics = s.b.metrics = "<html>"
+            before = s.router.router.books.speeds
+            await s.router.router.fleet.refresh()
+            assert s.router.router.books.speeds == before
+            assert {(await s.call.complete(PROMPT)).worker for _ in range(2)} == {s.a.url, s.b.url}
+
+    run(test())
+
+
 def test_speeds_that_a_user_gives_decide(master: str) -> None:
     """With an SSD that is slower than to compute, a worker that holds a prompt there is not cheaper."""
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from examples.router_cluster import Cluster, Routed, cluster
 from examples.serving import VllmServer, cpu_environment
+from tests.master.app.master_process import umbp
 from tests.vllm.engine.local import BLOCK
 from tests.vllm.models import prompt
 from umbp_connectors.client.reader import MasterReader
 from umbp_connectors.client.settings import ClientSettings
 from umbp_connectors.prompt_hashes.tags import hasher_of, tag_values
+from umbp_core.tiers import Tier
 
 EXTRA = "--kv-transfer-config.kv_connector_extra_config"
 FULL = 288
@@ -45,17 +49,29 @@ def url(worker: VllmServer) -> str:
     return f"http://127.0.0.1:{worker.port}"
 
 
-def wait_until_known(running: Cluster, tokens: Sequence[int], nodes: int = 1) -> None:
-    """Until the master knows so many nodes that hold all full blocks of ``tokens``."""
+def blocks_known(running: Cluster, tokens: Sequence[int], tier: Tier) -> Iterator[tuple[int, int]]:
+    """Again and again: how many leading blocks of ``tokens`` some node holds on ``tier``, and how many there are."""
     reader = MasterReader(running.master.address, settings=ClientSettings(query_timeout=5.0))
     infos = reader.nodes() or []
     hashes = hasher_of(tag_values(infos[0].tags)).hashes(tokens)
-    for _ in range(500):
-        found = reader.match_prefix(hashes, timeout=5.0) or []
-        if sum(match.length == len(hashes) for match in found) >= nodes:
-            reader.close()
-            return
-    raise AssertionError(f"the master knows {found} of {len(hashes)} blocks")
+    try:
+        for _ in range(2000):
+            found = reader.match_prefix(hashes, {tier: 1.0}, timeout=5.0) or []
+            yield max((match.length for match in found), default=0), len(hashes)
+    finally:
+        reader.close()
+
+
+def wait_until_known(running: Cluster, tokens: Sequence[int], tier: Tier = Tier.HBM) -> None:
+    """Until the master knows a node that holds all full blocks of ``tokens`` on ``tier``."""
+    with closing(blocks_known(running, tokens, tier)) as counts:
+        assert any(known == of for known, of in counts)
+
+
+def wait_until_gone(running: Cluster, tokens: Sequence[int], tier: Tier = Tier.HBM) -> None:
+    """Until the master knows nobody who holds the first block of ``tokens`` on ``tier``."""
+    with closing(blocks_known(running, tokens, tier)) as counts:
+        assert any(known == 0 for known, _ in counts)
 
 
 @pytest.mark.slow
@@ -95,6 +111,36 @@ def test_text_is_hashed_as_the_engine_tokenizes_it(running: Cluster) -> None:
     again = ask(running, text + "And some new ones.")
     assert (again.worker, again.why.split(";")[0]) == (first.worker, "prefix")
     assert again.cached_tokens == len(text) // BLOCK * BLOCK
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [300, 320], ids=["a tail", "whole blocks"])
+def test_why_foretells_what_the_engine_reuses(running: Cluster, tmp_path: Path, length: int) -> None:
+    """Cold, in HBM, and in DRAM alone; with a tail, and with a last block that ends the prompt."""
+    worker = running.workers[0]
+    text = prompt(length, seed=540 + length)
+    file = tmp_path / "prompt.json"
+    file.write_text(json.dumps(text))
+
+    def foretold() -> tuple[int, set[str]]:
+        command = ("why", "--json", "--prompt-file", str(file), "--engine", url(worker), "--timeout", "20")
+        done = umbp(tmp_path, *command, "--master", running.master.address)
+        assert done.returncode == 0, done.stderr
+        value = json.loads(done.stdout)
+        return value["reused_tokens"], {block["source"] for block in value["blocks"] if block["source"]}
+
+    def reused() -> int:
+        return worker.complete(text, max_tokens=2).cached_tokens
+
+    assert (foretold(), reused()) == ((0, set()), 0)
+    wait_until_known(running, text)
+    wait_until_known(running, text, tier=Tier.DRAM)
+    for sources in ({"HBM"} if length % BLOCK else {"HBM", "DRAM"}, {"DRAM"}):
+        tokens, found = foretold()
+        assert found == sources
+        assert reused() in {tokens, tokens + 1}, "an engine counts the last token of a whole block as reused"
+        worker.reset_prefix_cache()
+        wait_until_gone(running, text)
 
 
 @pytest.mark.slow
