@@ -83,7 +83,8 @@ class Reporter:
     def watch_capacities(self, capacities: Callable[[], Sequence[TierCapacity]]) -> None:
         """Ask ``capacities`` once a second, in the reporter's thread, for the bytes per tier that heartbeats tell.
 
-        A master that is not ours is not told: it would send others' blocks to a node that serves nobody.
+        A master that is not ours is not told, though they are asked for: it would send others' blocks to a node that
+        serves nobody.
         """
         self._capacities = capacities
         self._hurry.set()
@@ -171,8 +172,6 @@ class Reporter:
         if self._capacities is None or self._clock() < self._capacities_due:
             return
         self._capacities_due = self._clock() + CAPACITY_INTERVAL
-        if not self._client.stats().native:
-            return
         try:
             capacities = tuple(self._capacities())
         except Exception:  # producer boundary: what is wrong with its numbers must not end the telling
@@ -180,6 +179,6 @@ class Reporter:
                 logger.exception("umbp: the capacities of this node cannot be had; the master keeps the last ones")
             self._failures += 1
             return
-        if capacities != self._last_capacities:
+        if capacities != self._last_capacities and self._client.stats().native:
             self._last_capacities = capacities
             self._client.set_capacities(capacities)

@@ -211,13 +211,21 @@ def test_capacities_that_cannot_be_had_end_nothing(
 
 
 def test_a_master_of_others_is_told_no_capacities(make: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CAPACITY_INTERVAL", 0.0)
+    monkeypatch.setattr(module, "CAPACITY_INTERVAL", 0.01)
     rig = make(native=False)
-    rig.reporter.watch_capacities(lambda: [TierCapacity(DRAM, 100, 50)])
+    asked = threading.Semaphore(0)
+
+    def capacities() -> list[TierCapacity]:
+        asked.release()
+        return [TierCapacity(DRAM, 100, 50)]
+
+    rig.reporter.watch_capacities(capacities)
     rig.reporter.start()
     for _ in range(3):
-        assert rig.reporter.flush(LONG)
+        assert asked.acquire(timeout=LONG)
     assert rig.client.capacities == []
+    rig.client.native = True
+    assert rig.client.told_capacities.wait(LONG), "it is ours now"
 
 
 def test_a_source_that_is_not_understood_is_asked_for_everything_though_nobody_rings(
