@@ -7,15 +7,19 @@ reporter's thread.  Nothing waits for a master, and nothing is lost for good whi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from umbp_connectors.reporting.feed import Feed
 from umbp_connectors.reporting.reporter import Reporter
+from umbp_connectors.reporting.stats import Reading, ReportMeter
 from umbp_connectors.reporting.words import Word
 from umbp_core.directory import Change, Directory, EventKind
 from umbp_core.master.model import TierCapacity
+from umbp_core.ports import Clock
 from umbp_core.tiers import Tier
 from umbp_vllm import compat
 from umbp_vllm.groups import KvGroup
@@ -26,6 +30,9 @@ logger = logging.getLogger("vllm.umbp.reporting")
 
 CLOSE_TIMEOUT_S = 2.0
 """How long the end of the engine may wait for the master to be told."""
+MEASURE_INTERVAL_S = 1.0
+
+Decode: TypeAlias = "Callable[[Any], Iterable[Word]]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +65,10 @@ class PoolMirror:
 class PoolTeller:
     """The scheduler thread's half of what the pool holds."""
 
-    def __init__(self, directory: Directory, tiers: Sequence[Tier], reporter: Reporter, words: GroupWords) -> None:
+    def __init__(self, directory: Directory, tiers: Sequence[Tier], reporter: Reporter, decode: Decode) -> None:
         self._directory = directory
         self._tiers = tiers
-        self._feed: Feed[PoolNews] = reporter.feed("pool", PoolMirror(words).decode, self._listing)
+        self._feed: Feed[PoolNews] = reporter.feed("pool", decode, self._listing)
         listing = self._listing()
         self._feed.tell(sum(map(len, listing.keys.values())), listing)
 
@@ -72,6 +79,32 @@ class PoolTeller:
 
     def _listing(self) -> PoolListing:
         return PoolListing({tier: self._directory.keys(tier) for tier in self._tiers})
+
+
+class Gauge:
+    """What the reporter counted: read in its own thread, now and then, for another one to take."""
+
+    def __init__(self, reporter: Reporter, clock: Clock = time.monotonic) -> None:
+        self._meter = ReportMeter(reporter.stats)
+        self._clock = clock
+        self._due = 0.0
+        self._readings: deque[Reading] = deque()
+
+    def beside(self, decode: Decode) -> Decode:
+        """``decode`` that also reads the counters when it is time."""
+
+        def decode_and_read(item: Any) -> Iterator[Word]:
+            yield from decode(item)
+            if self._clock() >= self._due:
+                self._due = self._clock() + MEASURE_INTERVAL_S
+                self._readings.extend(self._meter.read())
+
+        return decode_and_read
+
+    def take(self) -> Iterator[Reading]:
+        """What was read since the last call."""
+        while self._readings:
+            yield self._readings.popleft()
 
 
 @dataclass
@@ -86,7 +119,11 @@ class Reporting:
     """Whether vLLM's own prefix cache is on; without it HBM can serve nobody."""
     _log: BlockLog = field(default_factory=BlockLog, init=False)
     _hbm: Feed[list[Note]] | None = field(default=None, init=False)
+    _gauge: Gauge = field(init=False)
     _capacities: list[Callable[[], Sequence[TierCapacity]]] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self._gauge = Gauge(self.reporter)
 
     def start(self, block_pool: Any) -> None:
         """Follow vLLM's ``block_pool`` and start to report.  Never waits."""
@@ -99,7 +136,7 @@ class Reporting:
             )
         elif self.caches_prefixes:
             mirror = BlockMirror(block_pool, self._words())
-            self._hbm = self.reporter.feed("hbm", mirror.decode, lambda: [All.UNKNOWN])
+            self._hbm = self.reporter.feed("hbm", self._gauge.beside(mirror.decode), lambda: [All.UNKNOWN])
             compat.watch_blocks(block_pool, self._log.note, self._emptied)
         self._capacities.append(lambda: [self._hbm_capacity(block_pool)])
         self.reporter.watch_capacities(lambda: [tier for some in tuple(self._capacities) for tier in some()])
@@ -110,7 +147,8 @@ class Reporting:
 
         ``page_bytes`` has the bytes of a page over all ranks, for each tier that there is.
         """
-        teller = PoolTeller(directory, tuple(page_bytes), self.reporter, self._words())
+        decode = self._gauge.beside(PoolMirror(self._words()).decode)
+        teller = PoolTeller(directory, tuple(page_bytes), self.reporter, decode)
         self._capacities.append(lambda: [_capacity(directory, tier, nbytes) for tier, nbytes in page_bytes.items()])
         return teller
 
@@ -120,6 +158,10 @@ class Reporting:
             notes = self._log.take()
             if notes:
                 self._hbm.tell(sum([1 if isinstance(note, All) else len(note) for note in notes]), notes)
+
+    def readings(self) -> Iterator[Reading]:
+        """What the reporter counted since the last call, at most a second old while anything happens."""
+        return self._gauge.take()
 
     def close(self) -> None:
         """Unregister and end; bounded in time."""

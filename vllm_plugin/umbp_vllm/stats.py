@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from umbp_connectors.reporting.stats import REPORT_METRICS, Reading
 from umbp_core.ops import Direction, OpStatus
 
 SEPARATOR = "|"
@@ -28,6 +29,7 @@ METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "vllm:umbp_evicted_blocks": ("Blocks that left a tier, by tier.", ("tier",)),
     "vllm:umbp_dropped_stores": ("Blocks not stored, by reason.", ("reason",)),
     "vllm:umbp_degraded": ("Times that the connector gave up a part of its service, by reason.", ("reason",)),
+    **{f"vllm:umbp_{metric.name}": (metric.help, metric.labels) for metric in REPORT_METRICS},
 }
 """Every counter: help text and label names (vLLM's ``model_name`` and ``engine`` come first)."""
 
@@ -72,6 +74,10 @@ class UmbpStats(KVConnectorStats):
         data[ops] = data.get(ops, 0) + 1
         data[moved] = data.get(moved, 0) + moved_bytes
         data[took] = data.get(took, 0) + seconds
+
+    def reported(self, reading: Reading) -> None:
+        """Count what the reporter to a master counted."""
+        self.add(f"vllm:umbp_{reading.metric.name}", reading.amount, *reading.labels)
 
     def take(self) -> UmbpStats | None:
         """What was counted since the last call, if anything; counting starts from zero."""

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import http.client
 import json
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,15 +116,15 @@ def _check(answers: Answers, right: Sequence[tuple[int, ...]], folder: Path) -> 
 def _check_nodes(server: VllmServer, client: NativeBlockingClient, texts: Sequence[Sequence[int]]) -> None:
     """Each engine is a node that holds its own prompt on all tiers, and both say where they are asked."""
     place = f"127.0.0.1:{server.port}"
+    nodes = [f"{socket.gethostname()}:{server.port}:dp{rank}:pp0:tp0" for rank in range(2)]
     for rank, text in enumerate(texts):
         hashes = set(map(published, _hashes(text)))
         assert len(hashes) == FULL // BLOCK
-        node = f"{place}:dp{rank}:pp0:tp0"
         held = {Tier.HBM: hashes, Tier.DRAM: hashes, Tier.SSD: hashes}
-        until_known(functools.partial(known_at, client, node), held)
+        until_known(functools.partial(known_at, client, nodes[rank]), held)
     tags = {info.node_id: set(info.tags) for info in client.list_nodes(CALL)}
-    assert sorted(tags) == [f"{place}:dp{rank}:pp0:tp0" for rank in range(2)]
-    for rank, node in enumerate(sorted(tags)):
+    assert sorted(tags) == nodes
+    for rank, node in enumerate(nodes):
         expected = {"engine=vllm", f"model={MODEL_NAME}", "role=both", f"dp={rank}", f"http={place}", f"block={BLOCK}"}
         assert tags[node] > expected
         assert tags[node] > {"hash=sha256", "hash_form=int64", "hash_start=default", "hash_keys=tagged"}

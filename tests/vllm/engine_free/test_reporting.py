@@ -184,3 +184,21 @@ def test_engines_that_do_not_report_start_nothing(make_umbp: MakeUmbp, master: M
         assert "get_new_blocks" in vars(pool), "the harness itself watches"
         assert "cache_full_blocks" not in vars(pool)
     assert master.node("silent") is None
+
+
+def test_what_the_reporter_counts_is_in_vllms_statistics(
+    make_umbp: MakeUmbp, master: Master, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("umbp_vllm.reporting.MEASURE_INTERVAL_S", 0.0)
+    node = Reported(make_umbp, master)
+    node.run(tokens(40, seed=1))
+    node.check()
+    node.run(tokens(40, seed=2))
+    node.check()
+    node.run(tokens(40, seed=3), tokens(40, seed=4))
+    reported = held_by(node.engine.scheduler, None)
+    assert node.engine.stat("report_hashes", "hbm", "came") >= 20
+    assert node.engine.stat("report_hashes", "hbm", "came") <= len(reported[Tier.HBM])
+    assert node.engine.stat("report_hashes", "dram", "came") >= 10
+    assert node.engine.stat("report_acknowledged_hashes") >= 20
+    assert node.engine.stat("report_failures", "engine") == 0
