@@ -179,6 +179,9 @@ class Reporter:
                 logger.exception("umbp: the capacities of this node cannot be had; the master keeps the last ones")
             self._failures += 1
             return
-        if capacities != self._last_capacities and self._client.stats().native:
+        client = self._client.stats()
+        if not client.native:
+            capacities = ()
+        if client.address and capacities != self._last_capacities:
             self._last_capacities = capacities
             self._client.set_capacities(capacities)

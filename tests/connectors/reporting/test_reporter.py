@@ -41,7 +41,7 @@ class Client(Notes):
         self.capacities: list[tuple[TierCapacity, ...]] = []
         self.told_capacities = threading.Event()
         nobody = MasterClient(parse_addresses("umbp://127.0.0.1:1"), Registration("n"), dial=_refuse)
-        self._stats = nobody.stats()
+        self._stats = replace(nobody.stats(), address="umbp://127.0.0.1:1")
 
     def start(self) -> None:
         self.started += 1
@@ -226,6 +226,10 @@ def test_a_master_of_others_is_told_no_capacities(make: Callable[..., Rig], monk
     assert rig.client.capacities == []
     rig.client.native = True
     assert rig.client.told_capacities.wait(LONG), "it is ours now"
+    rig.client.told_capacities.clear()
+    rig.client.native = False
+    assert rig.client.told_capacities.wait(LONG), "and now it is not"
+    assert rig.client.capacities == [(TierCapacity(DRAM, 100, 50),), ()]
 
 
 def test_a_source_that_is_not_understood_is_asked_for_everything_though_nobody_rings(
