@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+from multidict import CIMultiDict
 
 from examples.router.books import Seat, Worker
 from examples.router.settings import RouterSettings
@@ -16,6 +17,7 @@ from umbp_connectors.prompt_hashes.requests import Question, Unreadable, tokens_
 _OF_ONE_HOP = frozenset(
     {
         "connection",
+        "expect",
         "host",
         "keep-alive",
         "proxy-authenticate",
@@ -58,9 +60,9 @@ class Answer:
         """The HTTP status."""
         return self.response.status
 
-    def headers(self) -> dict[str, str]:
+    def headers(self) -> CIMultiDict[str]:
         """Those that are for the client."""
-        return {name: value for name, value in self.response.headers.items() if name.lower() not in _OF_ONE_HOP}
+        return CIMultiDict(pair for pair in self.response.headers.items() if pair[0].lower() not in _OF_ONE_HOP)
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The answer as it comes.  Raises ``BrokeOff``."""

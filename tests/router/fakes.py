@@ -37,6 +37,8 @@ class FakeWorker:
     tokenized: list[dict[str, Any]] = field(default_factory=list)
     gate: asyncio.Event | None = None
     """Before the first piece of an answer, if set."""
+    later: asyncio.Event | None = None
+    """Before each further piece, if set."""
     breaks: bool = False
     """Whether an answer breaks off after its pieces."""
     left: asyncio.Event = field(default_factory=asyncio.Event)
@@ -81,7 +83,9 @@ class FakeWorker:
             if self.gate is not None:
                 await self.gate.wait()
             await response.prepare(request)
-            for piece in self.pieces:
+            for number, piece in enumerate(self.pieces):
+                if number and self.later is not None:
+                    await self.later.wait()
                 await response.write(piece)
             if self.breaks and request.transport is not None:
                 request.transport.abort()
@@ -172,6 +176,11 @@ class Caller:
     async def post(self, path: str, body: bytes, **headers: str) -> Reply:
         async with self._http.post(self._url + path, data=body, headers=headers) as response:
             return Reply(response.status, await response.read(), {k.lower(): v for k, v in response.headers.items()})
+
+    async def stream(self, path: str, body: bytes) -> AsyncIterator[bytes]:
+        async with self._http.post(self._url + path, data=body) as response:
+            async for piece in response.content.iter_any():
+                yield piece
 
     async def get(self, path: str) -> Reply:
         async with self._http.get(self._url + path) as response:

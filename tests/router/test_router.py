@@ -259,6 +259,20 @@ def test_a_worker_that_comes_back_is_used_again() -> None:
     run(test())
 
 
+def test_a_stream_is_passed_on_piece_by_piece() -> None:
+    async def test() -> None:
+        async with setting() as s:
+            s.a.later = s.b.later = asyncio.Event()
+            body = json.dumps({"model": MODEL, "prompt": PROMPT, "stream": True}).encode()
+            stream = s.call.stream("/v1/completions", body)
+            assert await anext(stream) == b"data: one\n\n", "the second is not there yet"
+            assert sum(s.metric("umbp_router_outstanding").values()) == 1
+            s.a.later.set()
+            assert [piece async for piece in stream] == [b"data: two\n\n"]
+
+    run(test())
+
+
 def test_an_error_of_the_engine_is_the_clients() -> None:
     async def test() -> None:
         async with setting() as s:
