@@ -30,12 +30,12 @@ class Holdings:
         """``source`` has ``hashes`` on ``tier``.  Returns those that nobody had there."""
         sources = self._tiers.setdefault(tier, {})
         own = sources.setdefault(source, set())
-        fresh: list[bytes] = []
+        added: list[bytes] = []
         for piece in _pieces(hashes):
             new, before = [key for key in piece if key not in own], len(own)
             own.update(new)
-            fresh += _once(new, len(own) - before)
-        return self._came(tier, _not_in(fresh, source, sources))
+            added += self._came(tier, _not_in(_once(new, len(own) - before), source, sources))
+        return added
 
     def remove(self, source: str, tier: int, hashes: Iterable[bytes]) -> list[bytes]:
         """``source`` has ``hashes`` on ``tier`` no more.  Returns those that nobody has there any more."""
@@ -43,12 +43,12 @@ class Holdings:
         own = sources.get(source)
         if not own:
             return []
-        gone: list[bytes] = []
+        removed: list[bytes] = []
         for piece in _pieces(hashes):
             old, before = [key for key in piece if key in own], len(own)
             own.difference_update(old)
-            gone += _once(old, before - len(own))
-        return self._left(tier, _not_in(gone, source, sources))
+            removed += self._left(tier, _not_in(_once(old, before - len(own)), source, sources))
+        return removed
 
     def clear(self, source: str, tier: int) -> list[bytes]:
         """``source`` has nothing on ``tier`` any more.  Returns what nobody has there any more."""

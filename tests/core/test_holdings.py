@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from hypothesis import settings
 
 from umbp_core.holdings import Holdings
@@ -62,3 +65,15 @@ def test_a_snapshot_goes_on_while_things_change() -> None:
     tier, hashes = next(pieces)
     assert (tier, sorted(hashes)) == (SSD, [b"a", b"c"])
     assert next(pieces, None) is None
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "replace"])
+def test_what_is_no_hash_changes_no_more_than_what_was_taken_before_it(change: str) -> None:
+    many: list[Any] = [b"%d" % number for number in range(20_000)]
+    holdings = Holdings()
+    holdings.add("pool", DRAM, many[:100])
+    with pytest.raises(TypeError):
+        getattr(holdings, change)("pool", DRAM, [*many, ["no hash"]])
+    assert holdings.count(DRAM) == len(holdings.held(DRAM)) == len(set(holdings.held(DRAM)))
+    holdings.clear("pool", DRAM)
+    assert (holdings.counts(), holdings.tiers()) == ({DRAM: 0}, [])
