@@ -11,6 +11,9 @@ from umbp_connectors.reporting.words import Word, WordKind
 from umbp_core.holdings import Holdings
 
 
+_BYTES = frozenset({bytes})
+
+
 class Told(Protocol):
     """Who is told; ``MasterClient`` is one.  Lists that were handed over are not changed afterwards."""
 
@@ -52,8 +55,13 @@ class Mirror:
         return self._holdings.counts()
 
     def apply(self, source: str, word: Word, changes: Changes) -> None:
-        """``source`` says ``word``; what that changes for the node goes into ``changes``."""
+        """``source`` says ``word``; what that changes for the node goes into ``changes``.
+
+        Raises ``TypeError`` for hashes that are no bytes: in the mirror they would stop all that is told.
+        """
         kind, tier, hashes = word
+        if not _BYTES.issuperset(map(type, hashes)):
+            raise TypeError(f"hashes that are told are bytes; {source} says {word!r:.200}")
         with self._lock:
             if kind is WordKind.ADD:
                 changes.come(tier, self._holdings.add(source, tier, hashes))

@@ -147,6 +147,16 @@ def test_a_source_that_is_not_understood_counts_as_empty_until_it_lists_everythi
     assert rig.held() == rig.notes.known == {(DRAM, b"a"), (SSD, b"s")}
 
 
+@pytest.mark.parametrize("wrong", [["text"], [b"a", 7], [None]])
+def test_hashes_that_no_master_could_be_told_cost_their_source_only(wrong: list[bytes]) -> None:
+    rig = Rig()
+    rig.pool.tell(1, [Word(ADD, DRAM, [b"a"])])
+    rig.l2.tell(1, [Word(ADD, DRAM, wrong)])
+    rig.reader.read()
+    assert rig.reader.failures == 1
+    assert rig.held() == rig.notes.known == {(DRAM, b"a")}
+
+
 def test_a_source_that_cannot_list_what_it_holds_counts_as_empty() -> None:
     rig = Rig()
     able = False
