@@ -148,6 +148,11 @@ class UmbpConfig(BaseModel):
     max_concurrent_stores: Count = Field(4, description="Stores (HBM to DRAM) that may run at once per rank.")
     max_concurrent_demotions: Count = Field(2, description="Demotions (DRAM to SSD) that may run at once per rank.")
     io_threads: Annotated[Count, Field(le=256)] = Field(4, description="SSD I/O threads per rank.")
+    load_mode: Literal["async", "layerwise"] = Field(
+        "async",
+        description="vLLM: `async` loads a hit before its request is scheduled, `layerwise` while its first step runs, "
+        "which waits for each layer; what comes from SSD is loaded `async` always.",
+    )
     load_timeout_s: Seconds = Field(30.0, description="A load that has not ended by then is recomputed.")
     store_timeout_s: Seconds = Field(60.0, description="A store or demotion that has not ended by then is given up.")
     lookup_timeout_ms: Milliseconds = Field(

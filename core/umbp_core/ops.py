@@ -89,7 +89,8 @@ class LeaderTransferRequest(msgspec.Struct, frozen=True, array_like=True, gc=Fal
     """The leader's half of an op: what to move, when, and by when.
 
     ``timeout_s`` counts from the moment the worker receives the op.  ``immediate`` ops need no
-    worker half (they touch no HBM or are safe at once).
+    worker half (they touch no HBM or are safe at once).  A ``layerwise`` op is a load, from DRAM alone, for whose
+    layers the forward pass waits one by one.
     """
 
     op_id: str
@@ -99,6 +100,7 @@ class LeaderTransferRequest(msgspec.Struct, frozen=True, array_like=True, gc=Fal
     requirement: Requirement = Requirement()
     immediate: bool = False
     timeout_s: float = 30.0
+    layerwise: bool = False
 
 
 class WorkerTransferRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):

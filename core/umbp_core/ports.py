@@ -48,6 +48,25 @@ class DeviceCopier(Protocol):
         ...
 
 
+class LayerCopier(Protocol):
+    """The part of a device copier that layer-wise loads need; threads and errors as in :class:`DeviceCopier`.
+
+    The layers of a group are copied in *bands*: neighbouring layers that go together, numbered from 0 in the order in
+    which a forward pass reads them.
+    """
+
+    def bands(self, group: int) -> int:
+        """How many bands KV ``group`` has; at least 1."""
+        ...
+
+    def scatter_band(self, group: int, band: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
+        """Copy one band of arena ``pages`` into HBM ``blocks`` of KV ``group``, after everything before ``fence``.
+
+        Raises ``TransferError`` when the copy failed; that band of the blocks then holds garbage.
+        """
+        ...
+
+
 class PoolObserver(Protocol):
     """Told what happened; must neither raise nor block.  The thread of the caller."""
 

@@ -11,7 +11,8 @@ come over different channels, in either order and repeatedly.  An op passes thro
 
 * **Tokens.**  Each direction has its own, so that a load never waits for a store's token; an op that waits
   for its partner or its requirement holds none, so a stuck one delays nobody else.  Starts are handed out
-  loads first, then stores, then demotions, each in the order in which they became ready.
+  loads first, then stores, then demotions, each in the order in which they became ready.  A layer-wise load takes
+  no token and starts before all others: a whole forward pass waits for it, and it never waits for a disk itself.
 * **Commitment** is one call, :meth:`TransferScheduler.commit`, right before the first byte goes to its final
   destination.  Before it an op can be dropped.  After it the op runs to its end and its status tells what
   happened; a cancellation or deadline changes nothing any more.
@@ -91,6 +92,11 @@ class _Op:
         """Blocks of the op; 0 while the leader's half is missing."""
         return len(self.leader.blocks) if self.leader is not None else 0
 
+    @property
+    def is_layerwise(self) -> bool:
+        """Whether a forward pass waits for the op."""
+        return self.leader is not None and self.leader.layerwise
+
 
 class TransferScheduler:
     """Rendezvous, requirements, tokens, deadlines and results of one worker's ops.  One thread at a time.
@@ -104,6 +110,7 @@ class TransferScheduler:
         self._ops: dict[str, _Op] = {}
         self._by_request: dict[str, dict[str, None]] = {}
         self._ready: dict[Direction, deque[_Op]] = {direction: deque() for direction in Direction}
+        self._awaited: deque[_Op] = deque()
         self._progress = Progress()
         self._deadlines = Deadlines()
         self._results: list[OpResult] = []
@@ -160,19 +167,26 @@ class TransferScheduler:
     def poll(self, now: float) -> list[LeaderTransferRequest]:
         """Start ops: each returned one holds a token until it ends, and the caller must execute it.
 
-        Ops whose deadline has passed are expired first and never started.
+        Layer-wise loads come first and hold none.  Ops whose deadline has passed are expired first and never started.
         """
         self.expire(now)
         started: list[LeaderTransferRequest] = []
+        while self._awaited:
+            self._start(self._awaited.popleft(), now, started)
         for direction, ready in self._ready.items():
             while ready and self._tokens[direction]:
-                op = ready.popleft()
-                if op.phase is Phase.READY and op.leader is not None:
-                    op.phase = Phase.STARTED
-                    op.started_at = now
+                if self._start(ready.popleft(), now, started):
                     self._tokens[direction] -= 1
-                    started.append(op.leader)
         return started
+
+    @staticmethod
+    def _start(op: _Op, now: float, started: list[LeaderTransferRequest]) -> bool:
+        if op.phase is not Phase.READY or op.leader is None:
+            return False
+        op.phase = Phase.STARTED
+        op.started_at = now
+        started.append(op.leader)
+        return True
 
     def commit(self, op_id: str) -> bool:
         """The commitment point: the executor is about to write the first byte to its final destination.
@@ -306,7 +320,7 @@ class TransferScheduler:
         for op_id in op_ids:
             op = self._ops[op_id]
             op.phase = Phase.READY
-            self._ready[op.direction].append(op)
+            (self._awaited if op.is_layerwise else self._ready[op.direction]).append(op)
 
     def _drop(self, op: _Op, status: OpStatus, reason: str) -> None:
         quarantined = op.phase >= Phase.STARTED
@@ -320,7 +334,7 @@ class TransferScheduler:
 
     def _end(self, op: _Op, result: OpResult) -> None:
         """The only way out: books the op off everywhere and keeps its one result."""
-        if op.phase >= Phase.STARTED:
+        if op.phase >= Phase.STARTED and not op.is_layerwise:
             self._tokens[op.direction] += 1
         op.phase = Phase.ENDED
         del self._ops[op.op_id]

@@ -11,12 +11,13 @@ from typing import Final, TypeVar
 from umbp_connectors.transfer.failures import FailureLog
 from umbp_connectors.transfer.jobs import DemoteJob, Job, StoreJob, Tools
 from umbp_connectors.transfer.lanes import Lanes
+from umbp_connectors.transfer.layerwise import Delivered, LayerwiseLoadJob
 from umbp_connectors.transfer.loads import LoadJob
 from umbp_connectors.transfer.memory import PageMemory, SlotStore
 from umbp_core.errors import StateError
 from umbp_core.ids import Identity
 from umbp_core.ops import Direction, LeaderTransferRequest, OpResult, RequirementKind, WorkerTransferRequest
-from umbp_core.ports import Clock, DeviceCopier, PoolObserver
+from umbp_core.ports import Clock, DeviceCopier, LayerCopier, PoolObserver
 from umbp_core.scheduler import Limits, TransferScheduler
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ class TransferEngine:
 
     Threads.  :meth:`submit`, :meth:`begin_iteration`, :meth:`layer_done`, :meth:`end_iteration` and
     :meth:`poll` belong to the engine's forward thread and only ever take a lock that is held for microseconds
-    (law L5); the other methods may be called from any thread.  Only :meth:`wait` and :meth:`close` block.
+    (law L5); the other methods may be called from any thread.  Only :meth:`wait`, :meth:`wait_layers` and
+    :meth:`close` block.
 
     Quarantine.  An op that was cancelled or expired while it was being carried out is reported at once, with
     ``OpResult.quarantined``: its HBM blocks are never touched after that, but a hanging read may still write
@@ -70,12 +72,13 @@ class TransferEngine:
         observer: PoolObserver | None = None,
         hash_threads: int = 2,
         scheduler: TransferScheduler | None = None,
+        layers: LayerCopier | None = None,
     ) -> None:
         """``object_bytes`` maps every KV group to the exact size of its objects on this rank.
 
         ``arena`` has pages, and ``slab`` slots, of a multiple of 4096 bytes that hold the largest object;
         ``slab`` is None on a worker without an SSD tier.  ``scheduler`` is a fresh one that brings its own limits.
-        Starts nothing.
+        ``layers`` is what layer-wise loads need, where there are such.  Starts nothing.
         """
         self._copier = copier
         self._clock = clock
@@ -83,6 +86,7 @@ class TransferEngine:
         self._scheduler = scheduler if scheduler is not None else TransferScheduler(limits)
         self._tools = Tools(
             copier=copier,
+            layers=layers,
             pages=arena,
             slots=slab,
             identity=identity.digest,
@@ -98,6 +102,7 @@ class TransferEngine:
         self._fences: dict[int, object] = {}
         self._newest_fence: object = None
         self._has_fence = False
+        self._delivered = Delivered()
         self._observed: list[OpResult] = []
         self._started = False
         self._closing = False
@@ -132,6 +137,17 @@ class TransferEngine:
                     half = WorkerTransferRequest(op.op_id, op.request_id, op.direction)
                     self._take(half, self._scheduler.enqueue, now)
             self._dispatch()
+
+    def submit_ahead(self, n: int, ops: Iterable[LeaderTransferRequest], fence: object) -> None:
+        """Take over layer-wise loads that the forward pass of step ``n``, not launched yet, will wait for.
+
+        ``fence`` lies before the pass: on the device the loads come after it.  Forward thread; otherwise as
+        :meth:`submit`.
+        """
+        with self._changed:
+            self._advance_fence(fence)
+            self._scheduler.begin_iteration(n)
+        self.submit(ops)
 
     def enqueue(self, halves: Iterable[WorkerTransferRequest]) -> None:
         """Worker halves of ops whose leader halves come over another channel; as :meth:`submit`.  Any thread."""
@@ -209,6 +225,35 @@ class TransferEngine:
                 deadline = self._scheduler.next_deadline()
                 self._changed.wait((end if deadline is None else min(end, deadline)) - now)
 
+    def wait_layers(self, op_ids: Iterable[str], bands: int, timeout: float) -> bool:
+        """Block until the first ``bands`` bands of every layer-wise load in ``op_ids`` are in place or it has ended.
+
+        For at most ``timeout`` seconds; returns whether it is so.  Any thread, several at once.
+        """
+        waiting = list(op_ids)
+
+        def over() -> bool:
+            while waiting:
+                last = waiting[-1]
+                if self._delivered.bands(last) < bands and not self._scheduler.has_ended(last):
+                    return False
+                waiting.pop()
+            return True
+
+        with self._changed:
+            return self._changed.wait_for(over, timeout)
+
+    def give_up(self, op_ids: Iterable[str]) -> None:
+        """Nobody waits for these layer-wise loads any more.  Any thread.
+
+        Those that have not begun to write are dropped, the others end as failed after the copy that is being made.
+        """
+        with self._changed:
+            for op_id in op_ids:
+                if not (self._scheduler.cancel(op_id) or self._scheduler.has_ended(op_id)):
+                    self._delivered.give_up(op_id)
+            self._dispatch()
+
     def pending(self) -> int:
         """Ops that have not ended.  Any thread."""
         with self._changed:
@@ -264,9 +309,16 @@ class TransferEngine:
         with self._changed:
             return self._scheduler.is_running(op_id)
 
+    def delivered(self, op_id: str, bands: int) -> bool:
+        """For jobs: some layers are in place; False once the op was given up.  Transfer threads."""
+        with self._changed:
+            self._changed.notify_all()
+            return self._delivered.reached(op_id, bands)
+
     def finished(self, result: OpResult) -> None:
         """For jobs: the op's memory was touched for the last time.  Transfer threads."""
         with self._changed:
+            self._delivered.forget(result.op_id)
             self._scheduler.finished(result, self._clock())
             self._dispatch()
 
@@ -282,7 +334,8 @@ class TransferEngine:
         if self._closing:
             self._scheduler.cancel_all("closed")
         for op in self._scheduler.poll(self._clock()):
-            _JOBS[op.direction](op, self._fence_of(op), self._tools, self).start()
+            job = LayerwiseLoadJob if op.layerwise else _JOBS[op.direction]
+            job(op, self._fence_of(op), self._tools, self).start()
         self._changed.notify_all()
 
     def _fence_of(self, op: LeaderTransferRequest) -> object:

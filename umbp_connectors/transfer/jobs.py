@@ -3,7 +3,7 @@
 ::
 
     STORE   device: commit, gather ─► hashing: checksums ─► result
-    LOAD    see :mod:`umbp_connectors.transfer.loads`
+    LOAD    see :mod:`umbp_connectors.transfer.loads`, and :mod:`~umbp_connectors.transfer.layerwise`
     DEMOTE  io: commit ─► io: write slot, for each block ─► result
 
 An exception inside a step fails the blocks that the step was about, never its thread and never another op.
@@ -27,7 +27,7 @@ from umbp_connectors.transfer.lanes import Lanes
 from umbp_connectors.transfer.memory import PageMemory, SlotStore
 from umbp_core.errors import TierUnavailable
 from umbp_core.ops import Direction, LeaderTransferRequest, OpResult, OpStatus
-from umbp_core.ports import DeviceCopier
+from umbp_core.ports import DeviceCopier, LayerCopier
 
 Step = tuple[Lanes, Callable[[], None]]
 """Something to do, and the threads that do it."""
@@ -52,6 +52,10 @@ class Control(Protocol):
         """False once the op was dropped: further work on it is wasted."""
         ...
 
+    def delivered(self, op_id: str, bands: int) -> bool:
+        """The first ``bands`` bands of layers are in place; False: nobody waits for the others any more."""
+        ...
+
     def finished(self, result: OpResult) -> None:
         """The job has touched the op's memory for the last time."""
         ...
@@ -62,6 +66,7 @@ class Tools:
     """What every job of one engine works with."""
 
     copier: DeviceCopier
+    layers: LayerCopier | None
     pages: PageMemory
     slots: SlotStore | None
     identity: bytes

@@ -46,9 +46,8 @@ class LoadJob(Job):
         self._put(self._tools.hashing, self._plan)
 
     def _plan(self) -> None:
+        self._reject_repeats()
         blocks = self._op.blocks
-        if len({(block.group, block.hbm_block) for block in blocks}) != len(blocks):
-            raise StateError(f"op {self._op.op_id} loads two objects into one block; name every block once")
         on_ssd = [index for index, block in enumerate(blocks) if block.ssd_slot >= 0]
         in_dram = [index for index, block in enumerate(blocks) if block.ssd_slot < 0]
         if self._tools.copier.on_host and not on_ssd:
@@ -59,6 +58,11 @@ class LoadJob(Job):
             (self._tools.hashing, functools.partial(self._check, share)) for share in self._shares(in_dram)
         ]
         self._spread(fetches + checks, self._hand_over)
+
+    def _reject_repeats(self) -> None:
+        blocks = self._op.blocks
+        if len({(block.group, block.hbm_block) for block in blocks}) != len(blocks):
+            raise StateError(f"op {self._op.op_id} loads two objects into one block; name every block once")
 
     # -- verifying
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from umbp_core.errors import ConfigError
-from umbp_vllm.geometry import GroupGeometry, KvGeometry
+from umbp_vllm.bands import bands_of
+from umbp_vllm.geometry import GroupGeometry, KvGeometry, Region
 
 _WORDS: tuple[tuple[int, torch.dtype], ...] = (
     (8, torch.int64),
@@ -56,6 +58,13 @@ class GroupViews:
         """Whether each block is one contiguous run of bytes."""
         return len(self.regions) == 1 and self.regions[0].blocks.shape[1] == 1
 
+    def in_page(self) -> tuple[int, int]:
+        """The words of a page that hold these regions: first, and one past the last; (0, 0) without any."""
+        if not self.regions:
+            return 0, 0
+        last = self.regions[-1]
+        return self.regions[0].in_page, last.in_page + last.blocks[0].numel()
+
 
 def group_views(geometry: KvGeometry, page_bytes: int) -> tuple[GroupViews, ...]:
     """The views of every group of ``geometry`` for pages of ``page_bytes`` bytes; no bytes are copied.
@@ -65,21 +74,41 @@ def group_views(geometry: KvGeometry, page_bytes: int) -> tuple[GroupViews, ...]
     return tuple(_views(geometry, group, page_bytes) for group in geometry.groups)
 
 
+def band_views(geometry: KvGeometry, page_bytes: int) -> tuple[tuple[GroupViews, ...], ...]:
+    """The views of every band of every group, in the group's words; otherwise as :func:`group_views`."""
+    return tuple(
+        tuple(
+            GroupViews(
+                word_of(group, page_bytes)[1], _region_views(geometry, group, page_bytes, band.regions, band.in_object)
+            )
+            for band in bands_of(group)
+        )
+        for group in geometry.groups
+    )
+
+
 def _views(geometry: KvGeometry, group: GroupGeometry, page_bytes: int) -> GroupViews:
     if group.object_bytes > page_bytes:
         raise ConfigError(
             f"an object of KV group {group.index} has {group.object_bytes} bytes and an arena page {page_bytes}; "
             "the arena was made for another layout"
         )
+    return GroupViews(word_of(group, page_bytes)[1], _region_views(geometry, group, page_bytes, group.regions, 0))
+
+
+def _region_views(
+    geometry: KvGeometry, group: GroupGeometry, page_bytes: int, regions: Sequence[Region], in_page: int
+) -> tuple[RegionView, ...]:
+    """The views of ``regions``, which begin ``in_page`` bytes into an object."""
     size, word = word_of(group, page_bytes)
-    regions, in_page = [], 0
-    for region in group.regions:
+    views = []
+    for region in regions:
         blocks = torch.empty(0, dtype=word, device=geometry.device).set_(
             geometry.storages[region.storage].untyped_storage(),
             region.offset // size,
             (geometry.num_blocks, region.pieces, region.piece_bytes // size),
             (region.block_stride // size, region.piece_stride // size, 1),
         )
-        regions.append(RegionView(blocks, in_page // size))
+        views.append(RegionView(blocks, in_page // size))
         in_page += region.nbytes
-    return GroupViews(word, tuple(regions))
+    return tuple(views)

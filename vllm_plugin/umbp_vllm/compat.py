@@ -158,6 +158,48 @@ def is_idle(forward_context: Any) -> bool:
     return optional(forward_context, "attn_metadata") is None
 
 
+def asks_by_layer(forward_context: Any) -> bool:
+    """Whether the forward pass of this context will call ``wait_for_layer_load``: not when it replays a whole graph."""
+    mode = optional(optional(forward_context, "cudagraph_runtime_mode"), "name", "NONE")
+    return not is_idle(forward_context) and mode != "FULL"
+
+
+def layers_that_do_not_ask(vllm_config: Any, layers: Sequence[str]) -> list[str]:
+    """Those of ``layers`` whose class reads its KV without calling ``wait_for_layer_load`` first, as indexers do."""
+    modules = vllm_config.compilation_config.static_forward_context
+    asking = {"Attention", "MLAAttention"}
+    return [
+        layer
+        for layer in layers
+        if layer in modules and asking.isdisjoint(parent.__name__ for parent in type(modules[layer]).__mro__)
+    ]
+
+
+def why_not_layerwise(vllm_config: Any) -> str | None:
+    """Why this engine must not be given KV that may turn out to be missing in the very step that uses it.
+
+    It would have to take tokens back, which vLLM only does where a step's output is looked at before the next one is
+    scheduled, and where its runner forgets what the scheduler discards.
+    """
+    if optional(vllm_config.scheduler_config, "async_scheduling", False):
+        return "the engine schedules a step before it has seen the one before (--no-async-scheduling changes that)"
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return "pipeline parallelism keeps several steps under way"
+    if optional(vllm_config, "speculative_config") is not None:
+        return "speculative decoding drafts from tokens that may have to be taken back"
+    if optional(vllm_config, "use_v2_model_runner", False):
+        return "model runner V2 cannot take tokens back"
+    return None
+
+
+_ENDS_BY_ITSELF = frozenset({"FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_REPETITION"})
+
+
+def ended_by_itself(request: Any) -> bool:
+    """Whether a request is over because of the tokens it got, and not because somebody ended it."""
+    return request.status.name in _ENDS_BY_ITSELF
+
+
 def before_reset(block_pool: Any, callback: Callable[[], None]) -> None:
     """Have ``callback`` called whenever vLLM is about to empty its prefix cache, before it looks whether it may.
 

@@ -8,11 +8,13 @@ pool held nothing.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+from umbp_core.errors import ConfigError
 from umbp_vllm import compat
 from umbp_vllm.compat import (
     CacheHitSource,
@@ -25,7 +27,7 @@ from umbp_vllm.groups import failures_by_block
 from umbp_vllm.leader import Leader
 from umbp_vllm.metadata import HandshakeHello, StepMetadata, WorkerReport
 from umbp_vllm.reporting import Reporting
-from umbp_vllm.setup import make_leader, make_reporting, make_worker, settings_of
+from umbp_vllm.setup import loads_by_layer, make_leader, make_reporting, make_worker, settings_of
 from umbp_vllm.stats import UmbpPromMetrics, UmbpStats
 from umbp_vllm.worker import LoadOutcome, Worker
 
@@ -84,6 +86,14 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
     def requires_kv_delivery(self) -> bool:
         """False: this is a cache; losing a store loses a hit and nothing else."""
         return False
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Whether graphs must leave the attention out, so that the forward pass can wait before each layer."""
+        try:
+            return loads_by_layer(extra_config)
+        except ConfigError:  # said, in full, when the connector is made
+            return False
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> UmbpStats:
@@ -170,6 +180,7 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
     @_guarded(lambda: None)
     def update_connector_output(self, connector_output: Any) -> None:
         """What the workers report."""
+        self.leader.step_ended(compat.optional(connector_output, "invalid_block_ids") or set())
         report = connector_output.kv_connector_worker_meta
         if isinstance(report, WorkerReport):
             self.leader.take_report(report)
@@ -203,16 +214,7 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> UmbpStats | None:
         """Counters since the last call; only the scheduler counts, it sees every rank."""
-        if self._leader is None:
-            return None
-        self._count_reports()
-        return self._leader.stats.take()
-
-    @_guarded(lambda: None)
-    def _count_reports(self) -> None:
-        if self._reporting is not None:
-            for reading in self._reporting.readings():
-                self.leader.stats.reported(reading)
+        return self._leader.stats.take() if self._leader is not None else None
 
     @_guarded(lambda: False)
     def has_pending_push_work(self) -> bool:
@@ -252,14 +254,31 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.fence(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Note whether the step computes anything; its ops start in :meth:`wait_for_save`, behind its fence.
+        """Start the step's layer-wise loads and note whether it computes anything.
 
-        Model runner V2 calls this outside of any forward context, but says what it scheduled when it did.
+        Its other ops start in :meth:`wait_for_save`, behind its fence.  Model runner V2 calls this outside of any
+        forward context, but says what it scheduled when it did.
         """
         self._idle = "scheduler_output" not in kwargs and (forward_context is None or compat.is_idle(forward_context))
+        metadata = self._get_connector_metadata()
+        if self._worker is not None and metadata.layerwise:
+            with self._distrusting(self._worker, "start_load_kv"):
+                self._worker.load_ahead(metadata, by_layer=compat.asks_by_layer(forward_context))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: loads end before their request is scheduled."""
+        """Wait for a layer of the step's layer-wise loads, at most until their deadline."""
+        if self._worker is not None and self._worker.gate.is_open:
+            with self._distrusting(self._worker, "wait_for_layer_load"):
+                self._worker.gate.wait(layer_name)
+
+    @contextlib.contextmanager
+    def _distrusting(self, worker: Worker, place: str) -> Iterator[None]:
+        """A boundary, as :func:`_guarded`: what the forward pass reads after a failure is not known to be right."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - the engine boundary, as above
+            worker.gate.distrust()
+            self._failed(place, error)
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         """Nothing: blocks are stored whole, after the step."""
@@ -296,6 +315,8 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
     def get_block_ids_with_load_errors(self) -> set[int]:
         """HBM blocks of failed loads, for models with one KV group that sees everything before it."""
         blocks, self._outcome.bad_blocks = self._outcome.bad_blocks, set()
+        if self._worker is not None:
+            blocks |= self._worker.take_void_blocks()
         return set() if self._reports_requests else blocks
 
     @_guarded(lambda: None)

@@ -8,12 +8,13 @@ model's threads for the cores.  ``benchmarks/copiers.py`` measures this against 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
 from umbp_core.errors import StateError, TransferError
-from umbp_vllm.block_views import GroupViews, group_views
+from umbp_vllm.block_views import GroupViews, band_views, group_views
 from umbp_vllm.copy_plan import PageArena, checked_batch, reject_repeats
 from umbp_vllm.geometry import KvGeometry
 
@@ -23,6 +24,13 @@ SERIAL_WORDS = 32768
 
 _Chunk = tuple[torch.Tensor, torch.Tensor]
 """A part of every block as (blocks, pieces, words), and the same part of every page."""
+
+
+class _GroupChunks(NamedTuple):
+    """The parts of a group's blocks: of all layers, and band by band."""
+
+    whole: list[_Chunk]
+    bands: list[list[_Chunk]]
 
 
 class CpuCopier:
@@ -35,7 +43,7 @@ class CpuCopier:
     def __init__(self, geometry: KvGeometry, arena: PageArena) -> None:
         self._geometry = geometry
         self._arena = arena
-        self._groups: tuple[list[_Chunk], ...] | None = None
+        self._groups: tuple[_GroupChunks, ...] | None = None
 
     @property
     def on_host(self) -> bool:
@@ -45,7 +53,13 @@ class CpuCopier:
     def open(self) -> None:
         """Look at the memory; nothing is copied.  Raises ``ConfigError`` when the arena's pages are too small."""
         pages = torch.from_numpy(self._arena.array)
-        self._groups = tuple(list(_chunks(views, pages)) for views in group_views(self._geometry, pages.shape[1]))
+        page_bytes = pages.shape[1]
+        self._groups = tuple(
+            _GroupChunks(list(_chunks(whole, pages)), [list(_chunks(band, pages)) for band in bands])
+            for whole, bands in zip(
+                group_views(self._geometry, page_bytes), band_views(self._geometry, page_bytes), strict=True
+            )
+        )
 
     def close(self) -> None:
         """Let go of the arena's memory.  Idempotent."""
@@ -60,27 +74,50 @@ class CpuCopier:
         _, page_array = checked_batch(self._geometry, self._arena.array, group, blocks, pages)
         reject_repeats("arena page", page_array)
         with torch.inference_mode():
-            kv, paged = self._views(group, blocks, pages)
+            kv, paged = _views(self._opened()[group].whole, blocks, pages)
             _copy(paged, kv)
 
     def scatter(self, group: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
         """Copy arena ``pages`` into ``blocks`` of KV ``group``.  Raises ``TransferError``."""
+        self._scatter(group, lambda chunks: chunks.whole, blocks, pages)
+
+    def bands(self, group: int) -> int:
+        """How many bands of layers KV ``group`` has."""
+        return len(self._opened()[group].bands)
+
+    def scatter_band(self, group: int, band: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
+        """Copy one band of layers of arena ``pages`` into ``blocks`` of KV ``group``.  Raises ``TransferError``."""
+        self._scatter(group, lambda chunks: chunks.bands[band], blocks, pages)
+
+    def _scatter(
+        self,
+        group: int,
+        part: Callable[[_GroupChunks], list[_Chunk]],
+        blocks: Sequence[int],
+        pages: Sequence[int],
+    ) -> None:
         block_array, _ = checked_batch(self._geometry, self._arena.array, group, blocks, pages)
         reject_repeats("block", block_array)
         with torch.inference_mode():
-            kv, paged = self._views(group, blocks, pages)
+            kv, paged = _views(part(self._opened()[group]), blocks, pages)
             _copy(kv, paged)
 
-    def _views(
-        self, group: int, blocks: Sequence[int], pages: Sequence[int]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        groups = self._groups
-        if groups is None:
+    def _opened(self) -> tuple[_GroupChunks, ...]:
+        if self._groups is None:
             raise StateError("this copier is not open: call open() before the first copy and none after close()")
-        # In inference mode a view costs half: nothing about it is noted for autograd.
-        kv = [chunk.select(0, block) for chunk, _ in groups[group] for block in blocks]
-        paged = [chunk.select(0, page) for _, chunk in groups[group] for page in pages]
-        return kv, paged
+        return self._groups
+
+
+def _views(
+    chunks: Sequence[_Chunk], blocks: Sequence[int], pages: Sequence[int]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The parts of blocks and of pages that ``chunks`` name, pairwise.
+
+    In inference mode a view costs half: nothing about it is noted for autograd.
+    """
+    kv = [chunk.select(0, block) for chunk, _ in chunks for block in blocks]
+    paged = [chunk.select(0, page) for _, chunk in chunks for page in pages]
+    return kv, paged
 
 
 def _chunks(views: GroupViews, pages: torch.Tensor) -> Iterator[_Chunk]:

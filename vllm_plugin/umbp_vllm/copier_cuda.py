@@ -159,6 +159,21 @@ class CudaCopier:
         reject_repeats("block", block_array)
         loads.run(copies.scatter, group, block_array, page_array, fence)
 
+    def bands(self, group: int) -> int:
+        """How many bands of layers KV ``group`` has."""
+        return self._opened()[0].bands(group)
+
+    def scatter_band(self, group: int, band: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
+        """Copy one band of arena ``pages`` into ``blocks`` of ``group`` after ``fence``.  Raises ``TransferError``."""
+        copies, (loads, _) = self._opened()
+        block_array, page_array = checked_batch(self._geometry, self._arena.array, group, blocks, pages)
+        reject_repeats("block", block_array)
+
+        def scatter(group: int, blocks: Numbers, pages: Numbers, index: torch.Tensor, staging: torch.Tensor) -> None:
+            copies.scatter_band(group, band, blocks, pages, index, staging)
+
+        loads.run(scatter, group, block_array, page_array, fence)
+
     def _opened(self) -> tuple[StagedCopies, tuple[_Lane, _Lane]]:
         copies, lanes, pinner = self._copies, self._lanes, self._pinner
         if copies is None or lanes is None or pinner is None:

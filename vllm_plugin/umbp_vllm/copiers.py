@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from umbp_core.errors import ConfigError
-from umbp_core.ports import DeviceCopier
+from umbp_core.ports import DeviceCopier, LayerCopier
 from umbp_vllm.copier_cpu import CpuCopier
 from umbp_vllm.copier_cuda import CudaCopier
 from umbp_vllm.copy_plan import PageArena
 from umbp_vllm.geometry import KvGeometry
 
 
-class Copier(DeviceCopier, Protocol):
+class Copier(DeviceCopier, LayerCopier, Protocol):
     """A device copier with a life: ``open`` once before the first copy, ``close`` before the arena goes."""
 
     def open(self) -> None:

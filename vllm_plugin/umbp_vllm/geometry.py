@@ -91,12 +91,21 @@ def _joined(before: Region, after: Region) -> Region | None:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerPages:
+    """The regions of one layer, or of several whose bytes cannot be told apart, as one stretch of an object."""
+
+    layers: tuple[str, ...]
+    regions: tuple[Region, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class GroupGeometry:
     """One KV group of this rank.
 
     ``index`` is the engine's group number and ``layers`` the layers whose pages make up an object, in
     the object's order; both are empty of bytes when a pipeline stage holds no layer of the group.
     ``page_orders`` describes the inside of the pages (see :func:`umbp_vllm.layout_views.page_order`).
+    ``layer_pages`` are the same bytes as ``regions``, in the same order, layer by layer; empty where nobody asked.
     """
 
     index: int
@@ -105,6 +114,7 @@ class GroupGeometry:
     layers: tuple[str, ...]
     regions: tuple[Region, ...]
     page_orders: tuple[tuple[tuple[int, int], ...], ...] = ()
+    layer_pages: tuple[LayerPages, ...] = ()
 
     @property
     def object_bytes(self) -> int:

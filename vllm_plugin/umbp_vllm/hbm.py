@@ -54,6 +54,11 @@ class HeldBlocks:
         if held:
             self._pool.free_blocks(reversed(held))
 
+    def unlist(self, blocks: Iterable[int]) -> None:
+        """Have vLLM find ``blocks`` by no hash any more: they do not hold what it believes.  Whose they are, stays."""
+        if self._pool is not None:
+            self._pool.evict_blocks(set(blocks))
+
     def let_go(self) -> list[str]:
         """Give all blocks back although ops still read them; which ops must end before any block is written."""
         ops = list(self._held)

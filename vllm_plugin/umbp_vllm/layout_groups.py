@@ -18,7 +18,7 @@ import torch
 
 from umbp_core.errors import ConfigError
 from umbp_vllm import compat
-from umbp_vllm.geometry import GroupGeometry, KvGeometry, Region, flat_storage, merged
+from umbp_vllm.geometry import GroupGeometry, KvGeometry, LayerPages, Region, flat_storage, merged
 from umbp_vllm.layout_views import block_dimension, page_order, view_regions
 
 KINDS: Mapping[str, str] = {
@@ -106,6 +106,7 @@ def group_geometry(index: int, group: Any, config: Any, storages: Storages) -> G
         layers=tuple(layer for part in parts for layer in part.layers),
         regions=merged([region for part in parts for region in part.regions]),
         page_orders=tuple(part.page_order for part in parts),
+        layer_pages=tuple(pages for part in parts for pages in part.layer_pages()),
     )
 
 
@@ -154,6 +155,12 @@ class _Part(NamedTuple):
     layers: tuple[str, ...]
     regions: list[Region]
     page_order: tuple[tuple[int, int], ...]
+
+    def layer_pages(self) -> list[LayerPages]:
+        """One per layer where each has a region of its own; else all layers together."""
+        if len(self.regions) != len(self.layers):
+            return [LayerPages(self.layers, tuple(self.regions))]
+        return [LayerPages((layer,), (region,)) for layer, region in zip(self.layers, self.regions, strict=True)]
 
 
 def _place_by_strides(

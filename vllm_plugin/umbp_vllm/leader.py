@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from umbp_core.errors import StateError, UmbpError
-from umbp_core.ops import LeaderTransferRequest, OpResult
+from umbp_core.ops import LeaderTransferRequest, OpResult, OpStatus
 from umbp_core.ports import Clock
 from umbp_core.slots import SlotTable
 from umbp_core.tiers import Tier
 from umbp_vllm.agenda import Agenda
+from umbp_vllm.compat import ended_by_itself
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.hbm import BlockTables, HeldBlocks
 from umbp_vllm.metadata import RankHello, StepMetadata, WorkerReport
@@ -45,6 +47,7 @@ class Leader:
         self._refused_pool = False
         self._iteration = 0
         self._unsent = StepMetadata(0)
+        self._unsure: list[Sequence[int]] = []
         self.stats = UmbpStats()
         self.held = HeldBlocks()
         self.tables = BlockTables()
@@ -95,6 +98,9 @@ class Leader:
         state = self._requests.get(request.request_id)
         if state is None or not self._setup.may_load or request.skip_reading_prefix_cache:
             return 0, False
+        if self._pool is not None and self._pool.loads.fills_prefix(state, computed):
+            self.stats.add("vllm:umbp_lookup_waits", 1, "shared_load")
+            return None, False
         now = self._clock()
         if self._pool is None:
             return self._without_pool(state, now), False
@@ -102,7 +108,7 @@ class Leader:
             self._preempted((request.request_id,))
         state.local_tokens = computed
         tokens = self._pool.loads.match(state, computed, now)
-        return tokens, bool(tokens)
+        return tokens, bool(tokens) and not state.at_once
 
     def _without_pool(self, state: RequestState, now: float) -> int | None:
         """Not yet, until the workers' hello came or the time for lookups is over; then a miss."""
@@ -127,7 +133,24 @@ class Leader:
         if external_tokens == 0:
             self._pool.loads.give_up(state)
             return
-        self._send(self._pool.loads.load(state, external_tokens, blocks.get_block_ids()))
+        if state.at_once:
+            self._load_at_once(self._pool, state, external_tokens, blocks.get_block_ids())
+        else:
+            self._send(self._pool.loads.load(state, external_tokens, blocks.get_block_ids()))
+
+    def _load_at_once(
+        self, pool: LeaderPool, state: RequestState, tokens: int, tables: Sequence[Sequence[int]]
+    ) -> None:
+        """Load within the step that is being planned; nothing it computes for the request counts before its end.
+
+        The blocks are held: a copy that hangs may outlive the request, and must not find another one's KV there.
+        """
+        state.unsure_in = self._iteration + 1
+        self._unsure += tables
+        op = pool.loads.load(state, tokens, tables)
+        pool.ledger.open(op)
+        self.held.hold(op.op_id, [block.hbm_block for block in op.blocks])
+        self._unsent.layerwise.append(op)
 
     def refuse_load(self, request: Any, tables: Sequence[Sequence[int]]) -> None:
         """The engine waits for a load that cannot be planned: have the workers report it as failed."""
@@ -137,7 +160,10 @@ class Leader:
             state.may_load = False
         first = self._groups[0]
         blocks = tuple(tables[first.index][local // first.block_tokens :]) if tables else ()
-        self._unsent.refused_loads.append((request.request_id, blocks))
+        if state is not None and state.at_once:
+            self._unsent.void_blocks += blocks
+        else:
+            self._unsent.refused_loads.append((request.request_id, blocks))
 
     def hit_tokens(self, request: Any) -> Mapping[str, int]:
         """Tokens of the request's latest load by tier (``dram``, ``ssd``)."""
@@ -149,6 +175,8 @@ class Leader:
     def begin_step(self) -> None:
         """A new engine step; exactly once per ``build_connector_meta``."""
         self._iteration += 1
+        if self._pool is not None:
+            self._pool.loads.step_planned()
 
     def plan_step(self, output: Any) -> None:
         """Decide the stores and demotions of this step from vLLM's scheduler output."""
@@ -231,6 +259,9 @@ class Leader:
     def _look_at(self, state: RequestState, computed: int) -> None:
         """Advance the request's slot, store the blocks that ``computed`` tokens fill, and set its next appointment."""
         request = state.request
+        if state.unsure_in == self._iteration:
+            self._agenda.meet(request.request_id, 0)
+            return
         try:
             state.slot.scheduled(decoding=computed > request.num_prompt_tokens)
             if computed >= state.next_full:
@@ -246,6 +277,17 @@ class Leader:
             self._pool.stores.collect(state, computed)
 
     # ---- results -------------------------------------------------------------------------------------
+
+    def step_ended(self, bad_blocks: AbstractSet[int]) -> None:
+        """The workers' output of a step is there; ``bad_blocks`` hold nothing.
+
+        vLLM lists the blocks of a layer-wise load, and those computed from them, before they are filled.  It fills
+        the bad ones again, unless their request is aborted or preempted before that; so nobody may find them meanwhile.
+        """
+        tables, self._unsure = self._unsure, []
+        for table in tables if bad_blocks else ():
+            first = next((index for index, block in enumerate(table) if block in bad_blocks), len(table))
+            self.held.unlist(table[first:])
 
     def take_report(self, report: WorkerReport) -> None:
         """Take what the workers say happened."""
@@ -288,7 +330,11 @@ class Leader:
             return
         if self._pool is not None:
             self._pool.loads.give_up(state)
-            if state.loading is not None:
+            if state.loading is not None and state.at_once and ended_by_itself(request):
+                # vLLM hands out no token of a step in which a load failed, so this one did not, on any rank.
+                state.slot.op_ended(state.loading, OpStatus.DONE)
+                state.slot.scheduled(decoding=False)
+            elif state.loading is not None:
                 self._unsent.cancels.append(state.loading)
             if request.num_computed_tokens >= state.next_full:
                 self._store(state, request.num_computed_tokens)

@@ -37,6 +37,8 @@ class LoadPolicy:
     min_blocks: int
     share: bool
     """Whether a second request may wait for another's load; useless without vLLM's own prefix cache."""
+    layerwise: bool = False
+    """Whether what lies in DRAM is loaded by the step that schedules the request."""
 
 
 class LoadPlanner:
@@ -62,6 +64,7 @@ class LoadPlanner:
         self._loading: dict[bytes, str] = {}
         self._in_flight: dict[str, RequestState] = {}
         self._void: set[str] = set()
+        self._filling: set[bytes] = set()
 
     @property
     def staged(self) -> int:
@@ -77,7 +80,7 @@ class LoadPlanner:
         if state.staged is not None:
             if state.staged.start == start:
                 state.staged = msgspec.structs.replace(state.staged, since=now)
-                return state.staged.tokens
+                return state.promised
             self.unstage(state)
         if not state.may_load or not state.slot.may_match:
             return 0
@@ -95,10 +98,31 @@ class LoadPlanner:
         match = self._matcher.stage(state.keys, start, end, now)
         if match is None:
             return 0
+        state.promised, state.at_once = match.tokens, False
+        if self._policy.layerwise and match.in_dram:
+            # The step that loads at once has to compute a token: of a whole prompt the last one, again.
+            state.promised, state.at_once = min(match.tokens, num_tokens - 1 - start), True
         state.staged = match
         state.slot.stage(match.tokens)
         self._staged[request.request_id] = state
-        return match.tokens
+        return state.promised
+
+    def fills_prefix(self, state: RequestState, tokens: int) -> bool:
+        """Whether any of the first ``tokens`` tokens, which vLLM believes to hold, are being loaded in this very step.
+
+        vLLM lists blocks of a layer-wise load in its prefix cache before they are filled; until they are, nobody else
+        may build on them.
+        """
+        if not self._filling or not tokens:
+            return False
+        return any(
+            not self._filling.isdisjoint(state.keys.of(group)[: tokens // group.block_tokens]) for group in self._groups
+        )
+
+    def step_planned(self) -> None:
+        """The requests of the step are chosen; its layer-wise loads end before those of the next one are."""
+        if self._filling:
+            self._filling = set()
 
     def _must_wait(self, state: RequestState, start: int, end: int, now: float) -> bool:
         if not self._policy.share or not self._loading:
@@ -139,8 +163,9 @@ class LoadPlanner:
         match = state.staged
         if match is None:
             raise StateError(f"request {state.request.request_id}: {tokens} external tokens without a staged match")
+        wanted = match.tokens if tokens == state.promised else tokens
         try:
-            blocks = self._matcher.load_blocks(match, tokens, tables)
+            blocks = self._matcher.load_blocks(match, wanted, tables)
             state.slot.begin_onboard(match.op_id)
         except StateError:
             self.unstage(state)
@@ -151,6 +176,8 @@ class LoadPlanner:
         state.shared_keys = tuple([block.key for block in blocks])
         if self._policy.share:
             self._loading.update(dict.fromkeys(state.shared_keys, state.request.request_id))
+        if state.at_once:
+            self._filling.update(state.shared_keys)
         self._in_flight[match.op_id] = state
         if self._events.enabled:
             for staged in match.blocks:
@@ -164,6 +191,7 @@ class LoadPlanner:
             direction=Direction.LOAD,
             blocks=blocks,
             timeout_s=self._policy.timeout_s,
+            layerwise=state.at_once,
         )
 
     def _by_tier(self, match: StagedMatch, tokens: int) -> dict[str, int]:
@@ -206,6 +234,7 @@ class LoadPlanner:
         state.slot.op_ended(op.op_id, verdict.status)
         if verdict.status is not OpStatus.DONE:
             state.may_load = False
+        if op.layerwise or verdict.status is not OpStatus.DONE:
             self.promoted(state)
         return (state,)
 

@@ -79,6 +79,11 @@ class StagedMatch(msgspec.Struct, frozen=True):
         """Tokens that the pool gives beyond ``start``."""
         return self.end - self.start
 
+    @property
+    def in_dram(self) -> bool:
+        """Whether no block has to be read from SSD."""
+        return all(block.source.tier is Tier.DRAM for block in self.blocks)
+
     def tokens_from_ssd(self, groups: Sequence[KvGroup]) -> int:
         """Tokens whose KV comes from SSD, judged by the group that needs the most blocks from there."""
         counts = [0] * len(groups)

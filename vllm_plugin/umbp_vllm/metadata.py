@@ -15,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 from umbp_core.ops import LeaderTransferRequest, OpResult
 from umbp_vllm.compat import KVConnectorHandshakeMetadata, KVConnectorWorkerMetadata
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised whenever the meaning of a field below changes; a leader refuses workers of another version."""
 
 
@@ -55,6 +55,8 @@ class StepMetadata(KVConnectorMetadata):
     are op ids whose request is gone.  ``refused_loads`` are loads that vLLM waits for but that the
     leader could not plan: request id and the HBM blocks that therefore hold nothing.  ``fences`` are stores, sent
     earlier or now, that must have read their HBM blocks before this step writes any: the blocks may be somebody else's.
+    ``layerwise`` are loads that start before this step's forward pass, which waits for their layers.  ``void_blocks``
+    are HBM blocks that this step counts on and that no load fills.
     """
 
     iteration: int
@@ -62,6 +64,8 @@ class StepMetadata(KVConnectorMetadata):
     cancels: list[str] = field(default_factory=list)
     refused_loads: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     fences: list[str] = field(default_factory=list)
+    layerwise: list[LeaderTransferRequest] = field(default_factory=list)
+    void_blocks: list[int] = field(default_factory=list)
 
 
 @dataclass

@@ -45,7 +45,8 @@ class LeaderSetup:
     ``identity`` is the digest of the namespace; ``folder`` the name of this engine's folder below
     ``config.ssd_dir``.  ``share_loads`` needs vLLM's own prefix cache.  ``persistent`` is False where block
     hashes would mean something else after a restart.  ``may_load`` and ``may_store`` follow vLLM's ``kv_role``.
-    ``tokens_per_step`` is the most tokens that a decoding request takes per step.
+    ``tokens_per_step`` is the most tokens that a decoding request takes per step.  ``layerwise`` says that hits in DRAM
+    are loaded by the step that schedules their request.
     """
 
     config: UmbpConfig
@@ -61,6 +62,7 @@ class LeaderSetup:
     may_load: bool = True
     may_store: bool = True
     tokens_per_step: int = 1
+    layerwise: bool = False
 
     @property
     def lookup_timeout_s(self) -> float:
@@ -223,6 +225,7 @@ def _load_policy(setup: LeaderSetup) -> LoadPolicy:
         share_timeout_s=config.share_load_timeout_ms / 1000,
         min_blocks=config.min_load_blocks,
         share=setup.share_loads,
+        layerwise=setup.layerwise,
     )
 
 

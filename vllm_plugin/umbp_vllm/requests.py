@@ -24,7 +24,8 @@ class RequestState:
     ``evaluated`` counts, per group, the blocks for which storing was decided; the next one gets full at ``next_full``
     computed tokens.  Up to ``quiet_until`` computed tokens nothing happens that the leader must look at.  ``loading``
     is the id of the load in flight, ``shared_keys`` what others may wait for, ``local_tokens`` what vLLM held itself
-    when it last asked.
+    when it last asked.  A load ``at_once`` is layer-wise: what the step ``unsure_in`` computes counts only when it is
+    known to have ended well.  ``promised`` is the number of tokens that the staged match gives.
     """
 
     request: Any
@@ -39,6 +40,9 @@ class RequestState:
     may_load: bool = True
     asked_since: float | None = None
     local_tokens: int = 0
+    promised: int = 0
+    at_once: bool = False
+    unsure_in: int = -1
     hit_tokens: dict[str, int] = field(default_factory=dict)
 
     @classmethod

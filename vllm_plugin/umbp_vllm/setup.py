@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,11 +21,13 @@ from umbp_core.errors import ConfigError, UmbpError
 from umbp_core.ids import Identity, digest_of
 from umbp_core.scheduler import Limits
 from umbp_vllm import compat
+from umbp_vllm.bands import bands_needed
 from umbp_vllm.copiers import make_copier
 from umbp_vllm.copy_plan import PageArena
 from umbp_vllm.engine_args import SERVING_KEY
 from umbp_vllm.groups import failures_by_block, kv_groups
 from umbp_vllm.hashing import hash_stability
+from umbp_vllm.layer_gate import LayerGate
 from umbp_vllm.layout import kv_is_replicated, layout_digest
 from umbp_vllm.layout_groups import geometry_of
 from umbp_vllm.leader import Leader
@@ -37,6 +40,9 @@ from umbp_vllm.sharing import SharedSlab, share_arena, share_slab
 from umbp_vllm.worker import Worker
 
 logger = logging.getLogger("vllm.umbp.setup")
+
+LAYERWISE = "layerwise"
+"""The value of ``load_mode``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,12 @@ def settings_of(vllm_config: Any) -> Settings:
     if notice is not None:
         logger.warning("%s", notice)
     return Settings(config, create_manager(config))
+
+
+def loads_by_layer(extra_config: Mapping[str, Any]) -> bool:
+    """Whether layer-wise loads are asked for.  Raises ``ConfigError`` for a bad configuration."""
+    extra = {key: value for key, value in extra_config.items() if key != SERVING_KEY}
+    return resolve(extra=extra).config.load_mode == LAYERWISE
 
 
 def make_leader(
@@ -91,6 +103,7 @@ def make_leader(
         may_load=_may_load(vllm_config, kv_cache_config),
         may_store=bool(vllm_config.kv_transfer_config.is_kv_producer),
         tokens_per_step=1 + int(vllm_config.num_speculative_tokens),
+        layerwise=_layerwise(vllm_config, kv_cache_config, settings),
     )
     return Leader(setup, time.monotonic, reporting)
 
@@ -143,20 +156,18 @@ def make_worker(vllm_config: Any, kv_cache_config: Any, settings: Settings, kv_c
     object_bytes = tuple(geometry.object_bytes(group.index) for group in geometry.groups)
     copier = make_copier(geometry, cast(PageArena, arena))
     copier.open()
-    config = settings.config
     engine = TransferEngine(
         copier=copier,
+        layers=copier,
         arena=arena,
         slab=slab.slab if slab is not None else None,
         identity=Identity(namespace, layout, rank_scope(vllm_config, tp_rank, pp_rank, shared)),
         world_rank=world_rank,
         object_bytes=dict(enumerate(object_bytes)),
         clock=time.monotonic,
-        io_threads=config.io_threads,
+        io_threads=settings.config.io_threads,
         observer=settings.plugins,
-        scheduler=settings.plugins.make_scheduler(
-            Limits(config.max_concurrent_loads, config.max_concurrent_stores, config.max_concurrent_demotions)
-        ),
+        scheduler=settings.plugins.make_scheduler(_limits(settings.config)),
     )
     engine.start()
     hello = RankHello(
@@ -172,7 +183,16 @@ def make_worker(vllm_config: Any, kv_cache_config: Any, settings: Settings, kv_c
         object_bytes=object_bytes,
         problem=problem,
     )
-    return Worker(hello, engine, copier, [copier, arena, *([slab] if slab else [])], writes=writes)
+    bands = bands_needed(geometry)
+    gate = LayerGate(engine, bands, time.monotonic)
+    by_layer = not compat.layers_that_do_not_ask(vllm_config, list(bands))
+    return Worker(
+        hello, engine, copier, gate, [copier, arena, *([slab] if slab else [])], writes=writes, by_layer=by_layer
+    )
+
+
+def _limits(config: UmbpConfig) -> Limits:
+    return Limits(config.max_concurrent_loads, config.max_concurrent_stores, config.max_concurrent_demotions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +295,18 @@ def _may_load(vllm_config: Any, kv_cache_config: Any) -> bool:
         )
         return False
     return bool(vllm_config.kv_transfer_config.is_kv_consumer)
+
+
+def _layerwise(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> bool:
+    """Whether hits in DRAM are loaded layer by layer; says why not where that was asked for in vain."""
+    if settings.config.load_mode != LAYERWISE:
+        return False
+    reason = compat.why_not_layerwise(vllm_config)
+    if reason is None and not failures_by_block(kv_cache_config):
+        reason = "vLLM hears of a failed load in such a model (windows, several KV groups) only before its step"
+    if reason is not None:
+        logger.warning("umbp: loads are asynchronous although load_mode is %s: %s", LAYERWISE, reason)
+    return reason is None
 
 
 def _refuse_context_parallel(parallel: Any) -> None:

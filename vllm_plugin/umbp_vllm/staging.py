@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from umbp_vllm.block_views import GroupViews, group_views
+from umbp_vllm.block_views import GroupViews, band_views, group_views
 from umbp_vllm.copy_plan import Numbers, page_runs
 from umbp_vllm.geometry import KvGeometry
 
@@ -36,6 +36,7 @@ class StagedCopies:
         self._arena = arena
         self._slice_pages = slice_pages
         self._groups = group_views(geometry, arena.shape[1])
+        self._bands = band_views(geometry, arena.shape[1])
 
     def gather(self, group: int, blocks: Numbers, pages: Numbers, index: torch.Tensor, staging: torch.Tensor) -> None:
         """Issue the copies of ``blocks`` into ``pages``; ``index`` holds the same blocks on the device."""
@@ -62,6 +63,23 @@ class StagedCopies:
             rows = staging[: part.stop - part.start]
             for row, page, count in page_runs(pages[part], self._slice_pages):
                 rows[row : row + count].copy_(self._arena[page : page + count], non_blocking=True)
+            for region in views.regions:
+                region.blocks.index_copy_(0, index[part], region.pages(rows.view(views.word)))
+
+    def bands(self, group: int) -> int:
+        """How many bands of layers ``group`` has."""
+        return len(self._bands[group])
+
+    def scatter_band(
+        self, group: int, band: int, blocks: Numbers, pages: Numbers, index: torch.Tensor, staging: torch.Tensor
+    ) -> None:
+        """Issue the copies of one band of ``pages`` into ``blocks``: its part of each page, which is one run there."""
+        views = self._bands[group][band]
+        begin, end = (words * views.word.itemsize for words in views.in_page())
+        for part in batch_parts(blocks.size, staging.shape[0]):
+            rows = staging[: part.stop - part.start]
+            for row, page in zip(rows, pages[part].tolist(), strict=True):
+                row[begin:end].copy_(self._arena[page, begin:end], non_blocking=True)
             for region in views.regions:
                 region.blocks.index_copy_(0, index[part], region.pages(rows.view(views.word)))
 

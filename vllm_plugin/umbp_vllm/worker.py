@@ -2,8 +2,9 @@
 
 It decides nothing.  It hands the leader's ops to the transfer engine, tells vLLM which loads ended (each
 exactly once, and only loads it was given), and carries the results back to the leader.  The calls come on
-the forward thread and never wait for memory, disk or device; the one exception is an idle step, in
-which there is nothing to compute and a load is on its way (see :meth:`Worker.poll`).
+the forward thread and never wait for memory, disk or device, with two exceptions: an idle step, in which there is
+nothing to compute and a load is on its way (see :meth:`Worker.poll`), and layer-wise loads
+(:mod:`umbp_vllm.layer_gate`), which never wait for a disk.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from umbp_connectors.transfer.engine import TransferEngine
 from umbp_core.errors import UmbpError
 from umbp_core.ops import Direction, LeaderTransferRequest, OpResult, OpStatus
 from umbp_core.ports import DeviceCopier
+from umbp_vllm.layer_gate import LayerGate
 from umbp_vllm.metadata import RankHello, StepMetadata, WorkerReport
 
 logger = logging.getLogger("vllm.umbp.worker")
@@ -62,6 +64,7 @@ class Worker:
 
     ``resources`` are closed after the engine, in this order.  ``writes`` is False on a rank that shares
     another one's arena and slab: there, stores and demotions are the other rank's work and count as done.
+    ``by_layer`` is False where the forward pass does not ask for every layer that it reads.
     """
 
     def __init__(
@@ -69,26 +72,55 @@ class Worker:
         hello: RankHello,
         engine: TransferEngine,
         copier: DeviceCopier,
+        gate: LayerGate,
         resources: Sequence[Closable] = (),
         *,
         writes: bool,
+        by_layer: bool = True,
     ) -> None:
         self.hello = hello
         self.engine = engine
+        self.gate = gate
         self._copier = copier
         self._resources = resources
         self._writes = writes
+        self._by_layer = by_layer
         self._hello_sent = False
         self._loads: dict[str, LeaderTransferRequest] = {}
         self._results: list[OpResult] = []
         self._torn: set[str] = set()
         self._refused: list[tuple[str, tuple[int, ...]]] = []
+        self._released: list[str] = []
+
+    def load_ahead(self, metadata: StepMetadata, *, by_layer: bool) -> None:
+        """Start the layer-wise loads of the step, whose forward pass is about to be launched.
+
+        Waits for them where the pass will not ask layer by layer.
+        """
+        if metadata.layerwise:
+            self.gate.expect(metadata.layerwise)
+            self.gate.start(metadata.iteration, self._copier.fence())
+            if not (by_layer and self._by_layer):
+                self.gate.wait_for_all()
+
+    def _end_layerwise(self, metadata: StepMetadata) -> None:
+        """The forward pass is launched: its layer-wise loads end here, well or not."""
+        missed = [op for op in metadata.layerwise if op.op_id not in self.gate]
+        self._results += [_failed(op, "not_started") for op in missed]
+        self.gate.lack([block.hbm_block for op in missed for block in op.blocks])
+        self.gate.lack(metadata.void_blocks)
+        self.gate.finish()
+        results = self.engine.poll()
+        self._results += [result for result in results if result.op_id not in self.gate]
+        self._results += self.gate.settle(results)
 
     def step(self, metadata: StepMetadata) -> None:
         """The step's forward pass is launched: what it computes may be stored, what waits may be loaded.
 
         Loads start behind the same fence, so that nothing that the step reads or clears is overwritten early.
         """
+        if metadata.layerwise or metadata.void_blocks:
+            self._end_layerwise(metadata)
         self.engine.begin_iteration(metadata.iteration)
         self.engine.end_iteration(metadata.iteration, self._copier.fence())
         self._submit(metadata)
@@ -137,7 +169,12 @@ class Worker:
         outcome = LoadOutcome()
         if idle and self._loads and not self._results and not self._refused:
             self.engine.wait(self._loads, IDLE_WAIT_S, first=True)
-        self._results += [self._whole(result) for result in self.engine.poll()]
+        results = self.engine.poll()
+        if self.gate.has_late:
+            late = self.gate.released(results)
+            results = [result for result in results if result.op_id not in late]
+            self._released += late
+        self._results += [self._whole(result) for result in results]
         for result in self._results:
             op = self._loads.pop(result.op_id, None)
             if op is not None:
@@ -148,6 +185,10 @@ class Worker:
             outcome.bad_blocks.update(blocks)
         self._refused = []
         return outcome
+
+    def take_void_blocks(self) -> set[int]:
+        """The blocks that the step's forward pass counted on and that are not known to have been there."""
+        return self.gate.take_bad_blocks()
 
     def _whole(self, result: OpResult) -> OpResult:
         """The result, or a failure where the op's blocks were taken away while it read them."""
@@ -162,7 +203,8 @@ class Worker:
         report = WorkerReport()
         if self._results:
             report.results[rank], self._results = self._results, []
-        released = self.engine.take_released()
+        released = self._released + self.engine.take_released()
+        self._released = []
         if released:
             report.released[rank] = released
         if not self._hello_sent:

@@ -35,13 +35,14 @@ class FakeClock:
 
 
 class CopyCall(NamedTuple):
-    """One call of a :class:`MemoryDevice`: ``kind`` is ``"gather"`` or ``"scatter"``."""
+    """One call of a :class:`MemoryDevice`: ``kind`` is ``"gather"`` or ``"scatter"``; ``band`` of -1 means all."""
 
     kind: str
     group: int
     blocks: tuple[int, ...]
     pages: tuple[int, ...]
     fence: object
+    band: int = -1
 
 
 def _do_nothing(*_: object) -> None:
@@ -49,12 +50,15 @@ def _do_nothing(*_: object) -> None:
 
 
 class MemoryDevice:
-    """A :class:`~umbp_core.ports.DeviceCopier` whose HBM is a numpy array per KV group.
+    """A :class:`~umbp_core.ports.DeviceCopier` and ``LayerCopier`` whose HBM is a numpy array per KV group.
 
     ``pages`` is the arena: uint8 of shape (pages, page bytes).  ``hbm[g]`` is uint8 of shape (blocks, object
     bytes of group g).  Fences are the integers 1, 2, 3, ...; ``on_copy`` sees every :class:`CopyCall` before
-    a byte moves, and ``calls`` keeps them.  ``on_host`` is what the device says about itself.
+    a byte moves, and ``calls`` keeps them.  ``on_host`` is what the device says about itself.  Every group has
+    ``BANDS`` bands of layers, of equal size but for the last one.
     """
+
+    BANDS = 4
 
     def __init__(
         self,
@@ -88,8 +92,27 @@ class MemoryDevice:
         for block, page in zip(blocks, pages, strict=True):
             hbm[block] = self.pages[page, : hbm.shape[1]]
 
-    def _begin(self, kind: str, group: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> Bytes:
-        call = CopyCall(kind, group, tuple(blocks), tuple(pages), fence)
+    def bands(self, group: int) -> int:
+        """``BANDS``."""
+        return self.BANDS
+
+    def scatter_band(self, group: int, band: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
+        """One band of pages to HBM."""
+        hbm = self._begin("scatter", group, blocks, pages, fence, band)
+        part = self.band_bytes(group, band)
+        for block, page in zip(blocks, pages, strict=True):
+            hbm[block, part] = self.pages[page, part]
+
+    def band_bytes(self, group: int, band: int) -> slice:
+        """Which bytes of an object are a band's."""
+        size = self.hbm[group].shape[1]
+        each = -(-size // self.BANDS)
+        return slice(band * each, min((band + 1) * each, size))
+
+    def _begin(
+        self, kind: str, group: int, blocks: Sequence[int], pages: Sequence[int], fence: object, band: int = -1
+    ) -> Bytes:
+        call = CopyCall(kind, group, tuple(blocks), tuple(pages), fence, band)
         self.calls.append(call)
         self.on_copy(call)
         if group not in self.hbm:

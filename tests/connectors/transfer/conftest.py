@@ -53,6 +53,7 @@ class Rig:
             limits,
             io_threads=io_threads,
             observer=self.observer,
+            layers=self.device,
             **options,
         )
 

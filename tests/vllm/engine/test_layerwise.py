@@ -12,7 +12,7 @@ from tests.vllm.engine.faults import stored
 from tests.vllm.engine.local import BLOCK, Ask, Engine, engine, pool
 from tests.vllm.engine.oracle import Oracle
 from tests.vllm.models import prompt
-from umbp_vllm import layer_gate
+from umbp_vllm import bands, layer_gate
 
 BLOCKS = 6
 TIMEOUT_S = 0.4
@@ -22,7 +22,7 @@ TIMEOUT_S = 0.4
 def shared(llama: Path) -> Iterator[Engine]:
     """One engine for the tests of this module; each uses prompts of its own."""
     patch = pytest.MonkeyPatch()
-    patch.setattr("umbp_vllm.bands.bands_of.__defaults__", (1,))  # a band per layer, in a model as small as this one
+    patch.setattr(bands, "BAND_BYTES", 1)  # a band per layer, in a model as small as this one
     settings = pool(load_mode="layerwise", load_timeout_s=TIMEOUT_S)
     with engine(llama, kv_transfer_config=settings) as opened:
         yield opened
@@ -144,7 +144,7 @@ def test_a_copy_that_is_merely_slow(
     reply = shared.ask_one(ask)
     (right,) = oracle.ask(llama, ask)
     assert (reply.tokens, reply.cached) == (right.tokens, BLOCKS * BLOCK)
-    assert waited == [1, 2], "once per layer"
+    assert waited == [1, 2, 3, 4], "once per layer"
 
 
 def test_aborts(shared: Engine, oracle: Oracle, llama: Path, free_blocks: None) -> None:

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -20,6 +21,7 @@ from tests.vllm.harness import GroupSpec
 from tests.vllm.harness.umbp import UmbpHarness
 from umbp_core.ops import Direction
 from umbp_core.tiers import Tier
+from umbp_vllm import bands, layer_gate
 
 HYBRID = (GroupSpec("full"), GroupSpec("window", window=10))
 SHAPES: list[dict[str, Any]] = [
@@ -42,6 +44,8 @@ POOLS: list[dict[str, Any]] = [
     {"load_timeout_s": 0.02, "store_timeout_s": 0.05},
     {"share_load_timeout_ms": 0, "max_pending_stores": 6},
     {"store_decode_blocks": False, "min_load_blocks": 2, "eviction_policy": "lru"},
+    {"load_mode": "layerwise", "load_timeout_s": 0.1},
+    {"load_mode": "layerwise", "load_timeout_s": 0.02, "dram_capacity": "96KiB"},
 ]
 STEMS = [[(17 * index * stem + 31 * index) % 900 for index in range(70)] for stem in (1, 2, 3)]
 DIRECTIONS = st.sampled_from([Direction.LOAD, Direction.STORE])
@@ -53,6 +57,9 @@ class UmbpMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="umbp-machine-"))
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(bands, "BAND_BYTES", 1)
+        self.patch.setattr(layer_gate, "GRACE_S", 0.02)
         self.engine: UmbpHarness | None = None
         self.names: list[str] = []
 
@@ -208,6 +215,7 @@ class UmbpMachine(RuleBasedStateMachine):
                 self.engine.check_stored()
                 self.engine.close()
         finally:
+            self.patch.undo()
             if self.engine is not None:
                 self.engine.close(check=False)
             shutil.rmtree(self.folder, ignore_errors=True)
