@@ -10,7 +10,6 @@ from typing import Protocol
 from umbp_connectors.reporting.words import Word, WordKind
 from umbp_core.holdings import Holdings
 
-
 _BYTES = frozenset({bytes})
 
 
