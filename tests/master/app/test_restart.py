@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from time import monotonic
 
 import pytest
 
@@ -38,7 +39,8 @@ def kept(folder: Path) -> dict[str, str]:
 
 def wait_until_written(master: MasterProcess, writes: int) -> None:
     """Until the store of a master has written so many times; asked of its own metrics."""
-    for _ in range(2000):
+    end = monotonic() + DEADLINE
+    while monotonic() < end:
         page = master.get("/metrics")[1]
         counts = re.findall(r'^mori_umbp_store_op_latency_seconds_count{.*op="write".*} (.*)$', page, re.MULTILINE)
         if sum(map(float, counts)) >= writes:

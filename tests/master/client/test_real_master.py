@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -130,6 +131,12 @@ def test_every_door_takes_everything(cleanup: ExitStack, master: MasterProcess, 
     assert observer.stats().degraded == 0
 
 
+def kept(folder: Path) -> int:
+    """Nodes in the table of a master that runs."""
+    with closing(sqlite3.connect(f"file:{folder / 'nodes.sqlite'}?mode=ro", uri=True)) as table:
+        return int(table.execute("SELECT count(*) FROM nodes").fetchone()[0])
+
+
 @pytest.mark.parametrize("memory", ["embedded", "none"])
 @pytest.mark.parametrize("door", ["umbp://{native}", "grpc://{grpc}"])
 def test_after_a_kill_and_a_restart_all_is_known_within_two_heartbeats(
@@ -142,6 +149,7 @@ def test_after_a_kill_and_a_restart_all_is_known_within_two_heartbeats(
     engines = [engine_of(cleanup, name, address) for name in ("one", "two")]
     asker = engines[0].client
     assert all(engine.client.flush(PATIENCE) and engine.known(asker) for engine in engines)
+    assert memory == "none" or eventually(lambda: kept(tmp_path / "state") == len(engines))
 
     assert first.end(signal.SIGKILL) == -signal.SIGKILL
     began = time.monotonic()
