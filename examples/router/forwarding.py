@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,9 @@ _REPLACED = frozenset({"content-length", "x-data-parallel-rank"})
 _ILL = frozenset({502, 503, 504})
 """A worker that answers with these has not begun, and another may do better."""
 RANK_HEADER = "X-data-parallel-rank"
+"""How vLLM is told which data-parallel rank serves a request."""
+RANK_FIELD = "routed_dp_rank"
+"""How SGLang is."""
 
 
 class BrokeOff(Exception):
@@ -79,6 +83,13 @@ class Answer:
         self.response.close()
 
 
+def _steered(seat: Seat, body: bytes) -> bytes:
+    """``body`` with the rank that is to serve it, where the engine wants it there (vLLM reads the header)."""
+    if seat.rank is None or seat.tags.get("engine") != "sglang":
+        return body
+    return json.dumps({**json.loads(body), RANK_FIELD: seat.rank}).encode()
+
+
 def open_session() -> aiohttp.ClientSession:
     """A session for workers; to be closed.
 
@@ -103,7 +114,7 @@ class Forwarder:
         sent = {name: value for name, value in headers.items() if name.lower() not in _OF_ONE_HOP | _REPLACED}
         if seat.rank is not None:
             sent[RANK_HEADER] = str(seat.rank)
-        opening = self._open(worker.url + path, sent, body)
+        opening = self._open(worker.url + path, sent, _steered(seat, body))
         try:
             answer = await asyncio.wait_for(opening, self._settings.first_byte_timeout)
         except asyncio.TimeoutError:

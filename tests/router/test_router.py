@@ -190,10 +190,12 @@ def test_a_busy_worker_is_passed_over_for_a_prompt_that_is_worth_less_than_the_w
     run(test())
 
 
-def test_ranks_of_one_server_are_asked_for_by_header(master: str) -> None:
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_rank_of_a_server_is_asked_for_as_its_engine_wants_it(master: str, engine: str) -> None:
     async def test() -> None:
         async with AsyncExitStack() as stack:
             worker = await stack.enter_async_context(FakeWorker("ranks"))
+            worker.tags |= {"engine": engine}
             nodes = [await asyncio.to_thread(Node, master, worker, rank) for rank in range(3)]
             for node in nodes:
                 stack.callback(node.close)
@@ -204,6 +206,8 @@ def test_ranks_of_one_server_are_asked_for_by_header(master: str) -> None:
             reply = await call.complete(PROMPT)
             assert reply.worker == f"{worker.url}#dp2"
             assert worker.headers[-1]["X-data-parallel-rank"] == "2"
+            asked = {"model": MODEL, "prompt": PROMPT}
+            assert worker.requests == [asked if engine == "vllm" else {**asked, "routed_dp_rank": 2}]
 
     run(test())
 
