@@ -88,8 +88,15 @@ class Reported:
         """What a scheduler does after each step."""
         self.component.publish_kv_events()
 
+    def settle(self) -> None:
+        """Wait until L3 has written to its SSD what it wants to."""
+        for pool in self.engine.backend._pools.pools():
+            for shard in pool.shards:
+                assert not isinstance(shard, LocalPool) or shard.flush(FLUSH)
+
     def told(self, node: str = NODE) -> Held:
         """What the master knows, when it knows everything."""
+        self.settle()
         self.step()
         assert self.reporting.reporter.flush(FLUSH)
         return known_at(self.master, node)

@@ -84,8 +84,6 @@ def test_a_detached_storage_is_told_gone_and_an_attached_one_there(start: Start)
     node.knows([PROMPT])
     node.engine.compute(PROMPT)
     node.engine.offload(PROMPT)
-    for shard in node.engine.backend._pools.get("kv").shards:
-        assert shard.flush(30)
     whole = node.assert_equal()
     assert whole == {tier: ids(PROMPT, node) for tier in (HBM, DRAM, SSD)}
     assert node.engine.detach()[0]
@@ -103,8 +101,6 @@ def test_every_rank_with_a_pool_of_its_own_is_a_node(start: Start) -> None:
         node.knows([PROMPT])
         node.engine.compute(PROMPT)
         node.engine.offload(PROMPT)
-        for shard in node.engine.backend._pools.get("kv").shards:
-            assert shard.flush(30)
     first, second = (node.told(f"{NODE}:dp0:pp0:tp{rank}") for rank, node in enumerate(ranks))
     assert set(first) == {HBM, DRAM, SSD}
     assert second == {DRAM: ids(PROMPT, ranks[1]), SSD: ids(PROMPT, ranks[1])}, "events are the first rank's"
