@@ -128,13 +128,9 @@ class Follower:
             self._deadlines["gone"] = self._deadlines["greeting"] = math.inf
         elif event is Event.DISCONNECTED:
             logger.warning("umbp: %s is away", self._stream.settings.endpoint)
-            self._deadlines["replay"] = math.inf
-            self._stream.end_replay()
             self._set("gone", self._patience.grace)
         elif event is Event.REPLAYED:
             self._set("replay", self._patience.replay)
-        elif event in (Event.ENDED, Event.FAILED):
-            self._deadlines["replay"] = math.inf
         self._set("idle", self._patience.idle)
         self._carry_out(self._sequence.feed(event, number, payload))
 
@@ -147,6 +143,9 @@ class Follower:
             else:
                 self._stream.ask(effect.start)
                 self._set("replay", self._patience.replay)
+        if self._sequence.state is not State.CATCHING_UP:
+            self._stream.end_replay()
+            self._deadlines["replay"] = math.inf
 
     def _apply(self, payload: bytes) -> None:
         try:
@@ -189,7 +188,6 @@ class Follower:
 
     def _take_time(self, event: Event) -> None:
         if event is Event.FAILED:
-            self._stream.end_replay()
             logger.warning("umbp: %s does not answer", self._stream.settings.replay)
         self._carry_out(self._sequence.feed(event))
         if self._sequence.state is not State.AWAY:

@@ -53,7 +53,7 @@ class Event(enum.Enum):
     ENDED = "ended"
     """The engine says that this was all of the replay."""
     FAILED = "failed"
-    """The replay got no answer, or not all of it."""
+    """Nothing more comes of the replay, and nobody said that it was all."""
 
 
 class Why(enum.Enum):
@@ -220,14 +220,19 @@ class BatchSequence:
             return
         elif first:
             self._lose(number)
+        if self._next is not None and number > self._next:
+            if self._round.progress or self._round.goal != number:
+                self._ask(goal=number)  # a replay loses batches as well when there is no room for them
+                return
+            self._lose(number)
         if number == self._next:
             self._adopt(number, payload)
             self._round.progress = True
             self._replayed[number] = _digest(payload)
             if len(self._replayed) > MAX_REMEMBERED:
                 del self._replayed[next(iter(self._replayed))]
-        elif self._next is not None and number > self._next and self._round.beyond is None:
-            self._round.beyond = number
+            if self._pending and self._pending[0][0] <= number + 1:
+                self._settle()  # the rest has come already
 
     def _end(self, _number: int, _payload: bytes) -> None:
         if self._round.first and self._anchor is not None:
@@ -235,17 +240,14 @@ class BatchSequence:
             return
         if self._next is None:
             self._next = 0
-        if self._round.beyond is None:
-            self._settle()
-        elif self._round.progress or self._round.goal != self._round.beyond:
-            self._ask(goal=self._round.beyond)  # a replay loses batches as well when there is no room for them
-        else:
-            self._lose(self._round.beyond)
-            self._ask()
+        self._settle()
 
     def _fail(self, _number: int, _payload: bytes) -> None:
-        """Without a replay nothing is proven, and what waits begins anew; only after a mere question all stays."""
-        if not self._round.probe or self._round.beyond is not None:
+        """Without an answer nothing is proven, and what waits begins anew; only after a mere question all stays.
+
+        When a part came, what is missing may be no more than the word that it was all.
+        """
+        if self._round.first and not self._round.probe:
             self._forget(Why.GAP)
         self._settle()
 
@@ -334,8 +336,6 @@ class _Round:
     """Nothing has come yet."""
     progress: bool = False
     """It brought a batch that we did not have."""
-    beyond: int | None = None
-    """The first batch after a hole in the replay."""
 
 
 def _digest(payload: bytes) -> int:

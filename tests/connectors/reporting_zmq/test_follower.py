@@ -182,6 +182,18 @@ def test_a_replay_with_holes_is_asked_for_again(cleanup: ExitStack, follow: Call
     assert following.stats.replays > 3
 
 
+def test_a_long_replay_is_whole(cleanup: ExitStack, follow: Callable[..., Following]) -> None:
+    """As much as an engine keeps, over sockets with the room that an engine gives them: a ROUTER drops some of it."""
+    engine = cleanup.enter_context(Publisher())
+    tokens = list(range(600))
+    for number in range(10_000):
+        engine.publish(stored(number) | {"token_ids": tokens})
+    following = follow(engine)
+    following.comes_to(10_000)
+    assert following.known() == {HBM: {b"%d" % number for number in range(10_000)}}
+    assert (following.stats.cleared, following.stats.missed) == ({}, 0)
+
+
 def test_an_engine_that_was_restarted_has_what_its_new_life_says(
     cleanup: ExitStack, follow: Callable[..., Following]
 ) -> None:

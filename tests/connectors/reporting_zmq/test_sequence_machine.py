@@ -55,6 +55,7 @@ class SequenceMachine(RuleBasedStateMachine):
         self.answer: deque[Batch] | None = None
         self.claims: set[int] = set()
         self.position: tuple[int, int] | None = None
+        self.heard = False
         self.unanswered = -1
         """The last life that did not answer; what it published before is not asked for again."""
 
@@ -75,7 +76,7 @@ class SequenceMachine(RuleBasedStateMachine):
             elif isinstance(effect, Replay):
                 assert self.replays
                 assert effect.start >= 0
-                self.asked, self.answer = effect.start, None
+                self.asked, self.answer, self.heard = effect.start, None, False
 
     @rule(add=st.booleans(), key=KEYS, lost=st.booleans())
     def publish(self, add: bool, key: int, lost: bool) -> None:
@@ -106,6 +107,7 @@ class SequenceMachine(RuleBasedStateMachine):
     def replay(self) -> None:
         assert self.answer is not None
         if self.answer:
+            self.heard = True
             self.feed(Event.REPLAYED, self.answer.popleft())
         else:
             self.asked = self.answer = None
@@ -114,7 +116,9 @@ class SequenceMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.asked is not None)
     @rule()
     def fail(self) -> None:
-        self.unanswered = self.engine.number
+        """Its end may be lost, or all of it."""
+        if not self.heard:
+            self.unanswered = self.engine.number
         self.asked = self.answer = None
         self.feed(Event.FAILED)
 
@@ -228,10 +232,30 @@ def test_an_engine_that_reached_our_number_again_is_not_taken_for_the_old_one() 
     assert sequence.feed(Event.CONNECTED) == [Replay(2)]
     assert sequence.feed(Event.LIVE, 3, b"new 3") == []
     assert sequence.feed(Event.REPLAYED, 2, b"new 2") == [Clear(Why.RESTART), Replay(0)]
-    for number in range(4):
+    for number in range(2):
         assert sequence.feed(Event.REPLAYED, number, b"new %d" % number) == [Apply(b"new %d" % number)]
-    assert sequence.feed(Event.ENDED) == []
+    assert sequence.feed(Event.REPLAYED, 2, b"new 2") == [Apply(b"new 2"), Apply(b"new 3")], (
+        "the rest was there already"
+    )
     assert (sequence.state, sequence.expected) == (State.STEADY, 4)
+    assert sequence.feed(Event.REPLAYED, 3, b"new 3") == sequence.feed(Event.ENDED) == []
+
+
+def test_a_replay_without_its_last_word_counts() -> None:
+    """Where there is no room for a batch, there is none for the word that it was all."""
+    sequence = BatchSequence(replays=True)
+    sequence.feed(Event.CONNECTED)
+    sequence.feed(Event.REPLAYED, 0, b"a")
+    assert sequence.feed(Event.REPLAYED, 3, b"d") == [Replay(0)]
+    assert sequence.feed(Event.REPLAYED, 0, b"a") == []
+    assert sequence.feed(Event.FAILED) == []
+    assert (sequence.state, sequence.expected) == (State.STEADY, 1)
+    assert sequence.feed(Event.IDLE) == [Replay(0)]
+    sequence.feed(Event.REPLAYED, 0, b"a")
+    assert sequence.feed(Event.REPLAYED, 3, b"d") == [Replay(0)]
+    sequence.feed(Event.REPLAYED, 0, b"a")
+    assert sequence.feed(Event.REPLAYED, 3, b"d") == [Clear(Why.GAP), Apply(b"d")], "it is gone for good"
+    assert sequence.counters.missed == 2
 
 
 def test_a_question_that_gets_no_answer_costs_nothing() -> None:
