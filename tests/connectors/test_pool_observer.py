@@ -81,6 +81,7 @@ def test_a_tier_that_evicts_says_so_and_the_other_one_does_not(make: Maker) -> N
     assert len(follower.held[Tier.DRAM]) == DRAM_PAGES, "some of the first ones had to go"
     assert follower.held[Tier.DRAM] >= set(keys(100, SLOTS - DRAM_PAGES))
     assert follower.held[Tier.SSD] >= set(keys(0, DRAM_PAGES))
+    assert pool.flush(30)
     put(pool, keys(200, DRAM_PAGES))
     assert pool.flush(30)
     assert len(follower.held[Tier.SSD]) == SLOTS, "there, too"
