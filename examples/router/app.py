@@ -81,18 +81,22 @@ class Router:
         worker, _ = min(candidates, key=lambda pair: pair[1].outstanding)
         try:
             question = question_of(request.path, body)
+            namespace = namespace_of(body, worker.models.get(model or "", Namespace()))
             tokens = question.tokens
             if tokens is None:
                 tokens = await self._forwarder.tokens(worker, question, request.headers)
         except Unreadable as error:
             return Prompt(model or "", length, unknown=str(error))
-        adapter = worker.models.get(model or "", Namespace())
-        return Prompt(model or "", length, tokens, namespace_of(body, adapter))
+        return Prompt(model or "", length, tokens, namespace)
 
     async def _serve(self, request: web.Request, raw: bytes, plan: Plan) -> web.StreamResponse:
         """Try one worker after the other until one answers, and pass its answer on."""
-        failures = []
-        for rank, (worker, seat) in enumerate(plan.places()[: self._attempts]):
+        failures: list[str] = []
+        for rank, (worker, seat) in enumerate(plan.places()):
+            if failures and not worker.alive:
+                continue  # another of its ranks failed just now
+            if len(failures) == self._attempts:
+                break
             ticket = worker.take(seat, plan.decision.ranking[rank].work_seconds)
             begin = perf_counter()
             try:

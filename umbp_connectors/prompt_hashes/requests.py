@@ -26,6 +26,7 @@ _OF_A_TEMPLATE = (
     "chat_template_kwargs",
 )
 """Fields of a chat request that decide its tokens."""
+_NO_TOKEN = 1 << 63
 
 
 class Unreadable(UmbpError):
@@ -78,9 +79,14 @@ def adapters_of(models: object) -> dict[str, Namespace]:
 
 
 def namespace_of(body: Mapping[str, Any], adapter: Namespace) -> Namespace:
-    """What keeps the request's blocks apart; ``adapter`` is what the model that it names has."""
-    salt = body.get("cache_salt")
-    return Namespace(salt if isinstance(salt, str) else "", adapter.lora_name, adapter.lora_path)
+    """What keeps the request's blocks apart; ``adapter`` is what the model that it names has.
+
+    Raises ``Unreadable``.
+    """
+    salt = body.get("cache_salt") or ""
+    if not isinstance(salt, str) or any(map(_is_surrogate, salt)):
+        raise Unreadable("the cache salt is no text")
+    return Namespace(salt, adapter.lora_name, adapter.lora_path)
 
 
 def _adapter(card: Mapping[str, Any]) -> Namespace:
@@ -105,4 +111,9 @@ def _some(body: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _is_token(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _NO_TOKEN
+
+
+def _is_surrogate(character: str) -> bool:
+    """JSON can name halves of characters, which no encoding has a form for."""
+    return "\ud800" <= character <= "\udfff"

@@ -11,7 +11,7 @@ import pytest
 
 from examples.router_cluster import Cluster, Routed, cluster
 from examples.serving import VllmServer, cpu_environment
-from tests.master.app.master_process import umbp
+from tests.master.app.test_cli_ask import in_process
 from tests.vllm.engine.local import BLOCK
 from tests.vllm.models import prompt
 from umbp_connectors.client.reader import MasterReader
@@ -124,9 +124,9 @@ def test_why_foretells_what_the_engine_reuses(running: Cluster, tmp_path: Path, 
 
     def foretold() -> tuple[int, set[str]]:
         command = ("why", "--json", "--prompt-file", str(file), "--engine", url(worker), "--timeout", "20")
-        done = umbp(tmp_path, *command, "--master", running.master.address)
-        assert done.returncode == 0, done.stderr
-        value = json.loads(done.stdout)
+        code, out, err = in_process(*command, "--master", running.master.address)
+        assert (code, err) == (0, "")
+        value = json.loads(out)
         return value["reused_tokens"], {block["source"] for block in value["blocks"] if block["source"]}
 
     def reused() -> int:
