@@ -72,7 +72,7 @@ def why(
     from umbp_connectors.prompt_hashes.tags import hasher_of, tag_values
     from umbp_connectors.why import judge
 
-    server = EngineHttp(engine, access.timeout)
+    server = EngineHttp(engine, access.timeout, os.environ.get("OPENAI_API_KEY", ""))
     body = _body(prompt_file, model, cache_salt)
     with access.connected() as transport:
         client = native_of(transport, "explain")
@@ -137,7 +137,6 @@ def _prompt_of(server: Any, body: Mapping[str, Any]) -> _Prompt:
 
 def _nodes_of(infos: Sequence[NodeInfo], url: str, name: str) -> list[NodeInfo]:
     """The node of this name; else those of the engine at ``url``, without ranks that the first stands for."""
-    from umbp_connectors.engine_http import place_of
     from umbp_connectors.prompt_hashes.tags import tag_values
 
     if name:
@@ -145,12 +144,22 @@ def _nodes_of(infos: Sequence[NodeInfo], url: str, name: str) -> list[NodeInfo]:
     else:
         tagged = [(info, tag_values(info.tags)) for info in infos]
         first = [(info, tags) for info, tags in tagged if {tags.get("tp", "0"), tags.get("pp", "0")} == {"0"}]
-        found = [info for info, tags in first if "http" in tags and place_of(tags["http"]) == url]
+        found = [info for info, tags in first if _place(tags.get("http", "")) == url]
     if not found:
         wanted = f"is called {name!r}" if name else f"has the tag http={url.partition('://')[2]}"
         names = ", ".join(info.node_id for info in infos) or "none"
         raise ConfigError(f"no node of the master {wanted}; there are: {names}. Give one by --node")
     return found
+
+
+def _place(text: str) -> str:
+    """Where a node says that it serves; empty when that is no address."""
+    from umbp_connectors.engine_http import place_of
+
+    try:
+        return place_of(text)
+    except ConfigError:
+        return ""
 
 
 def _held(client: NativeTransport, keys: Sequence[bytes], timeout: float) -> dict[str, dict[bytes, tuple[int, ...]]]:

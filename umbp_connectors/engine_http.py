@@ -21,19 +21,23 @@ class EngineUnreachable(UmbpError):
 
 
 class EngineHttp:
-    """The server at ``url``, such as ``http://127.0.0.1:8000``.  Raises ``ConfigError`` when that is no address."""
+    """The server at ``url``, such as ``http://127.0.0.1:8000``, to which ``key`` is shown if it is not empty.
 
-    def __init__(self, url: str, timeout: float) -> None:
+    Raises ``ConfigError`` when ``url`` is no address.
+    """
+
+    def __init__(self, url: str, timeout: float, key: str = "") -> None:
         self.url = place_of(url)
         self._timeout = timeout
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def get(self, path: str) -> Any:
         """The JSON at ``path``.  Raises ``EngineUnreachable``."""
-        return self._ask(urllib.request.Request(self.url + path))
+        return self._ask(urllib.request.Request(self.url + path, headers=self._headers))
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """The JSON answer to ``body``.  Raises ``EngineUnreachable``."""
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", **self._headers}
         return self._ask(urllib.request.Request(self.url + path, json.dumps(body).encode(), headers))
 
     def _ask(self, request: urllib.request.Request) -> Any:

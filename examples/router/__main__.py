@@ -52,7 +52,12 @@ def parse(arguments: Sequence[str]) -> RouterSettings:
     if not workers and not given["master"]:
         raise ConfigError("neither workers nor a master; give --worker URL, --master ADDRESS or both")
     return RouterSettings(
-        **given, workers=workers, policy=policy, speeds=speeds, hash_seed=os.environ.get("PYTHONHASHSEED")
+        **given,
+        workers=workers,
+        policy=policy,
+        speeds=speeds,
+        hash_seed=os.environ.get("PYTHONHASHSEED"),
+        api_key=os.environ.get("OPENAI_API_KEY", ""),
     )
 
 

@@ -100,7 +100,8 @@ class Fleet:
 
     async def _get(self, worker: Worker, path: str) -> bytes:
         timeout = aiohttp.ClientTimeout(total=self._settings.look_timeout)
-        async with self._http.get(worker.url + path, timeout=timeout) as response:
+        headers = {"Authorization": f"Bearer {self._settings.api_key}"} if self._settings.api_key else {}
+        async with self._http.get(worker.url + path, headers=headers, timeout=timeout) as response:
             response.raise_for_status()
             return await response.read()
 

@@ -29,6 +29,8 @@ class RouterSettings:
     master: str = ""
     hash_seed: str | None = None
     """The engines' ``PYTHONHASHSEED``, where they have one."""
+    api_key: str = field(default="", repr=False)
+    """Shown to workers that want one when the router looks at them; requests bring their own."""
     speeds: Speeds = field(default_factory=Speeds)
     refresh_interval: float = 2.0
     """How often the master's nodes and the workers' health, models and metrics are read."""

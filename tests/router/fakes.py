@@ -45,6 +45,7 @@ class FakeWorker:
     """Whether a client left before its answer ended."""
     models: Sequence[dict[str, Any]] = ({"id": MODEL},)
     metrics: str = ""
+    key: str = ""
     url: str = ""
     runner: web.AppRunner | None = None
 
@@ -109,6 +110,8 @@ class FakeWorker:
         return web.Response(text=self.metrics)
 
     async def _models(self, request: web.Request) -> web.Response:
+        if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.Response(status=401)
         return web.json_response({"data": list(self.models)})
 
 

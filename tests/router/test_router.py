@@ -454,6 +454,17 @@ def test_speeds_are_read_off_the_workers_and_what_waits_there_counts() -> None:
     run(test())
 
 
+def test_workers_that_want_a_key_are_shown_the_routers() -> None:
+    async def test() -> None:
+        async with setting(replace(SETTINGS, api_key="right")) as s:
+            s.a.key, s.b.key = "right", "another"
+            await s.router.router.fleet.refresh()
+            assert {(await s.call.complete(PROMPT)).worker for _ in range(2)} == {s.a.url}
+            assert "right" not in repr(replace(SETTINGS, api_key="right"))
+
+    run(test())
+
+
 def test_a_page_of_metrics_that_is_none_costs_nothing() -> None:
     async def test() -> None:
         async with setting() as s:

@@ -28,6 +28,9 @@ class Engine(http.server.BaseHTTPRequestHandler):
     """One token per character; an adapter beside its model."""
 
     def do_GET(self) -> None:
+        if self.headers.get("Authorization", "Bearer right") != "Bearer right":
+            self.send_error(401)
+            return
         cards = [{"id": "m", "parent": None}, {"id": "poet", "parent": "m", "root": "/poet"}]
         self._answer({"data": cards} if self.path == "/v1/models" else None)
 
@@ -70,6 +73,7 @@ def master(tmp_path_factory: pytest.TempPathFactory, engine: str) -> Iterator[st
             "mine": TAGS | http_tag,
             "rank": TAGS | http_tag | {"tp": "1"},
             "other": TAGS | {"http": "127.0.0.1:1"},
+            "elsewhere": {"http": "nobody knows"},
             "random": TAGS | {"http": "127.0.0.1:2", "hash": "xxhash", "hash_start": "random"},
         }
         for name, tags in registrations.items():
@@ -179,6 +183,14 @@ def test_what_cannot_be_answered_says_why(
     assert (code, out) == (2, "")
     assert says in err
     assert err.count("\n") == 1
+
+
+def test_the_key_of_the_environment_is_shown(master: str, engine: str, file: Path) -> None:
+    command = ("why", "--json", "--prompt-file", str(file), "--engine", engine, "--master", master)
+    code, out, _ = in_process(*command, OPENAI_API_KEY="right")
+    assert (code, json.loads(out)["reused_tokens"]) == (0, 8)
+    code, _, err = in_process(*command, OPENAI_API_KEY="wrong")
+    assert (code, "/v1/models answered 401" in err, "wrong" in err) == (2, True, False)
 
 
 def test_an_engine_that_is_not_there(master: str, file: Path) -> None:
