@@ -134,8 +134,13 @@ class Job(abc.ABC):
         for index in indexes:
             self._failed.setdefault(index, reason)
 
-    def _spread(self, steps: Sequence[Step], then: Callable[[], None]) -> None:
-        """Run ``steps`` in parallel and ``then`` after the last one, on the thread that ran it."""
+    def _spread(
+        self, steps: Sequence[Step], then: Callable[[], None], order: Callable[[int], float] = lambda _: 0.0
+    ) -> None:
+        """Run ``steps`` in parallel and ``then`` after the last one, on the thread that ran it.
+
+        ``order`` of a step's index, below 1, puts it behind the steps of ops of the same direction with a smaller one.
+        """
         if not steps:
             then()
             return
@@ -146,8 +151,8 @@ class Job(abc.ABC):
             if countdown.is_last():
                 self._run(then)
 
-        for lanes, step in steps:
-            lanes.put(self._op.direction, functools.partial(run, step))
+        for index, (lanes, step) in enumerate(steps):
+            lanes.put(self._op.direction + order(index), functools.partial(run, step))
 
     def _shares(self, indexes: Sequence[int]) -> list[Sequence[int]]:
         """``indexes`` in at most one part per hashing thread: a task per small object would cost more than it."""

@@ -27,7 +27,7 @@ class Lanes:
         self._name = name
         self._count = count
         self._apart = apart
-        self._tasks: queue.PriorityQueue[tuple[int, int, Callable[[], None] | None]] = queue.PriorityQueue()
+        self._tasks: queue.PriorityQueue[tuple[float, int, Callable[[], None] | None]] = queue.PriorityQueue()
         self._sequence = itertools.count()
         self._threads: list[threading.Thread] = []
 
@@ -38,7 +38,7 @@ class Lanes:
             self._threads.append(thread)
             thread.start()
 
-    def put(self, priority: int, task: Callable[[], None]) -> None:
+    def put(self, priority: float, task: Callable[[], None]) -> None:
         """Queue a task; smaller ``priority`` first, then in order.  Any thread; never blocks."""
         self._tasks.put((priority, next(self._sequence), task))
 

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
-from umbp_connectors.transfer.jobs import DEVICE, Control, Tools
+from umbp_connectors.transfer.jobs import DEVICE, Control, Step, Tools
 from umbp_connectors.transfer.loads import LoadJob
 from umbp_core.errors import StateError, TransferError
 from umbp_core.ops import LeaderTransferRequest
@@ -56,18 +55,12 @@ class Delivered:
 
 
 class _Progress:
-    """Which copies are still to be made, and how many bands are complete.  Any thread."""
+    """How many bands are complete when each takes ``copies`` copies.  Any thread."""
 
-    def __init__(self, bands: int, shares: Sequence[Sequence[int]]) -> None:
-        self._units = deque((band, share) for band in range(bands) for share in shares)
-        self._left = [len(shares)] * bands
+    def __init__(self, bands: int, copies: int) -> None:
+        self._left = [copies] * bands
         self._complete = 0
         self._lock = threading.Lock()
-
-    def next(self) -> tuple[int, Sequence[int]] | None:
-        """The next copy: a band of some blocks; ``None`` when all are being made."""
-        with self._lock:
-            return self._units.popleft() if self._units else None
 
     def made(self, band: int) -> int:
         """One copy of ``band`` was made; how many bands are complete from the first on."""
@@ -77,12 +70,10 @@ class _Progress:
                 self._complete += 1
             return self._complete
 
-    def stop(self) -> bool:
-        """Make no more copies; True when there were some to make."""
-        with self._lock:
-            stopped = bool(self._units)
-            self._units.clear()
-            return stopped
+    @property
+    def is_over(self) -> bool:
+        """Whether the last copy was made."""
+        return self._complete == len(self._left)
 
 
 class LayerwiseLoadJob(LoadJob):
@@ -91,6 +82,7 @@ class LayerwiseLoadJob(LoadJob):
     def __init__(self, op: LeaderTransferRequest, fence: object, tools: Tools, control: Control) -> None:
         super().__init__(op, fence, tools, control)
         self._good: list[int] = []
+        self._stopped = False
 
     def _plan(self) -> None:
         self._reject_repeats()
@@ -110,27 +102,32 @@ class LayerwiseLoadJob(LoadJob):
             return
         copier = self._layers()
         on_host = self._tools.copier.on_host
-        shares = self._shares(self._good) if on_host else [self._good]
-        progress = _Progress(max(copier.bands(group) for group in self._by_group(self._good)), shares)
-        work_off = functools.partial(self._work_off, copier, progress)
         lanes = self._tools.hashing if on_host else self._tools.device
-        self._spread([(lanes, work_off)] * len(shares), self._end)
+        shares = self._shares(self._good) if on_host else [self._good]
+        bands = max(copier.bands(group) for group in self._by_group(self._good))
+        progress = _Progress(bands, len(shares))
+        copies: list[Step] = [
+            (lanes, functools.partial(self._deliver_band, copier, progress, band, share))
+            for band in range(bands)
+            for share in shares
+        ]
+        # The first layers of all loads of a step come before the later ones of any.
+        self._spread(copies, self._end, lambda index: index / len(copies))
 
     def _layers(self) -> LayerCopier:
         if self._tools.layers is None:
             raise StateError(f"op {self._op.op_id}: this engine's copier cannot copy single layers; load it whole")
         return self._tools.layers
 
-    def _work_off(self, copier: LayerCopier, progress: _Progress) -> None:
-        while (unit := progress.next()) is not None:
-            band, members = unit
-            self._copy(copier, band, [index for index in members if index not in self._failed])
-            if not self._control.delivered(self._op.op_id, progress.made(band)) and progress.stop():
-                self._fail(
-                    self._good,
-                    DEADLINE,
-                    TransferError(f"op {self._op.op_id} was given up after {band + 1} bands of layers"),
-                )
+    def _deliver_band(self, copier: LayerCopier, progress: _Progress, band: int, members: Sequence[int]) -> None:
+        if self._stopped:
+            return
+        self._copy(copier, band, [index for index in members if index not in self._failed])
+        complete = progress.made(band)
+        if not self._control.delivered(self._op.op_id, complete) and not progress.is_over:
+            self._stopped = True
+            error = TransferError(f"op {self._op.op_id} was given up when {complete} bands of layers were there")
+            self._fail(self._good, DEADLINE, error)
 
     def _copy(self, copier: LayerCopier, band: int, indexes: Sequence[int]) -> None:
         blocks = self._op.blocks
