@@ -5,24 +5,30 @@
 vLLM's own scheduler, block pool and requests run a decode batch.  Only the connector's scheduler-side calls are timed
 (match, allocation, metadata, results, finish, events, statistics), summed over a step.  The workers are played: every
 op ends well in its step, and no transfer thread competes for the interpreter, as in a real engine, where the workers
-are other processes.  In the mix a step has four changes: one request arrives with a hit of four blocks, one ends,
+are other processes.  With ``--report`` the engine also tells a master, a process of its own, what it holds; then the
+reporter's threads do compete, and a last table has what noting touched blocks adds to calls of vLLM's block pool.
+In the mix a step has four changes: one request arrives with a hit of four blocks, one ends,
 two fill a block.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
 import itertools
 import os
 import statistics
+import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -40,7 +46,10 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 import umbp_vllm
 from tests.vllm.harness.spec import EngineSpec, make_geometry, make_vllm_config  # noqa: TID251 - runs from a checkout
+from umbp_connectors.reporting.feed import Feed
 from umbp_core.ops import CHECKSUM_BYTES, Direction, LeaderTransferRequest, OpResult, OpStatus
+from umbp_vllm import block_hooks
+from umbp_vllm.hbm_watch import BlockLog
 from umbp_vllm.metadata import PROTOCOL_VERSION, HandshakeHello, RankHello, WorkerReport
 
 HIT_BLOCKS = 4
@@ -80,14 +89,14 @@ class Load:
 class Engine:
     """vLLM's scheduler with the connector's leader, and workers that always succeed."""
 
-    def __init__(self, load: Load, steps: int) -> None:
+    def __init__(self, load: Load, steps: int, master: str = "") -> None:
         umbp_vllm.register()
         self.load = load
         size = load.block_size
         longest = size * (HIT_BLOCKS + 2) + steps
         spec = EngineSpec(
             connector="umbp",
-            extra={"dram_capacity": "1GiB", "log_level": "error"},
+            extra={"dram_capacity": "1GiB", "log_level": "error", "master_address": master},
             block_size=size,
             num_blocks=(load.running + 64) * (longest // size + 2),
             max_model_len=longest,
@@ -226,9 +235,9 @@ class Batch:
 WARM_UP = 20
 
 
-def measure(load: Load, steps: int) -> _report.Row:
-    """Microseconds per step under ``load``."""
-    engine = Engine(load, steps + 2 * WARM_UP)
+def measure(load: Load, steps: int, master: str = "") -> _report.Row:
+    """Microseconds per step under ``load``, while a ``master`` is told of it if one is named."""
+    engine = Engine(load, steps + 2 * WARM_UP, master)
     batch = Batch(engine, steps + 2 * WARM_UP)
     for _ in range(WARM_UP):
         batch.step()
@@ -250,10 +259,77 @@ def measure(load: Load, steps: int) -> _report.Row:
     }
 
 
+def touches(calls: int, blocks: int) -> _report.Row:
+    """Microseconds that noting adds to a step in which ``calls`` requests each get and fill ``blocks`` blocks.
+
+    The block pool is one that does nothing, so that what is left is ours; telling the step's notes is part of it.
+    """
+    taken = list(range(blocks))
+    pool = SimpleNamespace(
+        blocks=taken,
+        get_new_blocks=lambda num_blocks: taken,
+        cache_full_blocks=lambda *arguments, **more: None,
+        **dict.fromkeys(
+            ("cache_partial_block", "move_block_hashes", "evict_blocks", "reset_prefix_cache"), lambda *arguments: None
+        ),
+    )
+
+    def step() -> float:
+        begin = time.perf_counter()
+        for _ in range(calls):
+            pool.get_new_blocks(blocks)
+            pool.cache_full_blocks(
+                request=None,
+                blocks=taken,
+                num_cached_blocks=0,
+                num_full_blocks=blocks,
+                block_size=16,
+                kv_cache_group_id=0,
+                block_mask=None,
+            )
+        notes = log.take()
+        if notes:
+            feed.tell(sum(map(len, notes)), notes)
+        return (time.perf_counter() - begin) * 1e6
+
+    log = BlockLog()
+    feed: Feed[object] = Feed("hbm", lambda notes: (), lambda: None, threading.Event(), max_waiting=1 << 60)
+    without = statistics.median(step() for _ in range(2000))
+    block_hooks.watch_blocks(pool, log.note, lambda: None)
+    watched = []
+    for _ in range(2000):
+        watched.append(step())
+        feed.take()
+    return {"calls": 2 * calls, "blocks": 2 * calls * blocks, "p50 us": statistics.median(watched) - without}
+
+
+@contextlib.contextmanager
+def own_master() -> Iterator[str]:
+    """``umbp master`` on a free port; its address."""
+    command = [sys.executable, "-c", "from umbp_connectors.cli import main; main()", "master"]
+    listen = [f"--{door}=127.0.0.1:0" for door in ("listen", "native-listen", "metrics-listen")]
+    with subprocess.Popen([*command, *listen], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            doors = dict(pair.split("=", 1) for pair in process.stdout.readline().split() if "=" in pair)
+            yield f"umbp://{doors['native']}"
+        finally:
+            process.kill()
+
+
+def reported(loads: list[Load], steps: int) -> dict[str, list[_report.Row]]:
+    """The tables with a master."""
+    with own_master() as master:
+        told = [measure(load, steps, master) for load in loads]
+    touched = [touches(calls, blocks) for calls, blocks in ((1, 1), (16, 1), (1, 512), (4, 256))]
+    return {"The same while a master is told": told, "Noting touched blocks, per step": touched}
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few steps")
+    parser.add_argument("--report", action="store_true", help="with a master that is told what the engine holds, too")
     parser.add_argument("--out", type=Path, default=_report.OUT)
     arguments = parser.parse_args()
     steps = 100 if arguments.quick else 1000
@@ -263,6 +339,8 @@ def main() -> None:
         "Four changes per step": [measure(load, steps) for load in mixed],
         "Other loads": [measure(load, steps) for load in others],
     }
+    if arguments.report:
+        sections |= reported([*mixed, *others], steps)
     notes = [
         f"Target with 256 running requests and four changes: p50 {TARGET_P50_US:.0f} us, p99 {TARGET_P99_US:.0f} us.",
         "Sum of all scheduler-side calls of the connector in one step, with vLLM's scheduler making them.",

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 from umbp_connectors.reporting.words import Word
 from umbp_core.tiers import Tier
-from umbp_vllm import compat
+from umbp_vllm import block_hooks
 from umbp_vllm.published import GroupWords
 
 
@@ -57,7 +57,7 @@ class BlockMirror:
 
     def __init__(self, block_pool: Any, words: GroupWords) -> None:
         self._blocks: Sequence[Any] = block_pool.blocks
-        self._more: Mapping[int, Iterable[bytes]] = compat.further_hashes(block_pool)
+        self._more: Mapping[int, Iterable[bytes]] = block_hooks.further_hashes(block_pool)
         self._words = words
         self._keys: list[tuple[bytes, ...]] = []
         self._holders: dict[bytes, int] = {}

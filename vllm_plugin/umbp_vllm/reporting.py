@@ -21,7 +21,7 @@ from umbp_core.directory import Change, Directory, EventKind
 from umbp_core.master.model import TierCapacity
 from umbp_core.ports import Clock
 from umbp_core.tiers import Tier
-from umbp_vllm import compat
+from umbp_vllm import block_hooks, compat
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.hbm_watch import All, BlockLog, BlockMirror, Note
 from umbp_vllm.published import GroupWords, hash_form
@@ -127,7 +127,7 @@ class Reporting:
 
     def start(self, block_pool: Any) -> None:
         """Follow vLLM's ``block_pool`` and start to report.  Never waits."""
-        reason = compat.cannot_watch(block_pool)
+        reason = block_hooks.cannot_watch(block_pool)
         if reason is not None:
             logger.warning(
                 "umbp: what HBM holds is not reported, because this vLLM (%s) is not known: %s; DRAM and SSD are",
@@ -137,7 +137,7 @@ class Reporting:
         elif self.caches_prefixes:
             mirror = BlockMirror(block_pool, self._words())
             self._hbm = self.reporter.feed("hbm", self._gauge.beside(mirror.decode), lambda: [All.UNKNOWN])
-            compat.watch_blocks(block_pool, self._log.note, self._emptied)
+            block_hooks.watch_blocks(block_pool, self._log.note, self._emptied)
         self._capacities.append(lambda: [self._hbm_capacity(block_pool)])
         self.reporter.watch_capacities(lambda: [tier for some in tuple(self._capacities) for tier in some()])
         self.reporter.start()

@@ -12,7 +12,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, maybe_convert_block_hash
 
-from umbp_vllm import compat
+from umbp_vllm import block_hooks, compat
 from umbp_vllm.published import hash_form
 
 CORE = Path(vllm.__file__).parent / "v1" / "core"
@@ -59,7 +59,7 @@ def test_the_methods_that_change_hashes_are_those_that_are_watched() -> None:
         changing = more
     version = compat.vllm_version()
     public = {name for name in changing if not name.startswith("_")}
-    assert public == WATCHED, f"vLLM {version}: {sorted(public ^ WATCHED)} in v1/core/block_pool.py; see compat"
+    assert public == WATCHED, f"vLLM {version}: {sorted(public ^ WATCHED)} in v1/core/block_pool.py; see block_hooks"
     assert "reset_prefix_cache" in changing, "the search itself works"
 
 
@@ -72,13 +72,15 @@ def test_nobody_reaches_past_the_watched_methods() -> None:
         if isinstance(node, ast.ClassDef)
         if any(owner.endswith("block_pool") and name.startswith("_") for owner, name in called(node))
     }
-    assert found <= PASSED_BY, f"vLLM {compat.vllm_version()} changes hashes in {sorted(found - PASSED_BY)}; see compat"
+    assert found <= PASSED_BY, (
+        f"vLLM {compat.vllm_version()} changes hashes in {sorted(found - PASSED_BY)}; see block_hooks"
+    )
 
 
 def test_the_installed_block_pool_can_be_watched() -> None:
     pool = BlockPool(4, True, 16)
-    assert compat.cannot_watch(pool) is None
-    compat.watch_blocks(pool, lambda blocks: None, lambda: None)
+    assert block_hooks.cannot_watch(pool) is None
+    block_hooks.watch_blocks(pool, lambda blocks: None, lambda: None)
     assert vars(pool).keys() >= WATCHED
 
 

@@ -17,7 +17,7 @@ from vllm.v1.core.block_pool import BlockPool
 from tests.vllm.harness.reported import in_all_groups
 from umbp_connectors.reporting.words import Word, WordKind
 from umbp_core.tiers import Tier
-from umbp_vllm import compat
+from umbp_vllm import block_hooks
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.hbm_watch import All, BlockLog, BlockMirror
 from umbp_vllm.published import INT64, GroupWords, counting_groups
@@ -50,9 +50,9 @@ class Watched:
     def __init__(self, groups: list[KvGroup], blocks: int = 24) -> None:
         self.groups = groups
         self.pool = BlockPool(blocks, True, UNIT)
-        assert compat.cannot_watch(self.pool) is None
+        assert block_hooks.cannot_watch(self.pool) is None
         self.log = BlockLog()
-        compat.watch_blocks(self.pool, self.log.note, lambda: self.log.note(All.EMPTIED))
+        block_hooks.watch_blocks(self.pool, self.log.note, lambda: self.log.note(All.EMPTIED))
         self.mirror = BlockMirror(self.pool, GroupWords(groups, INT64))
         self.held: set[bytes] = set()
 
@@ -211,14 +211,14 @@ def test_reading_while_the_pool_goes_on_ends_with_the_truth() -> None:
 def test_a_pool_of_another_kind_is_not_watched(name: str) -> None:
     pool = BlockPool(4, True, UNIT)
     setattr(pool, name, lambda anything, *others: None)
-    reason = compat.cannot_watch(pool)
+    reason = block_hooks.cannot_watch(pool)
     assert reason is not None
     assert name in reason
     setattr(pool, name, None)
-    assert "has no" in str(compat.cannot_watch(pool))
+    assert "has no" in str(block_hooks.cannot_watch(pool))
 
 
 def test_a_pool_that_keeps_hashes_elsewhere_is_not_watched() -> None:
     pool = BlockPool(4, True, UNIT)
     del pool.cached_block_hashes_by_block
-    assert "another way" in str(compat.cannot_watch(pool))
+    assert "another way" in str(block_hooks.cannot_watch(pool))
