@@ -14,11 +14,12 @@ Labels = tuple[tuple[str, str], ...]
 BATCHES = "follow_batches_total"
 CLEARS = "follow_clears_total"
 LEFT_OUT = "follow_left_out_total"
-_HELPS = {
+HELPS = {
     BATCHES: "Batches of an engine's event stream, by what became of them.",
     CLEARS: "Times that all was forgotten that an engine had told, by the reason.",
     LEFT_OUT: "Hashes in places that are no tier of the node, and events that are not known.",
 }
+"""Every counter of a follower, as it is called at the master behind ``mori_umbp_``."""
 
 
 class FollowMeter:
@@ -35,7 +36,7 @@ class FollowMeter:
     def send(self, timeout: float) -> bool:
         """Hand over what was counted since the last time that the master took it; false when it does not now."""
         for name, labels, total in self._totals():
-            self._owe(name, _HELPS[name], labels, total - self._told.get((name, labels), 0))
+            self._owe(name, HELPS[name], labels, total - self._told.get((name, labels), 0))
             self._told[name, labels] = total
         for metric, values, amount in self._reports.read():
             self._owe(f"{metric.name}_total", metric.help, tuple(zip(metric.labels, values, strict=True)), amount)

@@ -17,13 +17,13 @@ import pytest
 
 from tests.connectors.reporting.at_master import CALL, DRAM, HBM, eventually, known_at
 from tests.connectors.reporting_zmq.publisher import Publisher, removed, stored
-from tests.master.app.master_process import DEADLINE, UMBP, MasterProcess, environment, umbp
+from tests.master.app.master_process import DEADLINE, ROOT, UMBP, MasterProcess, environment, umbp
 from umbp_connectors.config import resolve
 from umbp_connectors.reporting.node import NodeFacts
 from umbp_connectors.reporting.opening import open_reporter
 from umbp_connectors.reporting.zmq_follower import Follower
-from umbp_connectors.reporting.zmq_meter import FollowMeter
-from umbp_connectors.reporting.zmq_sequence import Event
+from umbp_connectors.reporting.zmq_meter import HELPS, FollowMeter
+from umbp_connectors.reporting.zmq_sequence import Event, Why
 from umbp_connectors.reporting.zmq_sockets import EngineStream, Happening, StreamSettings
 from umbp_core.master.model import NodeInfo
 
@@ -179,3 +179,9 @@ def test_reports_that_are_switched_off_leave_nothing_to_do(tmp_path: Path) -> No
     assert done.stderr == (
         "umbp: reporting is switched off (UMBP_REPORT=0), and umbp follow does nothing else; unset it\n"
     )
+
+
+def test_every_counter_is_on_the_page() -> None:
+    page = (ROOT / "docs" / "reporting.md").read_text(encoding="utf-8")
+    assert [name for name in HELPS if f"mori_umbp_{name}{{" not in page] == []
+    assert {f"`{why.value}`" for why in Why} | {"`garbled`"} <= set(re.findall(r"`[a-z]+`", page))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import hypothesis.strategies as st
 import msgspec
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -280,3 +281,32 @@ def test_what_waits_is_bounded_and_asked_for_again() -> None:
     assert sequence.feed(Event.ENDED) == [Apply(b"x0"), Apply(b"x1"), Replay(1)]
     assert sequence.feed(Event.REPLAYED, 1, b"x1") == []
     assert sequence.feed(Event.REPLAYED, 2, b"x2") == [Apply(b"x2")]
+
+
+def test_an_engine_that_does_not_answer_after_the_connection_was_lost_is_not_known_again() -> None:
+    sequence = BatchSequence(replays=True)
+    sequence.feed(Event.CONNECTED)
+    sequence.feed(Event.REPLAYED, 0, b"a")
+    sequence.feed(Event.ENDED)
+    sequence.feed(Event.DISCONNECTED)
+    assert sequence.feed(Event.CONNECTED) == [Replay(0)]
+    assert sequence.feed(Event.FAILED) == [Clear(Why.GAP)]
+    assert sequence.feed(Event.LIVE, 1, b"of a new life") == [Apply(b"of a new life")]
+
+
+@pytest.mark.parametrize("number", [0, 4, 5])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_restart_that_no_connection_shows_is_seen_by_the_numbers(number: int, overlap: bool) -> None:
+    """Something between us and the engine may keep the connection."""
+    sequence = BatchSequence(replays=True)
+    sequence.feed(Event.CONNECTED)
+    for old in (4, 5):
+        sequence.feed(Event.REPLAYED, old, b"old %d" % old)
+    sequence.feed(Event.ENDED)
+    if overlap and number:
+        assert sequence.feed(Event.LIVE, number, b"new") == [Clear(Why.RESTART), Replay(0)]
+        return
+    assert sequence.feed(Event.LIVE, 3, b"old 3") == [], "on its way since before the replay"
+    assert sequence.feed(Event.LIVE, 4, b"old 4") == []
+    assert sequence.feed(Event.LIVE, 6, b"old 6") == [Apply(b"old 6")]
+    assert sequence.feed(Event.LIVE, number, b"new") == [Clear(Why.RESTART), Replay(0)]
