@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from examples.demo_router import strays
 from examples.router_cluster import Cluster, Routed, cluster
+from examples.router_load import Turn
 from examples.serving import VllmServer, cpu_environment
 from tests.master.app.test_cli_ask import in_process
 from tests.vllm.engine.local import BLOCK
@@ -72,6 +74,16 @@ def wait_until_gone(running: Cluster, tokens: Sequence[int], tier: Tier = Tier.H
     """Until the master knows nobody who holds the first block of ``tokens`` on ``tier``."""
     with closing(blocks_known(running, tokens, tier)) as counts:
         assert any(known == 0 for known, _ in counts)
+
+
+def test_the_demo_would_notice_a_conversation_that_strays() -> None:
+    def turn(conversation: int, number: int, worker: str) -> Turn:
+        return Turn(conversation, number, Routed(worker, "", 0.1, 300, 0, ""))
+
+    right = [turn(0, 0, "a"), turn(1, 0, "b"), turn(0, 1, "a"), turn(1, 1, "b")]
+    astray = turn(0, 2, "b")
+    assert strays(right) == []
+    assert strays([*right, astray]) == [astray]
 
 
 @pytest.mark.slow
