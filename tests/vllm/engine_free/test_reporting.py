@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.v1.core.block_pool import BlockPool
 
 from tests.master.app.master_process import CALL, MasterProcess
 from tests.vllm.engine_free.conftest import MakeUmbp
@@ -202,3 +203,42 @@ def test_what_the_reporter_counts_is_in_vllms_statistics(
     assert node.engine.stat("report_hashes", "dram", "came") >= 10
     assert node.engine.stat("report_acknowledged_hashes") >= 20
     assert node.engine.stat("report_failures", "engine") == 0
+
+
+def test_more_than_may_wait_is_replaced_by_the_truth(make_umbp: MakeUmbp, master: Master, tmp_path: Path) -> None:
+    node = Reported(make_umbp, master, {"ssd_dir": str(tmp_path), "ssd_capacity": "4MiB"})
+    node.run(tokens(40, seed=1))
+    before = node.check()
+    reporting = node.engine.leader._reporting  # type: ignore[attr-defined]
+    feeds = [reporting._hbm, node.engine.pool.teller._feed]
+    for feed in feeds:
+        feed._max_waiting = 0
+    for seed in range(2, 6):
+        node.run(tokens(40, seed=seed))
+    assert node.engine.reset_prefix_cache()
+    node.run(tokens(40, seed=6))
+    after = node.check()
+    assert after["DRAM"] == before["DRAM"] + 50
+    assert after["HBM"] == 10
+    assert reporter_of(node.engine.leader).stats().overflows >= 10
+    assert reporter_of(node.engine.leader).stats().failures == 0
+
+
+@pytest.mark.parametrize("method", ["get_new_blocks", "cache_full_blocks"])
+def test_on_an_unknown_vllm_hbm_is_left_out_and_said_once(
+    make_umbp: MakeUmbp,
+    master: Master,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    method: str,
+) -> None:
+    original = getattr(BlockPool, method)
+    monkeypatch.setattr(BlockPool, method, lambda self, *given, **named: original(self, *given, **named))
+    node = Reported(make_umbp, master, {"log_level": "warning"})
+    node.run(tokens(40, seed=1))
+    assert reporter_of(node.engine.leader).flush(FLUSH)
+    known = known_at(master.client, node.node_id)
+    assert sizes(known) == {"HBM": 0, "DRAM": 10, "SSD": 0}
+    said = [record.getMessage() for record in caplog.records if "HBM" in record.getMessage()]
+    assert len(said) == 1
+    assert method in said[0]
