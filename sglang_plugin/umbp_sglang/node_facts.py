@@ -9,7 +9,6 @@ from umbp_connectors.reporting.node import NodeFacts
 from umbp_sglang import compat
 
 _CONTEXT = "sglang.srt.runtime_context"
-_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _WILDCARD = frozenset({"", "*", "0.0.0.0", "::"})
 _ROLES: dict[object, Literal["prefill", "decode"]] = {"prefill": "prefill", "decode": "decode"}
 
@@ -22,10 +21,7 @@ def node_facts(model: str, page_tokens: int) -> NodeFacts:
     parallel, serving, disagg = _published("parallel"), _published("serving"), _published("disagg")
     configured = str(compat.optional(serving, "host", "") or "")
     port = compat.optional(serving, "port") if _serves() else None
-    host = _own_address() if configured in _LOOPBACK | _WILDCARD else configured
     tags = {"block": str(page_tokens), "hash": "sglang", "hash_form": "int64", "hash_start": "default"}
-    if port is not None and configured in _LOOPBACK:
-        tags["http"] = f"127.0.0.1:{port}"  # nobody else reaches it
     if _has_bigrams():
         tags["hash_unit"] = "bigram"
     sizes = ("dp_size", "pp_size", "tp_size")
@@ -34,7 +30,7 @@ def node_facts(model: str, page_tokens: int) -> NodeFacts:
         model=str(compat.optional(serving, "served_model_name") or model),
         version=_version(),
         role=_ROLES.get(str(compat.optional(disagg, "disaggregation_mode")), "both"),
-        host=host,
+        host=_own_address() if configured in _WILDCARD else configured,
         port=port,
         dp=_dp_rank(parallel),
         pp=_number(parallel, "pp_rank"),
