@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import tracemalloc
 
+import msgspec
 import pytest
 
 from umbp_core.errors import ConfigError, StateError
@@ -481,3 +482,28 @@ class TestMemory:
                 "blocks": 3,
             }
         ]
+
+
+def test_a_load_that_a_step_waits_for_takes_no_token_and_comes_first() -> None:
+    """L5: however many loads hang, the forward pass does not wait for one of them."""
+    scheduler = TransferScheduler(Limits(loads=1))
+    pair(scheduler, leader("hangs", Direction.LOAD), leader("next", Direction.LOAD))
+    assert [op.op_id for op in scheduler.poll(0.0)] == ["hangs"]
+    awaited = [msgspec.structs.replace(leader(name, Direction.LOAD), layerwise=True) for name in ("a", "b")]
+    pair(scheduler, *awaited)
+    assert [op.op_id for op in scheduler.poll(0.0)] == ["a", "b"]
+    for op in awaited:
+        assert scheduler.commit(op.op_id)
+        assert scheduler.finished(done(op), 0.0)
+    assert scheduler.poll(0.0) == [], "it gave no token back that it never took"
+    assert scheduler.cancel("hangs")
+    assert [op.op_id for op in scheduler.poll(0.0)] == ["next"]
+
+
+def test_a_load_that_a_step_waits_for_ends_by_its_deadline_like_any_other() -> None:
+    scheduler = TransferScheduler(Limits(loads=1))
+    op = msgspec.structs.replace(leader("a", Direction.LOAD, timeout_s=2.0), layerwise=True)
+    pair(scheduler, op)
+    assert scheduler.poll(2.0) == []
+    (result,) = scheduler.take_results()
+    assert (result.status, result.quarantined) == (OpStatus.EXPIRED, False)

@@ -20,10 +20,10 @@ _WORDS: tuple[tuple[int, torch.dtype], ...] = (
 )
 
 
-def word_of(group: GroupGeometry, page_bytes: int) -> tuple[int, torch.dtype]:
-    """The widest integer (bytes, dtype) that divides every number of ``group`` and ``page_bytes``."""
-    numbers = [8, page_bytes]
-    for region in group.regions:
+def word_of(regions: Sequence[Region], page_bytes: int, in_page: int = 0) -> tuple[int, torch.dtype]:
+    """The widest integer (bytes, dtype) that divides every number of ``regions``, ``page_bytes`` and ``in_page``."""
+    numbers = [8, page_bytes, in_page]
+    for region in regions:
         numbers += [region.offset, region.piece_stride, region.block_stride, region.piece_bytes]
     alignment = math.gcd(*numbers)
     return next((size, dtype) for size, dtype in _WORDS if alignment % size == 0)
@@ -75,14 +75,9 @@ def group_views(geometry: KvGeometry, page_bytes: int) -> tuple[GroupViews, ...]
 
 
 def band_views(geometry: KvGeometry, page_bytes: int) -> tuple[tuple[GroupViews, ...], ...]:
-    """The views of every band of every group, in the group's words; otherwise as :func:`group_views`."""
+    """The views of every band of every group, each in words of its own; otherwise as :func:`group_views`."""
     return tuple(
-        tuple(
-            GroupViews(
-                word_of(group, page_bytes)[1], _region_views(geometry, group, page_bytes, band.regions, band.in_object)
-            )
-            for band in bands_of(group)
-        )
+        tuple(_region_views(geometry, page_bytes, band.regions, band.in_object) for band in bands_of(group))
         for group in geometry.groups
     )
 
@@ -93,14 +88,12 @@ def _views(geometry: KvGeometry, group: GroupGeometry, page_bytes: int) -> Group
             f"an object of KV group {group.index} has {group.object_bytes} bytes and an arena page {page_bytes}; "
             "the arena was made for another layout"
         )
-    return GroupViews(word_of(group, page_bytes)[1], _region_views(geometry, group, page_bytes, group.regions, 0))
+    return _region_views(geometry, page_bytes, group.regions, 0)
 
 
-def _region_views(
-    geometry: KvGeometry, group: GroupGeometry, page_bytes: int, regions: Sequence[Region], in_page: int
-) -> tuple[RegionView, ...]:
+def _region_views(geometry: KvGeometry, page_bytes: int, regions: Sequence[Region], in_page: int) -> GroupViews:
     """The views of ``regions``, which begin ``in_page`` bytes into an object."""
-    size, word = word_of(group, page_bytes)
+    size, word = word_of(regions, page_bytes, in_page)
     views = []
     for region in regions:
         blocks = torch.empty(0, dtype=word, device=geometry.device).set_(
@@ -111,4 +104,4 @@ def _region_views(
         )
         views.append(RegionView(blocks, in_page // size))
         in_page += region.nbytes
-    return tuple(views)
+    return GroupViews(word, tuple(views))

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from umbp_connectors.pool.arena import Arena
 from umbp_core.errors import ConfigError, StateError, TransferError
+from umbp_vllm import bands
 from umbp_vllm.copier_cpu import SERIAL_WORDS, CpuCopier
 from umbp_vllm.copy_plan import checked_batch
-from umbp_vllm.geometry import GroupGeometry, KvGeometry, Region, merged
+from umbp_vllm.geometry import GroupGeometry, KvGeometry, LayerPages, Region, merged
 from umbp_vllm.staging import StagedCopies
 
 EXAMPLES = settings(max_examples=150, deadline=None)
@@ -47,6 +48,13 @@ class StagedCopier:
     def scatter(self, group: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
         b, p = checked_batch(self._geometry, self._arena.array, group, blocks, pages)
         self._copies.scatter(group, b, p, torch.from_numpy(b), self._staging)
+
+    def bands(self, group: int) -> int:
+        return self._copies.bands(group)
+
+    def scatter_band(self, group: int, band: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
+        b, p = checked_batch(self._geometry, self._arena.array, group, blocks, pages)
+        self._copies.scatter_band(group, band, b, p, torch.from_numpy(b), self._staging)
 
 
 def opened(geometry: KvGeometry, arena: Pages) -> CpuCopier:
@@ -92,7 +100,9 @@ def geometries(draw: st.DrawFn) -> KvGeometry:
             used[storage] = max(region.end(blocks) for region in added)
             regions += added
         sizes = [max(size, end) for size, end in zip(sizes, used, strict=True)]
-        groups.append(GroupGeometry(index, "full_attention", 16, (), merged(regions)))
+        layers = tuple(f"{index}.{number}" for number in range(len(regions)))
+        own = tuple(LayerPages((layer,), (region,)) for layer, region in zip(layers, regions, strict=True))
+        groups.append(GroupGeometry(index, "full_attention", 16, layers, merged(regions), layer_pages=own))
     storages = tuple(torch.zeros(size + draw(st.integers(0, 5)), dtype=torch.uint8) for size in sizes)
     return KvGeometry(blocks, tuple(groups), storages)
 
@@ -172,6 +182,40 @@ def test_any_sequence_of_copies_moves_exactly_the_right_bytes(
             copier.scatter(group, to, sources, None)
             reference.scatter(group, to, sources)
         reference.check(arena)
+
+
+@every_copier
+@EXAMPLES
+@given(data=st.data(), geometry=geometries(), least_bytes=st.sampled_from([1, 40, 10_000]))
+def test_bands_bring_their_layers_one_after_the_other_and_touch_no_other(
+    make: Callable[[KvGeometry, Pages], CpuCopier | StagedCopier],
+    data: st.DataObject,
+    geometry: KvGeometry,
+    least_bytes: int,
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bands, "BAND_BYTES", least_bytes)
+        arena = Pages(data.draw(st.integers(1, 8)), geometry.page_bytes)
+        copier = make(geometry, arena)
+        fill(geometry, arena, data.draw(st.integers(0, 9)))
+        reference = Reference.of(geometry, arena)
+        group = data.draw(st.sampled_from(geometry.groups))
+        to = data.draw(st.lists(st.integers(0, geometry.num_blocks - 1), unique=True))
+        pages = st.integers(0, arena.array.shape[0] - 1)
+        sources = data.draw(st.lists(pages, min_size=len(to), max_size=len(to)))
+        own = bands.bands_of(group)
+        assert copier.bands(group.index) == len(own)
+        assert [layer for band in own for layer in band.layers] == list(group.layers)
+        needed = bands.bands_needed(geometry)
+        for number, band in enumerate(own):
+            assert {needed[layer] for layer in band.layers} == {number + 1}
+            copier.scatter_band(group.index, number, to, sources, None)
+            end = band.in_object + sum(region.nbytes for region in band.regions)
+            for block, page in zip(to, sources, strict=True):
+                for at, (storage, byte) in enumerate(reference.places(group.index, block)):
+                    if band.in_object <= at < end:
+                        reference.storages[storage][byte] = reference.pages[page, at]
+            reference.check(arena)
 
 
 def two_layers(blocks: int = 4, page: int = 64) -> KvGeometry:

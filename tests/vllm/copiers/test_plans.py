@@ -88,9 +88,9 @@ def test_layers_at_equal_distances_become_one_region_and_touching_ones_one_piece
 )
 def test_the_word_is_the_widest_that_divides_every_number(offset: int, stride: int, size: int, word: int) -> None:
     group = GroupGeometry(0, "mla", 16, (), (Region(0, offset, 2, size, stride, size),))
-    assert word_of(group, 4096)[0] == word
-    assert word_of(group, 4096)[1].itemsize == word
-    assert word_of(group, 4097)[0] == 1
+    assert word_of(group.regions, 4096)[0] == word
+    assert word_of(group.regions, 4096)[1].itemsize == word
+    assert word_of(group.regions, 4097)[0] == 1
 
 
 class Driver:
