@@ -72,9 +72,9 @@ def _row(way: str, turns: Sequence[Turn], talk: Talk) -> Row:
     reused = sum(t.answer.cached_tokens for t in later) / sum(t.answer.prompt_tokens for t in later)
     return {
         "policy": way,
-        "first turns, median ms": 1000 * _median([t.answer.seconds_to_first_token for t in turns if not t.number]),
-        "later turns, median ms": 1000 * _median(seconds),
-        "p90 ms": 1000 * sorted(seconds)[int(0.9 * (len(seconds) - 1))],
+        "first turns, median s": _median([t.answer.seconds_to_first_token for t in turns if not t.number]),
+        "later turns, median s": _median(seconds),
+        "p90 s": sorted(seconds)[int(0.9 * (len(seconds) - 1))],
         "tokens reused": f"{reused:.0%}",
         "where their KV was": f"{len(later) - sum(len(strays(each)) for each in rounds)} of {len(later)}",
     }
