@@ -8,6 +8,9 @@ Two lengths are measured.  A prompt that ends with a block (2048 tokens) is the 
 its last block, which then comes from the pool in an engine hit as well.  A prompt of one token more is the hard one:
 vLLM reuses all but that token, and whatever a pool hit takes longer is what the pool costs.
 
+A second server does the same with ``load_mode=layerwise``, for DRAM: there the step that schedules a request loads its
+hit, and waits for it layer by layer.
+
 Targets, for the first: a DRAM hit takes at most 1.1, an SSD hit at most 2.0 of the engine's own hit.
 """
 
@@ -31,6 +34,12 @@ EXTRA = "--kv-transfer-config.kv_connector_extra_config"
 BLOCK_MULTIPLE = 128
 """Block sizes of all engines divide this."""
 
+BASES = {
+    "SSD hit after a restart": "engine hit after a restart",
+    "DRAM hit, layer-wise": "engine hit, layer-wise",
+}
+"""Ways whose engine hits were measured apart from the others'."""
+
 TARGETS = {"DRAM hit": 1.1, "SSD hit after a restart": 2.0}
 
 
@@ -43,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     figures: dict[int, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory(prefix="umbp-ttft-") as folder:
-        server = _server(Path(folder), options)
+        server = _server(Path(folder), options, f"{EXTRA}.ssd_dir", str(Path(folder) / "ssd"))
         with server:
             for length in lengths:
                 figures[length] = _from_dram(server, prompts[length])
@@ -52,6 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for length in lengths:
                 figures[length] |= _from_ssd(server, prompts[length])
             ssd_speed = _load_speed(server)
+        with _server(Path(folder), options, f"{EXTRA}.load_mode", "layerwise") as server:
+            for length in lengths:
+                apart = _from_dram(server, prompts[length], last_token_again=True)
+                figures[length] |= {f"{way}, layer-wise": apart[way] for way in ("engine hit", "DRAM hit")}
     sections = {f"{length} prompt tokens": _rows(figures[length]) for length in lengths}
     notes = [
         f"random Llama of 190 M parameters, {options.prompts} prompts per length",
@@ -71,17 +84,20 @@ def _load_speed(server: VllmServer) -> str:
     return f"{seconds / moved * 2**30 * 1000:.0f} ms per GiB ({moved / seconds / 1e9:.1f} GB/s)"
 
 
-def _from_dram(server: VllmServer, prompts: Sequence[list[int]]) -> dict[str, list[float]]:
+def _from_dram(
+    server: VllmServer, prompts: Sequence[list[int]], *, last_token_again: bool = False
+) -> dict[str, list[float]]:
     """Cold, then in turns: DRAM hit and engine hit of every prompt."""
     server.complete(prompt(256, seed=-1), max_tokens=2)
     figures: dict[str, list[float]] = {"cold": [], "engine hit": [], "DRAM hit": []}
     for tokens in prompts:
-        figures["cold"].append(_ttft(server, tokens, reused=False))
+        figures["cold"].append(_ttft(server, tokens, 0))
     for turn in range(3):
         for tokens in prompts:
+            reused = min(_whole_blocks(tokens), len(tokens) - last_token_again)
             server.reset_prefix_cache()
-            from_dram = _ttft(server, tokens, reused=True)
-            from_engine = _ttft(server, tokens, reused=True)
+            from_dram = _ttft(server, tokens, reused)
+            from_engine = _ttft(server, tokens, reused)
             if turn:  # the first turn of each way is a warm-up
                 figures["DRAM hit"].append(from_dram)
                 figures["engine hit"].append(from_engine)
@@ -94,26 +110,28 @@ def _from_ssd(server: VllmServer, prompts: Sequence[list[int]]) -> dict[str, lis
     server.complete(prompt(256, seed=-2), max_tokens=2)
     figures: dict[str, list[float]] = {"SSD hit after a restart": [], "engine hit after a restart": []}
     for tokens in prompts:
-        figures["SSD hit after a restart"].append(_ttft(server, tokens, reused=True))
-        figures["engine hit after a restart"].append(_ttft(server, tokens, reused=True))
+        figures["SSD hit after a restart"].append(_ttft(server, tokens, _whole_blocks(tokens)))
+        figures["engine hit after a restart"].append(_ttft(server, tokens, _whole_blocks(tokens)))
     return figures
 
 
-def _ttft(server: VllmServer, tokens: Sequence[int], *, reused: bool) -> float:
+def _whole_blocks(tokens: Sequence[int]) -> int:
+    return len(tokens) // BLOCK_MULTIPLE * BLOCK_MULTIPLE
+
+
+def _ttft(server: VllmServer, tokens: Sequence[int], reused: int) -> float:
     answer = server.complete(tokens, max_tokens=2)
-    expected = len(tokens) // BLOCK_MULTIPLE * BLOCK_MULTIPLE if reused else 0
-    if answer.cached_tokens != expected:
-        raise RuntimeError(f"{answer.cached_tokens} tokens were reused instead of {expected}; see {server.log}")
+    if answer.cached_tokens != reused:
+        raise RuntimeError(f"{answer.cached_tokens} tokens were reused instead of {reused}; see {server.log}")
     return answer.seconds_to_first_token
 
 
 def _rows(figures: dict[str, list[float]]) -> list[Row]:
-    against = {"SSD hit after a restart": "engine hit after a restart"}
     rows: list[Row] = []
     for name, seconds in figures.items():
-        if name == "engine hit after a restart":
+        if name in BASES.values():
             continue
-        base = figures[against.get(name, "engine hit")]
+        base = figures[BASES.get(name, "engine hit")]
         rows.append(
             {
                 "way": name,
@@ -125,8 +143,8 @@ def _rows(figures: dict[str, list[float]]) -> list[Row]:
     return rows
 
 
-def _server(folder: Path, options: argparse.Namespace) -> VllmServer:
-    arguments = ["--kv-connector", "umbp", f"{EXTRA}.ssd_dir", str(folder / "ssd"), f"{EXTRA}.dram_capacity", "3GiB"]
+def _server(folder: Path, options: argparse.Namespace, *more: str) -> VllmServer:
+    arguments = ["--kv-connector", "umbp", f"{EXTRA}.dram_capacity", "3GiB", *more]
     arguments += [f"{EXTRA}.ssd_capacity", "4GiB"]
     arguments += ["--max-model-len", str(options.tokens + 128), "--max-num-seqs", "8"]
     arguments += ["--enforce-eager", "--enable-prompt-tokens-details"]

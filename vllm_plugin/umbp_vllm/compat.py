@@ -191,12 +191,13 @@ def why_not_layerwise(vllm_config: Any) -> str | None:
     return None
 
 
-_ENDS_BY_ITSELF = frozenset({"FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_REPETITION"})
+ENDS_BY_ITSELF = frozenset({"FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_REPETITION"})
+"""Names of vLLM's request states that follow from the tokens a request got."""
 
 
 def ended_by_itself(request: Any) -> bool:
     """Whether a request is over because of the tokens it got, and not because somebody ended it."""
-    return request.status.name in _ENDS_BY_ITSELF
+    return request.status.name in ENDS_BY_ITSELF
 
 
 def before_reset(block_pool: Any, callback: Callable[[], None]) -> None:
