@@ -54,7 +54,7 @@ def question_of(path: str, body: Mapping[str, Any]) -> Question:
     if isinstance(prompt, str):
         kept = ("add_special_tokens",)
         return Question({"model": body.get("model"), "prompt": prompt, **_some(body, kept)})
-    if isinstance(prompt, list) and prompt and all(_is_token(token) for token in prompt):
+    if isinstance(prompt, list) and prompt and _are_tokens(prompt):
         return Question({}, prompt)
     raise Unreadable("the prompt is no text and no tokens")
 
@@ -62,7 +62,7 @@ def question_of(path: str, body: Mapping[str, Any]) -> Question:
 def tokens_of(answer: object) -> list[int]:
     """The tokens in what ``/tokenize`` answered.  Raises ``Unreadable``."""
     tokens = answer.get("tokens") if isinstance(answer, dict) else None
-    if not isinstance(tokens, list) or not all(_is_token(token) for token in tokens):
+    if not isinstance(tokens, list) or not _are_tokens(tokens):
         raise Unreadable("/tokenize answered with no tokens")
     return tokens
 
@@ -110,8 +110,8 @@ def _some(body: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: body[name] for name in names if body.get(name) is not None}
 
 
-def _is_token(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _NO_TOKEN
+def _are_tokens(values: Sequence[Any]) -> bool:
+    return set(map(type, values)) <= {int} and (not values or (min(values) >= 0 and max(values) < _NO_TOKEN))
 
 
 def _is_surrogate(character: str) -> bool:
