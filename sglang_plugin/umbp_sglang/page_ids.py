@@ -11,8 +11,12 @@ No threads and no I/O; the reporter's thread owns it.
 from __future__ import annotations
 
 import struct
+import subprocess
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
+
+_REFUSALS = (ImportError, OSError, RuntimeError, TypeError, ValueError, subprocess.SubprocessError)
+"""SGLang compiles its hash at the first use, which may fail in any of these ways."""
 
 KEPT = 1 << 17
 """Names of pages that the pool does not hold, of which so many are remembered at least."""
@@ -30,10 +34,7 @@ class Description(NamedTuple):
 
 
 class Chains(Protocol):
-    """SGLang's functions of hashes.
-
-    What they do not understand raises ``RuntimeError``, ``TypeError`` or ``ValueError``.
-    """
+    """SGLang's functions of hashes.  What they cannot do raises one of ``_REFUSALS``."""
 
     def stored(self, key: Any, parent: str | None, pages: int) -> list[str]:
         """The storage hashes of the ``pages`` pages of ``key`` that follow ``parent``."""
@@ -125,7 +126,7 @@ class PageIds:
             if self._chains.stored(key, parent, len(hashes)) != list(hashes):
                 return None
             return self._chains.events(key, before, len(hashes))
-        except (RuntimeError, TypeError, ValueError):
+        except _REFUSALS:
             return None
 
     def _forget(self, page: bytes) -> None:

@@ -39,7 +39,6 @@ class PoolTeller:
         self._lock = threading.Lock()
         self._feed: Feed[Item] | None = None
         self._life = 0
-        self._parts = 0
         self._joined: JoinedParts | None = None
         self._now: Holdings = list
         self._descriptions: deque[Description] = deque()
@@ -54,14 +53,14 @@ class PoolTeller:
         ``parts`` says how many parts of each page this rank keeps of each of SGLang's pools.  Returns the parts that
         want an observer, see :meth:`observer`.
         """
-        wanted = [(name, part) for name in WHOLE_POOLS for part in range(parts.get(name, 0))]
+        pools = WHOLE_POOLS if KV in parts else ()
+        wanted = [(name, part) for name in pools for part in range(parts.get(name, 0))]
         with self._lock:
             self._life += 1
-            self._parts = len(wanted)
             self._joined = JoinedParts(len(wanted)) if len(wanted) > 1 else None
             self._now = list
             self._tell(1, {})
-        return wanted if KV in parts else []
+        return wanted
 
     def observer(self, part: int) -> PoolObserver:
         """Who follows the part with the number ``part`` of those that :meth:`begin` returned last."""

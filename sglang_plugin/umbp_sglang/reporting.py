@@ -12,6 +12,7 @@ from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.reporting.feed import Feed
 from umbp_connectors.reporting.opening import open_reporter
 from umbp_connectors.reporting.reporter import Reporter
+from umbp_connectors.reporting.stats import ReportMeter
 from umbp_core.master.model import TierCapacity
 from umbp_core.tiers import Tier
 from umbp_sglang import compat
@@ -40,6 +41,7 @@ class NodeReporting:
 
     def __init__(self, reporter: Reporter, chains: SglangChains) -> None:
         self.reporter = reporter
+        self.meter = ReportMeter(reporter.stats)
         self._chains = chains
         self._placements = Placements()
         self.pages = StoredPages(PageIds(chains))

@@ -19,7 +19,6 @@ from sglang.srt.mem_cache.hicache_storage import (
 )
 
 from umbp_connectors.pool.local import LocalPool
-from umbp_connectors.reporting.stats import ReportMeter
 from umbp_core.breaker import Backoff, Breaker
 from umbp_core.errors import ConfigError
 from umbp_core.ports import Clock
@@ -233,12 +232,11 @@ class UMBPStore(HiCacheStorage):
         keep_reporting(host_pool, reporting)
         self._reporting = reporting
         self._pools.tell(reporting.pool)
-        meter = ReportMeter(reporting.reporter.stats)
-        reporting.watch(lambda: self._watched(reporting, meter))
+        reporting.watch(lambda: self._watched(reporting))
 
-    def _watched(self, reporting: NodeReporting, meter: ReportMeter) -> dict[str, tuple[int, int]]:
+    def _watched(self, reporting: NodeReporting) -> dict[str, tuple[int, int]]:
         """Once a second, in the reporter's thread: count what was reported, and say how full the tiers are."""
-        self._stats.reported(meter.read(), reporting.pages.untold)
+        self._stats.reported(reporting.meter.read(), reporting.pages.untold)
         return self._pools.tiers()
 
     def _door(self, name: str) -> Door:

@@ -194,6 +194,20 @@ def test_tokens_that_are_not_the_pages_are_not_believed() -> None:
     assert pages.add(Tier.DRAM, pages_of(names("c"))[0]).hashes == []
 
 
+class Uncompiled(Chains):
+    """SGLang's hash cannot be compiled here."""
+
+    def stored(self, key: Key, parent: str | None, pages: int) -> list[str]:
+        raise OSError("there is no compiler")
+
+
+def test_without_hashes_the_pages_of_namespaces_are_not_told() -> None:
+    pages = StoredPages(PageIds(Uncompiled()))
+    pages.learn([describe("c", 0, 4)])
+    assert pages.add(Tier.DRAM, pages_of(names("c"))[0]).hashes == []
+    assert len(pages.add(Tier.DRAM, pages_of(plain())[0]).hashes) == 4
+
+
 def test_two_namespaces_with_one_name_hold_it_together() -> None:
     pages = StoredPages(PageIds(CHAINS))
     pages.learn([describe("same a", 0, 1), describe("same b", 0, 1)])

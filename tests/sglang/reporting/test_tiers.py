@@ -54,3 +54,33 @@ def test_a_restarted_engine_tells_what_is_on_its_ssd(start: Start, core: str) ->
     second = start(core=core)
     second.knows([PROMPT])
     assert second.assert_equal() == {SSD: ids(PROMPT)}
+
+
+def test_what_happens_at_a_time_is_told_in_a_few_messages(start: Start, core: str) -> None:
+    """UMBP's adapter calls its master once for each event, which bounds it at some thousand blocks a second."""
+    node = start(core=core, extra={"report_interval_ms": 60_000})
+    prompts = [prompt_of(FULL, 8, first) for first in range(1, 800, 100)]
+    node.knows(prompts)
+    for prompt in prompts:
+        node.engine.compute(prompt)
+        node.step()
+    assert node.assert_equal() == {HBM: set().union(*map(ids, prompts))}
+    stats = node.reporting.reporter.stats()
+    assert stats.came[HBM] == 8 * len(prompts)
+    assert stats.client.batches <= 4
+
+
+def test_metrics_say_what_was_reported(start: Start, core: str) -> None:
+    node = start(core=core)
+    node.knows([PROMPT])
+    node.engine.compute(PROMPT)
+    node.assert_equal()
+    node.engine.backend._watched(node.reporting)
+    counted = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in node.engine.backend.metrics.collect()
+        for sample in family.samples
+    }
+    assert counted["umbp_sglang_report_hashes_total", "hbm", "came"] == 6
+    assert counted["umbp_sglang_report_acknowledged_hashes_total",] >= 6
+    assert counted["umbp_sglang_report_untold_pages",] == 0
