@@ -21,6 +21,8 @@ from umbp_core.ports import Clock
 logger = logging.getLogger(__name__)
 
 SOURCE = "events"
+_MAX_NAMES = 16
+_OTHER = "other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +159,16 @@ class Follower:
             return
         self._elsewhere += batch.elsewhere
         for name in batch.unknown:
-            if name not in self._unknown:
-                logger.warning("umbp: the engine tells of a %r, which is not known here; it is left out", name)
-            self._unknown[name] += 1
+            self._note_unknown(name)
         self._tell([word for event in batch.events for word in self._table.apply(event)])
+
+    def _note_unknown(self, name: str) -> None:
+        """Log each name once; an engine that makes up ever new ones fills neither the log nor the memory."""
+        if name not in self._unknown and len(self._unknown) >= _MAX_NAMES:
+            name = _OTHER
+        elif name not in self._unknown:
+            logger.warning("umbp: the engine tells of a %r, which is not known here; it is left out", name[:100])
+        self._unknown[name] += 1
 
     def _clear(self, why: str) -> None:
         self._cleared[why] += 1

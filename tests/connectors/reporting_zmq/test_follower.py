@@ -287,6 +287,19 @@ def test_messages_that_are_no_batches_are_counted(
     assert following.known() == {HBM: {b"1"}}
 
 
+def test_events_that_are_not_known_are_named_once(
+    cleanup: ExitStack, follow: Callable[..., Following], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = cleanup.enter_context(Publisher())
+    for number in range(40):
+        engine.publish({"type": f"New{number % 30}"}, stored(number))
+    following = follow(engine)
+    following.comes_to(40)
+    assert following.stats.unknown == 40
+    assert len(following.known()[HBM]) == 40
+    assert sum("is not known here" in record.getMessage() for record in caplog.records) == 16
+
+
 def test_topics_and_engines_that_connect(cleanup: ExitStack, follow: Callable[..., Following]) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     probe = context.socket(zmq.SUB)
