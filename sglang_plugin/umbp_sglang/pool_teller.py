@@ -23,6 +23,9 @@ KV = "kv"
 WHOLE_POOLS = (KV, "indexer", "draft", "draft_indexer")
 """SGLang's pools of which every page of a prefix is needed."""
 
+_MAX_DESCRIPTIONS = 1 << 14
+"""Should nobody read them, since no pool could be opened, the oldest go."""
+
 Item = Sequence[Change] | dict[Tier, list[bytes]]
 """Changes, or everything that is there."""
 
@@ -41,7 +44,7 @@ class PoolTeller:
         self._life = 0
         self._joined: JoinedParts | None = None
         self._now: Holdings = list
-        self._descriptions: deque[Description] = deque()
+        self._descriptions: deque[Description] = deque(maxlen=_MAX_DESCRIPTIONS)
 
     def use(self, feed: Feed[Item]) -> None:
         """Where to tell; before anything is told."""

@@ -1,13 +1,18 @@
-"""Two ranks, each with the pages of its own heads."""
+"""Two ranks, each with the pages of its own heads, and each a node of the master."""
 
 from __future__ import annotations
 
+import signal
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from examples.serving_sglang import PAGE_TOKENS, cpu_only, extra_config
+from tests.connectors.reporting.at_master import DRAM, HBM, SSD, Held, eventually, known_at
+from tests.master.app.master_process import CALL, MasterProcess
 from tests.sglang.server.servers import MAX_TOKENS, PAGES, prompts, server
+from umbp_connectors.prompt_hashes.sglang import SGLangHasher
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -16,13 +21,34 @@ def test_two_ranks_find_what_both_stored(model: Path, tmp_path: Path) -> None:
     questions = prompts(0, 2)
     pool = {"dram_capacity": "64MiB", "ssd_dir": tmp_path / "ssd", "ssd_capacity": "128MiB"}
     environment = {"SGLANG_CPU_OMP_THREADS_BIND": "0|0"} if cpu_only() else {}
-    with server(model, tmp_path, *extra_config(**pool), "--tp-size", "2", environment=environment) as running:
-        cold = [running.complete(each, MAX_TOKENS) for each in questions]
-        running.wait_until_stored(2 * len(questions) * PAGES)
-        running.flush_cache()
-        found = [running.complete(each, MAX_TOKENS) for each in questions]
+    pages = {page for each in questions for page in SGLangHasher(PAGE_TOKENS).hashes(each)}
+    with MasterProcess(tmp_path, "--listen=none") as master:
+        pool["master_address"] = f"umbp://{master.doors['native']}"
+        with server(model, tmp_path, *extra_config(**pool), "--tp-size", "2", environment=environment) as running:
+            cold = [running.complete(each, MAX_TOKENS) for each in questions]
+            running.wait_until_stored(2 * len(questions) * PAGES)
+            told = by_rank(master, [{HBM: pages, DRAM: pages, SSD: pages}, {DRAM: pages, SSD: pages}])
+            running.flush_cache()
+            flushed = by_rank(master, [{DRAM: pages, SSD: pages}] * 2)
+            found = [running.complete(each, MAX_TOKENS) for each in questions]
+        master.end(signal.SIGTERM)
     assert [answer.cached_tokens for answer in cold] == [0, 0]
     assert [answer.storage for answer in found] == [PAGES * PAGE_TOKENS] * 2
     assert [answer.tokens for answer in found] == [answer.tokens for answer in cold]
     ranks = {path.parent.name for path in (tmp_path / "ssd").glob("*/*/slab-*")}
     assert ranks == {"rank0", "rank1"}, "each rank has a part of its own"
+    assert told == [{HBM: pages, DRAM: pages, SSD: pages}, {DRAM: pages, SSD: pages}], "events are the first rank's"
+    assert flushed == [{DRAM: pages, SSD: pages}] * 2
+
+
+def by_rank(master: MasterProcess, wanted: list[Held]) -> list[Held]:
+    """What the master knows of each rank, as soon as it is what is wanted."""
+
+    def known() -> list[Held]:
+        with closing(master.native()) as client:
+            nodes = sorted(node.node_id for node in client.list_nodes(CALL))
+        assert [node.rpartition(":")[2] for node in nodes] == ["tp0", "tp1"]
+        return [known_at(master, node) for node in nodes]
+
+    eventually(lambda: known() == wanted, 20.0)
+    return known()
