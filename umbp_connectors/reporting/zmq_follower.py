@@ -45,7 +45,7 @@ class FollowerStats:
 
     state: str
     expected: int | None
-    """The number of the batch that comes next."""
+    """The number of the batch that comes next; the reporter was told those before it."""
     applied: int
     repeated: int
     replays: int
@@ -81,6 +81,8 @@ class Follower:
         self._patience = patience or Patience()
         self._clock = clock
         self._sequence = BatchSequence(replays=bool(stream.settings.replay))
+        self._at = self._sequence.state, self._sequence.expected
+        """As far as what followed from it is done."""
         self._decoder = BatchDecoder()
         self._table = BlockTable()
         self._feed = reporter.feed(SOURCE, _as_told, self._table.whole)
@@ -112,8 +114,8 @@ class Follower:
     def stats(self) -> FollowerStats:
         """How it goes."""
         return FollowerStats(
-            state=self._sequence.state.value,
-            expected=self._sequence.expected,
+            state=self._at[0].value,
+            expected=self._at[1],
             garbled=self._garbled + self._stream.garbled,
             elsewhere=self._elsewhere,
             unknown=self._unknown.total(),
@@ -148,6 +150,7 @@ class Follower:
         if self._sequence.state is not State.CATCHING_UP:
             self._stream.end_replay()
             self._deadlines["replay"] = math.inf
+        self._at = self._sequence.state, self._sequence.expected
 
     def _apply(self, payload: bytes) -> None:
         try:
@@ -171,9 +174,9 @@ class Follower:
         self._unknown[name] += 1
 
     def _clear(self, why: str) -> None:
-        self._cleared[why] += 1
         logger.warning("umbp: %s: nothing counts of what was told before (%s)", self._stream.settings.endpoint, why)
         self._tell(self._table.clear())
+        self._cleared[why] += 1
 
     def _tell(self, words: list[Word]) -> None:
         if words:
