@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -143,17 +143,15 @@ def asks_master(command: Callable[..., None]) -> Callable[..., None]:
 
     Typer reads a command's options off its signature, therefore the result has one of its own.
     """
-    shared = inspect.signature(_access).parameters.values()
-    _, *own = inspect.signature(command).parameters.values()
+    shared = inspect.signature(_access, eval_str=True).parameters.values()
+    _, *own = inspect.signature(command, eval_str=True).parameters.values()
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
         access = _access(**{parameter.name: given.pop(parameter.name) for parameter in shared})
         command(access, **given)
 
-    hints = get_type_hints(command, include_extras=True) | get_type_hints(_access, include_extras=True)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    options = [each.replace(kind=keyword, annotation=hints[each.name]) for each in (*own, *shared)]
+    options = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own, *shared)]
     run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in options}
     del run.__wrapped__  # its signature is another one
