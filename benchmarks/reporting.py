@@ -327,6 +327,7 @@ NOTES: Sequence[str] = (
     "`threads' processor` is what the reporter's and the client's thread used together, of one core.",
     "Most of that they hold the GIL: what it costs a thread that never waits is the table of the busy scheduler.",
     "Of the busy scheduler's steps, which are pure Python, the quietest of five rounds counts.",
+    "While others want the cores, a thread that holds the GIL waits for one: that table then says more about them.",
     "A block counts when it comes and when it leaves.",
     "Bytes on the wire are those towards the master, heartbeats included.",
     "Default settings: `report_interval_ms` 20. The master runs on the same machine.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -58,3 +59,22 @@ def test_the_example_runs_with_a_master_and_without(tmp_path: Path, monkeypatch:
     names = {"WAIT": 0.1}
     exec(compile(example.replace("127.0.0.1:50052", "127.0.0.1:1"), "reporting.md", "exec"), names)
     assert names["told"] is False
+
+
+def test_the_figures_are_those_of_the_benchmark() -> None:
+    results = json.loads((DOCS.parent / "benchmarks" / "results" / "reporting.json").read_text(encoding="utf-8"))
+    sections = results["sections"]
+    assert all(row["met"] for row in sections["Targets"])
+    paid = [round(row["step pays us, p50"]) for row in sections["Rates"]]
+    fast = sections["Rates"][-1]
+    alone, beside = (round(row["p50 ms"]) for row in sections["From event to visibility"])
+    processor = float(fast["threads' processor"].rstrip("%"))
+    native = sections["Bytes per block on the wire"][0]
+    few, many = round(native["200 blocks/s"]), round(native["20000 blocks/s"])
+    for figures in (
+        f"| {min(paid)} to {max(paid)} us |",
+        f"with {float(fast["threads' processor"].rstrip('%')):.0f} % of a core",
+        f"| {alone} ms without other load, {beside} ms beside 20 000 blocks a second",
+        f"| {few} at 200 blocks a second, {many} at 20 000 |",
+    ):
+        assert figures in PAGE, figures
