@@ -73,7 +73,7 @@ def test_the_figures_are_those_of_the_benchmark() -> None:
     few, many = round(native["200 blocks/s"]), round(native["20000 blocks/s"])
     for figures in (
         f"| {min(paid)} to {max(paid)} us |",
-        f"with {float(fast["threads' processor"].rstrip('%')):.0f} % of a core",
+        f"with {processor:.0f} % of a core",
         f"| {alone} ms without other load, {beside} ms beside 20 000 blocks a second",
         f"| {few} at 200 blocks a second, {many} at 20 000 |",
     ):
