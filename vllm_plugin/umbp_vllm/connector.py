@@ -214,7 +214,16 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> UmbpStats | None:
         """Counters since the last call; only the scheduler counts, it sees every rank."""
-        return self._leader.stats.take() if self._leader is not None else None
+        if self._leader is None:
+            return None
+        self._count_reports()
+        return self._leader.stats.take()
+
+    @_guarded(lambda: None)
+    def _count_reports(self) -> None:
+        if self._reporting is not None:
+            for reading in self._reporting.readings():
+                self.leader.stats.reported(reading)
 
     @_guarded(lambda: False)
     def has_pending_push_work(self) -> bool:
