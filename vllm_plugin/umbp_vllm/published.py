@@ -63,7 +63,9 @@ class GroupWords:
     def changed(self, tier: Tier, came: Iterable[bytes], gone: Iterable[bytes]) -> Iterator[Word]:
         """``came`` are on ``tier`` from now on, ``gone`` are not any more."""
         if not self._alone:
-            came, gone = self._completed(tier, came), self._broken(tier, gone)
+            # What is gone comes first: one group's going must not be missed by another's coming.
+            gone = self._broken(tier, gone)
+            came = self._completed(tier, came)
         removed, added = self._published(gone), self._published(came)
         if removed:
             yield Word(WordKind.REMOVE, tier, removed)

@@ -90,10 +90,11 @@ class WatchMachine(RuleBasedStateMachine):
         self.live: list[tuple[Any, KvGroup, list[Any], int]] = []
 
     @precondition(lambda self: self.pool.get_num_free_blocks() >= 4)
-    @rule(stem=st.integers(0, 3), which=st.integers(0, 2), count=st.integers(1, 4))
-    def take(self, stem: int, which: int, count: int) -> None:
+    @rule(stem=st.integers(0, 3), which=st.integers(0, 2), count=st.integers(1, 4), full=st.integers(0, 4))
+    def take(self, stem: int, which: int, count: int, full: int) -> None:
         groups = self.watched.groups
         self.live.append((request(stem), groups[which % len(groups)], self.pool.get_new_blocks(count), 0))
+        self.fill(len(self.live) - 1, full, masked=False)
 
     @precondition(lambda self: self.live)
     @rule(which=st.integers(0, 9), count=st.integers(1, 4), masked=st.booleans())
@@ -205,6 +206,54 @@ def test_reading_while_the_pool_goes_on_ends_with_the_truth() -> None:
     watched.read()
     assert watched.held == watched.truth()
     assert len(watched.held) > 10
+
+
+def test_an_entry_that_moves_is_known_by_its_new_block() -> None:
+    """The old block lives on; when the new one is taken for something else, nobody serves the hash any more."""
+    watched = Watched(SHAPES["one group"], blocks=4)
+    pool = watched.pool
+    (old,) = pool.get_new_blocks(1)
+    pool.cache_full_blocks(request(1), [old], 0, 1, UNIT, 0)
+    (new,) = pool.get_new_blocks(1)
+    pool.move_block_hashes(old, new)
+    watched.read()
+    assert watched.held == watched.truth()
+    assert len(watched.held) == 1
+    pool.free_blocks([new])
+    pool.get_new_blocks(2)
+    watched.read()
+    assert watched.held == watched.truth() == set()
+
+
+def test_a_block_that_is_found_by_a_shorter_prefix_too() -> None:
+    watched = Watched(SHAPES["one group of longer blocks"], blocks=4)
+    pool, asked = watched.pool, request(1)
+    blocks = pool.get_new_blocks(2)
+    pool.cache_full_blocks(asked, blocks, 0, 1, 2 * UNIT, 0)
+    watched.read()
+    assert len(watched.held) == 1
+    for tokens in (3 * UNIT, UNIT):  # the first hash of a block, and one more of a block that has its own
+        pool.cache_partial_block(asked, blocks[tokens // (2 * UNIT)], tokens, 0, 2 * UNIT)
+        watched.read()
+        assert watched.held == watched.truth()
+    assert len(watched.held) == 3
+    pool.evict_blocks({blocks[0].block_id})
+    watched.read()
+    assert watched.held == watched.truth()
+    assert len(watched.held) == 1
+
+
+def test_one_group_loses_what_another_gets_between_two_readings() -> None:
+    watched = Watched(SHAPES["two full groups"], blocks=8)
+    pool, asked = watched.pool, request(1)
+    (first,) = pool.get_new_blocks(1)
+    pool.cache_full_blocks(asked, [first], 0, 1, UNIT, 1)
+    watched.read()
+    pool.evict_blocks({first.block_id})
+    (second,) = pool.get_new_blocks(1)
+    pool.cache_full_blocks(asked, [second], 0, 1, UNIT, 0)
+    watched.read()
+    assert watched.held == watched.truth() == set()
 
 
 @pytest.mark.parametrize("name", ["cache_full_blocks", "move_block_hashes", "get_new_blocks"])
