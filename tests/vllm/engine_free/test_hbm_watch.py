@@ -215,6 +215,7 @@ def test_an_entry_that_moves_is_known_by_its_new_block() -> None:
     (old,) = pool.get_new_blocks(1)
     pool.cache_full_blocks(request(1), [old], 0, 1, UNIT, 0)
     (new,) = pool.get_new_blocks(1)
+    watched.read()
     pool.move_block_hashes(old, new)
     watched.read()
     assert watched.held == watched.truth()
