@@ -54,11 +54,13 @@ def test_a_request_may_be_aborted_in_every_life() -> None:
     assert all(LifeEvent.FINISH in row for row in LIFE.values())
 
 
+@pytest.mark.statement("connector", 24)
 def test_nothing_is_stored_or_scheduled_while_a_match_is_held_or_loaded() -> None:
     for life in (Life.ONBOARD_STAGED, Life.ONBOARDING, Life.FINISHING, Life.FINISHED):
         assert LIFE[life].keys().isdisjoint({LifeEvent.BEGIN_STORE, LifeEvent.PREFILL, LifeEvent.DECODE})
 
 
+@pytest.mark.statement("connector", 24)
 def test_loads_begin_from_a_staged_match_only() -> None:
     assert {life for life in Life if LifeEvent.BEGIN_ONBOARD in LIFE[life]} == {Life.ONBOARD_STAGED, Life.ONBOARDING}
     origins = {life for life in Life if LIFE[life].get(LifeEvent.STAGE) is Life.ONBOARD_STAGED}

@@ -78,6 +78,7 @@ def facts(slot: Slot) -> tuple[object, ...]:
 
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("life", Life)
+@pytest.mark.statement("connector", 24)
 def test_every_pair_of_life_and_event(life: Life, event: str) -> None:
     expected = LEGEND[MATRIX[life].split()[list(EVENTS).index(event)]]
     slot = slot_in(life)
@@ -132,6 +133,7 @@ def test_a_load_that_ends_before_the_stores_leaves_them_in_flight() -> None:
     assert slot.transaction is Transaction.NONE
 
 
+@pytest.mark.statement("connector", 25)
 def test_the_end_of_a_load_is_an_event_that_makes_the_slot_schedulable_again() -> None:
     slot = slot_in(Life.ONBOARDING)
     assert slot.staged_tokens == 32

@@ -34,6 +34,8 @@ def test_a_cold_run_stores_what_a_plain_engine_computes(llama: Path, computed: l
 
 
 @pytest.mark.parametrize(("first", "held"), [(5, 0), (5, 2), (1, 0), (9, 8)])
+@pytest.mark.statement("connector", 17)
+@pytest.mark.bug("B3")
 def test_blocks_stored_behind_a_partial_hit(llama: Path, computed: list[bytes], first: int, held: int) -> None:
     """The pool gives blocks ``held`` to ``first``, the rest is computed; each lands under its own key."""
     with engine(llama, kv_transfer_config=pool()) as opened:

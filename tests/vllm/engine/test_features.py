@@ -17,6 +17,8 @@ from tests.vllm.models import prompt
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
 
+@pytest.mark.statement("connector", 12)
+@pytest.mark.bug("B12")
 def test_lora_adapters_are_kept_apart(llama: Path, oracle: Oracle, tmp_path: Path) -> None:
     adapter = str(models.tiny_lora(tmp_path / "adapter"))
     text = prompt(200, seed=1)

@@ -48,6 +48,8 @@ def test_prompts_around_block_boundaries(shared: Engine, oracle: Oracle, llama: 
 
 @pytest.mark.parametrize("local_blocks", [0, 1, 3, 5])
 @pytest.mark.parametrize("pool_blocks", [1, 4])
+@pytest.mark.statement("connector", 17)
+@pytest.mark.bug("B3")
 def test_partial_hit_followed_by_more_prompt(
     shared: Engine, oracle: Oracle, llama: Path, local_blocks: int, pool_blocks: int
 ) -> None:
@@ -70,6 +72,7 @@ def test_partial_hit_followed_by_more_prompt(
     assert last.cached == 11 * BLOCK
 
 
+@pytest.mark.statement("connector", 23)
 def test_blocks_that_fill_up_while_decoding_come_back(shared: Engine, oracle: Oracle, llama: Path) -> None:
     ask = Ask(prompt(2 * BLOCK + 5, seed=400), max_tokens=3 * BLOCK)
     (right,) = oracle.ask(llama, ask)

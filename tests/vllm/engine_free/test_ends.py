@@ -252,6 +252,7 @@ def test_a_busy_step_never_waits_for_a_load(make_umbp: MakeUmbp, v2_runner: bool
     engine.close()
 
 
+@pytest.mark.statement("connector", 13)
 def test_a_prefix_is_loaded_once_for_many(make_umbp: MakeUmbp) -> None:
     """Parallel requests (and ``n>1``) with a shared prefix: one load, no convoy behind each other's."""
     engine = make_umbp()
@@ -263,6 +264,7 @@ def test_a_prefix_is_loaded_once_for_many(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 13)
 def test_waiting_for_another_ones_load_has_an_end(make_umbp: MakeUmbp) -> None:
     """The load that others wait for hangs: they load or recompute for themselves in bounded time."""
     engine = make_umbp({"share_load_timeout_ms": 30})
@@ -303,6 +305,8 @@ def test_nothing_needs_delivery(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 23)
+@pytest.mark.bug("B11")
 def test_decoded_blocks_are_stored_too(make_umbp: MakeUmbp) -> None:
     engine = make_umbp()
     name = engine.add(tokens(6), max_tokens=21)
@@ -313,6 +317,7 @@ def test_decoded_blocks_are_stored_too(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 19)
 def test_what_the_pool_holds_is_not_copied_again(make_umbp: MakeUmbp) -> None:
     engine = make_umbp()
     engine.store(tokens(40))

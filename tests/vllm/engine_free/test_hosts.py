@@ -86,6 +86,7 @@ def test_a_failed_load_through_the_older_interface(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 13)
 def test_hellos_that_come_with_the_first_step(make_umbp: MakeUmbp) -> None:
     """Statement 13: without the handshake the answer is "not yet", then what the pool holds, then at last a miss."""
     engine = make_umbp(shake_hands=False, tp=2)

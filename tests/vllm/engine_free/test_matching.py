@@ -19,6 +19,8 @@ BLOCK = 4
 
 
 @pytest.mark.parametrize("length", range(1, 22))
+@pytest.mark.statement("connector", 2)
+@pytest.mark.statement("connector", 6)
 def test_hits_of_every_length(make_umbp: MakeUmbp, length: int) -> None:
     """Whole blocks only, and a prompt that ends on a block boundary computes just its last token again."""
     engine = make_umbp()
@@ -31,6 +33,7 @@ def test_hits_of_every_length(make_umbp: MakeUmbp, length: int) -> None:
 
 @pytest.mark.parametrize("local", range(0, 25, 4))
 @pytest.mark.parametrize("extra", [0, 1, 4, 9])
+@pytest.mark.statement("connector", 4)
 def test_the_answer_counts_from_the_local_hit(make_umbp: MakeUmbp, local: int, extra: int) -> None:
     """vLLM holds ``local`` tokens itself, the pool 24; the pool adds exactly what is missing."""
     engine = make_umbp()
@@ -46,6 +49,7 @@ def test_the_answer_counts_from_the_local_hit(make_umbp: MakeUmbp, local: int, e
     engine.close()
 
 
+@pytest.mark.statement("connector", 4)
 def test_a_gap_ends_the_match(make_umbp: MakeUmbp) -> None:
     engine = make_umbp()
     engine.store(tokens(24))
@@ -56,6 +60,7 @@ def test_a_gap_ends_the_match(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 5)
 def test_blocks_of_all_tiers_make_one_prefix(make_umbp: MakeUmbp, tmp_path: object) -> None:
     """Disk, memory, disk: one load brings them all (statement 5)."""
     engine = make_umbp({"ssd_dir": str(tmp_path), "ssd_capacity": "4MiB"})
@@ -73,6 +78,9 @@ def test_blocks_of_all_tiers_make_one_prefix(make_umbp: MakeUmbp, tmp_path: obje
     engine.close()
 
 
+@pytest.mark.statement("connector", 11)
+@pytest.mark.statement("connector", 12)
+@pytest.mark.bug("B12")
 def test_salt_and_adapter_are_part_of_the_key(make_umbp: MakeUmbp) -> None:
     """Statement 11: the same tokens under another salt, adapter or image are another prefix."""
     engine = make_umbp()
@@ -98,6 +106,7 @@ def test_salt_and_adapter_are_part_of_the_key(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 11)
 def test_an_image_in_the_middle_shares_what_lies_before_it(make_umbp: MakeUmbp) -> None:
     engine = make_umbp()
     engine.add(tokens(24), max_tokens=1, media={10: ("cat", 6)})
@@ -125,6 +134,9 @@ def pinned(engine: UmbpHarness) -> int:
     return engine.pool.directory.stats(Tier.DRAM).pinned
 
 
+@pytest.mark.statement("connector", 7)
+@pytest.mark.statement("connector", 101)
+@pytest.mark.bug("B2")
 def test_a_growing_local_hit_moves_the_match(make_umbp: MakeUmbp) -> None:
     """Statements 7 and 101: no room at the first match, a larger local hit at the second; every byte is right."""
     engine = make_umbp(num_blocks=25, max_model_len=64)
@@ -141,6 +153,7 @@ def test_a_growing_local_hit_moves_the_match(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 8)
 def test_asking_again_pins_once(make_umbp: MakeUmbp) -> None:
     """Statement 8: many matches without an allocation hold each block once; the end of the request frees them."""
     engine = make_umbp(num_blocks=25, max_model_len=64)
@@ -156,6 +169,7 @@ def test_asking_again_pins_once(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 10)
 def test_a_match_that_nobody_follows_up_expires(make_umbp: MakeUmbp, monkeypatch: pytest.MonkeyPatch) -> None:
     """Statement 10, with the leader's own clock."""
     engine = make_umbp(num_blocks=25, max_model_len=64)
@@ -173,6 +187,7 @@ def test_a_match_that_nobody_follows_up_expires(make_umbp: MakeUmbp, monkeypatch
     engine.close()
 
 
+@pytest.mark.statement("connector", 9)
 def test_a_promise_survives_pressure(make_umbp: MakeUmbp) -> None:
     """Statement 9: between match and load the tier is filled with other traffic."""
     engine = make_umbp({"dram_capacity": "80KiB"}, num_blocks=40, max_model_len=64)
@@ -209,6 +224,7 @@ def test_a_running_request_is_not_matched_again(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 15)
 def test_zero_external_tokens_load_nothing(make_umbp: MakeUmbp) -> None:
     """Statement 15: the promise is made but the user does not read caches; pins are given back."""
     engine = make_umbp()
@@ -220,6 +236,7 @@ def test_zero_external_tokens_load_nothing(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 16)
 def test_less_than_promised_is_honoured(make_umbp: MakeUmbp) -> None:
     """Statement 16: the scheduler takes 12 of 24 tokens (another connector of a MultiConnector may bring the rest)."""
     engine = make_umbp()
@@ -233,6 +250,7 @@ def test_less_than_promised_is_honoured(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 16)
 def test_more_than_promised_is_refused_and_recomputed(make_umbp: MakeUmbp) -> None:
     """Statement 16: a load that was never promised ends as a failed one, not in an exception or a hang."""
     engine = make_umbp()
@@ -255,6 +273,8 @@ def test_more_than_promised_is_refused_and_recomputed(make_umbp: MakeUmbp) -> No
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 2), st.integers(1, 30)), min_size=2, max_size=6))
+@pytest.mark.statement("connector", 17)
+@pytest.mark.bug("B3")
 def test_positions_of_growing_requests(turns: list[tuple[int, int, int]]) -> None:
     """Statement 17: conversations whose turns grow, each turn loading what earlier ones left (bug B3)."""
     with UmbpHarness(num_blocks=120, max_model_len=128) as engine:
