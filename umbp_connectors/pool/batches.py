@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import TypeVar
 
-from umbp_connectors.cpus import Apart
 from umbp_connectors.pool.arena import Arena
 from umbp_connectors.pool.books import Books
 from umbp_connectors.pool.buffers import View
 from umbp_connectors.pool.checksums import copy_checksummed, object_checksum
 from umbp_connectors.pool.demoter import Demoter
+from umbp_connectors.pool.granting import Grant
 from umbp_connectors.pool.lending import LentObject, Loan
 from umbp_connectors.pool.loads import LoadBatch, Loader, WantedLoad
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
@@ -27,24 +23,18 @@ from umbp_connectors.pool.rows import (
     Views,
     copy_rows_in,
     copy_rows_out,
-    count_stretches,
     sizes_of,
     stretches,
 )
+from umbp_connectors.pool.shares import CopyShares
 from umbp_connectors.pool.staged import StagedPut
 from umbp_core.directory import Copy
 from umbp_core.tiers import Tier
-
-Status = TypeVar("Status")
 
 _CHUNK = 64
 """Objects per visit to the books, at most: their lock is held for about a hundred microseconds."""
 _CHUNK_BYTES = 16 << 20
 """Bytes per visit, at most: what is stored can be read, and written to SSD, while the rest of its batch is copied."""
-_SHARE_BYTES = 1 << 20
-"""From about here a second thread pays off."""
-_SHARED_COPY_BYTES = 192 << 10
-"""Copies that are smaller on average are left to one thread: several would wait for each other's GIL after each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +86,7 @@ class BatchMover:
         self._prefix = prefix
         self._loader: Loader | None = None
         self._demoter: Demoter | None = None
-        self._copy_threads = copy_threads
-        self._apart = Apart(frozenset(os.sched_getaffinity(0)))
-        self._copies = ThreadPoolExecutor(max(1, copy_threads - 1), "umbp-copy")
+        self._shares = CopyShares(copy_threads)
         self._lock = threading.Lock()
         self._closed = False
         self.puts: Counter[PutStatus] = Counter()
@@ -111,7 +99,7 @@ class BatchMover:
 
     def put(self, batch: PutBatch) -> list[PutStatus]:
         """Copy ``batch`` into the pool."""
-        statuses = self._shared(batch.views, lambda start, stop: self._put_share(batch, start, stop))
+        statuses = self._shares.run(batch.views, lambda start, stop: self._put_share(batch, start, stop))
         with self._lock:
             self.puts.update(statuses)
         return statuses
@@ -121,11 +109,19 @@ class BatchMover:
         stage = _Stage(self._books.new_owner())
         statuses: list[PutStatus] = []
         try:
-            statuses = self._shared(batch.views, lambda start, stop: self._stage_share(stage, batch, start, stop))
+            statuses = self._shares.run(batch.views, lambda start, stop: self._stage_share(stage, batch, start, stop))
         finally:
             if len(statuses) != len(batch.keys):
                 self._books.settle(stage.owner, {}, Tier.DRAM)
         return StagedPut(statuses, lambda publish: self._settle_stage(stage, statuses, publish))
+
+    def grant(self, keys: Sequence[bytes], sizes: Sequence[int], depths: Sequence[int]) -> Grant:
+        """Pages of DRAM for somebody else to write ``keys`` into; evicts."""
+        owner = self._books.new_owner()
+        places = self._books.reserve_new(owner, keys, sizes, depths)
+        with self._lock:
+            self.puts.update(place for place in places if isinstance(place, PutStatus))
+        return Grant(keys, places, lambda written: self._settle_grant(owner, written))
 
     def get(self, keys: Sequence[bytes], views: Views, deadline: float | None) -> list[GetStatus]:
         """Copy the objects under ``keys`` into ``views``, verified."""
@@ -133,7 +129,7 @@ class BatchMover:
         batch = GetBatch(keys, views, deadline, self._books.new_owner(), loads)
         loaded: list[tuple[int, GetStatus]] = []
         try:
-            statuses = self._shared(views, lambda start, stop: self._get_share(batch, start, stop))
+            statuses = self._shares.run(views, lambda start, stop: self._get_share(batch, start, stop))
         finally:
             try:
                 if loads is not None:
@@ -189,27 +185,7 @@ class BatchMover:
     def close(self, idle: bool) -> None:
         """End the threads; unless ``idle``, without waiting for the calls under way.  Staged puts come to nothing."""
         self._closed = True
-        self._copies.shutdown(wait=idle)
-
-    def _shared(self, views: Views, work: Callable[[int, int], list[Status]]) -> list[Status]:
-        """``work`` on ranges that together are the whole batch, one range per thread; their results in order.
-
-        The caller takes over the ranges that nobody has begun when it is through with its own.
-        """
-        count = len(views)
-        nbytes = sum(sizes_of(views))
-        worth_sharing = nbytes >= _SHARED_COPY_BYTES * count_stretches(views)
-        shares = max(1, min(self._copy_threads, nbytes // _SHARE_BYTES, count)) if worth_sharing else 1
-        bounds = [count * share // shares for share in range(shares + 1)]
-        helped = self._apart.from_here(work) if shares > 1 else work
-        others = [((start, stop), self._copies.submit(helped, start, stop)) for start, stop in pairwise(bounds[1:])]
-        try:
-            results = work(0, bounds[1])
-            for bound, other in others:
-                results += work(*bound) if other.cancel() else other.result()
-        finally:
-            wait([other for _, other in others if not other.cancel()])
-        return results
+        self._shares.close(idle)
 
     # -- put
 
@@ -274,7 +250,15 @@ class BatchMover:
                 self.puts.update(statuses)
         return done
 
-    def _demote(self, written: dict[bytes, bytes]) -> None:
+    def _settle_grant(self, owner: str, written: Mapping[bytes, bytes]) -> bool:
+        done = self._books.settle(owner, {} if self._closed else written, Tier.DRAM) and not self._closed
+        if done:
+            self._demote(written)
+            with self._lock:
+                self.puts[PutStatus.STORED] += len(written)
+        return done
+
+    def _demote(self, written: Mapping[bytes, bytes]) -> None:
         if self._demoter is not None and written:
             self._demoter.add(written)
 

@@ -13,6 +13,7 @@ from umbp_connectors.pool.arena import Arena
 from umbp_connectors.pool.batches import BatchMover, PutBatch
 from umbp_connectors.pool.books import Books, PoolObserver
 from umbp_connectors.pool.buffers import ScatteredSource, ScatteredTarget, round_up
+from umbp_connectors.pool.granting import Grant
 from umbp_connectors.pool.lending import ArenaOffer, Loan
 from umbp_connectors.pool.outcomes import GetStatus, PoolCounters, PutStatus
 from umbp_connectors.pool.rows import targets_of, views_of
@@ -177,6 +178,18 @@ class LocalPool:
         """
         with self._using() as parts:
             return parts.mover.lend(keys, _deadline(timeout))
+
+    def grant(self, keys: Sequence[bytes], sizes: Sequence[int], depths: Sequence[int] | None = None) -> Grant:
+        """Let somebody write objects of ``sizes[i]`` bytes under ``keys[i]`` in place (:meth:`arena_offer`).
+
+        Nobody can read them before the grant is published; until it is published or discarded, its pages are taken and
+        others who put the same keys are told ``PRESENT``.  Raises ``StateError`` when the pool is closed.
+        """
+        places = depths if depths is not None else [0] * len(keys)
+        if not len(keys) == len(sizes) == len(places):
+            raise ValueError(f"{len(keys)} keys, {len(sizes)} sizes and {len(places)} depths do not match")
+        with self._using() as parts:
+            return parts.mover.grant(keys, sizes, places)
 
     def check(self, keys: Sequence[bytes]) -> int:
         """Verify what lies in DRAM under ``keys``, and forget what is bad there; returns how many objects that were."""
