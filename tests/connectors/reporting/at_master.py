@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 
 from tests.master.app.master_process import CALL, MasterProcess
@@ -18,7 +17,6 @@ from umbp_connectors.reporting.words import Word, WordKind
 
 HBM, DRAM, SSD = 1, 2, 3
 PAGE = 4096
-PATIENCE = 60.0
 
 Held = dict[int, set[bytes]]
 
@@ -39,17 +37,6 @@ def known_at(master: MasterProcess, node_id: str) -> Held:
                     if not cursor:
                         break
     return {tier: hashes for tier, hashes in found.items() if hashes}
-
-
-def eventually(holds: Callable[[], bool], seconds: float = PATIENCE) -> bool:
-    """Look again and again whether something holds, for so many seconds at most."""
-    never = threading.Event()
-    end = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > end:
-            return False
-        never.wait(0.02)
-    return True
 
 
 def open_node(address: str, port: int = 8000, **keys: object) -> Reporter:

@@ -18,13 +18,12 @@ import pytest
 
 from tests.connectors.reporting.at_master import (
     HBM,
-    PATIENCE,
     SSD,
     Engine,
-    eventually,
     known_at,
     open_node,
 )
+from tests.connectors.waiting import PATIENCE, eventually
 from tests.master.app.master_process import ROOT, MasterProcess, environment
 from umbp_connectors.client.master_client import MasterClient
 from umbp_connectors.reporting.mirror import Mirror

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import zmq
 
-from tests.connectors.reporting.at_master import DRAM, HBM, SSD, Held, eventually, known_at
+from tests.connectors.reporting.at_master import DRAM, HBM, SSD, Held, known_at
 from tests.connectors.reporting_zmq.publisher import CLEARED, Publisher, batch, removed, stored
+from tests.connectors.waiting import eventually
 from tests.master.app.master_process import MasterProcess
 from umbp_connectors.config import resolve
 from umbp_connectors.reporting.node import NodeFacts

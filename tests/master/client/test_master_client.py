@@ -6,11 +6,12 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
 
+from tests.connectors.waiting import eventually
 from tests.master.client.fake_network import NATIVE, FakeNetwork
 from umbp_connectors.client.addresses import MasterAddress
 from umbp_connectors.client.master_client import MasterClient
@@ -27,14 +28,6 @@ HBM, DRAM = 1, 2
 PATIENCE = 20.0
 NODE = Registration("node", peer_address="peer:1")
 SOON = ClientSettings(flush_interval=0.001, backoff=Backoff(first=0.01, ceiling=0.02))
-
-
-def eventually(holds: Callable[[], bool]) -> bool:
-    """Look again and again whether something holds."""
-    never, end = threading.Event(), time.monotonic() + PATIENCE
-    while not holds() and time.monotonic() < end:
-        never.wait(0.005)
-    return holds()
 
 
 class RealTimeNetwork(FakeNetwork):
@@ -149,7 +142,7 @@ def test_a_flush_that_cannot_be_done_gives_up_in_time(network: FakeNetwork) -> N
         assert not client.flush(0.1)
         assert 0.1 <= time.monotonic() - began < PATIENCE
         client.report([B], HBM)
-        assert eventually(lambda: client.stats().waiting == 0)
+        assert eventually(lambda: client.stats().waiting == 0, PATIENCE)
         network.native_door = True
         assert client.flush(PATIENCE)
 

@@ -6,14 +6,14 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
+from tests.connectors.waiting import PATIENCE, eventually
 from tests.master.app.master_process import MasterProcess, environment
 from umbp_connectors.client.dial import ClientTls, Dialer
 from umbp_connectors.client.master_client import MasterClient
@@ -23,7 +23,6 @@ from umbp_core.master.model import Registration, TierCapacity
 
 CERTS = Path(__file__).resolve().parents[1] / "certs"
 HBM, DRAM, SSD = 1, 2, 3
-PATIENCE = 60.0
 INTERVAL = 1.0
 """Seconds between heartbeats of the masters here."""
 SLACK = 3.0
@@ -31,17 +30,6 @@ SLACK = 3.0
 FAST = {"UMBP_HEARTBEAT_TTL_SEC": "2"}
 HASTY = ClientSettings(connect_timeout=0.5)
 SETTINGS = ClientSettings(upgrade_interval=0.2, connect_timeout=5.0)
-
-
-def eventually(holds: Callable[[], bool], seconds: float = PATIENCE) -> bool:
-    """Look again and again whether something holds, for so many seconds at most."""
-    never = threading.Event()
-    end = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > end:
-            return False
-        never.wait(0.02)
-    return True
 
 
 class Engine:

@@ -17,7 +17,7 @@ from sglang.srt.disaggregation.kv_events import (
     ZmqEventPublisher,
 )
 
-from tests.connectors.reporting.at_master import eventually
+from tests.connectors.waiting import eventually
 from umbp_connectors.config import resolve
 from umbp_connectors.reporting.node import NodeFacts
 from umbp_connectors.reporting.opening import open_reporter

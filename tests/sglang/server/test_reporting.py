@@ -19,7 +19,8 @@ import pytest
 
 from examples import server_process
 from examples.serving_sglang import PAGE_TOKENS, SglangServer, extra_config
-from tests.connectors.reporting.at_master import DRAM, HBM, SSD, Held, eventually, known_at
+from tests.connectors.reporting.at_master import DRAM, HBM, SSD, Held, known_at
+from tests.connectors.waiting import eventually
 from tests.master.app.master_process import CALL, MasterProcess
 from tests.sglang.server.servers import MAX_TOKENS, PAGES, prompts, server
 from umbp_connectors.prompt_hashes.hasher import NO_NAMESPACE, Namespace

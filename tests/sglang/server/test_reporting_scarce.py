@@ -10,7 +10,8 @@ import pytest
 
 from examples.serving_sglang import PAGES as METRIC
 from examples.serving_sglang import SglangServer, extra_config
-from tests.connectors.reporting.at_master import DRAM, HBM, Held, eventually, known_at
+from tests.connectors.reporting.at_master import DRAM, HBM, Held, known_at
+from tests.connectors.waiting import eventually
 from tests.master.app.master_process import MasterProcess
 from tests.sglang.server.servers import MAX_TOKENS, PAGES, prompts, server
 from tests.sglang.server.test_reporting import PAGE_TOKENS, SOON, leading, node_at

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from examples.serving_sglang import PAGE_TOKENS, cpu_only, extra_config
-from tests.connectors.reporting.at_master import DRAM, HBM, SSD, Held, eventually, known_at
+from tests.connectors.reporting.at_master import DRAM, HBM, SSD, Held, known_at
+from tests.connectors.waiting import eventually
 from tests.master.app.master_process import CALL, MasterProcess
 from tests.sglang.server.servers import MAX_TOKENS, PAGES, prompts, server
 from umbp_connectors.prompt_hashes.sglang import SGLangHasher
