@@ -7,17 +7,17 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.connectors.reporting.at_master import CALL, DRAM, HBM, eventually, known_at
+from tests.connectors.reporting.at_master import CALL, DRAM, HBM, known_at
 from tests.connectors.reporting_zmq.publisher import Publisher, removed, stored
-from tests.master.app.master_process import DEADLINE, ROOT, UMBP, MasterProcess, environment, umbp
+from tests.connectors.waiting import eventually
+from tests.master.app.master_process import DEADLINE, ROOT, MasterProcess, running_umbp, umbp
 from umbp_connectors.config import resolve
 from umbp_connectors.reporting.node import NodeFacts
 from umbp_connectors.reporting.opening import open_reporter
@@ -35,20 +35,8 @@ def master(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MasterProcess]:
         assert running.end() == 0
 
 
-@contextmanager
-def following(folder: Path, master: MasterProcess, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", UMBP, "follow", "--master", f"umbp://{master.doors['native']}", *arguments],
-        env=environment(folder),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate(timeout=DEADLINE)
+def following(folder: Path, master: MasterProcess, *arguments: str) -> AbstractContextManager[subprocess.Popen[str]]:
+    return running_umbp(folder, "follow", "--master", f"umbp://{master.doors['native']}", *arguments)
 
 
 def node(master: MasterProcess, name: str) -> NodeInfo | None:

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -45,6 +47,23 @@ def umbp(folder: Path, *arguments: str, code: str = UMBP, **variables: str) -> s
         timeout=DEADLINE,
         check=False,
     )
+
+
+@contextmanager
+def running_umbp(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A command that does not end by itself, killed at the end of the block."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", UMBP, *arguments],
+        env=environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=DEADLINE)
 
 
 class MasterProcess:

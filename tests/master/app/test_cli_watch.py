@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.master.app.master_process import CALL, DEADLINE, UMBP, MasterProcess, environment
+from tests.master.app.master_process import CALL, DEADLINE, UMBP, MasterProcess, environment, running_umbp
 from umbp_core.master.model import Registration
 from umbp_core.tiers import Tier
 
@@ -41,18 +41,8 @@ class Watching:
 
 @contextmanager
 def watching(folder: Path, master: MasterProcess, *arguments: str) -> Iterator[Watching]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", UMBP, "watch", "--master", f"umbp://{master.doors['native']}", *arguments],
-        env=environment(folder),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
+    with running_umbp(folder, "watch", "--master", f"umbp://{master.doors['native']}", *arguments) as process:
         yield Watching(process)
-    finally:
-        process.kill()
-        process.communicate(timeout=DEADLINE)
 
 
 @pytest.fixture(scope="module")
