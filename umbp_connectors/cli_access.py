@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from umbp_connectors.client.native_async import NativeAsyncClient
     from umbp_core.master.transport import MasterTransport, NativeTransport
 
+HASHES_PER_CALL = 1024
+"""Hashes that a command asks for, or about, at a time."""
+
 DEFAULT_MASTER = "umbp://127.0.0.1:50052,grpc://127.0.0.1:50051"
 
 MasterOption = Annotated[

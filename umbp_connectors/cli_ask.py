@@ -16,7 +16,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from umbp_connectors.cli_access import MasterAccess, asks_master, native_of
+from umbp_connectors.cli_access import HASHES_PER_CALL, MasterAccess, asks_master, native_of
 from umbp_core.errors import ConfigError, MasterUnavailable
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ OptionalHashArguments = Annotated[
     list[str] | None,
     typer.Argument(metavar="[HASH...]", help="Hashes as the engine publishes them; `-`: from standard input."),
 ]
-HASHES_PER_CALL = 1024
 """Well below what any master lets one question name."""
 
 

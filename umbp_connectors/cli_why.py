@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from umbp_connectors.cli_access import MasterAccess, asks_master, native_of
+from umbp_connectors.cli_access import HASHES_PER_CALL, MasterAccess, asks_master, native_of
 from umbp_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from umbp_core.master.model import NodeInfo
     from umbp_core.master.transport import NativeTransport
 
-HASHES_PER_CALL = 1024
 EXPLAINED = 256
 """So many missing blocks are asked about one by one; those behind them went the same way or were never there."""
 
