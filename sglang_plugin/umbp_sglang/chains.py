@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
+from umbp_connectors.prompt_hashes.sglang import salted_seed
 from umbp_sglang import compat
 
 _UTILS = "sglang.srt.mem_cache.utils"
 _EVENTS = "sglang.srt.disaggregation.kv_events"
-_SALT_TAG = b"sglang-cache-salt-v1\0"
-"""SGLang has this one in the middle of a function."""
 
 
 class SglangChains:
@@ -42,7 +40,7 @@ class SglangChains:
     def events(self, key: Any, parent: str | None, pages: int) -> list[str]:
         """See ``Chains``."""
         if parent is None and key.cache_salt is not None:
-            parent = hashlib.sha256(_SALT_TAG + key.cache_salt.encode()).hexdigest()
+            parent = salted_seed(key.cache_salt).hex()
         hashes: list[str] = self._hashes(key, parent, len(key) // pages)
         return hashes
 

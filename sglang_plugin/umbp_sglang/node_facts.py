@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any, Literal
 
-from umbp_connectors.reporting.node import NodeFacts
+from umbp_connectors.reporting.node import EVERY_INTERFACE, NodeFacts
 from umbp_sglang import compat
 
 _CONTEXT = "sglang.srt.runtime_context"
-_WILDCARD = frozenset({"", "*", "0.0.0.0", "::"})
 _ROLES: dict[object, Literal["prefill", "decode"]] = {"prefill": "prefill", "decode": "decode"}
 
 
@@ -30,7 +29,7 @@ def node_facts(model: str, page_tokens: int) -> NodeFacts:
         model=str(compat.optional(serving, "served_model_name") or model),
         version=_version(),
         role=_ROLES.get(str(compat.optional(disagg, "disaggregation_mode")), "both"),
-        host=_own_address() if configured in _WILDCARD else configured,
+        host=_own_address() if configured in EVERY_INTERFACE else configured,
         port=port,
         dp=_dp_rank(parallel),
         pp=_number(parallel, "pp_rank"),

@@ -9,9 +9,15 @@ from itertools import pairwise
 from umbp_connectors.prompt_hashes.hasher import NO_NAMESPACE, CannotHash, Namespace
 
 _SALT_TAG = b"sglang-cache-salt-v1\0"
+"""SGLang has this one in the middle of a function."""
 _WIDE_TAG = b"\xff"
 """Before a page with a token of more than 32 bits, all of whose tokens are written with 64."""
 _NARROW = 1 << 32
+
+
+def salted_seed(cache_salt: str) -> bytes:
+    """What the first page's hash goes on from in a request with this salt."""
+    return hashlib.sha256(_SALT_TAG + cache_salt.encode()).digest()
 
 
 class SGLangHasher:
@@ -32,7 +38,7 @@ class SGLangHasher:
                 f"SGLang publishes the blocks of adapter {namespace.lora_name!r} under a name that it draws when it "
                 "loads it; they cannot be found by their tokens"
             )
-        before = hashlib.sha256(_SALT_TAG + namespace.cache_salt.encode()).digest() if namespace.cache_salt else b""
+        before = salted_seed(namespace.cache_salt) if namespace.cache_salt else b""
         size, ahead = self.block_tokens, int(self._bigrams)
         published = []
         for start in range(0, len(tokens) - ahead - size + 1, size):

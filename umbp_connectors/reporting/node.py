@@ -14,6 +14,9 @@ from umbp_core.master.model import Registration
 Engine = Literal["vllm", "sglang"]
 Role = Literal["prefill", "decode", "both"]
 
+EVERY_INTERFACE = frozenset({"", "*", "0.0.0.0", "::"})
+"""What an engine's ``--host`` says when it listens on every interface."""
+
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:

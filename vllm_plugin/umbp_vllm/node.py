@@ -7,15 +7,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from umbp_connectors.reporting.node import NodeFacts, Role
+from umbp_connectors.reporting.node import EVERY_INTERFACE, NodeFacts, Role
 from umbp_vllm import compat
 from umbp_vllm.engine_args import SERVING_KEY
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.hashing import describe_hashing
 from umbp_vllm.published import counting_groups, hash_form
-
-ANYWHERE = frozenset({"", "0.0.0.0", "::"})
-"""What ``--host`` says when the server listens on every interface."""
 
 _ROLES: dict[tuple[bool, bool], Role] = {(True, False): "prefill", (False, True): "decode"}
 """By (stores, loads); an engine that does both is both."""
@@ -33,7 +30,7 @@ def facts_of(vllm_config: Any, groups: Sequence[KvGroup], hash_tokens: int, engi
         model=_served_name(vllm_config.model_config),
         version=compat.vllm_version(),
         role=_ROLES.get((transfer.is_kv_producer, transfer.is_kv_consumer), "both"),
-        host=compat.own_address() if host in ANYWHERE else host,
+        host=compat.own_address() if host in EVERY_INTERFACE else host,
         port=port,
         dp=rank,
         several=engines > 1,
