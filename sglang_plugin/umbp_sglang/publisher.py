@@ -7,6 +7,7 @@ from typing import Any
 from sglang.srt.disaggregation.kv_events import EventBatch, EventPublisher
 
 from umbp_sglang.reporting import NodeReporting
+from umbp_sglang.reporting_hooks import quiet
 
 __all__ = ["UmbpEventPublisher"]
 
@@ -25,6 +26,10 @@ class UmbpEventPublisher(EventPublisher):
         """Emit events in order."""
         if self.inner is not None:
             self.inner.publish(events)
+        self._tell(events)
+
+    @quiet
+    def _tell(self, events: EventBatch) -> None:
         if self.reporting is not None:
             self.reporting.tell_events(events.events)
 
