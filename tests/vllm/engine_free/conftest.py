@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import umbp_vllm
 from tests.vllm.harness import EngineSpec, Harness, broken
 from tests.vllm.harness.umbp import UmbpHarness
 
@@ -17,6 +18,7 @@ MakeUmbp = Callable[..., UmbpHarness]
 @pytest.fixture(scope="session", autouse=True)
 def _known_connectors() -> None:
     broken.register()
+    umbp_vllm.register()
 
 
 @pytest.fixture
