@@ -66,9 +66,8 @@ def run(options: argparse.Namespace, folder: Path, screen: Console, on_cpu: bool
         server = _server(medium_llama(folder / "model"), folder, options, on_cpu)
         tell("starting SGLang (up to a minute)")
         with server:
-            server.complete(
-                prompt(512, seed=-1), max_tokens=2
-            )  # the first request pays for the set-up, page hash included
+            # The first request pays for the set-up, page hash included.
+            server.complete(prompt(512, seed=-1), max_tokens=2)
             phases = [_measure(COLD, server, prompts, options, tell), _measure(DEVICE, server, prompts, options, tell)]
             server.wait_until_stored((len(prompts) * options.tokens + 512) // PAGE_TOKENS)
             server.flush_cache()
