@@ -76,6 +76,11 @@ class RankSlab:
         """How many objects fit; the leader uses the smallest number over all ranks."""
         return self.slab.slots
 
+    @property
+    def is_new(self) -> bool:
+        """True when the slab was made now."""
+        return self.slab.is_new
+
     def close(self, timeout: float = 10.0) -> None:
         """Close the slab, with ``timeout`` seconds for transfers under way, then let the folder go; idempotent."""
         self.slab.close(timeout)

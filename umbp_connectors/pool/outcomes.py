@@ -1,56 +1,7 @@
-"""What becomes of the objects of a put or get, and how many."""
+"""What becomes of the objects of a put or get: the core's words, under the name that the pool uses."""
 
 from __future__ import annotations
 
-import enum
-from dataclasses import dataclass
+from umbp_core.outcomes import GetStatus, PoolCounters, PoolStats, PutStatus
 
-
-class PutStatus(enum.Enum):
-    """What became of one object of a put."""
-
-    STORED = "stored"
-    PRESENT = "present"
-    """The pool has it, or another call is writing it: the first writer wins and this one's bytes are ignored."""
-    NO_ROOM = "no_room"
-    """Everything in DRAM is being read or written right now."""
-    TOO_LARGE = "too_large"
-    """Empty, or larger than ``object_bytes``."""
-    TIMED_OUT = "timed_out"
-    """Not stored: the call's time was over."""
-
-
-class GetStatus(enum.Enum):
-    """What became of one object of a get.  Unless it is a hit, the buffer's content is undefined."""
-
-    DRAM = "dram"
-    SSD = "ssd"
-    MISS = "miss"
-    SIZE_MISMATCH = "size_mismatch"
-    """It is there, but has not the size of the buffer."""
-    CORRUPT = "corrupt"
-    """Its bytes could not be read or were not those that were stored; it is forgotten."""
-    TIMED_OUT = "timed_out"
-    """Not delivered: the call's time was over.  It is still there."""
-
-    @property
-    def hit(self) -> bool:
-        """True when the buffer holds the object."""
-        return self is GetStatus.DRAM or self is GetStatus.SSD
-
-
-@dataclass(frozen=True, slots=True)
-class PoolCounters:
-    """Objects since the pool was opened.
-
-    ``restored`` are those that an earlier life left on SSD.  ``fenced`` says how often the SSD tier was left alone
-    because its disk did not answer, and ``fenced_loads`` how many objects were misses for that reason.
-    """
-
-    puts: dict[PutStatus, int]
-    gets: dict[GetStatus, int]
-    restored: int
-    demoted: int
-    demotions_failed: int
-    fenced: int = 0
-    fenced_loads: int = 0
+__all__ = ["GetStatus", "PoolCounters", "PoolStats", "PutStatus"]
