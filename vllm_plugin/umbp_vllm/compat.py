@@ -200,6 +200,11 @@ def ended_by_itself(request: Any) -> bool:
     return request.status.name in ENDS_BY_ITSELF
 
 
+def is_running(request: Any) -> bool:
+    """Whether a request is in vLLM's batch, and so holds all that it needs."""
+    return bool(request.status.name == "RUNNING")
+
+
 def before_reset(block_pool: Any, callback: Callable[[], None]) -> None:
     """Have ``callback`` called whenever vLLM is about to empty its prefix cache, before it looks whether it may.
 

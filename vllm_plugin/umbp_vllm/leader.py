@@ -18,7 +18,7 @@ from umbp_core.ports import Clock
 from umbp_core.slots import SlotTable
 from umbp_core.tiers import Tier
 from umbp_vllm.agenda import Agenda
-from umbp_vllm.compat import ended_by_itself
+from umbp_vllm.compat import ended_by_itself, is_running
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.hbm import BlockTables, HeldBlocks
 from umbp_vllm.metadata import RankHello, StepMetadata, WorkerReport
@@ -86,8 +86,13 @@ class Leader:
     # ---- matching ------------------------------------------------------------------------------------
 
     def on_new_request(self, request: Any) -> None:
-        """A request arrived; its lookup needs nothing but memory, so there is nothing to start early."""
+        """A request arrived; its lookup needs nothing but memory, so there is nothing to start early.
+
+        Raises ``StateError`` for one without tokens: no block is behind it, and nothing of it can be kept.
+        """
         request_id = request.request_id
+        if request.num_tokens < 1:
+            raise StateError(f"request {request_id} has no tokens; vLLM has to refuse it")
         # Numbered, because an earlier request of this id may be over while its last stores are not.
         self._lives += 1
         slot = self._slots.create(f"{request_id}#{self._lives}")
@@ -105,6 +110,8 @@ class Leader:
         if self._pool is None:
             return self._without_pool(state, now), False
         if request.request_id in self._agenda:
+            if is_running(request):
+                return 0, False
             self._preempted((request.request_id,))
         state.local_tokens = computed
         tokens = self._pool.loads.match(state, computed, now)

@@ -85,13 +85,16 @@ class LoadPlanner:
         if not state.may_load or not state.slot.may_match:
             return 0
         num_tokens = request.num_tokens
-        end = self._matcher.longest(state.keys, start, self._matcher.most(num_tokens))
+        limit = self._matcher.most(num_tokens)
+        end = self._matcher.longest(state.keys, start, limit)
         if self._must_wait(state, start, end, now):
             self._stats.add("vllm:umbp_lookup_waits", 1, "shared_load")
             return None
         state.asked_since = None
-        self._stats.count(_LOOKUPS, 1)
-        self._stats.count(_LOOKUP_TOKENS, num_tokens - start)
+        if not state.counted and limit - start >= self._matcher.alignment:
+            state.counted = True
+            self._stats.count(_LOOKUPS, 1)
+            self._stats.count(_LOOKUP_TOKENS, num_tokens - start)
         self._matcher.touch(state.keys, end)
         if end - start < self._least_tokens:
             return 0

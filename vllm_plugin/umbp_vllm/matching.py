@@ -112,7 +112,7 @@ class Matcher:
         self._directory = directory
         self._groups = groups
         self._windowed = [group for group in groups if group.reach is not None or group.chunk is not None]
-        self._alignment = alignment
+        self.alignment = alignment
         self._object_bytes = object_bytes
         self._new_op_id = new_op_id
 
@@ -129,7 +129,7 @@ class Matcher:
 
         Pure.  ``start`` is what vLLM holds itself, in every group, and a multiple of the alignment.
         """
-        end = limit - limit % self._alignment
+        end = limit - limit % self.alignment
         for group in self._groups:
             first = start // group.block_tokens
             known = keys.of(group)
@@ -137,13 +137,13 @@ class Matcher:
             if group.reach is None and group.chunk is None:
                 last = first + self._directory.count_prefix(known[first:last]) if last > first else first
             end = min(end, last * group.block_tokens)
-            end -= end % self._alignment
+            end -= end % self.alignment
         windowed = self._windowed
         if not windowed:
             return max(end, start)
         runs = {group.index: self._runs(keys.of(group), start // group.block_tokens, end, group) for group in windowed}
         while end > start and not all(self._window_present(group, runs[group.index], start, end) for group in windowed):
-            end -= self._alignment
+            end -= self.alignment
         return max(end, start)
 
     def _runs(self, known: Sequence[bytes], first: int, end: int, group: KvGroup) -> list[int]:

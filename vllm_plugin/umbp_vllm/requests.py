@@ -25,7 +25,8 @@ class RequestState:
     computed tokens.  Up to ``quiet_until`` computed tokens nothing happens that the leader must look at.  ``loading``
     is the id of the load in flight, ``shared_keys`` what others may wait for, ``local_tokens`` what vLLM held itself
     when it last asked.  A load ``at_once`` is layer-wise: what the step ``unsure_in`` computes counts only when it is
-    known to have ended well.  ``promised`` is the number of tokens that the staged match gives.
+    known to have ended well.  ``promised`` is the number of tokens that the staged match gives.  ``counted`` says that
+    the statistics have its lookup: vLLM asks in every step in which the request finds no room.
     """
 
     request: Any
@@ -41,6 +42,7 @@ class RequestState:
     asked_since: float | None = None
     local_tokens: int = 0
     promised: int = 0
+    counted: bool = False
     at_once: bool = False
     unsure_in: int = -1
     hit_tokens: dict[str, int] = field(default_factory=dict)
@@ -65,3 +67,4 @@ class RequestState:
             self.slot.preempted()
         self.quiet_until = self.next_full = AT_ONCE
         self.evaluated = [0] * len(self.evaluated)
+        self.counted = False

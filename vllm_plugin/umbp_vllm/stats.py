@@ -17,7 +17,7 @@ from umbp_core.ops import Direction, OpStatus
 SEPARATOR = "|"
 
 METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "vllm:umbp_lookups": ("Prefix lookups that vLLM made.", ()),
+    "vllm:umbp_lookups": ("Requests whose prefix was looked up, once for each time they waited to be scheduled.", ()),
     "vllm:umbp_lookup_tokens": ("Tokens that lookups asked for beyond vLLM's own prefix cache.", ()),
     "vllm:umbp_hit_tokens": ("Tokens that loads were started for, by the tier that held them.", ("tier",)),
     "vllm:umbp_lookup_waits": ("Lookups answered 'not yet', by cause.", ("cause",)),

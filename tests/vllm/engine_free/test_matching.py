@@ -208,22 +208,6 @@ def test_a_promise_survives_pressure(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
-def test_a_running_request_is_not_matched_again(make_umbp: MakeUmbp) -> None:
-    """Statement 14, asked directly: vLLM itself does not."""
-    engine = make_umbp()
-    engine.store(tokens(24))
-    running = engine.add(tokens(24), max_tokens=8)
-    while len(engine.tokens[running]) < 2:
-        engine.step()
-    request = engine.scheduler.requests[running]
-    assert engine.leader.leader.pool is not None
-    assert pinned(engine) == 0
-    engine.drain()
-    assert request.is_finished()
-    assert len([m for m in engine.ledger.lives[running].matches if m[1]]) == 1
-    engine.close()
-
-
 @pytest.mark.statement("connector", 15)
 def test_zero_external_tokens_load_nothing(make_umbp: MakeUmbp) -> None:
     """Statement 15: the promise is made but the user does not read caches; pins are given back."""
