@@ -44,6 +44,9 @@ logger = logging.getLogger("vllm.umbp.setup")
 LAYERWISE = "layerwise"
 """The value of ``load_mode``."""
 
+BY_LAYER = "layer"
+"""The value of ``store_granularity``."""
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -60,8 +63,7 @@ def settings_of(vllm_config: Any) -> Settings:
     default is to fail the request.  Raises ``ConfigError`` for a bad configuration, which stops the start.
     """
     transfer = vllm_config.kv_transfer_config
-    extra = {key: value for key, value in transfer.kv_connector_extra_config.items() if key != SERVING_KEY}
-    config = resolve(extra=extra).config
+    config = _config_of(transfer.kv_connector_extra_config)
     logs.join("vllm", config.log_level)
     transfer.kv_load_failure_policy = config.load_failure_policy
     notice = compat.version_notice(compat.vllm_version())
@@ -72,8 +74,12 @@ def settings_of(vllm_config: Any) -> Settings:
 
 def loads_by_layer(extra_config: Mapping[str, Any]) -> bool:
     """Whether layer-wise loads are asked for.  Raises ``ConfigError`` for a bad configuration."""
-    extra = {key: value for key, value in extra_config.items() if key != SERVING_KEY}
-    return resolve(extra=extra).config.load_mode == LAYERWISE
+    return _config_of(extra_config).load_mode == LAYERWISE
+
+
+def _config_of(extra_config: Mapping[str, Any]) -> UmbpConfig:
+    """Our configuration; where the engine serves was put beside the user's keys and is none of them."""
+    return resolve(extra={key: value for key, value in extra_config.items() if key != SERVING_KEY}).config
 
 
 def make_leader(
