@@ -67,6 +67,8 @@ def default_of(field: FieldInfo) -> str:
     value = field.default
     if value is None or value in ((), ""):
         return ""
+    if isinstance(value, tuple):
+        return f"`{','.join(value)}`"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if kind_of(field) == "size":

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
 from umbp_connectors.config_model import UmbpConfig
-from umbp_connectors.hookspecs import ClientSpec, DramTierSpec, SsdTierSpec, hookimpl
+from umbp_connectors.hookspecs import ClientSpec, DramTierSpec, OffloadSpec, SsdTierSpec, hookimpl
 from umbp_connectors.tier_ports import DramTier, PoolClient, SsdTier
 from umbp_core.errors import ConfigError
 from umbp_core.eviction import POLICIES, EvictionPolicy
+from umbp_core.offload import Frequency, OffloadPolicy, PassAll, Presence, PriorityThreshold
 from umbp_core.scheduler import Limits, TransferScheduler
+
+_OFFLOAD_POLICIES: Mapping[str, Callable[[UmbpConfig, OffloadSpec], OffloadPolicy]] = MappingProxyType(
+    {
+        "all": lambda config, spec: PassAll(),
+        "presence": lambda config, spec: Presence(spec.present),
+        "frequency": lambda config, spec: Frequency(config.offload_min_sightings, config.offload_window_s),
+        "priority": lambda config, spec: PriorityThreshold(config.offload_min_priority),
+    }
+)
 
 
 @hookimpl(trylast=True)
@@ -26,6 +39,13 @@ def umbp_make_client(config: UmbpConfig, spec: ClientSpec) -> PoolClient | None:
 def umbp_make_eviction(name: str) -> EvictionPolicy | None:
     """One of the core's policies."""
     return POLICIES[name]() if name in POLICIES else None
+
+
+@hookimpl(trylast=True)
+def umbp_make_offload_policy(config: UmbpConfig, name: str, spec: OffloadSpec) -> OffloadPolicy | None:
+    """One of the core's policies."""
+    make = _OFFLOAD_POLICIES.get(name)
+    return None if make is None else make(config, spec)
 
 
 @hookimpl(trylast=True)

@@ -144,6 +144,26 @@ class UmbpConfig(BaseModel):
         description="Who goes first: `lru`, or `prefix_aware_lru` (of the oldest, the deepest in its prefix chain).",
     )
 
+    dram_offload_policy: Names = Field(
+        ("presence",),
+        description="vLLM: which blocks go to DRAM: `all`, or those on which each of these agrees: `presence` (no tier "
+        "has it), `frequency` (it was seen before), `priority` (the request's is high enough), a plug-in's.",
+    )
+    ssd_offload_policy: Names = Field(
+        ("presence",),
+        description="Which blocks go from DRAM to SSD: `all`, or those on which each of these agrees: `presence`, "
+        "`frequency`, `priority` (vLLM), a plug-in's.",
+    )
+    offload_min_sightings: Annotated[Count, Field(le=11)] = Field(
+        2, description="`frequency` lets a block pass from this sighting on."
+    )
+    offload_window_s: Seconds = Field(
+        600.0, description="`frequency` forgets one sighting of a block for each time that this long has passed."
+    )
+    offload_min_priority: Annotated[int, BeforeValidator(_no_bool), Field(ge=0, le=100)] = Field(
+        0, description="`priority` lets a block pass when it and all before it have at least this one; 0: every block."
+    )
+
     max_concurrent_loads: Count = Field(4, description="Loads that may run at once per rank.")
     max_concurrent_stores: Count = Field(4, description="Stores (HBM to DRAM) that may run at once per rank.")
     max_concurrent_demotions: Count = Field(2, description="Demotions (DRAM to SSD) that may run at once per rank.")
@@ -152,6 +172,11 @@ class UmbpConfig(BaseModel):
         "async",
         description="vLLM: `async` loads a hit before its request is scheduled, `layerwise` while its first step runs, "
         "which waits for each layer; what comes from SSD is loaded `async` always.",
+    )
+    store_granularity: Literal["block", "layer"] = Field(
+        "block",
+        description="vLLM: `block` stores a block when the step that fills it has ended, `layer` each layer of it as "
+        "soon as that layer is computed; it is published when all of it is there, either way.",
     )
     load_timeout_s: Seconds = Field(30.0, description="A load that has not ended by then is recomputed.")
     store_timeout_s: Seconds = Field(60.0, description="A store or demotion that has not ended by then is given up.")

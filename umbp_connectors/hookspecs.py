@@ -19,6 +19,7 @@ from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.tier_ports import DramTier, PoolClient, SsdTier
 from umbp_core.eviction import EvictionPolicy, LruPolicy
 from umbp_core.ids import Identity
+from umbp_core.offload import OffloadPolicy
 from umbp_core.scheduler import Limits, TransferScheduler
 from umbp_core.tiers import Tier
 
@@ -68,6 +69,19 @@ class ClientSpec:
     make_eviction: Callable[[], EvictionPolicy] = LruPolicy
 
 
+@dataclass(frozen=True, slots=True)
+class OffloadSpec:
+    """An offload policy that is wanted: for blocks that could go from ``source`` to ``target``.
+
+    ``present`` says for each of some keys whether the pool has it where copying it to ``target`` would gain nothing:
+    in ``target``, and for DRAM also on SSD.  What ``target`` has or is getting is never asked about.
+    """
+
+    source: Tier
+    target: Tier
+    present: Callable[[Sequence[bytes]], Sequence[bool]]
+
+
 @hookspec(firstresult=True)
 def umbp_make_tier(config: UmbpConfig, spec: DramTierSpec | SsdTierSpec) -> DramTier | SsdTier | None:
     """Make the memory or the file behind one tier of one rank.
@@ -100,6 +114,20 @@ def umbp_make_eviction(config: UmbpConfig, name: str) -> EvictionPolicy | None:
     Returns: a fresh policy when ``name`` (the key ``eviction_policy``) is one that this plug-in offers, else ``None``.
     Thread & process: scheduler process of the engine; the policy is used by one thread.
     Failure: an ``UmbpError`` stops the start with its message.  Anything else counts as ``None``.
+    """
+
+
+@hookspec(firstresult=True)
+def umbp_make_offload_policy(config: UmbpConfig, name: str, spec: OffloadSpec) -> OffloadPolicy | None:
+    """Make a policy that says which blocks may go from one tier to a slower one.
+
+    Called: once per edge between tiers and name in ``dram_offload_policy`` or ``ssd_offload_policy``, when the pool is
+    opened, and once before that to see whether somebody offers the name.
+    Returns: a fresh policy (``umbp_core.offload.OffloadPolicy``) when this plug-in offers ``name``, else ``None``.
+    Thread & process: process that decides what is copied; the policy is used by one thread at a time, must not block,
+    and is asked with all the blocks of a request or an op at once.
+    Failure: an ``UmbpError`` stops the start with its message.  Anything else counts as ``None``.  A policy that fails
+    later admits every block; that is logged once and counted.
     """
 
 

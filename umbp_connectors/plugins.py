@@ -18,6 +18,7 @@ from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.tier_ports import DramTier, PoolClient, SsdTier
 from umbp_core.errors import ConfigError, UmbpError
 from umbp_core.eviction import POLICIES, EvictionPolicy
+from umbp_core.offload import OffloadPolicy
 from umbp_core.scheduler import Limits, TransferScheduler
 from umbp_core.tiers import Tier
 
@@ -130,6 +131,16 @@ class PluginHost:
         name = self.config.eviction_policy
         self.make_eviction(name)
         return lambda: self.make_eviction(name)
+
+    def make_offload_policy(self, name: str, spec: hookspecs.OffloadSpec) -> OffloadPolicy:
+        """A fresh offload policy called ``name``.  Raises ``ConfigError`` when nobody offers it."""
+        what = f"the offload policy {name!r} (built in: all, presence, frequency, priority)"
+        hook = self._hook.umbp_make_offload_policy
+        return cast(OffloadPolicy, self._first(hook, what, config=self.config, name=name, spec=spec))
+
+    def offload_policy_failed(self, name: str, error: Exception) -> None:
+        """Note that the policy ``name`` raised ``error``."""
+        self._failed(f"offload policy {name}", "admit", error)
 
     def make_scheduler(self, limits: Limits) -> TransferScheduler:
         """The scheduler of one rank's transfers.  Raises ``UmbpError``."""
