@@ -21,7 +21,8 @@ _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?:(?P<prefix>[KMGTP])(?P<binar
 _POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
 # The numbers are those of UMBP_LOG_LEVEL in deployments of the original.
 _LOG_LEVELS = {"0": "info", "1": "warning", "2": "error", "warn": "warning"}
-_LATER_MODES = ("daemon", "distributed")
+_MODES = ("local", "daemon")
+_LATER_MODES = ("distributed",)
 
 
 def parse_size(value: object) -> int:
@@ -49,9 +50,9 @@ def _split_names(value: object) -> object:
 
 def _known_mode(value: str) -> str:
     if value in _LATER_MODES:
-        raise ValueError(f"mode {value!r} comes with a later release; this one has mode 'local'")
-    if value != "local":
-        raise ValueError("the mode of this release is 'local'")
+        raise ValueError(f"mode {value!r} comes with a later release; this one has the modes 'local' and 'daemon'")
+    if value not in _MODES:
+        raise ValueError("the modes of this release are 'local' and 'daemon'")
     return value
 
 
@@ -103,7 +104,9 @@ class UmbpConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True, coerce_numbers_to_str=True)
 
     mode: Annotated[str, AfterValidator(_known_mode)] = Field(
-        "local", description="Who owns the bytes. `local`: the engine's own processes; nothing else to start."
+        "local",
+        description="Who owns the bytes. `local`: the engine's own processes; nothing else to start. `daemon`: the host's "
+        "`umbp daemon` (SGLang and the client interface; not yet vLLM).",
     )
     config_file: AbsolutePath | None = Field(
         None, description="TOML file with any of these keys; lowest priority above the defaults."
@@ -139,6 +142,29 @@ class UmbpConfig(BaseModel):
         True, description="Use O_DIRECT where the file system has it, so that the page cache is left to others."
     )
 
+    ssd_durability: Literal["strict", "batched", "relaxed"] = Field(
+        "batched",
+        description="When what is on SSD survives a power failure: `strict`: before it counts as being there; "
+        "`batched`: about a second later; `relaxed`: when the system writes it. A killed process loses nothing.",
+    )
+
+    daemon_socket: AbsolutePath | None = Field(
+        None,
+        description="Unix socket of the host's daemon; unset: `umbp-UID/daemon.sock` in the folder for temporary files.",
+    )
+    daemon_auto_start: bool = Field(
+        False, description="`daemon`: start the daemon, with this engine's values, when none is there."
+    )
+    daemon_start_timeout_s: Seconds = Field(30.0, description="How long a daemon that is started may take to be ready.")
+    daemon_idle_exit_s: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=31_536_000)] | None = Field(
+        None,
+        description="A daemon ends after so many seconds without clients; 0: never. Unset: 1800 for one that an engine "
+        "started, never for others.",
+    )
+    daemon_quota: Size | None = Field(
+        None, description="The most of a daemon's DRAM that the pools of one namespace get together; unset: all of it."
+    )
+
     eviction_policy: str = Field(
         "prefix_aware_lru",
         description="Who goes first: `lru`, or `prefix_aware_lru` (of the oldest, the deepest in its prefix chain).",
@@ -164,9 +190,16 @@ class UmbpConfig(BaseModel):
         0, description="`priority` lets a block pass when it and all before it have at least this one; 0: every block."
     )
 
-    max_concurrent_loads: Count = Field(4, description="Loads that may run at once per rank.")
-    max_concurrent_stores: Count = Field(4, description="Stores (HBM to DRAM) that may run at once per rank.")
-    max_concurrent_demotions: Count = Field(2, description="Demotions (DRAM to SSD) that may run at once per rank.")
+    max_concurrent_loads: Count = Field(4, description="Transfers of loads that may run at once per rank.")
+    max_concurrent_stores: Count = Field(
+        4, description="Transfers of stores (HBM to DRAM) that may run at once per rank."
+    )
+    max_concurrent_demotions: Count = Field(
+        2, description="Transfers of demotions (DRAM to SSD) that may run at once per rank."
+    )
+    max_transfer_blocks: Count = Field(
+        16, description="Blocks that a device copies at once; smaller loads, stores or demotions make one transfer."
+    )
     io_threads: Annotated[Count, Field(le=256)] = Field(4, description="SSD I/O threads per rank.")
     load_mode: Literal["async", "layerwise"] = Field(
         "async",
@@ -188,7 +221,8 @@ class UmbpConfig(BaseModel):
     )
     call_timeout_ms: Annotated[Milliseconds, Field(ge=1)] = Field(
         3000,
-        description="SGLang: how long one call of a storage thread may take; what is not done by then is a miss.",
+        description="SGLang: how long one call of a storage thread may take, and of any client one call to the daemon; "
+        "what is not done by then is a miss.",
     )
     max_pending_stores: Count = Field(
         4096, description="Blocks waiting to be stored; beyond it new ones are not stored (counted, never an error)."

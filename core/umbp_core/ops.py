@@ -90,7 +90,8 @@ class LeaderTransferRequest(msgspec.Struct, frozen=True, array_like=True, gc=Fal
 
     ``timeout_s`` counts from the moment the worker receives the op.  ``immediate`` ops need no
     worker half (they touch no HBM or are safe at once).  A ``layerwise`` op is a load, from DRAM alone, for whose
-    layers the forward pass waits one by one.
+    layers the forward pass waits one by one.  A store that requires a layer of an iteration, and not all of it, reads
+    each layer of its blocks as soon as the iteration is through with that layer; it ends when it has all of them.
     """
 
     op_id: str
@@ -111,8 +112,35 @@ class WorkerTransferRequest(msgspec.Struct, frozen=True, array_like=True, gc=Fal
     direction: Direction
 
 
+class TransferScheduleRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """The side that moves bytes has got the leader's half and asks the scheduler when it may start."""
+
+    leader_request: LeaderTransferRequest
+
+
+class ImmediateTransferResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """An immediate op was carried out without asking the scheduler, and this is how it ended.
+
+    It may come before or after the worker's half, or without one.  ``failed`` as in :class:`OpResult`.
+    """
+
+    op_id: str
+    request_id: str
+    direction: Direction
+    status: OpStatus
+    failed: tuple[int, ...] = ()
+    reason: str = ""
+
+
+class NewWorkerSlot(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """The engine waits, on this worker, until all ``op_ids`` of a request have ended."""
+
+    request_id: str
+    op_ids: tuple[str, ...]
+
+
 class OpResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """How an op ended on one rank.
+    """The completion of an op: how it ended on one rank.
 
     ``failed`` holds the indexes into ``blocks`` that did not arrive (all of them unless ``DONE``;
     a load may be ``FAILED`` with only some blocks bad).  ``checksums`` holds, for a store that is

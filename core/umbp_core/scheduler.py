@@ -11,14 +11,15 @@ come over different channels, in either order and repeatedly.  An op passes thro
 
 * **Tokens.**  Each direction has its own, so that a load never waits for a store's token; an op that waits
   for its partner or its requirement holds none, so a stuck one delays nobody else.  Starts are handed out
-  loads first, then stores, then demotions, each in the order in which they became ready.  A layer-wise load takes
+  loads first, then stores, then demotions, each in the order in which they became ready.  Small ops that start
+  together share a token, up to ``Limits.blocks`` blocks.  A layer-wise load takes
   no token and starts before all others: a whole forward pass waits for it, and it never waits for a disk itself.
 * **Commitment** is one call, :meth:`TransferScheduler.commit`, right before the first byte goes to its final
   destination.  Before it an op can be dropped.  After it the op runs to its end and its status tells what
   happened; a cancellation or deadline changes nothing any more.
 * **Ending** is membership in a set of op ids, never a count: unknown, repeated and late results, halves and
   cancellations change nothing.
-* An op that is dropped while STARTED gives its token back at once, but its executor may still be at work on
+* An op that is dropped while STARTED gives its part of a token back at once, but its executor may still be at work on
   the op's DRAM pages.  It is **quarantined** until the executor calls :meth:`TransferScheduler.finished`.
 
 Nothing here blocks, reads a clock or knows a thread: the caller serialises the calls and passes the time.
@@ -26,76 +27,30 @@ Nothing here blocks, reads a clock or knows a thread: the caller serialises the 
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
 from umbp_core.deadlines import Deadlines
-from umbp_core.errors import ConfigError, StateError
-from umbp_core.ops import Direction, LeaderTransferRequest, OpResult, OpStatus, WorkerTransferRequest
+from umbp_core.errors import StateError
+from umbp_core.op_state import Half, Limits, OpState, Phase, Transfer
+from umbp_core.ops import (
+    Direction,
+    ImmediateTransferResult,
+    LeaderTransferRequest,
+    OpResult,
+    OpStatus,
+    TransferScheduleRequest,
+    WorkerTransferRequest,
+)
 from umbp_core.progress import Progress
 
+__all__ = ["Limits", "Message", "Phase", "TransferScheduler"]
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Limits:
-    """Ops that run at the same time per direction, and bounds on what is remembered.
-
-    ``orphan_timeout_s`` is how long a worker's half waits for the leader's; ``remember`` is the number of
-    ended ops whose ids are kept to recognise replays.  Raises ``ConfigError`` unless all are positive.
-    """
-
-    loads: int = 4
-    stores: int = 4
-    demotions: int = 2
-    orphan_timeout_s: float = 30.0
-    remember: int = 65536
-
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if not value > 0:
-                raise ConfigError(f"transfer limit {name} must be positive, got {value}; leave it out for the default")
-
-    def tokens(self) -> dict[Direction, int]:
-        """How many ops may run at the same time, per direction."""
-        return {Direction.LOAD: self.loads, Direction.STORE: self.stores, Direction.DEMOTE: self.demotions}
-
-
-class Phase(enum.IntEnum):
-    """How far an op is; see the drawing at the top."""
-
-    HALF = 0
-    WAITING = 1
-    READY = 2
-    STARTED = 3
-    COMMITTED = 4
-    ENDED = 5
-
-
-class _Op:
-    """One op that has not ended."""
-
-    __slots__ = ("direction", "leader", "op_id", "paired", "phase", "request_id", "started_at")
-
-    def __init__(self, half: LeaderTransferRequest | WorkerTransferRequest) -> None:
-        self.op_id = half.op_id
-        self.request_id = half.request_id
-        self.direction = half.direction
-        self.leader: LeaderTransferRequest | None = None
-        self.paired = False
-        self.phase = Phase.HALF
-        self.started_at = 0.0
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of the op; 0 while the leader's half is missing."""
-        return len(self.leader.blocks) if self.leader is not None else 0
-
-    @property
-    def is_layerwise(self) -> bool:
-        """Whether a forward pass waits for the op."""
-        return self.leader is not None and self.leader.layerwise
+Message = TransferScheduleRequest | WorkerTransferRequest | ImmediateTransferResult
+"""What :meth:`TransferScheduler.take` understands."""
 
 
 class TransferScheduler:
@@ -107,10 +62,10 @@ class TransferScheduler:
     def __init__(self, limits: Limits | None = None) -> None:
         self._limits = limits if limits is not None else Limits()
         self._tokens = self._limits.tokens()
-        self._ops: dict[str, _Op] = {}
+        self._ops: dict[str, OpState] = {}
         self._by_request: dict[str, dict[str, None]] = {}
-        self._ready: dict[Direction, deque[_Op]] = {direction: deque() for direction in Direction}
-        self._awaited: deque[_Op] = deque()
+        self._ready: dict[Direction, deque[OpState]] = {direction: deque() for direction in Direction}
+        self._awaited: deque[OpState] = deque()
         self._progress = Progress()
         self._deadlines = Deadlines()
         self._results: list[OpResult] = []
@@ -118,6 +73,10 @@ class TransferScheduler:
         self._ended_order: deque[str] = deque()
         self._quarantine: dict[str, None] = {}
         self._released: list[str] = []
+
+    def take(self, message: Message, now: float) -> None:
+        """Any message about an op, from whichever side; each kind as its own method says."""
+        _DOORS[type(message)](self, message, now)
 
     def submit(self, leader: LeaderTransferRequest, now: float) -> None:
         """The leader's half arrived.
@@ -152,6 +111,16 @@ class TransferScheduler:
         elif op.phase is Phase.HALF:
             self._pair(op, op.leader)
 
+    def immediate_done(self, immediate: ImmediateTransferResult) -> None:
+        """An immediate op ended that was carried out elsewhere; it counts once, whatever of it is known here.
+
+        One that this scheduler started ends by its own executor's word.  Raises ``StateError`` as :meth:`submit`.
+        """
+        op = self._op_of(immediate)
+        if op is not None and op.phase < Phase.STARTED:
+            status, failed = immediate.status, immediate.failed
+            self._end(op, OpResult(op.op_id, op.request_id, op.direction, status, failed, reason=immediate.reason))
+
     def begin_iteration(self, iteration: int) -> None:
         """The worker starts the leader's step ``iteration``; numbers that do not grow are ignored."""
         self._progress.begin_iteration(iteration)
@@ -165,28 +134,36 @@ class TransferScheduler:
         self._make_ready(self._progress.end_iteration(iteration))
 
     def poll(self, now: float) -> list[LeaderTransferRequest]:
-        """Start ops: each returned one holds a token until it ends, and the caller must execute it.
+        """Start ops: the caller must execute each returned one.
 
-        Layer-wise loads come first and hold none.  Ops whose deadline has passed are expired first and never started.
+        Layer-wise loads come first and take no token.  Ops whose deadline has passed are expired first and never
+        started.
         """
         self.expire(now)
         started: list[LeaderTransferRequest] = []
         while self._awaited:
             self._start(self._awaited.popleft(), now, started)
         for direction, ready in self._ready.items():
-            while ready and self._tokens[direction]:
-                if self._start(ready.popleft(), now, started):
-                    self._tokens[direction] -= 1
+            transfer: Transfer | None = None
+            while ready:
+                op = ready[0]
+                if op.phase is Phase.READY:
+                    if transfer is None or op.blocks > transfer.room:
+                        if not self._tokens[direction]:
+                            break
+                        self._tokens[direction] -= 1
+                        transfer = Transfer(self._limits.blocks)
+                    op.transfer = transfer
+                    transfer.add(op.blocks)
+                self._start(ready.popleft(), now, started)
         return started
 
     @staticmethod
-    def _start(op: _Op, now: float, started: list[LeaderTransferRequest]) -> bool:
-        if op.phase is not Phase.READY or op.leader is None:
-            return False
-        op.phase = Phase.STARTED
-        op.started_at = now
-        started.append(op.leader)
-        return True
+    def _start(op: OpState, now: float, started: list[LeaderTransferRequest]) -> None:
+        if op.phase is Phase.READY and op.leader is not None:
+            op.phase = Phase.STARTED
+            op.started_at = now
+            started.append(op.leader)
 
     def commit(self, op_id: str) -> bool:
         """The commitment point: the executor is about to write the first byte to its final destination.
@@ -299,19 +276,19 @@ class TransferScheduler:
             for op in self._ops.values()
         ]
 
-    def _op_of(self, half: LeaderTransferRequest | WorkerTransferRequest) -> _Op | None:
+    def _op_of(self, half: Half) -> OpState | None:
         """The op that the half belongs to, created when it is the first one; None when it has ended."""
         if half.op_id in self._ended:
             return None
         op = self._ops.get(half.op_id)
         if op is None:
-            op = self._ops[half.op_id] = _Op(half)
+            op = self._ops[half.op_id] = OpState(half)
             self._by_request.setdefault(op.request_id, {})[op.op_id] = None
         elif (op.request_id, op.direction) != (half.request_id, half.direction):
             raise _contradiction(half.op_id)
         return op
 
-    def _pair(self, op: _Op, leader: LeaderTransferRequest) -> None:
+    def _pair(self, op: OpState, leader: LeaderTransferRequest) -> None:
         op.phase = Phase.WAITING
         if self._progress.wait(op.op_id, leader.requirement):
             self._make_ready([op.op_id])
@@ -322,7 +299,7 @@ class TransferScheduler:
             op.phase = Phase.READY
             (self._awaited if op.is_layerwise else self._ready[op.direction]).append(op)
 
-    def _drop(self, op: _Op, status: OpStatus, reason: str) -> None:
+    def _drop(self, op: OpState, status: OpStatus, reason: str) -> None:
         quarantined = op.phase >= Phase.STARTED
         if quarantined:
             self._quarantine[op.op_id] = None
@@ -332,10 +309,13 @@ class TransferScheduler:
             OpResult(op.op_id, op.request_id, op.direction, status, failed, reason=reason, quarantined=quarantined),
         )
 
-    def _end(self, op: _Op, result: OpResult) -> None:
+    def _end(self, op: OpState, result: OpResult) -> None:
         """The only way out: books the op off everywhere and keeps its one result."""
-        if op.phase >= Phase.STARTED and not op.is_layerwise:
-            self._tokens[op.direction] += 1
+        transfer = op.transfer
+        if transfer is not None:
+            transfer.ops -= 1
+            if not transfer.ops:
+                self._tokens[op.direction] += 1
         op.phase = Phase.ENDED
         del self._ops[op.op_id]
         of_request = self._by_request[op.request_id]
@@ -349,6 +329,13 @@ class TransferScheduler:
         if len(self._ended_order) > self._limits.remember:
             self._ended.discard(self._ended_order.popleft())
         self._results.append(result)
+
+
+_DOORS: dict[type[Message], Callable[[TransferScheduler, Any, float], None]] = {
+    TransferScheduleRequest: lambda scheduler, message, now: scheduler.submit(message.leader_request, now),
+    WorkerTransferRequest: lambda scheduler, message, now: scheduler.enqueue(message, now),
+    ImmediateTransferResult: lambda scheduler, message, now: scheduler.immediate_done(message),
+}
 
 
 def _contradiction(op_id: str) -> StateError:

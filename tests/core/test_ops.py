@@ -8,11 +8,14 @@ import pytest
 from umbp_core.ops import (
     BlockCopy,
     Direction,
+    ImmediateTransferResult,
     LeaderTransferRequest,
+    NewWorkerSlot,
     OpResult,
     OpStatus,
     Requirement,
     RequirementKind,
+    TransferScheduleRequest,
     WorkerTransferRequest,
 )
 
@@ -27,6 +30,8 @@ MESSAGES = [
         2.5,
     ),
     WorkerTransferRequest("op", "request", Direction.LOAD),
+    ImmediateTransferResult("op", "request", Direction.LOAD, OpStatus.FAILED, (1,), "io"),
+    NewWorkerSlot("request", ("op", "another")),
     OpResult("op", "request", Direction.LOAD, OpStatus.EXPIRED, (0, 2), b"", 0, 0.5, "deadline_started", True),
 ]
 
@@ -38,8 +43,15 @@ def test_messages_survive_the_wire(message: msgspec.Struct) -> None:
 
 @pytest.mark.parametrize("message", MESSAGES)
 def test_messages_are_values(message: msgspec.Struct) -> None:
+    assert hash(message) == hash(msgspec.structs.replace(message))
     with pytest.raises(AttributeError):
         message.op_id = "other"  # type: ignore[attr-defined]
+
+
+def test_what_a_scheduler_is_asked_survives_the_wire() -> None:
+    (leader_half,) = [message for message in MESSAGES if isinstance(message, LeaderTransferRequest)]
+    request = TransferScheduleRequest(leader_half)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(request), type=TransferScheduleRequest) == request
 
 
 def test_a_result_without_the_newer_fields_is_understood() -> None:

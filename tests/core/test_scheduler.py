@@ -12,11 +12,13 @@ from umbp_core.errors import ConfigError, StateError
 from umbp_core.ops import (
     BlockCopy,
     Direction,
+    ImmediateTransferResult,
     LeaderTransferRequest,
     OpResult,
     OpStatus,
     Requirement,
     RequirementKind,
+    TransferScheduleRequest,
     WorkerTransferRequest,
 )
 from umbp_core.scheduler import Limits, TransferScheduler
@@ -129,9 +131,37 @@ class TestRendezvous:
         scheduler.enqueue(half_of(op), 0.0)
         assert scheduler.poll(0.0) == [op]
 
-    @pytest.mark.parametrize("seed", range(50))
-    def test_any_interleaving_of_halves_and_progress_runs_every_op_once(self, seed: int) -> None:
-        rng = random.Random(seed)
+    @pytest.mark.statement("connector", 36)
+    @pytest.mark.parametrize("first", ["result", "worker half", "leader half"])
+    def test_an_immediate_op_that_was_carried_out_elsewhere_counts_once(self, first: str) -> None:
+        scheduler, op = TransferScheduler(), leader("a", Direction.LOAD)
+        result = ImmediateTransferResult("a", "request", Direction.LOAD, OpStatus.DONE)
+        before = {"result": None, "worker half": half_of(op), "leader half": TransferScheduleRequest(op)}[first]
+        if before is not None:
+            scheduler.take(before, 0.0)
+        for _ in range(3):
+            scheduler.take(result, 0.0)
+        scheduler.take(half_of(op), 0.0)
+        scheduler.take(TransferScheduleRequest(op), 0.0)
+        assert (scheduler.poll(0.0), scheduler.pending(), statuses(scheduler)) == ([], 0, {"a": OpStatus.DONE})
+
+    def test_a_result_from_elsewhere_does_not_end_what_runs_here(self) -> None:
+        scheduler, op = TransferScheduler(), leader("a", immediate=True)
+        scheduler.submit(op, 0.0)
+        assert scheduler.poll(0.0) == [op]
+        scheduler.take(ImmediateTransferResult("a", "request", Direction.STORE, OpStatus.FAILED), 0.0)
+        assert scheduler.take_results() == []
+        with pytest.raises(StateError, match="op a"):
+            scheduler.take(ImmediateTransferResult("a", "another", Direction.STORE, OpStatus.DONE), 0.0)
+
+    @pytest.mark.statement("connector", 35)
+    @pytest.mark.parametrize("hundred", range(10))
+    def test_any_interleaving_of_halves_and_progress_runs_every_op_once(self, hundred: int) -> None:
+        for seed in range(100 * hundred, 100 * (hundred + 1)):
+            self.interleave(random.Random(seed))
+
+    def interleave(self, rng: random.Random) -> None:
+        """Twenty ops; both halves of each, some again, and four steps, in an order of the generator's."""
         scheduler = TransferScheduler()
         kinds = list(RequirementKind)
         ops = [
@@ -192,7 +222,7 @@ class TestRequirements:
 
 class TestTokens:
     def test_loads_then_stores_then_demotions_each_in_order(self) -> None:
-        scheduler = TransferScheduler(Limits(loads=2, stores=2, demotions=1))
+        scheduler = TransferScheduler(Limits(loads=2, stores=2, demotions=1, blocks=1))
         pair(scheduler, *[leader(f"demote{n}", Direction.DEMOTE) for n in range(3)])
         pair(scheduler, *[leader(f"store{n}", Direction.STORE) for n in range(3)])
         pair(scheduler, *[leader(f"load{n}", Direction.LOAD) for n in range(3)])
@@ -200,7 +230,7 @@ class TestTokens:
         assert started == ["load0", "load1", "store0", "store1", "demote0"]
 
     def test_an_end_gives_its_token_to_the_next(self) -> None:
-        scheduler = TransferScheduler(Limits(stores=1))
+        scheduler = TransferScheduler(Limits(stores=1, blocks=1))
         ops = [leader(f"s{n}") for n in range(3)]
         pair(scheduler, *ops)
         assert scheduler.poll(0.0) == [ops[0]]
@@ -227,7 +257,30 @@ class TestTokens:
             scheduler.cancel(op_id)
         assert execute(scheduler) == ["s1", "s3"]
 
-    @pytest.mark.parametrize("name", ["loads", "stores", "demotions", "orphan_timeout_s", "remember"])
+    @pytest.mark.statement("connector", 45)
+    def test_small_ops_share_a_token_up_to_a_number_of_blocks(self) -> None:
+        scheduler = TransferScheduler(Limits(loads=1, stores=2, blocks=16))
+        sizes = {"a": 6, "b": 6, "c": 6, "d": 40, "e": 1}
+        pair(scheduler, *[leader(op_id, blocks=count) for op_id, count in sizes.items()])
+        assert [op.op_id for op in scheduler.poll(0.0)] == ["a", "b", "c"], "12 blocks, then 6 with the second token"
+        for op_id in ("a", "c"):
+            assert scheduler.commit(op_id)
+        assert scheduler.finished(done(leader("a")), 0.0)
+        assert scheduler.poll(0.0) == [], "b still holds what it shared with a"
+        assert scheduler.cancel("b")
+        assert [op.op_id for op in scheduler.poll(0.0)] == ["d"], "a large op has a token for itself, and is not split"
+        assert scheduler.finished(done(leader("c")), 0.0)
+        assert [op.op_id for op in scheduler.poll(0.0)] == ["e"]
+
+    @pytest.mark.statement("connector", 45)
+    def test_the_defaults_are_four_transfers_of_sixteen_blocks(self) -> None:
+        scheduler = TransferScheduler()
+        for direction in (Direction.STORE, Direction.LOAD):
+            pair(scheduler, *[leader(f"{direction.label}{n}", direction, blocks=16) for n in range(5)])
+        started = [op.op_id for op in scheduler.poll(0.0)]
+        assert started == [f"{label}{n}" for label in ("load", "store") for n in range(4)]
+
+    @pytest.mark.parametrize("name", ["loads", "stores", "demotions", "orphan_timeout_s", "remember", "blocks"])
     @pytest.mark.parametrize("value", [0, -1, float("nan")])
     def test_limits_must_be_positive(self, name: str, value: float) -> None:
         with pytest.raises(ConfigError, match=name):
@@ -486,7 +539,7 @@ class TestMemory:
 
 def test_a_load_that_a_step_waits_for_takes_no_token_and_comes_first() -> None:
     """L5: however many loads hang, the forward pass does not wait for one of them."""
-    scheduler = TransferScheduler(Limits(loads=1))
+    scheduler = TransferScheduler(Limits(loads=1, blocks=1))
     pair(scheduler, leader("hangs", Direction.LOAD), leader("next", Direction.LOAD))
     assert [op.op_id for op in scheduler.poll(0.0)] == ["hangs"]
     awaited = [msgspec.structs.replace(leader(name, Direction.LOAD), layerwise=True) for name in ("a", "b")]

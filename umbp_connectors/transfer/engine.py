@@ -5,33 +5,44 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final, TypeVar
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
 
 from umbp_connectors.transfer.failures import FailureLog
+from umbp_connectors.transfer.fences import Fences
 from umbp_connectors.transfer.jobs import DemoteJob, Job, StoreJob, Tools
 from umbp_connectors.transfer.lanes import Lanes
+from umbp_connectors.transfer.layer_stores import BehindLayers, LayerWaits, LayerwiseStoreJob
 from umbp_connectors.transfer.layerwise import Delivered, LayerwiseLoadJob
 from umbp_connectors.transfer.loads import LoadJob
 from umbp_connectors.transfer.memory import PageMemory, SlotStore
 from umbp_core.errors import StateError
 from umbp_core.ids import Identity
-from umbp_core.ops import Direction, LeaderTransferRequest, OpResult, RequirementKind, WorkerTransferRequest
+from umbp_core.ops import (
+    Direction,
+    LeaderTransferRequest,
+    OpResult,
+    OpStatus,
+    RequirementKind,
+    TransferScheduleRequest,
+    WorkerTransferRequest,
+)
 from umbp_core.ports import Clock, DeviceCopier, LayerCopier, PoolObserver
-from umbp_core.scheduler import Limits, TransferScheduler
+from umbp_core.scheduler import Limits, Message, TransferScheduler
 
 logger = logging.getLogger(__name__)
-
-_Half = TypeVar("_Half", LeaderTransferRequest, WorkerTransferRequest)
-
-_FENCES_KEPT: Final = 64
-"""Iterations whose own fence is remembered; an op of an older one waits for a later fence, which is also right."""
 
 _JOBS: Final[Mapping[Direction, type[Job]]] = {
     Direction.LOAD: LoadJob,
     Direction.STORE: StoreJob,
     Direction.DEMOTE: DemoteJob,
 }
+
+_LAYER_KINDS: Final = frozenset({RequirementKind.LAYER_NAME_COMPLETE, RequirementKind.LAYER_COMPLETE})
+
+LOST: Final = "lost"
+"""The label of blocks of which nobody can say any more what became of them."""
 
 _DRAIN_SHARE: Final = 0.75
 """Part of the time of :meth:`TransferEngine.close` that ops under way get before they are given up."""
@@ -97,13 +108,14 @@ class TransferEngine:
             hashing=Lanes("hash", hash_threads, apart=True),
             hash_threads=hash_threads,
             failures=FailureLog(clock),
+            batch_blocks=(limits if limits is not None else Limits()).blocks,
         )
         self._changed = threading.Condition()
-        self._fences: dict[int, object] = {}
-        self._newest_fence: object = None
-        self._has_fence = False
+        self._fences = Fences()
         self._delivered = Delivered()
+        self._layer_waits = LayerWaits()
         self._observed: list[OpResult] = []
+        self._lost: deque[LeaderTransferRequest] = deque()
         self._started = False
         self._closing = False
 
@@ -123,19 +135,18 @@ class TransferEngine:
         """Take over ops.  Forward thread.
 
         With ``paired``, the channel that brought them stands for both halves; otherwise each waits for its
-        worker half (:meth:`enqueue`) unless it is immediate.  Repetitions change nothing.  An op that
+        worker half (:meth:`take`) unless it is immediate.  Repetitions change nothing.  An op that
         contradicts what is known under its id is logged and ignored; the first one has its result.  After
         :meth:`close` every op is reported as cancelled.
         """
-        if not self._has_fence:
-            self._advance_fence(self._copier.fence())
+        if not self._fences.has_any:
+            self._fences.advance(self._copier.fence())
         with self._changed:
             now = self._clock()
             for op in ops:
-                self._take(op, self._scheduler.submit, now)
+                self._take(TransferScheduleRequest(op), now)
                 if paired and not op.immediate:
-                    half = WorkerTransferRequest(op.op_id, op.request_id, op.direction)
-                    self._take(half, self._scheduler.enqueue, now)
+                    self._take(WorkerTransferRequest(op.op_id, op.request_id, op.direction), now)
             self._dispatch()
 
     def submit_ahead(self, n: int, ops: Iterable[LeaderTransferRequest], fence: object) -> None:
@@ -145,41 +156,45 @@ class TransferEngine:
         :meth:`submit`.
         """
         with self._changed:
-            self._advance_fence(fence)
-            self._scheduler.begin_iteration(n)
+            self._fences.advance(fence)
+        self.begin_iteration(n)
         self.submit(ops)
 
-    def enqueue(self, halves: Iterable[WorkerTransferRequest]) -> None:
-        """Worker halves of ops whose leader halves come over another channel; as :meth:`submit`.  Any thread."""
+    def take(self, messages: Iterable[Message]) -> None:
+        """What comes over other channels: worker halves, results of ops carried out elsewhere.  Any thread.
+
+        Otherwise as :meth:`submit`.
+        """
         with self._changed:
             now = self._clock()
-            for half in halves:
-                self._take(half, self._scheduler.enqueue, now)
+            for message in messages:
+                self._take(message, now)
             self._dispatch()
 
     def begin_iteration(self, n: int) -> None:
         """The forward pass of the leader's step ``n`` starts.  Forward thread."""
         with self._changed:
             self._scheduler.begin_iteration(n)
+            self._layer_waits.begin_iteration(n)
 
     def layer_done(self, name: str, index: int, fence: object) -> None:
         """A layer of the current step was launched; ``fence`` lies behind it.  Forward thread."""
         with self._changed:
-            self._advance_fence(fence)
+            self._fences.advance(fence)
             self._scheduler.layer_done(name, index)
+            self._layer_waits.layer_done(name, index, fence)
             self._dispatch()
 
     def end_iteration(self, n: int, fence: object) -> None:
         """The forward pass of step ``n`` was launched; ``fence`` lies behind it.  Forward thread; never waits.
 
-        Ops that name step ``n`` are ordered after ``fence`` on the device, others after the newest one.
+        Ops that name step ``n`` are ordered after ``fence`` on the device, others after the newest one.  Layers that
+        nobody reported (:meth:`layer_done`) count as done.
         """
         with self._changed:
-            self._advance_fence(fence)
-            self._fences.setdefault(n, fence)
-            if len(self._fences) > _FENCES_KEPT:
-                del self._fences[next(iter(self._fences))]
+            self._fences.end_iteration(n, fence)
             self._scheduler.end_iteration(n)
+            self._layer_waits.end_iteration(n, fence)
             self._dispatch()
 
     def cancel(self, op_ids: Iterable[str]) -> None:
@@ -315,6 +330,11 @@ class TransferEngine:
             self._changed.notify_all()
             return self._delivered.reached(op_id, bands)
 
+    def after_layers(self, iteration: int, layers: Sequence[str], call: BehindLayers) -> None:
+        """For jobs: ``call`` when the layers are done.  Transfer threads."""
+        with self._changed:
+            self._layer_waits.wait(iteration, layers, self._fences.behind(iteration), call)
+
     def finished(self, result: OpResult) -> None:
         """For jobs: the op's memory was touched for the last time.  Transfer threads."""
         with self._changed:
@@ -322,30 +342,42 @@ class TransferEngine:
             self._scheduler.finished(result, self._clock())
             self._dispatch()
 
-    @staticmethod
-    def _take(half: _Half, door: Callable[[_Half, float], None], now: float) -> None:
+    def lost(self, op: LeaderTransferRequest) -> None:
+        """For jobs: the interpreter has dropped one that never said how its op ended.  Takes no lock."""
+        self._lost.append(op)
+
+    def _take(self, message: Message, now: float) -> None:
         try:
-            door(half, now)
+            self._scheduler.take(message, now)
         except StateError:
             logger.exception("half of an op refused")
 
     def _dispatch(self) -> None:
         """Expire, start what may start, wake who waits.  With the lock held."""
+        while self._lost:
+            self._fail_lost(self._lost.popleft())
         if self._closing:
             self._scheduler.cancel_all("closed")
         for op in self._scheduler.poll(self._clock()):
-            job = LayerwiseLoadJob if op.layerwise else _JOBS[op.direction]
-            job(op, self._fence_of(op), self._tools, self).start()
+            self._job_of(op)(op, self._fences.of(op), self._tools, self).start()
         self._changed.notify_all()
 
-    def _fence_of(self, op: LeaderTransferRequest) -> object:
-        if op.requirement.kind is RequirementKind.ITERATION_COMPLETE:
-            return self._fences.get(op.requirement.iteration, self._newest_fence)
-        return self._newest_fence
+    def _job_of(self, op: LeaderTransferRequest) -> type[Job]:
+        if op.layerwise:
+            return LayerwiseLoadJob
+        required = op.requirement
+        by_layer = op.direction is Direction.STORE and required.kind in _LAYER_KINDS
+        if by_layer and not self._layer_waits.has_ended(required.iteration):
+            return LayerwiseStoreJob
+        return _JOBS[op.direction]
 
-    def _advance_fence(self, fence: object) -> None:
-        self._newest_fence = fence
-        self._has_fence = True
+    def _fail_lost(self, op: LeaderTransferRequest) -> None:
+        """Nobody works on ``op`` any more, and nobody said what became of it."""
+        logger.error("%s %s was dropped by its job; it counts as failed", op.direction.label, op.op_id)
+        failed = tuple(range(len(op.blocks)))
+        result = OpResult(op.op_id, op.request_id, op.direction, OpStatus.FAILED, failed, reason=LOST)
+        self._delivered.forget(op.op_id)
+        self._scheduler.finished(result, self._clock())
 
     def _is_idle(self) -> bool:
         return not self._scheduler.pending() and not self._scheduler.quarantined()

@@ -2,13 +2,18 @@
 
 ::
 
-    STORE   device: commit, gather ─► hashing: checksums ─► result
+    STORE   device: commit, gather ─► hashing: checksums ─► result       (in batches, side by side)
+            by layer: see :mod:`umbp_connectors.transfer.layer_stores`
     LOAD    see :mod:`umbp_connectors.transfer.loads`, and :mod:`~umbp_connectors.transfer.layerwise`
     DEMOTE  io: commit ─► io: write slot, for each block ─► result
 
 An exception inside a step fails the blocks that the step was about, never its thread and never another op.
-Each job calls :meth:`Control.finished` exactly once, after its last touch of the op's memory, whatever
-happened; a job whose op was dropped meanwhile does so too, which ends the op's quarantine.
+Each job consumes its :class:`~umbp_core.completion.CompletionHandle` once, after its last touch of the op's memory,
+whatever happened; a job whose op was dropped meanwhile does so too, which ends the op's quarantine.  A job that is gone
+without having done so has its op failed.
+
+What a device copies at once is bounded by ``Tools.batch_blocks``, so that a load comes in between the parts of a long
+store.
 """
 
 from __future__ import annotations
@@ -23,13 +28,14 @@ from typing import Final, Protocol
 from umbp_connectors.pool.buffers import round_up
 from umbp_connectors.pool.checksums import object_checksum
 from umbp_connectors.transfer.failures import FailureLog
-from umbp_connectors.transfer.lanes import Lanes
+from umbp_connectors.transfer.lanes import Lanes, TaskQueue
 from umbp_connectors.transfer.memory import PageMemory, SlotStore
+from umbp_core.completion import CompletionHandle
 from umbp_core.errors import TierUnavailable
 from umbp_core.ops import Direction, LeaderTransferRequest, OpResult, OpStatus
 from umbp_core.ports import DeviceCopier, LayerCopier
 
-Step = tuple[Lanes, Callable[[], None]]
+Step = tuple[TaskQueue, Callable[[], None]]
 """Something to do, and the threads that do it."""
 
 #: Direct I/O moves whole sectors; pages and slots are multiples of this, so an object's last sector fits.
@@ -56,8 +62,19 @@ class Control(Protocol):
         """The first ``bands`` bands of layers are in place; False: nobody waits for the others any more."""
         ...
 
+    def after_layers(self, iteration: int, layers: Sequence[str], call: Callable[[object], None]) -> None:
+        """Call ``call`` with a fence behind ``layers`` of ``iteration`` when they are done, at the latest at its end.
+
+        ``call`` must be quick: the engine's lock is held.
+        """
+        ...
+
     def finished(self, result: OpResult) -> None:
         """The job has touched the op's memory for the last time."""
+        ...
+
+    def lost(self, op: LeaderTransferRequest) -> object:
+        """The job of ``op`` is gone and never said how it ended.  Called by the interpreter: takes no lock."""
         ...
 
 
@@ -77,9 +94,10 @@ class Tools:
     hashing: Lanes
     hash_threads: int
     failures: FailureLog
+    batch_blocks: int
 
 
-class _Countdown:
+class Countdown:
     """Says which of several parallel steps was the last one to end."""
 
     def __init__(self, count: int) -> None:
@@ -101,6 +119,7 @@ class Job(abc.ABC):
         self._fence = fence
         self._tools = tools
         self._control = control
+        self._handle = CompletionHandle(op, control.finished, control.lost)
         self._failed: dict[int, str] = {}
         self._first_error: Exception | None = None
 
@@ -130,7 +149,8 @@ class Job(abc.ABC):
 
     def _fail(self, indexes: Sequence[int], reason: str, error: Exception) -> None:
         if self._first_error is None:
-            self._first_error = error
+            # Without its frames, which would keep this job alive.
+            self._first_error = error.with_traceback(None)
         for index in indexes:
             self._failed.setdefault(index, reason)
 
@@ -144,7 +164,7 @@ class Job(abc.ABC):
         if not steps:
             then()
             return
-        countdown = _Countdown(len(steps))
+        countdown = Countdown(len(steps))
 
         def run(step: Callable[[], None]) -> None:
             self._attempt(range(len(self._op.blocks)), INTERNAL, step)
@@ -164,6 +184,15 @@ class Job(abc.ABC):
         for index in indexes:
             groups.setdefault(self._op.blocks[index].group, []).append(index)
         return groups
+
+    def _batches(self, indexes: Sequence[int]) -> list[tuple[int, Sequence[int]]]:
+        """``indexes`` as one device copies them at once: blocks of one KV group, with that group."""
+        most = self._tools.batch_blocks
+        return [
+            (group, members[start : start + most])
+            for group, members in self._by_group(indexes).items()
+            for start in range(0, len(members), most)
+        ]
 
     def _object_key(self, index: int) -> bytes:
         return self._tools.identity + self._op.blocks[index].key
@@ -198,7 +227,7 @@ class Job(abc.ABC):
         reason = next(iter(self._failed.values()), "")
         if status is OpStatus.FAILED and self._first_error is not None:
             self._tools.failures.failed(op, len(self._failed), reason, self._first_error)
-        self._control.finished(
+        self._handle.consume(
             OpResult(op.op_id, op.request_id, op.direction, status, failed, checksums, moved_bytes, reason=reason)
         )
 
@@ -209,6 +238,7 @@ class StoreJob(Job):
     def __init__(self, op: LeaderTransferRequest, fence: object, tools: Tools, control: Control) -> None:
         super().__init__(op, fence, tools, control)
         self._checksums = [b""] * len(op.blocks)
+        self._left = Countdown(0)
 
     def start(self) -> None:
         """Queue the gather."""
@@ -218,21 +248,41 @@ class StoreJob(Job):
         if not self._control.commit(self._op.op_id):
             self._finish(OpStatus.CANCELLED)
             return
+        batches = self._batches(range(len(self._op.blocks)))
+        if not batches:
+            self._end()
+            return
+        parts = [self._shares(members) for _, members in batches]
+        self._left = Countdown(sum(map(len, parts)))
+        device = self._tools.device
+        for (group, members), shares in zip(batches[1:], parts[1:], strict=True):
+            self._put(device, functools.partial(self._gather_batch, group, members, shares))
+        self._gather_batch(*batches[0], parts[0])
+
+    def _gather_batch(self, group: int, members: Sequence[int], shares: Sequence[Sequence[int]]) -> None:
+        """Copy one batch; its checksums are made while the next one is copied."""
         blocks = self._op.blocks
-        everything = range(len(blocks))
-        for group, members in self._by_group(everything).items():
-            copy = functools.partial(
-                self._tools.copier.gather,
-                group,
-                [blocks[index].hbm_block for index in members],
-                [blocks[index].dram_page for index in members],
-                self._fence,
-            )
-            if not self._attempt(everything, DEVICE, copy):
-                self._finish(OpStatus.FAILED)
-                return
-        hashing = self._tools.hashing
-        self._spread([(hashing, functools.partial(self._hash, share)) for share in self._shares(everything)], self._end)
+        copy = functools.partial(
+            self._tools.copier.gather,
+            group,
+            [blocks[index].hbm_block for index in members],
+            [blocks[index].dram_page for index in members],
+            self._fence,
+        )
+        if not self._failed:
+            self._attempt(range(len(blocks)), DEVICE, copy)
+        for share in shares:
+            self._put(self._tools.hashing, functools.partial(self._hash, share))
+
+    def _gathered(self) -> None:
+        """Everything is in its page: make all checksums."""
+        shares = self._shares(range(len(self._op.blocks)))
+        if not shares or self._failed:
+            self._end()
+            return
+        self._left = Countdown(len(shares))
+        for share in shares:
+            self._put(self._tools.hashing, functools.partial(self._hash, share))
 
     def _hash(self, indexes: Sequence[int]) -> None:
         def hash_all() -> None:
@@ -240,7 +290,10 @@ class StoreJob(Job):
                 with self._object(index) as data:
                     self._checksums[index] = object_checksum(self._object_key(index), data)
 
-        self._attempt(indexes, INTERNAL, hash_all)
+        if not self._failed:
+            self._attempt(indexes, INTERNAL, hash_all)
+        if self._left.is_last():
+            self._end()
 
     def _end(self) -> None:
         if self._failed:

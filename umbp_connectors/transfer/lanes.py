@@ -8,12 +8,21 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from umbp_connectors.cpus import take_share
 
 logger = logging.getLogger(__name__)
 
 _STOP_PRIORITY = -1
+
+
+class TaskQueue(Protocol):
+    """Takes tasks, for threads that run them some time."""
+
+    def put(self, priority: float, task: Callable[[], None], /) -> None:
+        """Queue a task; smaller ``priority`` first.  Any thread; never blocks."""
+        ...
 
 
 class Lanes:

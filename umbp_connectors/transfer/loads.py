@@ -105,7 +105,9 @@ class LoadJob(Job):
         if self._tools.copier.on_host:
             self._spread(self._by_portions(good, self._deliver), self._end)
         elif good:
-            self._spread([(self._tools.device, functools.partial(self._deliver, good))], self._end)
+            device = self._tools.device
+            steps = [(device, functools.partial(self._deliver, members)) for _, members in self._batches(good)]
+            self._spread(steps, self._end)
         else:
             self._end()
 

@@ -6,13 +6,14 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from umbp_connectors import logs
 from umbp_connectors.config import UmbpConfig, resolve
 from umbp_connectors.hookspecs import DramTierSpec, SsdTierSpec
+from umbp_connectors.offload import check_offload_policies
 from umbp_connectors.plugins import PluginHost, create_manager
 from umbp_connectors.reporting.opening import open_reporter
 from umbp_connectors.tier_ports import DramTier, SsdTier
@@ -25,6 +26,7 @@ from umbp_vllm.bands import bands_needed
 from umbp_vllm.copiers import make_copier
 from umbp_vllm.copy_plan import PageArena
 from umbp_vllm.engine_args import SERVING_KEY
+from umbp_vllm.geometry import KvGeometry
 from umbp_vllm.groups import failures_by_block, kv_groups
 from umbp_vllm.hashing import hash_stability
 from umbp_vllm.layer_gate import LayerGate
@@ -72,9 +74,10 @@ def settings_of(vllm_config: Any) -> Settings:
     return Settings(config, create_manager(config))
 
 
-def loads_by_layer(extra_config: Mapping[str, Any]) -> bool:
-    """Whether layer-wise loads are asked for.  Raises ``ConfigError`` for a bad configuration."""
-    return _config_of(extra_config).load_mode == LAYERWISE
+def needs_layers(extra_config: Mapping[str, Any]) -> bool:
+    """Whether loads or stores go layer by layer if they can.  Raises ``ConfigError`` for a bad configuration."""
+    config = _config_of(extra_config)
+    return config.load_mode == LAYERWISE or config.store_granularity == BY_LAYER
 
 
 def _config_of(extra_config: Mapping[str, Any]) -> UmbpConfig:
@@ -93,6 +96,7 @@ def make_leader(
     if not stability.stable:
         logger.warning("umbp: %s", stability.advice)
     settings.plugins.make_eviction(settings.config.eviction_policy)  # a wrong name stops the start, here and now
+    check_offload_policies(settings.plugins)
     _warn_of_mla_on_cpu(vllm_config)
     namespace, _ = namespace_of(vllm_config, kv_cache_config, settings.config.namespace)
     setup = LeaderSetup(
@@ -110,6 +114,7 @@ def make_leader(
         may_store=bool(vllm_config.kv_transfer_config.is_kv_producer),
         tokens_per_step=1 + int(vllm_config.num_speculative_tokens),
         layerwise=_layerwise(vllm_config, kv_cache_config, settings),
+        stores_by_layer=_stores_by_layer(vllm_config, settings),
     )
     return Leader(setup, time.monotonic, reporting)
 
@@ -191,14 +196,20 @@ def make_worker(vllm_config: Any, kv_cache_config: Any, settings: Settings, kv_c
     )
     bands = bands_needed(geometry)
     gate = LayerGate(engine, bands, time.monotonic)
-    by_layer = not compat.layers_that_do_not_ask(vllm_config, list(bands))
+    silent = compat.layers_that_do_not_ask(vllm_config, list(bands))
+    _look_at_bands(geometry, silent, settings)
     return Worker(
-        hello, engine, copier, gate, [copier, arena, *([slab] if slab else [])], writes=writes, by_layer=by_layer
+        hello, engine, copier, gate, [copier, arena, *([slab] if slab else [])], writes=writes, by_layer=not silent
     )
 
 
 def _limits(config: UmbpConfig) -> Limits:
-    return Limits(config.max_concurrent_loads, config.max_concurrent_stores, config.max_concurrent_demotions)
+    return Limits(
+        loads=config.max_concurrent_loads,
+        stores=config.max_concurrent_stores,
+        demotions=config.max_concurrent_demotions,
+        blocks=config.max_transfer_blocks,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +324,31 @@ def _layerwise(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> bo
     if reason is not None:
         logger.warning("umbp: loads are asynchronous although load_mode is %s: %s", LAYERWISE, reason)
     return reason is None
+
+
+def _stores_by_layer(vllm_config: Any, settings: Settings) -> bool:
+    """Whether stores begin before their step has ended; says why not where that was asked for in vain."""
+    if settings.config.store_granularity != BY_LAYER:
+        return False
+    reason = compat.why_not_store_by_layer(vllm_config)
+    if reason is not None:
+        _warn_of_whole_blocks(reason)
+    return reason is None
+
+
+def _warn_of_whole_blocks(reason: str) -> None:
+    logger.warning("umbp: blocks are stored whole although store_granularity is %s: %s", BY_LAYER, reason)
+
+
+def _look_at_bands(geometry: KvGeometry, silent: Sequence[str], settings: Settings) -> None:
+    """Say where stores by layer change nothing on this rank; they are right all the same."""
+    if settings.config.store_granularity != BY_LAYER:
+        return
+    pages = [page.layers for group in geometry.groups for page in group.layer_pages]
+    if pages and all(len(layers) > 1 for layers in pages):
+        _warn_of_whole_blocks(f"in the KV layout {geometry.layout_name} the layers of a block cannot be told apart")
+    elif silent:
+        logger.warning("umbp: layers %s are stored when their step has ended: they do not say before", silent)
 
 
 def _refuse_context_parallel(parallel: Any) -> None:

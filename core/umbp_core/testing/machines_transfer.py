@@ -43,7 +43,7 @@ block_lists = st.integers(0, 3).map(lambda n: tuple(BlockCopy(b"k%d" % i, 0, i, 
 class SchedulerMachine(RuleBasedStateMachine):
     """Law L4 and the rendezvous: halves, progress, cancellations, deadlines and results in any order."""
 
-    limits = Limits(loads=2, stores=1, demotions=1, orphan_timeout_s=5.0)
+    limits = Limits(loads=2, stores=1, demotions=1, orphan_timeout_s=5.0, blocks=4)
 
     def __init__(self) -> None:
         super().__init__()

@@ -148,6 +148,8 @@ class OpModel:
     state: str = "open"
     """``open``, then ``started``, then ``committed``."""
     started_at: float = 0.0
+    token: int = 0
+    """The token that it holds, perhaps with others."""
 
     @property
     def is_paired(self) -> bool:
@@ -189,6 +191,7 @@ class SchedulerModel:
         self.completed = -1
         self.layers: set[tuple[str, int]] = set()
         self.events = 0
+        self.tokens = 0
 
     def holds(self, requirement: Requirement) -> bool:
         """Whether the requirement is met by what happened so far."""
@@ -249,23 +252,42 @@ class SchedulerModel:
             self.begin_iteration(iteration)
             self.completed = iteration
 
-    def running(self, direction: Direction) -> int:
-        """Ops of a direction that hold a token."""
-        return sum(op.direction is direction and op.state != "open" for op in self.ops.values())
+    def free(self, direction: Direction) -> int:
+        """Tokens of a direction that nobody holds."""
+        held = {op.token for op in self.ops.values() if op.direction is direction and op.state != "open"}
+        return self.limits.tokens()[direction] - len(held)
+
+    def may_start(self, direction: Direction, places: dict[str, int]) -> list[OpModel]:
+        """The ops of a direction that start next, each with the token that it shares.
+
+        ``places`` orders those that became ready by the same event; whoever is not named comes last.
+        """
+        ready = [op for op in self.ops.values() if op.direction is direction and op.phase == "READY"]
+        left, room = self.free(direction), 0
+        starting: list[OpModel] = []
+        for op in sorted(ready, key=lambda op: (op.ready_since, places.get(op.op_id, len(places)))):
+            need = len(op.leader.blocks) if op.leader is not None else 0
+            if not starting or need > room:
+                if not left:
+                    break
+                left, room = left - 1, self.limits.blocks
+                self.tokens += 1
+            op.token = self.tokens
+            room -= max(1, need)
+            starting.append(op)
+        return starting
 
     def check_poll(self, started: list[LeaderTransferRequest], now: float) -> None:
         """Expire, then check that ``started`` is what may start, in an order that is right; start them."""
         self.expire(now)
         assert [op.direction for op in started] == sorted(op.direction for op in started), "loads, stores, demotions"
-        for direction, tokens in self.limits.tokens().items():
+        for direction in Direction:
             mine = [self.ops[op.op_id] for op in started if op.direction is direction]
-            ready = [op for op in self.ops.values() if op.direction is direction and op.phase == "READY"]
-            assert len(mine) == min(len(ready), tokens - self.running(direction))
+            assert all(op.phase == "READY" for op in mine)
             since = [op.ready_since for op in mine]
             assert since == sorted(since), "in the order in which they became ready"
-            left = [op.ready_since for op in ready if op not in mine]
-            assert not since or not left or max(since) <= min(left), "nobody was overtaken"
-            assert all(op in ready for op in mine)
+            places = {op.op_id: place for place, op in enumerate(mine)}
+            assert mine == self.may_start(direction, places), "whoever fits, and nobody overtakes"
         for leader in started:
             assert self.ops[leader.op_id].leader == leader
             self.ops[leader.op_id].state = "started"

@@ -140,12 +140,13 @@ class TestFences:
 
     def test_a_layer_brings_its_fence(self, rig: Rig) -> None:
         requirement = Requirement(RequirementKind.LAYER_NAME_COMPLETE, 2, "model.1")
-        blocks = (BlockCopy(b"a", 0, 1, 10),)
+        source = rig.put(b"a", 10)
+        blocks = (BlockCopy(b"a", 0, 1, 10, -1, source.checksums),)
         rig.engine.begin_iteration(2)
-        rig.engine.submit([LeaderTransferRequest("store", "request", Direction.STORE, blocks, requirement)])
+        rig.engine.submit([LeaderTransferRequest("load", "request", Direction.LOAD, blocks, requirement)])
         rig.engine.layer_done("model.0", 0, "layer 0")
         rig.engine.layer_done("model.1", 1, "layer 1")
-        rig.results("store")
+        rig.results("load")
         assert [call.fence for call in rig.device.calls] == ["layer 1"]
 
 
@@ -154,7 +155,7 @@ class TestHalves:
         op = rig.op("store", Direction.STORE, [BlockCopy(b"a", 0, 1, 10)])
         rig.engine.submit([op], paired=False)
         assert [line["phase"] for line in rig.engine.dump()] == ["HALF"]
-        rig.engine.enqueue([WorkerTransferRequest("store", "request", Direction.STORE)])
+        rig.engine.take([WorkerTransferRequest("store", "request", Direction.STORE)])
         (result,) = rig.results("store")
         assert result.status is OpStatus.DONE
 
@@ -171,7 +172,7 @@ class TestHalves:
         good = rig.op("good", Direction.STORE, [BlockCopy(b"c", 0, 3, 12)])
         rig.engine.submit([first])
         rig.engine.submit([other, good])
-        rig.engine.enqueue([WorkerTransferRequest("store", "another request", Direction.STORE)])
+        rig.engine.take([WorkerTransferRequest("store", "another request", Direction.STORE)])
         assert caplog.text.count("op store came again with different contents") == 2
         rig.engine.end_iteration(1, "fence")
         done = rig.results("store", "good")
