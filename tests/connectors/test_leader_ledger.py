@@ -135,3 +135,22 @@ def test_any_order_of_reports_gives_the_same_single_verdict(data: st.DataObject)
     verdicts = [verdict for rank in order if (verdict := ledger.add(rank, results[rank])) is not None]
     expected = {rank % 3 for rank, status in enumerate(statuses) if status is not OpStatus.DONE}
     assert [set(verdict.failed) for verdict in verdicts] == [expected]
+
+
+@pytest.mark.statement("connector", 94)
+def test_a_dump_says_how_old_an_op_is_and_whom_it_waits_for() -> None:
+    now = 100.0
+    ledger = OpLedger([0, 1], clock=lambda: now)
+    a, b = store("a"), store("b", 1)
+    ledger.open(a)
+    now = 103.5
+    ledger.open(b)
+    ledger.add(1, done(a))
+    rows = {row["op"]: row for row in ledger.dump(104.0)}
+    assert (rows["a"]["age_s"], rows["b"]["age_s"]) == (4.0, 0.5)
+    assert (rows["a"]["waits_for"], rows["b"]["waits_for"]) == ([0], [0, 1])
+    assert (rows["a"]["request"], rows["a"]["direction"], rows["a"]["blocks"]) == ("request", "store", 2)
+    ledger.add(0, ended(a, OpStatus.EXPIRED, held=True))
+    assert [row for row in ledger.dump(104.0) if row["op"] == "a"] == [{"op": "a", "quarantined": [0]}]
+    assert ledger.release(0, "a")
+    assert [row["op"] for row in ledger.dump(104.0)] == ["b"]

@@ -7,12 +7,14 @@ them have, then gives one :class:`Verdict`.  Ranks are a set: a rank that report
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import msgspec
 
 from umbp_core.errors import StateError
 from umbp_core.ops import CHECKSUM_BYTES, Direction, LeaderTransferRequest, OpResult, OpStatus
+from umbp_core.ports import Clock
 
 
 class Verdict(msgspec.Struct, frozen=True, gc=False):
@@ -47,6 +49,7 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
 class _InFlight(msgspec.Struct, frozen=True):
     op: LeaderTransferRequest
     results: dict[int, OpResult]
+    since: float
 
 
 class OpLedger:
@@ -56,7 +59,8 @@ class OpLedger:
     ranks hold the same bytes and share one copy; the writer's checksums then stand for theirs.
     """
 
-    def __init__(self, writers: Sequence[int]) -> None:
+    def __init__(self, writers: Sequence[int], clock: Clock = time.monotonic) -> None:
+        self._clock = clock
         self._writers = tuple(writers)
         self._ranks = len(self._writers)
         self._in_flight: dict[str, _InFlight] = {}
@@ -77,7 +81,7 @@ class OpLedger:
         """Remember ``op`` as sent.  Raises ``StateError`` when its id is in flight already."""
         if op.op_id in self._in_flight:
             raise StateError(f"op {op.op_id} of request {op.request_id} was sent twice; op ids must be fresh")
-        self._in_flight[op.op_id] = _InFlight(op, {})
+        self._in_flight[op.op_id] = _InFlight(op, {}, self._clock())
         self._blocks[op.direction] += len(op.blocks)
 
     def add(self, rank: int, result: OpResult) -> Verdict | None:
@@ -109,6 +113,30 @@ class OpLedger:
     def quarantined(self) -> int:
         """Ops whose memory some rank still touches although they were given up."""
         return len(self._quarantine)
+
+    def dump(self, now: float) -> list[dict[str, object]]:
+        """One row per op that has not ended on every rank or whose memory a rank still touches, for debugging.
+
+        ``age_s`` counts from :meth:`open`; ``waits_for`` are the ranks that have not said how it ended, ``quarantined``
+        those whose executor has not let go of it.  Only reads; any thread.
+        """
+        quarantine = {op_id: sorted(ranks) for op_id, ranks in list(self._quarantine.items())}
+        flights = list(self._in_flight.items())
+        rows = [self._row(flight, quarantine.pop(op_id, []), now) for op_id, flight in flights]
+        return rows + [{"op": op_id, "quarantined": ranks} for op_id, ranks in quarantine.items()]
+
+    def _row(self, flight: _InFlight, quarantined: list[int], now: float) -> dict[str, object]:
+        op = flight.op
+        return {
+            "op": op.op_id,
+            "request": op.request_id,
+            "direction": op.direction.label,
+            "blocks": len(op.blocks),
+            "age_s": round(now - flight.since, 3),
+            "timeout_s": op.timeout_s,
+            "waits_for": [rank for rank in range(self._ranks) if rank not in flight.results],
+            "quarantined": quarantined,
+        }
 
     def _verdict(self, flight: _InFlight) -> Verdict:
         op, results = flight.op, flight.results
