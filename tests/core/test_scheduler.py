@@ -158,10 +158,16 @@ class TestRendezvous:
     @pytest.mark.parametrize("hundred", range(10))
     def test_any_interleaving_of_halves_and_progress_runs_every_op_once(self, hundred: int) -> None:
         for seed in range(100 * hundred, 100 * (hundred + 1)):
-            self.interleave(random.Random(seed))
+            ran, ended, pending = self.interleave(random.Random(seed))
+            assert sorted(ran) == sorted(ended), f"seed {seed}"
+            assert (set(ended.values()), len(ended), pending) == ({OpStatus.DONE}, 20, 0), f"seed {seed}"
 
-    def interleave(self, rng: random.Random) -> None:
-        """Twenty ops; both halves of each, some again, and four steps, in an order of the generator's."""
+    @staticmethod
+    def interleave(rng: random.Random) -> tuple[list[str], dict[str, OpStatus], int]:
+        """Twenty ops; both halves of each, some again, and four steps, in an order of the generator's.
+
+        Which ops ran, how they ended, and how many are left.
+        """
         scheduler = TransferScheduler()
         kinds = list(RequirementKind)
         ops = [
@@ -182,9 +188,7 @@ class TestRendezvous:
                     scheduler.layer_done("l", 0)
                     scheduler.end_iteration(n)
             ran += execute(scheduler)
-        assert sorted(ran) == sorted(op.op_id for op in ops)
-        assert statuses(scheduler) == {op.op_id: OpStatus.DONE for op in ops}
-        assert scheduler.pending() == 0
+        return ran, statuses(scheduler), scheduler.pending()
 
 
 class TestRequirements:
