@@ -191,6 +191,16 @@ def why_not_layerwise(vllm_config: Any) -> str | None:
     return None
 
 
+def why_not_store_by_layer(vllm_config: Any) -> str | None:
+    """Why a layer that was called once may still change in this engine's step."""
+    parallel = vllm_config.parallel_config
+    if optional(parallel, "enable_dbo", False) or optional(parallel, "ubatch_size", 0) > 1:
+        return "microbatches (--enable-dbo, --ubatch-size) call every layer more than once per step"
+    if optional(vllm_config, "speculative_config") is not None:
+        return "speculative decoding calls the draft's layers more than once per step"
+    return None
+
+
 ENDS_BY_ITSELF = frozenset({"FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_REPETITION"})
 """Names of vLLM's request states that follow from the tokens a request got."""
 

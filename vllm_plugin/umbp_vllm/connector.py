@@ -27,7 +27,7 @@ from umbp_vllm.groups import failures_by_block
 from umbp_vllm.leader import Leader
 from umbp_vllm.metadata import HandshakeHello, StepMetadata, WorkerReport
 from umbp_vllm.reporting import Reporting
-from umbp_vllm.setup import loads_by_layer, make_leader, make_reporting, make_worker, settings_of
+from umbp_vllm.setup import make_leader, make_reporting, make_worker, needs_layers, settings_of
 from umbp_vllm.stats import UmbpPromMetrics, UmbpStats
 from umbp_vllm.worker import LoadOutcome, Worker
 
@@ -89,9 +89,9 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """Whether graphs must leave the attention out, so that the forward pass can wait before each layer."""
+        """Whether graphs must leave the attention out, so that the forward pass can stop at each layer."""
         try:
-            return loads_by_layer(extra_config)
+            return needs_layers(extra_config)
         except ConfigError:  # said, in full, when the connector is made
             return False
 
@@ -262,6 +262,16 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker is not None and kv_connector_metadata.fences:
             self._worker.fence(kv_connector_metadata)
 
+    def bind_connector_metadata(self, connector_metadata: StepMetadata) -> None:
+        """A step begins; nothing of it is computed yet."""
+        super().bind_connector_metadata(connector_metadata)
+        self._store_ahead(connector_metadata)
+
+    @_guarded(lambda: None)
+    def _store_ahead(self, metadata: StepMetadata) -> None:
+        if self._worker is not None:
+            self._worker.store_ahead(metadata)
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Start the step's layer-wise loads and note whether it computes anything.
 
@@ -290,7 +300,13 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
             self._failed(place, error)
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing: blocks are stored whole, after the step."""
+        """A layer of the step is launched: what stores by layer may take it.  Does not wait."""
+        if self._worker is not None and self._worker.stores_by_layer:
+            self._layer_done(self._worker, layer_name)
+
+    @_guarded(lambda: None)
+    def _layer_done(self, worker: Worker, layer_name: str) -> None:
+        worker.layer_done(layer_name)
 
     @_guarded(lambda: None)
     def wait_for_save(self) -> None:

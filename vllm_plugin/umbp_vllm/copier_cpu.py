@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from umbp_core.errors import StateError, TransferError
+from umbp_vllm.bands import bands_of
 from umbp_vllm.block_views import GroupViews, band_views, group_views
 from umbp_vllm.copy_plan import PageArena, checked_batch, reject_repeats
 from umbp_vllm.geometry import KvGeometry
@@ -31,6 +32,11 @@ class _GroupChunks(NamedTuple):
 
     whole: list[_Chunk]
     bands: list[list[_Chunk]]
+    layers: list[tuple[str, ...]]
+
+
+_Part = Callable[[_GroupChunks], list[_Chunk]]
+"""Which of them."""
 
 
 class CpuCopier:
@@ -55,9 +61,16 @@ class CpuCopier:
         pages = torch.from_numpy(self._arena.array)
         page_bytes = pages.shape[1]
         self._groups = tuple(
-            _GroupChunks(list(_chunks(whole, pages)), [list(_chunks(band, pages)) for band in bands])
-            for whole, bands in zip(
-                group_views(self._geometry, page_bytes), band_views(self._geometry, page_bytes), strict=True
+            _GroupChunks(
+                list(_chunks(whole, pages)),
+                [list(_chunks(band, pages)) for band in bands],
+                [band.layers for band in bands_of(group)],
+            )
+            for group, whole, bands in zip(
+                self._geometry.groups,
+                group_views(self._geometry, page_bytes),
+                band_views(self._geometry, page_bytes),
+                strict=True,
             )
         )
 
@@ -71,11 +84,7 @@ class CpuCopier:
 
     def gather(self, group: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
         """Copy ``blocks`` of KV ``group`` into arena ``pages``.  Raises ``TransferError``."""
-        _, page_array = checked_batch(self._geometry, self._arena.array, group, blocks, pages)
-        reject_repeats("arena page", page_array)
-        with torch.inference_mode():
-            kv, paged = _views(self._opened()[group].whole, blocks, pages)
-            _copy(paged, kv)
+        self._gather(group, lambda chunks: chunks.whole, blocks, pages)
 
     def scatter(self, group: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
         """Copy arena ``pages`` into ``blocks`` of KV ``group``.  Raises ``TransferError``."""
@@ -85,17 +94,26 @@ class CpuCopier:
         """How many bands of layers KV ``group`` has."""
         return len(self._opened()[group].bands)
 
+    def band_layers(self, group: int, band: int) -> Sequence[str]:
+        """The layers of a band."""
+        return self._opened()[group].layers[band]
+
+    def gather_band(self, group: int, band: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
+        """Copy one band of layers of ``blocks`` of KV ``group`` into arena ``pages``.  Raises ``TransferError``."""
+        self._gather(group, lambda chunks: chunks.bands[band], blocks, pages)
+
     def scatter_band(self, group: int, band: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
         """Copy one band of layers of arena ``pages`` into ``blocks`` of KV ``group``.  Raises ``TransferError``."""
         self._scatter(group, lambda chunks: chunks.bands[band], blocks, pages)
 
-    def _scatter(
-        self,
-        group: int,
-        part: Callable[[_GroupChunks], list[_Chunk]],
-        blocks: Sequence[int],
-        pages: Sequence[int],
-    ) -> None:
+    def _gather(self, group: int, part: _Part, blocks: Sequence[int], pages: Sequence[int]) -> None:
+        _, page_array = checked_batch(self._geometry, self._arena.array, group, blocks, pages)
+        reject_repeats("arena page", page_array)
+        with torch.inference_mode():
+            kv, paged = _views(part(self._opened()[group]), blocks, pages)
+            _copy(paged, kv)
+
+    def _scatter(self, group: int, part: _Part, blocks: Sequence[int], pages: Sequence[int]) -> None:
         block_array, _ = checked_batch(self._geometry, self._arena.array, group, blocks, pages)
         reject_repeats("block", block_array)
         with torch.inference_mode():

@@ -163,6 +163,21 @@ class CudaCopier:
         """How many bands of layers KV ``group`` has."""
         return self._opened()[0].bands(group)
 
+    def band_layers(self, group: int, band: int) -> Sequence[str]:
+        """The layers of a band."""
+        return self._opened()[0].band_layers(group, band)
+
+    def gather_band(self, group: int, band: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
+        """Copy one band of ``blocks`` of ``group`` into arena ``pages`` after ``fence``.  Raises ``TransferError``."""
+        copies, (_, stores) = self._opened()
+        block_array, page_array = checked_batch(self._geometry, self._arena.array, group, blocks, pages)
+        reject_repeats("arena page", page_array)
+
+        def gather(group: int, blocks: Numbers, pages: Numbers, index: torch.Tensor, staging: torch.Tensor) -> None:
+            copies.gather_band(group, band, blocks, pages, index, staging)
+
+        stores.run(gather, group, block_array, page_array, fence)
+
     def scatter_band(self, group: int, band: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
         """Copy one band of arena ``pages`` into ``blocks`` of ``group`` after ``fence``.  Raises ``TransferError``."""
         copies, (loads, _) = self._opened()

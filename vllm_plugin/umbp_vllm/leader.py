@@ -201,7 +201,7 @@ class Leader:
         if pool is None:
             return
         pool.loads.expire(self._clock())
-        pool.stores.flush(self._iteration, self._unsent.ops)
+        pool.stores.flush(self._iteration, self._unsent.ops, ahead=True)
         for op in pool.plan_demotions():
             self._send(op)
         pool.settle()

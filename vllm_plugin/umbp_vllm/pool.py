@@ -46,7 +46,8 @@ class LeaderSetup:
     ``config.ssd_dir``.  ``share_loads`` needs vLLM's own prefix cache.  ``persistent`` is False where block
     hashes would mean something else after a restart.  ``may_load`` and ``may_store`` follow vLLM's ``kv_role``.
     ``tokens_per_step`` is the most tokens that a decoding request takes per step.  ``layerwise`` says that hits in DRAM
-    are loaded by the step that schedules their request.
+    are loaded by the step that schedules their request; ``stores_by_layer`` that stores begin with their step's first
+    layer.
     """
 
     config: UmbpConfig
@@ -63,6 +64,7 @@ class LeaderSetup:
     may_store: bool = True
     tokens_per_step: int = 1
     layerwise: bool = False
+    stores_by_layer: bool = False
 
     @property
     def lookup_timeout_s(self) -> float:
@@ -191,7 +193,7 @@ def open_pool(
         directory,
         setup.groups,
         object_bytes,
-        _store_policy(setup.config),
+        _store_policy(setup),
         held,
         tables,
         ledger,
@@ -229,8 +231,11 @@ def _load_policy(setup: LeaderSetup) -> LoadPolicy:
     )
 
 
-def _store_policy(config: UmbpConfig) -> StorePolicy:
-    return StorePolicy(config.store_timeout_s, config.max_pending_stores, config.store_decode_blocks)
+def _store_policy(setup: LeaderSetup) -> StorePolicy:
+    config = setup.config
+    return StorePolicy(
+        config.store_timeout_s, config.max_pending_stores, config.store_decode_blocks, setup.stores_by_layer
+    )
 
 
 def _check(setup: LeaderSetup, hellos: Sequence[RankHello]) -> None:

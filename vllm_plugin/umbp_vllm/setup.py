@@ -82,7 +82,12 @@ def needs_layers(extra_config: Mapping[str, Any]) -> bool:
 
 def _config_of(extra_config: Mapping[str, Any]) -> UmbpConfig:
     """Our configuration; where the engine serves was put beside the user's keys and is none of them."""
-    return resolve(extra={key: value for key, value in extra_config.items() if key != SERVING_KEY}).config
+    config = resolve(extra={key: value for key, value in extra_config.items() if key != SERVING_KEY}).config
+    if config.mode != "local":
+        raise ConfigError(
+            f"mode {config.mode!r} is not for vLLM yet, whose pool is in its own processes; leave mode out or set 'local'"
+        )
+    return config
 
 
 def make_leader(

@@ -9,10 +9,11 @@ Only torch operators are used, on whatever stream is current; this code runs on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from umbp_vllm.bands import bands_of
 from umbp_vllm.block_views import GroupViews, band_views, group_views
 from umbp_vllm.copy_plan import Numbers, page_runs
 from umbp_vllm.geometry import KvGeometry
@@ -37,6 +38,7 @@ class StagedCopies:
         self._slice_pages = slice_pages
         self._groups = group_views(geometry, arena.shape[1])
         self._bands = band_views(geometry, arena.shape[1])
+        self._layers = [[band.layers for band in bands_of(group)] for group in geometry.groups]
 
     def gather(self, group: int, blocks: Numbers, pages: Numbers, index: torch.Tensor, staging: torch.Tensor) -> None:
         """Issue the copies of ``blocks`` into ``pages``; ``index`` holds the same blocks on the device."""
@@ -69,6 +71,23 @@ class StagedCopies:
     def bands(self, group: int) -> int:
         """How many bands of layers ``group`` has."""
         return len(self._bands[group])
+
+    def band_layers(self, group: int, band: int) -> Sequence[str]:
+        """The layers of a band."""
+        return self._layers[group][band]
+
+    def gather_band(
+        self, group: int, band: int, blocks: Numbers, pages: Numbers, index: torch.Tensor, staging: torch.Tensor
+    ) -> None:
+        """Issue the copies of one band of ``blocks`` into its part of each of ``pages``, which is one run there."""
+        views = self._bands[group][band]
+        begin, end = (words * views.word.itemsize for words in views.in_page())
+        for part in batch_parts(blocks.size, staging.shape[0]):
+            rows = staging[: part.stop - part.start]
+            for region in views.regions:
+                torch.index_select(region.blocks, 0, index[part], out=region.pages(rows.view(views.word)))
+            for row, page in zip(rows, pages[part].tolist(), strict=True):
+                self._arena[page, begin:end].copy_(row[begin:end], non_blocking=True)
 
     def scatter_band(
         self, group: int, band: int, blocks: Numbers, pages: Numbers, index: torch.Tensor, staging: torch.Tensor

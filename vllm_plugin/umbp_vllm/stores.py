@@ -29,6 +29,8 @@ class StorePolicy:
     timeout_s: float
     max_pending_blocks: int
     decode_blocks: bool
+    by_layer: bool = False
+    """Whether a step's stores begin with its first layer."""
 
 
 class _FullBlocks(msgspec.Struct, frozen=True):
@@ -119,9 +121,10 @@ class StorePlanner:
             next_full = min(next_full, (first + 1) * group.block_tokens + group.volatile_tail)
         state.next_full = next_full
 
-    def flush(self, iteration: int, ops: list[LeaderTransferRequest]) -> None:
+    def flush(self, iteration: int, ops: list[LeaderTransferRequest], *, ahead: bool = False) -> None:
         """Send what was collected: add its ops, which wait until step ``iteration`` has ended, to ``ops``.
 
+        With ``ahead`` the step is still to come: where stores go by layer, they then wait for its first layer only.
         From here on their HBM blocks are held.
         """
         if not self._full:
@@ -133,6 +136,8 @@ class StorePlanner:
             self._stats.add("vllm:umbp_dropped_stores", len(new) - room, "backlog")
             del new[room:]
         requirement = Requirement(RequirementKind.ITERATION_COMPLETE, iteration)
+        if ahead and self._policy.by_layer:
+            requirement = Requirement(RequirementKind.LAYER_COMPLETE, iteration, layer_index=0)
         for start in range(0, len(new), BLOCKS_PER_OP):
             self._send(new[start : start + BLOCKS_PER_OP], requirement, ops)
 

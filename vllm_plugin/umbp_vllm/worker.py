@@ -19,7 +19,7 @@ import msgspec
 
 from umbp_connectors.transfer.engine import TransferEngine
 from umbp_core.errors import UmbpError
-from umbp_core.ops import Direction, LeaderTransferRequest, OpResult, OpStatus
+from umbp_core.ops import Direction, LeaderTransferRequest, OpResult, OpStatus, RequirementKind
 from umbp_core.ports import DeviceCopier
 from umbp_vllm.layer_gate import LayerGate
 from umbp_vllm.metadata import RankHello, StepMetadata, WorkerReport
@@ -85,6 +85,9 @@ class Worker:
         self._resources = resources
         self._writes = writes
         self._by_layer = by_layer
+        self.stores_by_layer = False
+        """Whether the step under way has stores that want to hear of its layers."""
+        self._layers_done = 0
         self._hello_sent = False
         self._loads: dict[str, LeaderTransferRequest] = {}
         self._results: list[OpResult] = []
@@ -114,11 +117,26 @@ class Worker:
         self._results += [result for result in results if result.op_id not in self.gate]
         self._results += self.gate.settle(results)
 
+    def store_ahead(self, metadata: StepMetadata) -> None:
+        """Take over the step's stores by layer: its forward pass is about to be launched."""
+        self._layers_done = 0
+        by_layer = [op for op in metadata.ops if op.requirement.kind is RequirementKind.LAYER_COMPLETE]
+        self.stores_by_layer = bool(by_layer) and self._writes
+        if self.stores_by_layer:
+            self.engine.begin_iteration(metadata.iteration)
+            self.engine.submit(by_layer)
+
+    def layer_done(self, layer: str) -> None:
+        """The step's forward pass has launched ``layer``, all of it."""
+        self.engine.layer_done(layer, self._layers_done, self._copier.fence())
+        self._layers_done += 1
+
     def step(self, metadata: StepMetadata) -> None:
         """The step's forward pass is launched: what it computes may be stored, what waits may be loaded.
 
         Loads start behind the same fence, so that nothing that the step reads or clears is overwritten early.
         """
+        self.stores_by_layer = False
         if metadata.layerwise or metadata.void_blocks:
             self._end_layerwise(metadata)
         self.engine.begin_iteration(metadata.iteration)

@@ -96,6 +96,17 @@ class MemoryDevice:
         """``BANDS``."""
         return self.BANDS
 
+    def band_layers(self, group: int, band: int) -> Sequence[str]:
+        """A single layer, which says where it belongs."""
+        return (f"group {group} layer {band}",)
+
+    def gather_band(self, group: int, band: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
+        """One band of HBM to pages."""
+        hbm = self._begin("gather", group, blocks, pages, fence, band)
+        part = self.band_bytes(group, band)
+        for block, page in zip(blocks, pages, strict=True):
+            self.pages[page, part] = hbm[block, part]
+
     def scatter_band(self, group: int, band: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
         """One band of pages to HBM."""
         hbm = self._begin("scatter", group, blocks, pages, fence, band)

@@ -52,6 +52,13 @@ class StagedCopier:
     def bands(self, group: int) -> int:
         return self._copies.bands(group)
 
+    def band_layers(self, group: int, band: int) -> Sequence[str]:
+        return self._copies.band_layers(group, band)
+
+    def gather_band(self, group: int, band: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
+        b, p = checked_batch(self._geometry, self._arena.array, group, blocks, pages)
+        self._copies.gather_band(group, band, b, p, torch.from_numpy(b), self._staging)
+
     def scatter_band(self, group: int, band: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
         b, p = checked_batch(self._geometry, self._arena.array, group, blocks, pages)
         self._copies.scatter_band(group, band, b, p, torch.from_numpy(b), self._staging)
@@ -187,7 +194,7 @@ def test_any_sequence_of_copies_moves_exactly_the_right_bytes(
 @every_copier
 @EXAMPLES
 @given(data=st.data(), geometry=geometries(), least_bytes=st.sampled_from([1, 40, 10_000]))
-def test_bands_bring_their_layers_one_after_the_other_and_touch_no_other(
+def test_bands_move_their_layers_one_after_the_other_and_touch_no_other(
     make: Callable[[KvGeometry, Pages], CpuCopier | StagedCopier],
     data: st.DataObject,
     geometry: KvGeometry,
@@ -203,18 +210,25 @@ def test_bands_bring_their_layers_one_after_the_other_and_touch_no_other(
         to = data.draw(st.lists(st.integers(0, geometry.num_blocks - 1), unique=True))
         pages = st.integers(0, arena.array.shape[0] - 1)
         sources = data.draw(st.lists(pages, min_size=len(to), max_size=len(to)))
+        stored = dict(zip(data.draw(st.permutations(range(arena.array.shape[0]))), to, strict=False))
         own = bands.bands_of(group)
         assert copier.bands(group.index) == len(own)
         assert [layer for band in own for layer in band.layers] == list(group.layers)
         needed = bands.bands_needed(geometry)
         for number, band in enumerate(own):
             assert {needed[layer] for layer in band.layers} == {number + 1}
+            assert tuple(copier.band_layers(group.index, number)) == band.layers
             copier.scatter_band(group.index, number, to, sources, None)
+            copier.gather_band(group.index, number, list(stored.values()), list(stored), None)
             end = band.in_object + sum(region.nbytes for region in band.regions)
             for block, page in zip(to, sources, strict=True):
                 for at, (storage, byte) in enumerate(reference.places(group.index, block)):
                     if band.in_object <= at < end:
                         reference.storages[storage][byte] = reference.pages[page, at]
+            for page, block in stored.items():
+                for at, (storage, byte) in enumerate(reference.places(group.index, block)):
+                    if band.in_object <= at < end:
+                        reference.pages[page, at] = reference.storages[storage][byte]
             reference.check(arena)
 
 

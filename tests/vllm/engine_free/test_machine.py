@@ -46,6 +46,8 @@ POOLS: list[dict[str, Any]] = [
     {"store_decode_blocks": False, "min_load_blocks": 2, "eviction_policy": "lru"},
     {"load_mode": "layerwise", "load_timeout_s": 0.1},
     {"load_mode": "layerwise", "load_timeout_s": 0.02, "dram_capacity": "96KiB"},
+    {"store_granularity": "layer"},
+    {"store_granularity": "layer", "load_mode": "layerwise", "store_timeout_s": 0.05, "load_timeout_s": 0.1},
 ]
 STEMS = [[(17 * index * stem + 31 * index) % 900 for index in range(70)] for stem in (1, 2, 3)]
 DIRECTIONS = st.sampled_from([Direction.LOAD, Direction.STORE])

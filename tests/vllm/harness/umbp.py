@@ -93,6 +93,13 @@ class GatedCopier:
     def bands(self, group: int) -> int:
         return self._layers.bands(group)
 
+    def band_layers(self, group: int, band: int) -> Sequence[str]:
+        return self._layers.band_layers(group, band)
+
+    def gather_band(self, group: int, band: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
+        self._pass(Direction.STORE)
+        self._layers.gather_band(group, band, blocks, pages, fence)
+
     def scatter_band(self, group: int, band: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
         self._pass(Direction.LOAD)
         self._layers.scatter_band(group, band, blocks, pages, fence)
