@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -42,7 +42,10 @@ class LoadPolicy:
 
 
 class LoadPlanner:
-    """Stages and plans loads.  Scheduler thread only; never waits."""
+    """Stages and plans loads.  Scheduler thread only; never waits.
+
+    ``used`` is told, where anybody wants to know, how many tokens of a request HBM and the pool have.
+    """
 
     def __init__(
         self,
@@ -52,6 +55,7 @@ class LoadPlanner:
         policy: LoadPolicy,
         events: EventLog,
         stats: UmbpStats,
+        used: Callable[[RequestState, int], None] | None = None,
     ) -> None:
         self._directory = directory
         self._matcher = matcher
@@ -59,6 +63,7 @@ class LoadPlanner:
         self._policy = policy
         self._events = events
         self._stats = stats
+        self._used = used
         self._least_tokens = policy.min_blocks * min(group.block_tokens for group in groups)
         self._staged: dict[str, RequestState] = {}
         self._loading: dict[bytes, str] = {}
@@ -96,6 +101,8 @@ class LoadPlanner:
             self._stats.count(_LOOKUPS, 1)
             self._stats.count(_LOOKUP_TOKENS, num_tokens - start)
         self._matcher.touch(state.keys, end)
+        if self._used is not None:
+            self._used(state, end)
         if end - start < self._least_tokens:
             return 0
         match = self._matcher.stage(state.keys, start, end, now)

@@ -27,6 +27,7 @@ from umbp_vllm.hbm import BlockTables, HeldBlocks
 from umbp_vllm.loads import LoadPlanner, LoadPolicy
 from umbp_vllm.matching import Matcher
 from umbp_vllm.metadata import PROTOCOL_VERSION, RankHello
+from umbp_vllm.offload import make_gates
 from umbp_vllm.reporting import PoolTeller, Reporting
 from umbp_vllm.requests import RequestState
 from umbp_vllm.stats import UmbpStats, counter
@@ -181,6 +182,7 @@ def open_pool(
     object_bytes = tuple(max(sizes) for sizes in zip(*(hello.object_bytes for hello in hellos), strict=True))
     op_ids = OpIds()
     demotions = _demotions(setup.config, directory, clock, op_ids) if catalogue is not None else None
+    gates = make_gates(setup.plugins, directory, setup.groups, demotions, clock, stats)
     loads = LoadPlanner(
         directory,
         Matcher(directory, setup.groups, setup.alignment, object_bytes, op_ids),
@@ -188,6 +190,7 @@ def open_pool(
         _load_policy(setup),
         events,
         stats,
+        None if gates.demotions is None else gates.demotions.used,
     )
     stores = StorePlanner(
         directory,
@@ -201,6 +204,7 @@ def open_pool(
         events,
         stats,
         op_ids,
+        gates,
     )
     _announce(hellos, pages, catalogue, restored)
     sizes = _page_bytes(hellos, catalogue)

@@ -10,6 +10,7 @@ from umbp_core.slot_table import LIFE, LifeEvent
 from umbp_core.slots import Slot
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.matching import RequestKeys, StagedMatch
+from umbp_vllm.priorities import RequestPriorities
 
 NEVER = 1 << 62
 """A token count that no request reaches."""
@@ -26,7 +27,8 @@ class RequestState:
     is the id of the load in flight, ``shared_keys`` what others may wait for, ``local_tokens`` what vLLM held itself
     when it last asked.  A load ``at_once`` is layer-wise: what the step ``unsure_in`` computes counts only when it is
     known to have ended well.  ``promised`` is the number of tokens that the staged match gives.  ``counted`` says that
-    the statistics have its lookup: vLLM asks in every step in which the request finds no room.
+    the statistics have its lookup: vLLM asks in every step in which the request finds no room.  ``priorities`` and
+    ``sighted`` (that it was seen to use blocks in DRAM) belong to the offload policies.
     """
 
     request: Any
@@ -46,6 +48,8 @@ class RequestState:
     at_once: bool = False
     unsure_in: int = -1
     hit_tokens: dict[str, int] = field(default_factory=dict)
+    priorities: RequestPriorities | None = None
+    sighted: bool = False
 
     @classmethod
     def of(cls, request: Any, slot: Slot, groups: Sequence[KvGroup]) -> RequestState:

@@ -28,6 +28,7 @@ METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "vllm:umbp_stored_blocks": ("Blocks published, by tier.", ("tier",)),
     "vllm:umbp_evicted_blocks": ("Blocks that left a tier, by tier.", ("tier",)),
     "vllm:umbp_dropped_stores": ("Blocks not stored, by reason.", ("reason",)),
+    "vllm:umbp_refused_blocks": ("Times that an offload policy kept a block out of a tier.", ("tier", "policy")),
     "vllm:umbp_degraded": ("Times that the connector gave up a part of its service, by reason.", ("reason",)),
     **{f"vllm:umbp_{metric.name}": (metric.help, metric.labels) for metric in REPORT_METRICS},
 }

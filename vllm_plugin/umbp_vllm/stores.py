@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -15,6 +15,7 @@ from umbp_core.tiers import Tier
 from umbp_vllm.events import EventLog
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.hbm import NULL_BLOCK, BlockTables, HeldBlocks
+from umbp_vllm.offload import NO_GATES, Gates
 from umbp_vllm.requests import NEVER, RequestState
 from umbp_vllm.stats import UmbpStats
 
@@ -58,6 +59,8 @@ class _Batch(msgspec.Struct):
     blocks: list[BlockCopy] = []
     depths: list[int] = []
     states: list[RequestState] = []
+    priorities: list[int] = []
+    """Of each block, where a gate before SSD asks for them."""
     void: bool = False
 
 
@@ -81,6 +84,7 @@ class StorePlanner:
         events: EventLog,
         stats: UmbpStats,
         new_op_id: Callable[[], str],
+        gates: Gates = NO_GATES,
     ) -> None:
         self._directory = directory
         self._groups = groups
@@ -93,6 +97,8 @@ class StorePlanner:
         self._events = events
         self._stats = stats
         self._new_op_id = new_op_id
+        self._gate = gates.stores
+        self._demotion_gate = gates.demotions
         self._full: list[_FullBlocks] = []
         self._unsent: str | None = None
         self._in_flight: dict[str, _Batch] = {}
@@ -146,7 +152,11 @@ class StorePlanner:
         new: list[_NewBlock] = []
         for blocks in full:
             state, group, first, keys = blocks.state, blocks.group, blocks.first, blocks.keys
-            known = self._directory.contains_many(keys)
+            known = (
+                self._directory.contains_many(keys)
+                if self._gate is None
+                else self._gate.left_out(state, group, first, keys)
+            )
             if all(known):
                 continue
             table = self._tables.blocks(state.request.request_id, group.index, first, first + len(keys))
@@ -176,6 +186,9 @@ class StorePlanner:
                 self._events.remember(state.request, block.group, block.index, block.key)
             batch.blocks.append(BlockCopy(block.key, block.group.index, block.hbm_block, pages[0]))
             batch.depths.append(block.index)
+        if self._demotion_gate is not None:
+            stored = [block for block, pages in zip(new, places, strict=True) if pages is not None]
+            batch.priorities = [self._demotion_gate.lowest(each.state, each.group, each.index) for each in stored]
         if batch.blocks:
             self._held.hold(op_id, [block.hbm_block for block in batch.blocks])
             op = LeaderTransferRequest(
@@ -230,8 +243,11 @@ class StorePlanner:
             self._events.forget(blocks[index].key)
         self._directory.commit_many(op_id, written, Tier.DRAM)
         if self._demotions is not None:
+            admitted: Container[bytes] = written
+            if self._demotion_gate is not None:
+                admitted = self._demotion_gate.admitted([block.key for block in blocks], batch.priorities)
             for block, depth in zip(blocks, batch.depths, strict=True):
-                if block.key in written:
+                if block.key in admitted:
                     self._demotions.offer(block.key, block.group, depth)
         for reason in verdict.reasons:
             self._stats.add("vllm:umbp_failed_blocks", len(verdict.failed), "store", reason)
