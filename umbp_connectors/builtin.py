@@ -83,7 +83,11 @@ def _ssd_tier(config: UmbpConfig, spec: SsdTierSpec) -> SsdTier:
         config.ssd_capacity,
         spec.ranks,
         config.ssd_direct_io,
+        own_catalogue=spec.own_catalogue,
         engines=spec.engines,
+        share=spec.share,
+        patience_s=spec.patience_s,
+        durability=config.ssd_durability,
     )
 
 
@@ -100,6 +104,7 @@ def _local_pool(config: UmbpConfig, spec: ClientSpec) -> PoolClient:
             eviction=spec.make_eviction,
             rank=spec.rank,
             ranks=spec.ranks,
+            make_ssd=spec.make_ssd,
         ),
     )
     pool.open()

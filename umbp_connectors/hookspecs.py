@@ -43,7 +43,12 @@ class SsdTierSpec:
 
     ``namespace`` and ``layout`` (SHA-256) say whose objects they are; bytes of others must not be touched beyond what
     the capacity asks for.  ``rank`` is the world rank, ``ranks`` how many share ``config.ssd_capacity``, of which
-    an engine of a data-parallel group gets its part: one of ``engines``.
+    an engine of a data-parallel group gets its part: one of ``engines``.  An engine with several namespaces gives each
+    a ``share`` of its part.
+
+    The catalogue that says what lies in which slot is the caller's and lies below ``config.ssd_dir``, whatever holds
+    the slots: one for all ranks, or with ``own_catalogue`` one for this rank.  A place that is in use gets
+    ``patience_s`` seconds to become free.
     """
 
     namespace: str
@@ -52,14 +57,18 @@ class SsdTierSpec:
     rank: int = 0
     ranks: int = 1
     engines: int = 1
+    own_catalogue: bool = False
+    share: float = 1.0
+    patience_s: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class ClientSpec:
     """A client that is wanted: for objects of at most ``object_bytes`` under ``identity``.
 
-    ``rank`` is the world rank, ``ranks`` how many share the configured capacities.  ``make_eviction`` makes a fresh
-    policy of the configured name, whichever plug-in offers it; the plug-in host fills it in.
+    ``rank`` is the world rank, ``ranks`` how many share the configured capacities.  The plug-in host fills in
+    ``make_eviction``, which makes a fresh policy of the configured name, and ``make_ssd``, which opens the tier below
+    DRAM, both whichever plug-in offers them; without ``make_ssd`` it is a slab file.
     """
 
     identity: Identity
@@ -67,6 +76,7 @@ class ClientSpec:
     rank: int = 0
     ranks: int = 1
     make_eviction: Callable[[], EvictionPolicy] = LruPolicy
+    make_ssd: Callable[[SsdTierSpec], SsdTier] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,7 +117,7 @@ class PluginHost:
     def make_client(self, spec: hookspecs.ClientSpec) -> PoolClient:
         """A client of the pool, open.  Raises ``UmbpError``."""
         what = f"a client for mode {self.config.mode!r}"
-        spec = replace(spec, make_eviction=self.eviction_maker())
+        spec = replace(spec, make_eviction=self.eviction_maker(), make_ssd=self.make_ssd_tier)
         return cast(PoolClient, self._first(self._hook.umbp_make_client, what, config=self.config, spec=spec))
 
     def make_eviction(self, name: str) -> EvictionPolicy:

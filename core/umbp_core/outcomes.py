@@ -67,6 +67,7 @@ class PoolCounters:
 
     ``restored`` are those that an earlier life left on SSD.  ``fenced`` says how often the SSD tier was left alone
     because its disk did not answer, and ``fenced_loads`` how many objects were misses for that reason.
+    ``demotions_dropped`` stayed in DRAM only since too many waited, or since nothing is written to a tier that failed.
     """
 
     puts: dict[PutStatus, int]
@@ -76,6 +77,7 @@ class PoolCounters:
     demotions_failed: int
     fenced: int = 0
     fenced_loads: int = 0
+    demotions_dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)

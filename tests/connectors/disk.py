@@ -18,6 +18,7 @@ class Disk:
         self._hanging: set[str] = set()
         self._failing: set[str] = set()
         self._held = 0
+        self._number = errno.EIO
         self._left = {"read": 1 << 60, "write": 1 << 60, "sync": 1 << 60}
         self._real = {"read": os.preadv, "write": os.pwritev, "sync": os.fdatasync}
         monkeypatch.setattr(os, "preadv", lambda *arguments: self._do("read", *arguments))
@@ -29,9 +30,10 @@ class Disk:
         with self._changed:
             self._hanging |= set(kinds)
 
-    def fail(self, *kinds: str) -> None:
-        """These end with an input/output error from now on, those that hang as well."""
+    def fail(self, *kinds: str, number: int = errno.EIO) -> None:
+        """These end with an error (of input/output) from now on, those that hang as well."""
         with self._changed:
+            self._number = number
             self._failing |= set(kinds)
             self._hanging -= set(kinds)
             self._changed.notify_all()
@@ -68,5 +70,5 @@ class Disk:
             self._left[kind] -= 1
             failing = kind in self._failing or self._left[kind] < 0
         if failing:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise OSError(self._number, os.strerror(self._number))
         return self._real[kind](*arguments)

@@ -276,7 +276,9 @@ def test_unreadable_slots_are_misses(make: Callable[..., LocalPool], monkeypatch
     assert again.exists(_keys(2)) == [False, False]
 
 
-@pytest.mark.parametrize(("number", "warning"), [(errno.ENOSPC, "nothing more is written"), (errno.EIO, "DRAM only")])
+@pytest.mark.parametrize(
+    ("number", "warning"), [(errno.ENOSPC, "written to SSD for a while"), (errno.EIO, "DRAM only")]
+)
 def test_a_disk_that_refuses_writes_leaves_dram_working(
     make: Callable[..., LocalPool],
     monkeypatch: pytest.MonkeyPatch,

@@ -236,9 +236,9 @@ def test_short_transfers_are_continued(slab: SlabFile, arena: Arena, monkeypatch
     step = 4096 if slab.direct else 1000
     calls = []
 
-    def little(real: object, fd: int, views: list[memoryview], offset: int) -> int:
+    def little(real: object, fd: int, views: list[memoryview], offset: int, *flags: int) -> int:
         calls.append(offset)
-        return real(fd, [views[0][:step]], offset)  # type: ignore[operator]
+        return real(fd, [views[0][:step]], offset, *flags)  # type: ignore[operator]
 
     monkeypatch.setattr(os, "pwritev", lambda *arguments: little(write, *arguments))
     monkeypatch.setattr(os, "preadv", lambda *arguments: little(read, *arguments))

@@ -222,6 +222,11 @@ class Books:
             self._follow()
         return gone
 
+    def held(self, keys: Sequence[bytes], tier: Tier) -> list[bytes]:
+        """Those of ``keys`` that can be read from ``tier``."""
+        with self._lock:
+            return [key for key in keys if self._directory.copy(key, tier) is not None]
+
     def holdings(self) -> dict[Tier, list[bytes]]:
         """Everything that is published, tier by tier."""
         with self._lock:

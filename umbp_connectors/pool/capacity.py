@@ -26,7 +26,10 @@ FORMAT = "umbp-ssd-1"
 
 _NAMESPACE = re.compile(r"[0-9a-f]{16}")
 _RANK = re.compile(r"rank(\d+)")
-_OURS = re.compile(r"LOCK|identity\.json(\.new)?|catalogue-[0-9a-f]{12}\.sqlite.*|slab-[0-9a-f]{12}\.bin")
+LOCKS = ("LOCK", "CATALOGUE")
+"""Files that somebody who uses a folder holds locked."""
+CATALOGUE_LOCK = "CATALOGUE"
+_OURS = re.compile(r"LOCK|CATALOGUE|identity\.json(\.new)?|catalogue-[0-9a-f]{12}\.sqlite.*|slab-[0-9a-f]{12}\.bin")
 
 
 def catalogue_allowance(slots: int, ranks: int) -> int:
@@ -212,7 +215,7 @@ def _surplus_ranks(home: Path, ranks: int) -> Iterator[Holding]:
 def _folder(path: Path, claimed: int) -> Holding:
     """A folder as a unit; while somebody uses it, it counts for what it may grow to."""
     files = list(our_files(path))
-    in_use = any(is_locked(file) for file, _ in files if file.name == "LOCK")
+    in_use = any(is_locked(file) for file, _ in files if file.name in LOCKS)
     nbytes = sum(found.st_size for _, found in files)
     last_used = max((found.st_mtime for _, found in files), default=0.0)
     return Holding(path, max(nbytes, claimed) if in_use else nbytes, last_used, in_use)

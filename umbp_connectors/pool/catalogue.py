@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from umbp_connectors.pool import catalogue_files
+from umbp_connectors.pool.durability import Durability
 from umbp_connectors.pool.pending import Batch, PendingWords
 from umbp_core.errors import StateError, TierUnavailable
 from umbp_core.ops import CHECKSUM_BYTES
@@ -43,6 +45,8 @@ _SCHEMA = (
     ) WITHOUT ROWID""",
 )
 
+NOTHING: Mapping[str, bytes] = MappingProxyType({})
+
 _NUMBERS = ("slot", "nbytes", "depth", "last_used")
 _TYPED = " AND ".join(
     [f"typeof({column}) = 'blob'" for column in ("key", "checksums")]
@@ -70,7 +74,8 @@ class Catalogue:
 
     ``identity`` (32 bytes) says whose objects these are; a file with another identity, format, number of ``ranks``
     or ``slot_bytes`` is moved aside.  ``slots`` bounds the rows: one object per slot.  ``max_bytes`` bounds the file
-    with its log; what does not fit is not recorded.
+    with its log; what does not fit is not recorded.  ``durability`` is the slab's.  ``about`` is written down for
+    tools that read the file without knowing whose it is; it decides nothing.
 
     :meth:`record` and :meth:`forget` never wait for the disk.  At most ``max_pending`` unwritten records are kept;
     those beyond are dropped and counted, which costs hits after a restart and nothing else.  A forgotten key is never
@@ -87,6 +92,8 @@ class Catalogue:
         slot_bytes: int = 0,
         max_bytes: int = 0,
         max_pending: int = 65536,
+        durability: Durability = "batched",
+        about: Mapping[str, bytes] = NOTHING,
     ) -> None:
         self.path = Path(path)
         self._ranks = ranks
@@ -98,6 +105,9 @@ class Catalogue:
             "ranks": str(ranks).encode(),
             "slot_bytes": str(slot_bytes).encode(),
         }
+        self._about = about
+        # With FULL every transaction is on the device when it has ended, with NORMAL those before a checkpoint are.
+        self._synchronous = "NORMAL" if durability == "relaxed" else "FULL"
         self._connection: sqlite3.Connection | None = None
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
@@ -211,6 +221,7 @@ class Catalogue:
         if tables == 0:
             self._create(connection)
         self._verify(connection)
+        connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", self._about.items())
         connection.execute(f"DELETE FROM objects WHERE NOT ({_TYPED})")
         rows: list[CatalogueRow] = []
         spoilt: list[tuple[bytes]] = []
@@ -248,7 +259,7 @@ class Catalogue:
         # One owner, no readers: then the log needs no shared memory, and no reader can hold back its truncation.
         connection.execute("PRAGMA locking_mode=EXCLUSIVE")
         connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute(f"PRAGMA synchronous={self._synchronous}")
         connection.execute("PRAGMA cache_spill=OFF")
         connection.execute(f"PRAGMA wal_autocheckpoint={_CHECKPOINT_PAGES}")
         connection.execute(f"PRAGMA journal_size_limit={_CHECKPOINT_PAGES * _PAGE_BYTES}")

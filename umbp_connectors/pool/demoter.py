@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from umbp_connectors.pool.arena import Arena
 from umbp_connectors.pool.books import Books, Wanted
 from umbp_connectors.pool.buffers import round_up
-from umbp_connectors.pool.slab import ALIGNMENT, SlabFile
+from umbp_connectors.pool.fence import WriteFence
+from umbp_connectors.pool.slab import ALIGNMENT
+from umbp_connectors.tier_ports import Slots
 from umbp_core.errors import TierUnavailable, TransferError
 from umbp_core.tiers import Tier
 
@@ -26,10 +28,10 @@ class Demoter:
 
     The page is pinned meanwhile.  The copy keeps the checksum that the object got when it was stored, so that bytes
     that change on the way are found out when they are read.  What is gone from DRAM before its turn is skipped: it
-    costs a hit, not correctness.
+    costs a hit, not correctness.  While ``fence`` lets nothing pass, what comes is dropped and counted.
     """
 
-    def __init__(self, books: Books, arena: Arena, slab: SlabFile, threads: int) -> None:
+    def __init__(self, books: Books, arena: Arena, slab: Slots, threads: int, fence: WriteFence) -> None:
         self._books = books
         self._arena = arena
         self._slab = slab
@@ -40,7 +42,8 @@ class Demoter:
         self._queue: deque[bytes] = deque()
         self._busy = 0
         self._closing = False
-        self._refused: str | None = None
+        self._fence = fence
+        self._dropped = 0
         self._done = 0
         self._failed = 0
 
@@ -56,6 +59,12 @@ class Demoter:
         with self._changed:
             return self._failed
 
+    @property
+    def dropped(self) -> int:
+        """Objects that were not even tried: the queue was full, or the tier is left alone."""
+        with self._changed:
+            return self._dropped
+
     def start(self) -> None:
         """Start the threads."""
         for thread in self._threads:
@@ -67,11 +76,12 @@ class Demoter:
         The queue cannot grow without bound: when it holds as many keys as there are pages, the oldest go.
         """
         with self._changed:
-            if self._refused is not None:
-                return
+            before = len(self._queue)
             self._queue.extend(keys)
-            while len(self._queue) > self._arena.pages:
+            allowed = self._arena.pages if self._fence.passable else before
+            while len(self._queue) > allowed:
                 self._queue.popleft()
+                self._dropped += 1
             self._changed.notify(len(self._queue))
 
     def drain(self, timeout: float) -> bool:
@@ -103,15 +113,15 @@ class Demoter:
                     return
                 key = self._queue.popleft()
                 self._busy += 1
+            permit = self._fence.enter()
             written = refused = False
             try:
-                written = self._demote(key)
-            except TierUnavailable as error:
+                if permit is not None:
+                    written = self._demote(key)
+                    self._fence.written(permit)
+            except (TierUnavailable, TransferError) as error:
                 refused = True
-                self._stop_taking(error)
-            except TransferError as error:
-                refused = True
-                logger.warning("object %s stays in DRAM only: %s", key.hex(), error)
+                self._refuse(key, permit or 0, error)
             except Exception:
                 refused = True
                 logger.exception("object %s stays in DRAM only", key.hex())
@@ -119,6 +129,7 @@ class Demoter:
                 with self._changed:
                     self._done += written
                     self._failed += refused
+                    self._dropped += permit is None
                     self._busy -= 1
                     self._changed.notify_all()
 
@@ -143,9 +154,9 @@ class Demoter:
             self._books.unpin(owner)
         return True
 
-    def _stop_taking(self, error: TierUnavailable) -> None:
-        with self._changed:
-            first, self._refused = self._refused is None, str(error)
-            self._queue.clear()
-        if first:
-            logger.warning("nothing more is written to SSD: %s", error)
+    def _refuse(self, key: bytes, permit: int, error: TierUnavailable | TransferError) -> None:
+        fenced = self._fence.failed(permit, isinstance(error, TierUnavailable))
+        if fenced:
+            logger.warning("nothing is written to SSD for a while: %s", error)
+        elif isinstance(error, TransferError):
+            logger.warning("object %s stays in DRAM only: %s", key.hex(), error)

@@ -1,4 +1,4 @@
-"""Keeps calls away from a disk that does not answer."""
+"""Keeps calls away from a disk that does not answer, and writes from one that takes nothing."""
 
 from __future__ import annotations
 
@@ -59,3 +59,41 @@ class ReadFence:
                 self._breaker.succeeded(permit)
             elif fair or self._breaker.state is BreakerState.HALF_OPEN:
                 self._breaker.failed(permit, self._clock())
+
+
+class WriteFence:
+    """A breaker for the writes to one tier.  Any thread.
+
+    A tier that says that it takes nothing more is left alone at once, one whose writes fail after ``failures`` in a
+    row: for ``retry_s`` seconds, then one write may try; every failed trial makes the pause longer, up to a minute.
+    """
+
+    def __init__(self, clock: Clock, retry_s: float, failures: int = 3) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._failures = failures
+        self._breaker = Breaker(random.random, Backoff(retry_s, max(retry_s, 60.0)), failures)
+
+    @property
+    def passable(self) -> bool:
+        """Whether something that is queued now may come to be written."""
+        breaker = self._breaker
+        return breaker.state is not BreakerState.OPEN or self._clock() >= breaker.due
+
+    def enter(self) -> int | None:
+        """A permit to write one object, or ``None``."""
+        with self._lock:
+            return self._breaker.attempt(self._clock())
+
+    def written(self, permit: int) -> None:
+        """The write with ``permit`` succeeded."""
+        with self._lock:
+            self._breaker.succeeded(permit)
+
+    def failed(self, permit: int, takes_nothing: bool) -> bool:
+        """The write with ``permit`` failed; true when the tier is left alone from now on and was not before."""
+        with self._lock:
+            before = self._breaker.state
+            for _ in range(self._failures if takes_nothing else 1):
+                self._breaker.failed(permit, self._clock())
+            return before is BreakerState.CLOSED and self._breaker.state is BreakerState.OPEN

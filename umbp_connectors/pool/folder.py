@@ -10,6 +10,7 @@
         catalogue-<digest, 12>.sqlite
         rank<k>/
           LOCK                           held by the worker that owns the slab
+          CATALOGUE                      held by a worker that keeps a catalogue of its own here, as the leader's above
           slab-<layout digest, 12>.bin
 
 Workers start before their leader and in other processes.  Each calls :func:`open_rank_slab`: it locks its rank's
@@ -24,12 +25,13 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from umbp_connectors.pool.capacity import (
+    CATALOGUE_LOCK,
     CapacityPlan,
     catalogue_allowance,
     namespace_dir,
@@ -38,7 +40,8 @@ from umbp_connectors.pool.capacity import (
     slab_path,
     write_identity,
 )
-from umbp_connectors.pool.catalogue import Catalogue
+from umbp_connectors.pool.catalogue import NOTHING, Catalogue
+from umbp_connectors.pool.durability import Durability
 from umbp_connectors.pool.locks import FolderInUse, FolderLock, unusable
 from umbp_connectors.pool.slab import SlabFile
 from umbp_core.errors import TierUnavailable
@@ -48,6 +51,7 @@ __all__ = [
     "FolderInUse",
     "FolderLock",
     "NamespaceFolder",
+    "RankFolder",
     "RankSlab",
     "catalogue_allowance",
     "namespace_dir",
@@ -101,6 +105,7 @@ def open_rank_slab(
     engines: int = 1,
     share: float = 1.0,
     patience_s: float = PATIENCE_S,
+    durability: Durability = "batched",
 ) -> RankSlab:
     """Lock rank ``rank``'s folder and open its slab with as many slots as fit.  Called once by each worker.
 
@@ -136,7 +141,7 @@ def open_rank_slab(
                 f"bytes on each of {ranks} ranks ({plan.claimed_bytes} bytes of it are theirs); "
                 "set a larger SSD capacity"
             )
-        slab = SlabFile(path, slot_bytes, plan.slots, direct_io)
+        slab = SlabFile(path, slot_bytes, plan.slots, direct_io, durability)
         slab.open()
         undo.pop_all()
     return RankSlab(slab, lock)
@@ -158,7 +163,16 @@ class NamespaceFolder:
         """
         _patiently(self._claim, patience_s)
 
-    def catalogue(self, digest: bytes, identity: bytes, ranks: int, slots: int, slot_bytes: int = 0) -> Catalogue:
+    def catalogue(
+        self,
+        digest: bytes,
+        identity: bytes,
+        ranks: int,
+        slots: int,
+        slot_bytes: int = 0,
+        durability: Durability = "batched",
+        about: Mapping[str, bytes] = NOTHING,
+    ) -> Catalogue:
         """The catalogue of the layout with this ``digest``, not open yet, bounded by its allowance."""
         return Catalogue(
             self.path / f"catalogue-{digest.hex()[:12]}.sqlite",
@@ -167,6 +181,8 @@ class NamespaceFolder:
             slots=slots,
             slot_bytes=slot_bytes,
             max_bytes=catalogue_allowance(slots, ranks),
+            durability=durability,
+            about=about,
         )
 
     def close(self) -> None:
@@ -179,6 +195,35 @@ class NamespaceFolder:
             self._lock.acquire()
             if read_identity(self.path) is None:
                 write_identity(self.path, self._namespace, 0)
+
+
+class RankFolder:
+    """The folder of one rank that keeps a catalogue of its own: made, marked as ours, and locked.
+
+    The lock is another one than the slab's: the slots may be somewhere else.
+    """
+
+    def __init__(self, ssd_dir: str | os.PathLike[str], namespace: str, rank: int) -> None:
+        self._ssd_dir = Path(ssd_dir)
+        self._namespace = namespace
+        self.path = namespace_dir(ssd_dir, namespace) / f"rank{rank}"
+        self._lock = FolderLock(self.path, CATALOGUE_LOCK)
+
+    def open(self, patience_s: float = PATIENCE_S) -> None:
+        """Take the folder; as :meth:`NamespaceFolder.open`."""
+        _patiently(self._claim, patience_s)
+
+    def close(self) -> None:
+        """Let the folder go; idempotent."""
+        self._lock.release()
+
+    def _claim(self) -> None:
+        with _exclusively(self._ssd_dir):
+            _make_dir(self.path.parent)
+            _make_dir(self.path)
+            self._lock.acquire()
+            if read_identity(self.path.parent) is None:
+                write_identity(self.path.parent, self._namespace, 0)
 
 
 def _patiently(claim: Callable[[], Result], patience_s: float) -> Result:

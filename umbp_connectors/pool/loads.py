@@ -19,7 +19,8 @@ from umbp_connectors.pool.checksums import copy_checksummed, object_checksum
 from umbp_connectors.pool.fence import ReadFence
 from umbp_connectors.pool.io import IoThreads
 from umbp_connectors.pool.outcomes import GetStatus
-from umbp_connectors.pool.slab import ALIGNMENT, SlabFile
+from umbp_connectors.pool.slab import ALIGNMENT
+from umbp_connectors.tier_ports import Slots
 from umbp_core.directory import Copy
 from umbp_core.errors import TierUnavailable, TransferError
 from umbp_core.tiers import Tier
@@ -200,7 +201,7 @@ class Loader:
         self,
         books: Books,
         pages: Bytes,
-        slab: SlabFile,
+        slab: Slots,
         prefix: bytes,
         threads: IoThreads,
         fence: ReadFence,

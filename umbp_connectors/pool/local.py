@@ -123,12 +123,16 @@ class LocalPool:
         """Store ``buffers[i]`` under block key ``keys[i]``, for all ``i``; fastest when they are ``ObjectRows``.
 
         ``depths`` are the blocks' places in their prefix chains, for eviction.  An object can be read when the call
-        returns.  What is not copied after ``timeout`` seconds is ``TIMED_OUT``.  Raises ``StateError`` when the pool is
-        closed, ``ValueError`` when the arguments do not match.
+        returns.  What is not copied after ``timeout`` seconds is ``TIMED_OUT``; with the durability `strict`, what is
+        not on the device by then is ``VOLATILE``.  Raises ``StateError`` when the pool is closed, ``ValueError`` when
+        the arguments do not match.
         """
         batch = _put_batch(keys, buffers, depths, timeout)
         with self._using() as parts:
-            return parts.mover.put(batch)
+            statuses = parts.mover.put(batch)
+            if parts.ssd is None or self._config.durability != "strict":
+                return statuses
+            return parts.ssd.secure(keys, statuses, batch.deadline)
 
     def stage(
         self,
@@ -234,6 +238,7 @@ class LocalPool:
             demotions_failed=ssd.demoter.failed if ssd else 0,
             fenced=ssd.fence.raised if ssd else 0,
             fenced_loads=ssd.fence.kept_away if ssd else 0,
+            demotions_dropped=ssd.demoter.dropped if ssd else 0,
         )
 
     def holdings(self) -> dict[Tier, list[bytes]]:

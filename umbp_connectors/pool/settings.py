@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from umbp_connectors.config_model import UmbpConfig
+from umbp_connectors.hookspecs import SsdTierSpec
+from umbp_connectors.pool.durability import Durability
 from umbp_connectors.pool.folder import PATIENCE_S
+from umbp_connectors.tier_ports import SsdTier
 from umbp_core.eviction import EvictionPolicy, LruPolicy
 
 
@@ -25,7 +28,9 @@ class LocalPoolConfig:
     row whose time was over before the disk gave them anything, it is left alone for ``ssd_retry_s`` seconds, later for
     longer ones; meanwhile what is on SSD only counts as not there.
 
-    ``eviction`` makes a fresh policy for each tier.
+    ``eviction`` makes a fresh policy for each tier.  ``make_ssd`` opens the slots below DRAM in place of a slab file;
+    what lies in them is written down below ``ssd_dir`` all the same.  ``durability`` says when what is on SSD survives
+    a power failure; with `strict`, a put waits for that.
     """
 
     object_bytes: int
@@ -48,6 +53,8 @@ class LocalPoolConfig:
     ssd_retry_s: float = 1.0
     ssd_share: float = 1.0
     ssd_engines: int = 1
+    make_ssd: Callable[[SsdTierSpec], SsdTier] | None = None
+    durability: Durability = "batched"
 
 
 def local_pool_config(
@@ -59,6 +66,7 @@ def local_pool_config(
     rank: int = 0,
     ranks: int = 1,
     ssd_share: float = 1.0,
+    make_ssd: Callable[[SsdTierSpec], SsdTier] | None = None,
 ) -> LocalPoolConfig:
     """The pool that the user's ``config`` asks for; what it cannot know is given, see :class:`LocalPoolConfig`."""
     return LocalPoolConfig(
@@ -77,4 +85,6 @@ def local_pool_config(
         direct_io=config.ssd_direct_io,
         ssd_share=ssd_share,
         ssd_engines=config.ssd_engines,
+        make_ssd=make_ssd,
+        durability=config.ssd_durability,
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from umbp_connectors.pool.buffers import Bytes, ReadableBuffer, WritableBuffer, address_of, as_bytes, round_up
+from umbp_connectors.pool.durability import Durability, SyncBehind
 from umbp_core.errors import StateError, TierUnavailable, TransferError
 
 logger = logging.getLogger(__name__)
@@ -37,13 +38,22 @@ class SlabFile:
     Any number of threads may read and write different slots at once.
     """
 
-    def __init__(self, path: str | os.PathLike[str], slot_bytes: int, slots: int, direct_io: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        slot_bytes: int,
+        slots: int,
+        direct_io: bool = True,
+        durability: Durability = "relaxed",
+    ) -> None:
         if slot_bytes <= 0 or slot_bytes % ALIGNMENT or slots <= 0:
             raise StateError(f"{path}: slots of {slot_bytes} bytes are not a multiple of {ALIGNMENT}, or not even one")
         self.path = Path(path)
         self.slot_bytes = slot_bytes
         self.slots = slots
         self._want_direct = direct_io
+        self._write_flags = os.RWF_DSYNC if durability == "strict" else 0
+        self._behind = SyncBehind(self.sync, self.path.name) if durability == "batched" else None
         self._direct = False
         self._read_only = False
         self._is_new = False
@@ -92,6 +102,8 @@ class SlabFile:
             fd = self._try_direct(fd, read_only)
         self._fd = fd
         self._closing = False
+        if self._behind is not None and not read_only:
+            self._behind.start()
 
     def read_into(self, slot: int, view: WritableBuffer) -> None:
         """Fill ``view`` (at most one slot long) from the start of ``slot``.
@@ -106,12 +118,15 @@ class SlabFile:
     def write_from(self, slot: int, view: ReadableBuffer) -> None:
         """Write ``view`` (at most one slot long) to the start of ``slot``; the slot's tail is undefined afterwards.
 
-        The bytes survive the death of this process; :meth:`sync` makes them survive that of the machine.
+        The bytes survive the death of this process, and that of the machine as the slab's ``durability`` says; after
+        :meth:`sync` at the latest.
         Raises ``TierUnavailable`` when the disk takes no more bytes, ``TransferError`` when this write failed; the
         slot then holds garbage.
         """
         source = as_bytes(view)
         self._transfer(slot, source, self._write_aligned if self._passes(source) else self._write_bounced)
+        if self._behind is not None:
+            self._behind.note()
 
     def sync(self) -> None:
         """Return when everything written before is on the device.  Raises as :meth:`write_from`."""
@@ -129,6 +144,8 @@ class SlabFile:
         A disk that does not answer within ``timeout`` seconds costs a warning and keeps the file open: its
         descriptor must not be reused under a transfer.
         """
+        if self._behind is not None:
+            self._behind.close(timeout)
         with self._guard:
             self._closing = True
             if not self._guard.wait_for(lambda: self._in_flight == 0, timeout):
@@ -224,7 +241,7 @@ class SlabFile:
     def _write_aligned(self, offset: int, view: Bytes) -> None:
         done = 0
         while done < view.nbytes:
-            count = os.pwritev(self._fd, [view.data[done:]], offset + done)
+            count = os.pwritev(self._fd, [view.data[done:]], offset + done, self._write_flags)
             done += self._whole(count, view.nbytes - done)
 
     def _whole(self, count: int, wanted: int) -> int:

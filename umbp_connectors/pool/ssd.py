@@ -5,38 +5,50 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from umbp_connectors.hookspecs import SsdTierSpec
 from umbp_connectors.pool.arena import Arena
 from umbp_connectors.pool.books import Books
 from umbp_connectors.pool.capacity import catalogue_allowance
 from umbp_connectors.pool.catalogue import Catalogue
 from umbp_connectors.pool.demoter import Demoter
-from umbp_connectors.pool.fence import ReadFence
-from umbp_connectors.pool.folder import RankSlab, open_rank_slab
+from umbp_connectors.pool.durability import Durability
+from umbp_connectors.pool.fence import ReadFence, WriteFence
+from umbp_connectors.pool.folder import RankFolder, open_rank_slab
 from umbp_connectors.pool.io import IoThreads, Task
 from umbp_connectors.pool.loads import Loader
+from umbp_connectors.pool.outcomes import PutStatus
 from umbp_connectors.pool.settings import LocalPoolConfig
+from umbp_connectors.tier_ports import SsdTier
 from umbp_core.errors import TierUnavailable, TransferError
 from umbp_core.ids import Identity
 from umbp_core.ports import Clock
+from umbp_core.tiers import Tier
 
 logger = logging.getLogger(__name__)
 
 _LAST_READ_S = 5.0
 """How long the threads get together for the reads that they are in when a pool closes."""
 
+_LAST_SYNC_S = 5.0
+"""The same for bringing to the device what was written last."""
+
 
 @dataclass(frozen=True, slots=True)
 class PoolSsd:
     """An open SSD tier.  ``restored`` objects were found in it."""
 
-    rank: RankSlab
+    tier: SsdTier
+    folder: RankFolder
     catalogue: Catalogue
     demoter: Demoter
     threads: IoThreads
     loader: Loader
     fence: ReadFence
+    books: Books
     restored: int
 
     def flush(self, timeout: float) -> bool:
@@ -44,7 +56,7 @@ class PoolSsd:
         deadline = time.monotonic() + timeout
         if not self.demoter.drain(timeout):
             return False
-        task = Task(self.rank.slab.sync)
+        task = Task(self.tier.slab.sync)
         self.threads.submit([task])
         try:
             if not task.wait(max(0.0, deadline - time.monotonic())):
@@ -55,13 +67,23 @@ class PoolSsd:
             return False
         return self.catalogue.flush(max(0.0, deadline - time.monotonic()))
 
+    def secure(self, keys: Sequence[bytes], statuses: Sequence[PutStatus], deadline: float | None) -> list[PutStatus]:
+        """Wait until what was stored is on the device, until ``deadline``; what is not there is ``VOLATILE``."""
+        stored = [key for key, status in zip(keys, statuses, strict=True) if status is PutStatus.STORED]
+        patience = self.loader.patience_s if deadline is None else max(0.0, deadline - time.monotonic())
+        durable = set(self.books.held(stored, Tier.SSD)) if stored and self.flush(patience) else set()
+        return [
+            PutStatus.VOLATILE if status is PutStatus.STORED and key not in durable else status
+            for key, status in zip(keys, statuses, strict=True)
+        ]
+
     def close(self, timeout: float) -> None:
         """Write what is still to be demoted and recorded, each for ``timeout`` seconds, and let the folder go."""
         self.threads.close(_LAST_READ_S)
         self.demoter.close(timeout)
         self.catalogue.close(timeout)
-        # Who is still at it is held by the disk.
-        self.rank.close(timeout=0.0)
+        self.tier.close(_LAST_SYNC_S)
+        self.folder.close()
 
 
 def open_ssd(
@@ -75,49 +97,77 @@ def open_ssd(
         return None
     with contextlib.ExitStack() as undo:
         try:
-            rank = open_rank_slab(
-                config.ssd_dir,
-                identity.namespace,
-                config.rank,
-                identity.layout,
-                page_bytes,
-                config.ssd_capacity,
-                config.ranks,
-                config.direct_io,
-                own_catalogue=True,
-                engines=config.ssd_engines,
-                share=config.ssd_share,
-                patience_s=config.patience_s,
-            )
-            undo.callback(rank.close)
-            catalogue = _catalogue(identity, rank, page_bytes)
+            tier = _tier(identity, config, config.ssd_dir, page_bytes)
+            undo.callback(tier.close)
+            if tier.slab.slot_bytes < page_bytes:
+                raise TierUnavailable(f"slots of {tier.slab.slot_bytes} bytes hold no object of {page_bytes}")
+            folder = RankFolder(config.ssd_dir, identity.namespace, config.rank)
+            folder.open(config.patience_s)
+            undo.callback(folder.close)
+            catalogue = _catalogue(identity, folder, tier.slots, page_bytes, config.durability)
             rows = catalogue.open()
         except TierUnavailable as error:
             logger.warning("the SSD tier is off: %s", error)
             return None
         undo.callback(catalogue.close)
-        if rank.slab.is_new:
+        if tier.is_new:
             # The slab that these were about was removed, by a user or to make room.
             catalogue.forget(row.key for row in rows)
             rows = []
         fence = ReadFence(clock, config.ssd_failures, config.ssd_retry_s)
-        restored = books.add_ssd(rank.slots, catalogue, rows, fence)
-        demoter = Demoter(books, arena, rank.slab, config.demote_threads)
+        restored = books.add_ssd(tier.slots, catalogue, rows, fence)
+        demoter = Demoter(books, arena, tier.slab, config.demote_threads, WriteFence(clock, config.ssd_retry_s))
         threads = IoThreads(config.io_threads, page_bytes, "umbp-load")
-        loader = Loader(books, arena.array, rank.slab, identity.digest, threads, fence, config.ssd_timeout_s)
+        loader = Loader(books, arena.array, tier.slab, identity.digest, threads, fence, config.ssd_timeout_s)
         demoter.start()
         threads.start()
         undo.pop_all()
-    return PoolSsd(rank, catalogue, demoter, threads, loader, fence, restored)
+    return PoolSsd(tier, folder, catalogue, demoter, threads, loader, fence, books, restored)
 
 
-def _catalogue(identity: Identity, rank: RankSlab, page_bytes: int) -> Catalogue:
+def _tier(identity: Identity, config: LocalPoolConfig, ssd_dir: Path, page_bytes: int) -> SsdTier:
+    if config.make_ssd is not None:
+        return config.make_ssd(
+            SsdTierSpec(
+                identity.namespace,
+                identity.layout,
+                page_bytes,
+                config.rank,
+                config.ranks,
+                config.ssd_engines,
+                own_catalogue=True,
+                share=config.ssd_share,
+                patience_s=config.patience_s,
+            )
+        )
+    return open_rank_slab(
+        ssd_dir,
+        identity.namespace,
+        config.rank,
+        identity.layout,
+        page_bytes,
+        config.ssd_capacity,
+        config.ranks,
+        config.direct_io,
+        own_catalogue=True,
+        engines=config.ssd_engines,
+        share=config.ssd_share,
+        patience_s=config.patience_s,
+        durability=config.durability,
+    )
+
+
+def _catalogue(
+    identity: Identity, folder: RankFolder, slots: int, page_bytes: int, durability: Durability
+) -> Catalogue:
     digest = identity.digest
     return Catalogue(
-        rank.slab.path.with_name(f"catalogue-{digest.hex()[:12]}.sqlite"),
+        folder.path / f"catalogue-{digest.hex()[:12]}.sqlite",
         digest,
         1,
-        slots=rank.slots,
+        slots=slots,
         slot_bytes=page_bytes,
-        max_bytes=catalogue_allowance(rank.slots, 1),
+        max_bytes=catalogue_allowance(slots, 1),
+        durability=durability,
+        about={"layout": identity.layout, "prefix": digest},
     )
