@@ -46,6 +46,7 @@ POOLS: list[dict[str, Any]] = [
     {"store_decode_blocks": False, "min_load_blocks": 2, "eviction_policy": "lru"},
     {"load_mode": "layerwise", "load_timeout_s": 0.1},
     {"load_mode": "layerwise", "load_timeout_s": 0.02, "dram_capacity": "96KiB"},
+    {"dram_offload_policy": "presence,frequency", "ssd_offload_policy": "frequency,priority"},
     {"store_granularity": "layer"},
     {"store_granularity": "layer", "load_mode": "layerwise", "store_timeout_s": 0.05, "load_timeout_s": 0.1},
 ]

@@ -144,15 +144,21 @@ class Harness:
         lora: str | None = None,
         media: dict[int, tuple[str, int]] | None = None,
         skip_reading: bool = False,
+        priority: int = 0,
+        parameters: dict[str, Any] | None = None,
     ) -> str:
-        """Add a request; its id.  ``media`` maps an offset to (identifier, length)."""
+        """Add a request; its id.  ``media`` maps an offset to (identifier, length); ``parameters`` go to the connector."""
         self._names += 1
         name = request_id or f"r{self._names}"
         request = Request(
             name,
             list(prompt),
             SamplingParams(
-                max_tokens=max_tokens, temperature=0.0, ignore_eos=True, skip_reading_prefix_cache=skip_reading
+                max_tokens=max_tokens,
+                temperature=0.0,
+                ignore_eos=True,
+                skip_reading_prefix_cache=skip_reading,
+                extra_args={"kv_transfer_params": parameters} if parameters is not None else None,
             ),
             None,
             cache_salt=salt,
@@ -167,6 +173,7 @@ class Harness:
                 for offset, (identifier, length) in sorted((media or {}).items())
             ],
             block_hasher=self._hasher,
+            priority=priority,
         )
         words = {
             offset + index: seed_of(identifier)
