@@ -147,7 +147,7 @@ class Harness:
         priority: int = 0,
         parameters: dict[str, Any] | None = None,
     ) -> str:
-        """Add a request; its id.  ``media`` maps an offset to (identifier, length); ``parameters`` go to the connector."""
+        """Add a request; its id.  ``media`` maps an offset to (identifier, length), ``parameters`` are for the pool."""
         self._names += 1
         name = request_id or f"r{self._names}"
         request = Request(
