@@ -13,6 +13,6 @@ give its ``TestCase`` to the test runner::
 
     TestMyPolicy = MyPolicyMachine.TestCase
 
-A suite (``suite_master``, ``suite_native``) is a class of tests for pytest: subclass it, and give it the part that is
-tested as a fixture.
+A suite (``suite_master``, ``suite_native``, ``suite_tier``) is a class of tests for pytest: subclass it, and give it
+the part that is tested as a fixture.
 """
