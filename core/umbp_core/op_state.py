@@ -49,6 +49,19 @@ class Phase(enum.IntEnum):
     ENDED = 5
 
 
+class Fate(enum.Enum):
+    """What a worker can say about an op that it is asked about."""
+
+    PENDING = "pending"
+    """It has not ended; it will be reported."""
+    QUARANTINED = "quarantined"
+    """It was reported; its executor is still at work on its memory."""
+    ENDED = "ended"
+    """It was reported, and nothing touches its memory."""
+    REFUSED = "refused"
+    """It was never heard of, and will not be carried out; it has just been reported as cancelled."""
+
+
 class Transfer:
     """What holds a token: ops that were started together."""
 

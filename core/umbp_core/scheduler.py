@@ -35,7 +35,7 @@ import msgspec
 
 from umbp_core.deadlines import Deadlines
 from umbp_core.errors import StateError
-from umbp_core.op_state import Half, Limits, OpState, Phase, Transfer
+from umbp_core.op_state import Fate, Half, Limits, OpState, Phase, Transfer
 from umbp_core.ops import (
     Direction,
     ImmediateTransferResult,
@@ -47,7 +47,7 @@ from umbp_core.ops import (
 )
 from umbp_core.progress import Progress
 
-__all__ = ["Limits", "Message", "Phase", "TransferScheduler"]
+__all__ = ["Fate", "Limits", "Message", "Phase", "TransferScheduler"]
 
 Message = TransferScheduleRequest | WorkerTransferRequest | ImmediateTransferResult
 """What :meth:`TransferScheduler.take` understands."""
@@ -256,6 +256,21 @@ class TransferScheduler:
     def has_ended(self, op_id: str) -> bool:
         """Whether the op is not pending: it ended, or was never seen."""
         return op_id not in self._ops
+
+    def account_for(self, leader: LeaderTransferRequest, now: float) -> Fate:
+        """What became of an op whose end the leader has not heard of.  One that was never seen is never carried out.
+
+        An op that ended longer ago than ``Limits.remember`` others counts as never seen.
+        """
+        if leader.op_id in self._quarantine:
+            return Fate.QUARANTINED
+        if leader.op_id in self._ended:
+            return Fate.ENDED
+        if leader.op_id in self._ops:
+            return Fate.PENDING
+        self.submit(leader, now)
+        self._drop(self._ops[leader.op_id], OpStatus.CANCELLED, "lost")
+        return Fate.REFUSED
 
     def pending(self) -> int:
         """Ops that were seen and have not ended."""

@@ -3,18 +3,36 @@
 An op is sent to every rank and ends once on each.  The ledger keeps what each rank said until all of
 them have, then gives one :class:`Verdict`.  Ranks are a set: a rank that reports twice is ignored
 (checklist 96), as is a report for an op that is not in flight.
+
+Messages may be lost on either way.  So the ranks are asked, every :data:`HEARTBEAT_S`, about what is older than that
+and not over: a rank that never heard of the op refuses it, one that has ended it says so again, one that works on it
+says that it does (:meth:`OpLedger.overdue`).  A rank that answers none of :data:`QUESTIONS` such questions is lost: its
+part of every op fails, and what it may still touch is never used again.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Final
 
 import msgspec
 
 from umbp_core.errors import StateError
 from umbp_core.ops import CHECKSUM_BYTES, Direction, LeaderTransferRequest, OpResult, OpStatus
 from umbp_core.ports import Clock
+
+HEARTBEAT_S: Final = 5.0
+"""How old an op is when the ranks are asked about it for the first time, and how long until the next time."""
+
+QUESTIONS: Final = 3
+"""Questions that a rank leaves unanswered before it is lost."""
+
+OUTPUTS: Final = 16
+"""Steps whose output must have come since the first of these questions: several, each of them long, may be under way."""
+
+RANK_LOST: Final = "rank_lost"
+"""The label of blocks that nobody can say anything about any more."""
 
 
 class Verdict(msgspec.Struct, frozen=True, gc=False):
@@ -66,6 +84,12 @@ class OpLedger:
         self._in_flight: dict[str, _InFlight] = {}
         self._blocks = dict.fromkeys(Direction, 0)
         self._quarantine: dict[str, set[int]] = {}
+        self._in_quarantine: dict[str, LeaderTransferRequest] = {}
+        self._ask_at = 0.0
+        self._ask_all = False
+        self._unanswered: dict[int, int] = {}
+        self._outputs = 0
+        self._lost: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._in_flight)
@@ -92,6 +116,7 @@ class OpLedger:
         flight.results[rank] = result
         if result.quarantined:
             self._quarantine.setdefault(result.op_id, set()).add(rank)
+            self._in_quarantine[result.op_id] = flight.op
         if len(flight.results) < self._ranks:
             return None
         del self._in_flight[result.op_id]
@@ -106,13 +131,74 @@ class OpLedger:
         ranks.discard(rank)
         if ranks:
             return False
-        del self._quarantine[op_id]
+        del self._quarantine[op_id], self._in_quarantine[op_id]
         return op_id not in self._in_flight
 
     @property
     def quarantined(self) -> int:
-        """Ops whose memory some rank still touches although they were given up."""
-        return len(self._quarantine)
+        """Ops whose memory some rank, of those that answer, still touches although they were given up."""
+        if not self._lost:
+            return len(self._quarantine)
+        return sum(not ranks <= self._lost for ranks in self._quarantine.values())
+
+    @property
+    def lost(self) -> frozenset[int]:
+        """The ranks that do not answer any more; no op should be opened when there is one."""
+        return frozenset(self._lost)
+
+    def step_ended(self) -> None:
+        """The output of a step is there, whatever it says."""
+        self._outputs += 1
+
+    def heard(self, ranks: Iterable[int]) -> None:
+        """These ranks said something."""
+        if self._unanswered:
+            for rank in ranks:
+                self._unanswered.pop(rank, None)
+
+    def ask_all(self) -> None:
+        """A message to a rank was lost: ask about everything with the next step."""
+        self._ask_all = True
+        self._ask_at = 0.0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to look for overdue ops; costs a look at the clock, and only while there are ops."""
+        return bool(self._in_flight or self._quarantine) and self._clock() >= self._ask_at
+
+    def overdue(self) -> list[LeaderTransferRequest]:
+        """The ops to ask all ranks about with this step."""
+        now = self._clock()
+        horizon = now if self._ask_all else now - HEARTBEAT_S
+        self._ask_at = now + HEARTBEAT_S
+        self._ask_all = False
+        late = [flight for flight in self._in_flight.values() if flight.since <= horizon]
+        kept = [op_id for op_id in self._in_quarantine if op_id not in self._in_flight]
+        asked = {rank for flight in late for rank in range(self._ranks) if rank not in flight.results}
+        asked.update(rank for op_id in kept for rank in self._quarantine[op_id])
+        if not self._unanswered:
+            self._outputs = 0
+        for rank in asked - self._lost:
+            self._unanswered[rank] = self._unanswered.get(rank, 0) + 1
+        return [flight.op for flight in late] + [self._in_quarantine[op_id] for op_id in kept]
+
+    def give_up_silent(self) -> tuple[list[int], list[Verdict]]:
+        """The ranks that are lost now, and the verdicts on all that waited for them alone.
+
+        To be called after :meth:`overdue`: the question that was asked last still counts as open.
+        """
+        if self._outputs < OUTPUTS:
+            return [], []
+        silent = [rank for rank, questions in self._unanswered.items() if questions > QUESTIONS]
+        verdicts: list[Verdict] = []
+        for rank in silent:
+            del self._unanswered[rank]
+            self._lost.add(rank)
+            for flight in tuple(self._in_flight.values()):
+                verdict = self.add(rank, _nothing_known(flight.op))
+                if verdict is not None:
+                    verdicts.append(verdict)
+        return silent, verdicts
 
     def dump(self, now: float) -> list[dict[str, object]]:
         """One row per op that has not ended on every rank or whose memory a rank still touches, for debugging.
@@ -165,3 +251,8 @@ class OpLedger:
             quarantined=op.op_id in self._quarantine,
             stored=tuple([results[writer].checksums for writer in self._writers]),
         )
+
+
+def _nothing_known(op: LeaderTransferRequest) -> OpResult:
+    failed = tuple(range(len(op.blocks)))
+    return OpResult(op.op_id, op.request_id, op.direction, OpStatus.EXPIRED, failed, reason=RANK_LOST, quarantined=True)

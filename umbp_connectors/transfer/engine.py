@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from umbp_connectors.transfer.failures import FailureLog
+from umbp_connectors.transfer.failures import FailureLog, lost_result
 from umbp_connectors.transfer.fences import Fences
 from umbp_connectors.transfer.jobs import DemoteJob, Job, StoreJob, Tools
 from umbp_connectors.transfer.lanes import Lanes
@@ -23,13 +23,12 @@ from umbp_core.ops import (
     Direction,
     LeaderTransferRequest,
     OpResult,
-    OpStatus,
     RequirementKind,
     TransferScheduleRequest,
     WorkerTransferRequest,
 )
 from umbp_core.ports import Clock, DeviceCopier, LayerCopier, PoolObserver
-from umbp_core.scheduler import Limits, Message, TransferScheduler
+from umbp_core.scheduler import Fate, Limits, Message, TransferScheduler
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +39,6 @@ _JOBS: Final[Mapping[Direction, type[Job]]] = {
 }
 
 _LAYER_KINDS: Final = frozenset({RequirementKind.LAYER_NAME_COMPLETE, RequirementKind.LAYER_COMPLETE})
-
-LOST: Final = "lost"
-"""The label of blocks of which nobody can say any more what became of them."""
 
 _DRAIN_SHARE: Final = 0.75
 """Part of the time of :meth:`TransferEngine.close` that ops under way get before they are given up."""
@@ -274,6 +270,11 @@ class TransferEngine:
         with self._changed:
             return self._scheduler.pending()
 
+    def account_for(self, op: LeaderTransferRequest) -> Fate:
+        """What became of ``op``, which was sent and never heard of again.  Any thread."""
+        with self._changed:
+            return self._scheduler.account_for(op, self._clock())
+
     def quarantined(self) -> frozenset[str]:
         """Ops that were reported while a thread was still at work on their DRAM pages.  Any thread."""
         with self._changed:
@@ -355,7 +356,10 @@ class TransferEngine:
     def _dispatch(self) -> None:
         """Expire, start what may start, wake who waits.  With the lock held."""
         while self._lost:
-            self._fail_lost(self._lost.popleft())
+            op = self._lost.popleft()
+            logger.error("%s %s was dropped by its job; it counts as failed", op.direction.label, op.op_id)
+            self._delivered.forget(op.op_id)
+            self._scheduler.finished(lost_result(op), self._clock())
         if self._closing:
             self._scheduler.cancel_all("closed")
         for op in self._scheduler.poll(self._clock()):
@@ -370,14 +374,6 @@ class TransferEngine:
         if by_layer and not self._layer_waits.has_ended(required.iteration):
             return LayerwiseStoreJob
         return _JOBS[op.direction]
-
-    def _fail_lost(self, op: LeaderTransferRequest) -> None:
-        """Nobody works on ``op`` any more, and nobody said what became of it."""
-        logger.error("%s %s was dropped by its job; it counts as failed", op.direction.label, op.op_id)
-        failed = tuple(range(len(op.blocks)))
-        result = OpResult(op.op_id, op.request_id, op.direction, OpStatus.FAILED, failed, reason=LOST)
-        self._delivered.forget(op.op_id)
-        self._scheduler.finished(result, self._clock())
 
     def _is_idle(self) -> bool:
         return not self._scheduler.pending() and not self._scheduler.quarantined()

@@ -6,10 +6,13 @@ import logging
 import threading
 from typing import Final
 
-from umbp_core.ops import Direction, LeaderTransferRequest
+from umbp_core.ops import Direction, LeaderTransferRequest, OpResult, OpStatus
 from umbp_core.ports import Clock
 
 logger = logging.getLogger(__name__)
+
+LOST: Final = "lost"
+"""The label of blocks of which nobody can say any more what became of them."""
 
 QUIET_S: Final = 10.0
 """After a warning, failures of the same direction and reason are only counted for this long."""
@@ -49,3 +52,9 @@ class FailureLog:
             error,
             f" ({kept_back} more ops like this since the last message)" if kept_back else "",
         )
+
+
+def lost_result(op: LeaderTransferRequest) -> OpResult:
+    """Nobody works on ``op`` any more, and nobody knows what became of it."""
+    failed = tuple(range(len(op.blocks)))
+    return OpResult(op.op_id, op.request_id, op.direction, OpStatus.FAILED, failed, reason=LOST)

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+from umbp_connectors.debug.window import Window
 from umbp_core.errors import ConfigError
 from umbp_vllm import compat
 from umbp_vllm.compat import (
@@ -69,9 +70,28 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
         self._outcome = LoadOutcome()
         self._idle = False
         self._failures: dict[str, int] = {}
+        self._window: Window | None = None
         if role == KVConnectorRole.SCHEDULER:
             self._reporting = make_reporting(vllm_config, kv_cache_config, self._settings)
             self._leader = make_leader(vllm_config, kv_cache_config, self._settings, self._reporting)
+
+    def dump_state(self) -> dict[str, object]:
+        """What this half is doing: every request, op and pin of the leader, every op of a worker.  Only reads."""
+        half = self._worker if self._leader is None else self._leader
+        state: dict[str, object] = {"failures": dict(self._failures)}
+        return state if half is None else state | half.dump_state()
+
+    @_guarded(lambda: None)
+    def _open_window(self, name: str) -> None:
+        if self._settings.config.debug_socket and self._window is None:
+            self._window = Window(name, self.dump_state)
+            self._window.open()
+
+    @_guarded(lambda: None)
+    def _show(self) -> None:
+        """Between two steps: have the snapshot made that ``umbp debug dump`` waits for."""
+        if self._window is not None:
+            self._window.serve()
 
     def _failed(self, place: str, error: Exception) -> None:
         self._failures[place] = self._failures.get(place, 0) + 1
@@ -132,6 +152,7 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
     def _hold_in(self, block_pool: Any) -> None:
         if self.leader.held.bind(block_pool):
             compat.before_reset(block_pool, self._let_go_of_blocks)
+            self._open_window("vllm-leader")
             self._report_from(block_pool)
 
     @_guarded(lambda: None)
@@ -171,6 +192,8 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
         self.leader.begin_step()
         self._plan_step(scheduler_output)
         self._report_step()
+        if self._window is not None and self._window.asked:
+            self._show()
         return self.leader.drain()
 
     @_guarded(lambda: None)
@@ -248,6 +271,7 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
         Raises ``ConfigError`` for a configuration that cannot work on this machine, which stops the start.
         """
         self._worker = make_worker(self._vllm_config, self._cache_config, self._settings, kv_caches)
+        self._open_window(f"vllm-rank{self._worker.hello.world_rank}")
 
     def get_handshake_metadata(self) -> Any:
         """This rank's hello."""
@@ -313,13 +337,15 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
         """The step is launched: mark its end on the device and start its ops.  Does not wait."""
         if self._worker is not None:
             self._worker.step(self._get_connector_metadata())
+        if self._window is not None and self._window.asked:
+            self._show()
 
     @_guarded(KVConnectorTransferResults)
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         """Loads that ended, and which of them failed.  Nothing is ever reported as sent."""
         if self._worker is None:
             return KVConnectorTransferResults()
-        self._outcome = self._worker.poll(idle=self._idle)
+        self._outcome = self._worker.poll(idle=self._idle, finished=finished_req_ids)
         failed = self._outcome.failed if self._reports_requests else set()
         return KVConnectorTransferResults(
             finished_sending=set(), finished_recving=self._outcome.ended, failed_recving=failed
@@ -352,6 +378,8 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
     @_guarded(lambda: None)
     def shutdown(self) -> None:
         """End everything of this role within a bound."""
+        if self._window is not None:
+            self._window.close()
         if self._leader is not None:
             self._leader.shutdown()
         if self._reporting is not None:

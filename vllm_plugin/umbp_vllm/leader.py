@@ -7,18 +7,19 @@ proportion to the requests that come, go or cross a block boundary.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 from umbp_core.errors import StateError, UmbpError
-from umbp_core.ops import LeaderTransferRequest, OpResult, OpStatus
+from umbp_core.ops import LeaderTransferRequest, NewWorkerSlot, OpStatus
 from umbp_core.ports import Clock
 from umbp_core.slots import SlotTable
-from umbp_core.tiers import Tier
 from umbp_vllm.agenda import Agenda
 from umbp_vllm.compat import ended_by_itself, is_running
+from umbp_vllm.dump import leader_state
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.hbm import BlockTables, HeldBlocks
 from umbp_vllm.metadata import RankHello, StepMetadata, WorkerReport
@@ -143,7 +144,9 @@ class Leader:
         if state.at_once:
             self._load_at_once(self._pool, state, external_tokens, blocks.get_block_ids())
         else:
-            self._send(self._pool.loads.load(state, external_tokens, blocks.get_block_ids()))
+            op = self._pool.loads.load(state, external_tokens, blocks.get_block_ids())
+            self._send(op)
+            self._unsent.new_slots.append(NewWorkerSlot(op.request_id, (op.op_id,)))
 
     def _load_at_once(
         self, pool: LeaderPool, state: RequestState, tokens: int, tables: Sequence[Sequence[int]]
@@ -184,14 +187,14 @@ class Leader:
         self._iteration += 1
         if self._pool is not None:
             self._pool.loads.step_planned()
+        else:
+            self._unsent.who = not self._refused_pool
 
     def plan_step(self, output: Any) -> None:
         """Decide the stores and demotions of this step from vLLM's scheduler output."""
         pool = self._pool
         if pool is not None:
-            for state in pool.stores.give_up_unsent():
-                if state.slot.is_finished:
-                    self._retire(state)
+            self._retire_finished(pool.stores.give_up_unsent())
         if output.preempted_req_ids:
             self._preempted(output.preempted_req_ids)
         if self.tables.follows_outputs:
@@ -200,11 +203,22 @@ class Leader:
             self._look(output)
         if pool is None:
             return
+        if pool.ledger.is_due:
+            self._ask(pool)
         pool.loads.expire(self._clock())
         pool.stores.flush(self._iteration, self._unsent.ops, ahead=True)
         for op in pool.plan_demotions():
             self._send(op)
         pool.settle()
+
+    def _ask(self, pool: LeaderPool) -> None:
+        """Ask the ranks about ops that ended nobody knows how; without a rank that is lost the pool is of no use."""
+        self._unsent.overdue += pool.ledger.overdue()
+        lost, states = pool.give_up_silent()
+        for rank in lost:
+            self._setup = dataclasses.replace(self._setup, may_load=False, may_store=False)
+            self.degraded("rank_lost", f"rank {rank} does not answer; nothing is loaded or stored any more")
+        self._retire_finished(states)
 
     def _look(self, output: Any) -> None:
         """Look at the requests of this step that are new in it or have their next event."""
@@ -292,6 +306,8 @@ class Leader:
         the bad ones again, unless their request is aborted or preempted before that; so nobody may find them meanwhile.
         """
         tables, self._unsure = self._unsure, []
+        if self._pool is not None:
+            self._pool.ledger.step_ended()
         for table in tables if bad_blocks else ():
             first = next((index for index, block in enumerate(table) if block in bad_blocks), len(table))
             self.held.unlist(table[first:])
@@ -302,24 +318,11 @@ class Leader:
             self.greet(report.hellos.values())
         if self._pool is None:
             return
-        for rank, results in report.results.items():
-            for result in results:
-                self._take_result(self._pool, rank, result)
-        for rank, op_ids in report.released.items():
-            for op_id in op_ids:
-                if self._pool.ledger.release(rank, op_id):
-                    self._pool.release(op_id)
-        self._pool.settle()
+        if report.missed:
+            self.degraded("lost_step", f"ranks did not get what steps told them: {report.missed}")
+        self._retire_finished(self._pool.take(report))
 
-    def _take_result(self, pool: LeaderPool, rank: int, result: OpResult) -> None:
-        verdict = pool.ledger.add(rank, result)
-        if verdict is None:
-            return
-        op = verdict.op
-        self.stats.op_ended(op.direction, verdict.status, verdict.moved_bytes, verdict.seconds)
-        states = pool.ended[op.direction](verdict)
-        if not verdict.quarantined:
-            pool.release(op.op_id)
+    def _retire_finished(self, states: Iterable[RequestState]) -> None:
         for state in states:
             if state.slot.is_finished:
                 self._retire(state)
@@ -390,8 +393,6 @@ class Leader:
         self._pool.reset()
         return True
 
-    def tier_objects(self) -> dict[str, int]:
-        """Objects per tier, for tests and debugging."""
-        if self._pool is None:
-            return {}
-        return {tier.name.lower(): self._pool.objects(tier) for tier in (Tier.DRAM, Tier.SSD)}
+    def dump_state(self) -> dict[str, object]:
+        """What every request, op and tier is doing, as plain data; only reads."""
+        return leader_state(self._iteration, self._slots, self._requests, self._pool, self._clock())

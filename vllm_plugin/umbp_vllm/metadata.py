@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import msgspec
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
-from umbp_core.ops import LeaderTransferRequest, OpResult
+from umbp_core.ops import LeaderTransferRequest, NewWorkerSlot, OpResult
 from umbp_vllm.compat import KVConnectorHandshakeMetadata, KVConnectorWorkerMetadata
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Raised whenever the meaning of a field below changes; a leader refuses workers of another version."""
 
 
@@ -56,7 +56,9 @@ class StepMetadata(KVConnectorMetadata):
     leader could not plan: request id and the HBM blocks that therefore hold nothing.  ``fences`` are stores, sent
     earlier or now, that must have read their HBM blocks before this step writes any: the blocks may be somebody else's.
     ``layerwise`` are loads that start before this step's forward pass, which waits for their layers.  ``void_blocks``
-    are HBM blocks that this step counts on and that no load fills.
+    are HBM blocks that this step counts on and that no load fills.  ``new_slots`` are the requests that vLLM has wait
+    until their loads have ended on every rank.  ``overdue`` are ops that were sent long ago and whose end the leader has
+    not heard of; it wants to hear, from every rank, what is known of them.  ``who`` asks for the hello (again).
     """
 
     iteration: int
@@ -66,15 +68,29 @@ class StepMetadata(KVConnectorMetadata):
     fences: list[str] = field(default_factory=list)
     layerwise: list[LeaderTransferRequest] = field(default_factory=list)
     void_blocks: list[int] = field(default_factory=list)
+    new_slots: list[NewWorkerSlot] = field(default_factory=list)
+    overdue: list[LeaderTransferRequest] = field(default_factory=list)
+    who: bool = False
 
 
 @dataclass
 class WorkerReport(KVConnectorWorkerMetadata):
-    """Results, ops that left the quarantine, and hellos, by world rank."""
+    """Results, ops that left the quarantine, and hellos, by world rank.
+
+    ``running`` are overdue ops that a rank works on or keeps apart; ``missed`` are the steps (first and last number)
+    whose instructions never came: the rank carries nothing of them out, also if they come later.
+    """
 
     results: dict[int, list[OpResult]] = field(default_factory=dict)
     released: dict[int, list[str]] = field(default_factory=dict)
     hellos: dict[int, RankHello] = field(default_factory=dict)
+    running: dict[int, list[str]] = field(default_factory=dict)
+    missed: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> set[int]:
+        """The ranks that said something."""
+        return {*self.results, *self.released, *self.hellos, *self.running, *self.missed}
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """The report of both; called by vLLM once per further rank."""
@@ -86,4 +102,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
                 merged.results.setdefault(rank, []).extend(results)
             for rank, released in report.released.items():
                 merged.released.setdefault(rank, []).extend(released)
+            for rank, running in report.running.items():
+                merged.running.setdefault(rank, []).extend(running)
+            for rank, missed in report.missed.items():
+                merged.missed.setdefault(rank, []).extend(missed)
         return merged

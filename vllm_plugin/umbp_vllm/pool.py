@@ -26,7 +26,7 @@ from umbp_vllm.groups import KvGroup
 from umbp_vllm.hbm import BlockTables, HeldBlocks
 from umbp_vllm.loads import LoadPlanner, LoadPolicy
 from umbp_vllm.matching import Matcher
-from umbp_vllm.metadata import PROTOCOL_VERSION, RankHello
+from umbp_vllm.metadata import PROTOCOL_VERSION, RankHello, WorkerReport
 from umbp_vllm.offload import make_gates
 from umbp_vllm.reporting import PoolTeller, Reporting
 from umbp_vllm.requests import RequestState
@@ -126,6 +126,43 @@ class LeaderPool:
         self.directory.abort_owner(op_id)
         self.directory.unpin(op_id)
         self.held.release(op_id)
+
+    def take(self, report: WorkerReport) -> Iterable[RequestState]:
+        """Take what the workers say happened; returns the requests whose ops ended."""
+        ledger = self.ledger
+        ledger.heard(report.ranks)
+        if report.missed:
+            ledger.ask_all()
+        states: list[RequestState] = []
+        for rank, results in report.results.items():
+            for result in results:
+                verdict = ledger.add(rank, result)
+                if verdict is not None:
+                    states += self._end(verdict)
+        for rank, op_ids in report.released.items():
+            for op_id in op_ids:
+                if ledger.release(rank, op_id):
+                    self.release(op_id)
+        self.settle()
+        return states
+
+    def _end(self, verdict: Verdict) -> Iterable[RequestState]:
+        op = verdict.op
+        self.stats.op_ended(op.direction, verdict.status, verdict.moved_bytes, verdict.seconds)
+        states = self.ended[op.direction](verdict)
+        if not verdict.quarantined:
+            self.release(op.op_id)
+        return states
+
+    def give_up_silent(self) -> tuple[list[int], Iterable[RequestState]]:
+        """The ranks that answer no more, if any, and the requests whose ops end because of it.
+
+        Nothing is kept on SSD any more then: a part of every object would be missing.
+        """
+        lost, verdicts = self.ledger.give_up_silent()
+        if lost:
+            self.demotions = None
+        return lost, [state for verdict in verdicts for state in self._end(verdict)]
 
     def settle(self) -> None:
         """Tell the catalogue, the event stream, the plug-ins and the master what changed in the directory."""

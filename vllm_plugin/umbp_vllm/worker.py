@@ -18,9 +18,14 @@ from typing import Protocol
 import msgspec
 
 from umbp_connectors.transfer.engine import TransferEngine
+from umbp_connectors.transfer.failures import LOST
 from umbp_core.errors import UmbpError
-from umbp_core.ops import Direction, LeaderTransferRequest, OpResult, OpStatus, RequirementKind
+from umbp_core.intake import Intake
+from umbp_core.ops import Direction, LeaderTransferRequest, NewWorkerSlot, OpResult, OpStatus, RequirementKind
 from umbp_core.ports import DeviceCopier
+from umbp_core.scheduler import Fate
+from umbp_core.worker_slots import WorkerSlots
+from umbp_vllm.dump import worker_state
 from umbp_vllm.layer_gate import LayerGate
 from umbp_vllm.metadata import RankHello, StepMetadata, WorkerReport
 
@@ -89,8 +94,13 @@ class Worker:
         """Whether the step under way has stores that want to hear of its layers."""
         self._layers_done = 0
         self._hello_sent = False
+        self._intake: Intake[StepMetadata] = Intake(lambda metadata: metadata.iteration)
+        self._slots = WorkerSlots()
         self._loads: dict[str, LeaderTransferRequest] = {}
+        self._ended: list[OpResult] = []
         self._results: list[OpResult] = []
+        self._running: list[str] = []
+        self._missed: list[tuple[int, int]] = []
         self._torn: set[str] = set()
         self._refused: list[tuple[str, tuple[int, ...]]] = []
         self._released: list[str] = []
@@ -120,6 +130,8 @@ class Worker:
     def store_ahead(self, metadata: StepMetadata) -> None:
         """Take over the step's stores by layer: its forward pass is about to be launched."""
         self._layers_done = 0
+        if not self._is_this_step(metadata):
+            return
         by_layer = [op for op in metadata.ops if op.requirement.kind is RequirementKind.LAYER_COMPLETE]
         self.stores_by_layer = bool(by_layer) and self._writes
         if self.stores_by_layer:
@@ -136,12 +148,58 @@ class Worker:
 
         Loads start behind the same fence, so that nothing that the step reads or clears is overwritten early.
         """
+        self._is_this_step(metadata)
         self.stores_by_layer = False
+        for due in self._intake.due():
+            self._carry_out(due)
+
+    def _is_this_step(self, metadata: StepMetadata) -> bool:
+        """Take the step's message, whichever hook brings it first; False for one that is not the newest."""
+        self._intake.take(metadata)
+        missed = self._intake.missed()
+        if missed:
+            self._missed += missed
+            self._distrust_stores()
+            logger.error("umbp: the instructions of steps %s never came; what they said is not done", missed)
+        return self._intake.is_newest(metadata)
+
+    def _distrust_stores(self) -> None:
+        """A step may have written blocks that stores were reading, and nobody told to wait for these."""
+        ended = self.engine.poll()
+        self._ended += ended
+        self._torn |= {str(op["op_id"]) for op in self.engine.dump() if op["direction"] == Direction.STORE.name}
+        self._torn |= {result.op_id for result in ended if result.direction is Direction.STORE}
+
+    def _carry_out(self, metadata: StepMetadata) -> None:
         if metadata.layerwise or metadata.void_blocks:
             self._end_layerwise(metadata)
         self.engine.begin_iteration(metadata.iteration)
         self.engine.end_iteration(metadata.iteration, self._copier.fence())
         self._submit(metadata)
+        for op in metadata.overdue:
+            self._answer(op)
+        if metadata.who:
+            self._hello_sent = False
+
+    def _answer(self, op: LeaderTransferRequest) -> None:
+        """The leader has not heard how ``op`` ended: say what is known, and refuse it when that is nothing."""
+        if op.direction is not Direction.LOAD and not self._writes:
+            self._results.append(_not_mine(op))
+            return
+        fate = self.engine.account_for(op)
+        if fate is Fate.REFUSED and op.direction is Direction.LOAD and not op.layerwise:
+            self._expect(op)
+            self._slots.open(NewWorkerSlot(op.request_id, (op.op_id,)))
+        elif fate is Fate.ENDED:
+            self._results.append(_failed(op, LOST))
+            self._released.append(op.op_id)
+        elif fate is Fate.QUARANTINED:
+            self._results.append(msgspec.structs.replace(_failed(op, LOST), quarantined=True))
+        if fate in (Fate.PENDING, Fate.QUARANTINED):
+            self._running.append(op.op_id)
+
+    def _expect(self, op: LeaderTransferRequest) -> None:
+        self._loads[op.op_id] = op
 
     def fence(self, metadata: StepMetadata) -> None:
         """End the stores in ``metadata.fences`` before the forward pass writes HBM again (law L3).
@@ -150,14 +208,19 @@ class Worker:
         within :data:`FENCE_S` counts as failed, whatever it brings: its blocks may have changed while it read them.
         """
         fences = set(metadata.fences)
+        if not self._is_this_step(metadata):
+            return
+        self._torn |= fences
         early = [op for op in metadata.ops if op.op_id in fences]
         if self._writes and early:
             with contextlib.suppress(
                 UmbpError
             ):  # it comes again when the same ops are submitted with the step's others
                 self.engine.submit(early)
-        if not self.engine.wait(fences, FENCE_S):
-            self._torn |= fences & {str(op["op_id"]) for op in self.engine.dump()}
+        if self.engine.wait(fences, FENCE_S):
+            self._torn -= fences
+        else:
+            self._torn -= fences - {str(op["op_id"]) for op in self.engine.dump()}
             logger.error(
                 "umbp: stores did not end within %.0f s before their blocks were reused; they are void", FENCE_S
             )
@@ -166,7 +229,9 @@ class Worker:
         self._refused += metadata.refused_loads
         for op in metadata.ops:
             if op.direction is Direction.LOAD:
-                self._loads[op.op_id] = op
+                self._expect(op)
+        for slot in metadata.new_slots:
+            self._slots.open(slot)
         mine = [op for op in metadata.ops if self._writes or op.direction is Direction.LOAD]
         self._results += [
             _not_mine(op) for op in metadata.ops if not self._writes and op.direction is not Direction.LOAD
@@ -177,8 +242,8 @@ class Worker:
             self._results += [_failed(op, type(error).__name__) for op in mine]
         self.engine.cancel(metadata.cancels)
 
-    def poll(self, *, idle: bool) -> LoadOutcome:
-        """What ended since the last call.
+    def poll(self, *, idle: bool, finished: Iterable[str] = ()) -> LoadOutcome:
+        """What ended since the last call.  ``finished`` are requests that vLLM is done with.
 
         In an idle step (no tokens scheduled) with loads in flight this waits up to :data:`IDLE_WAIT_S` for the
         first of them, on an event: vLLM would only repeat the step, and with the scheduler in the same process
@@ -187,16 +252,20 @@ class Worker:
         outcome = LoadOutcome()
         if idle and self._loads and not self._results and not self._refused:
             self.engine.wait(self._loads, IDLE_WAIT_S, first=True)
-        results = self.engine.poll()
+        results = self._ended + self.engine.poll()
+        self._ended = []
         if self.gate.has_late:
             late = self.gate.released(results)
             results = [result for result in results if result.op_id not in late]
             self._released += late
         self._results += [self._whole(result) for result in results]
         for result in self._results:
-            op = self._loads.pop(result.op_id, None)
-            if op is not None:
-                _add_load(outcome, op, result)
+            if result.op_id in self._loads:
+                self._slots.ended(result)
+        for slot in self._slots.take_complete():
+            for result in slot.results:
+                _add_load(outcome, self._loads.pop(result.op_id), result)
+        self._slots.finished(finished)
         for request_id, blocks in self._refused:
             outcome.ended.add(request_id)
             outcome.failed.add(request_id)
@@ -228,7 +297,21 @@ class Worker:
         if not self._hello_sent:
             self._hello_sent = True
             report.hellos[rank] = self.hello
-        return report if report.results or report.released or report.hellos else None
+        if self._running:
+            report.running[rank], self._running = self._running, []
+        if self._missed:
+            report.missed[rank], self._missed = self._missed, []
+        return report if report.ranks else None
+
+    def dump_state(self) -> dict[str, object]:
+        """What this rank is doing, as plain data; only reads."""
+        return worker_state(
+            self.engine.dump(),
+            self.engine.quarantined(),
+            rank=self.hello.world_rank,
+            loads_not_reported=len(self._loads),
+            results_not_told=len(self._results),
+        )
 
     def close(self, timeout_s: float) -> None:
         """End everything within ``timeout_s``; idempotent."""
