@@ -11,10 +11,13 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import IntEnum
 from pathlib import Path
 
 import typer
+import typer.core
+import typer.main
 from annotated_types import Le
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
@@ -24,8 +27,11 @@ from umbp_connectors.cli import app
 from umbp_connectors.config_model import UmbpConfig, parse_size
 from umbp_connectors.master.metrics_families import FAMILIES, PREFIX, Family
 from umbp_connectors.master.settings import MasterConfig
+from umbp_core.slot_table import JOINT, LIFE, TRANSACTION, LifeEvent, TransactionEvent
 from umbp_sglang.metrics import METRICS, MetricDoc
 
+S = typing.TypeVar("S", bound=IntEnum)
+E = typing.TypeVar("E", bound=IntEnum)
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 _PART = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _PLAIN = {bool: "`true` or `false`", int: "number", float: "seconds", str: "text", Path: "path", tuple: "names"}
@@ -105,14 +111,17 @@ def hook_pages() -> str:
 
 
 def command_line() -> str:
-    """One section per command."""
-    group = typer.main.get_command(app)
-    parts = []
-    for name, command in sorted(typing.cast("typing.Any", group).commands.items()):
+    """One section per command, those of a group after its own."""
+    return "\n".join(_commands("umbp", typing.cast("typing.Any", typer.main.get_command(app))))
+
+
+def _commands(path: str, group: typing.Any) -> Iterator[str]:
+    for name, command in sorted(group.commands.items()):
         rows = "".join(map(_parameter, command.params))
         options = f"\n| option | meaning |\n|---|---|\n{rows}" if rows else ""
-        parts.append(f"### `umbp {name}`\n\n{inspect.cleandoc(command.help or '')}\n{options}")
-    return "\n".join(parts)
+        yield f"### `{path} {name}`\n\n{inspect.cleandoc(command.help or '')}\n{options}"
+        if isinstance(command, typer.core.TyperGroup):
+            yield from _commands(f"{path} {name}", command)
 
 
 def _parameter(parameter: typing.Any) -> str:
@@ -124,6 +133,29 @@ def _parameter(parameter: typing.Any) -> str:
     return f"| `{name}` | {parameter.help}{variable} |\n"
 
 
+def state_diagram(table: Mapping[S, Mapping[E, S]], joint: Mapping[S, S]) -> str:
+    """A table of transitions as a diagram: one arrow per pair of states, with all its events."""
+    arrows: dict[tuple[str, str], list[str]] = {}
+    for state, events in table.items():
+        for event, after in events.items():
+            arrows.setdefault((state.name, after.name), []).append(event.name)
+    for state, after in joint.items():
+        arrows.setdefault((state.name, after.name), []).append("no op is left")
+    first, *_ = table
+    lines = [f"    [*] --> {first.name}"]
+    lines += [f"    {state} --> {after}: {', '.join(events)}" for (state, after), events in arrows.items()]
+    return "\n".join(["```mermaid", "stateDiagram-v2", *lines, "```"])
+
+
+def state_table(table: Mapping[S, Mapping[E, S]], events: type[E]) -> str:
+    """The same as a matrix: what each event leads to in each state, ``-`` where it is refused."""
+    rows = ["| state | " + " | ".join(event.name for event in events) + " |", "|---" * (len(events) + 1) + "|"]
+    for state, row in table.items():
+        cells = [after.name if (after := row.get(event)) is not None else "-" for event in events]
+        rows.append(f"| **{state.name}** | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "configuration-keys": lambda: configuration_keys(UmbpConfig, UmbpConfig.env_name),
     "master-keys": lambda: configuration_keys(MasterConfig, MasterConfig.env_name),
@@ -131,6 +163,10 @@ PARTS: dict[str, Callable[[], str]] = {
     "sglang-metrics": lambda: metrics(METRICS),
     "hooks": hook_pages,
     "command-line": command_line,
+    "slot-life": lambda: state_diagram(LIFE, {life: after for (life, _), after in JOINT.items()}),
+    "slot-life-matrix": lambda: state_table(LIFE, LifeEvent),
+    "slot-transaction": lambda: state_diagram(TRANSACTION, {}),
+    "slot-transaction-matrix": lambda: state_table(TRANSACTION, TransactionEvent),
 }
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from umbp_connectors import cli_ask, cli_follow, cli_master, cli_watch, cli_why
+from umbp_connectors import cli_ask, cli_daemon, cli_debug, cli_follow, cli_master, cli_watch, cli_why
 from umbp_connectors import doctor as examination
 from umbp_connectors._version import __version__
 from umbp_connectors.config import ResolvedConfig, resolve
@@ -77,10 +77,13 @@ def doctor(extra: ExtraOption = "", file: FileOption = None, as_json: JsonOption
     raise typer.Exit(1 if problems else 0)
 
 
-for _command in (cli_master.master, cli_ask.nodes, cli_ask.match, cli_ask.hits, cli_ask.top):
+for _command in (cli_master.master, cli_daemon.daemon, cli_ask.nodes, cli_ask.match, cli_ask.hits, cli_ask.top):
     app.command()(_command)
 for _command in (cli_watch.watch, cli_follow.follow, cli_why.why):
     app.command()(_command)
+
+
+app.add_typer(cli_debug.app)
 
 
 @app.command()

@@ -105,8 +105,8 @@ class UmbpConfig(BaseModel):
 
     mode: Annotated[str, AfterValidator(_known_mode)] = Field(
         "local",
-        description="Who owns the bytes. `local`: the engine's own processes; nothing else to start. `daemon`: the host's "
-        "`umbp daemon` (SGLang and the client interface; not yet vLLM).",
+        description="Who owns the bytes. `local`: the engine's own processes; nothing else to start. `daemon`: the "
+        "host's `umbp daemon` (SGLang and the client interface; not yet vLLM).",
     )
     config_file: AbsolutePath | None = Field(
         None, description="TOML file with any of these keys; lowest priority above the defaults."
@@ -150,7 +150,7 @@ class UmbpConfig(BaseModel):
 
     daemon_socket: AbsolutePath | None = Field(
         None,
-        description="Unix socket of the host's daemon; unset: `umbp-UID/daemon.sock` in the folder for temporary files.",
+        description="Unix socket of the host's daemon; unset: `umbp-UID/daemon.sock` in the folder of temporary files.",
     )
     daemon_auto_start: bool = Field(
         False, description="`daemon`: start the daemon, with this engine's values, when none is there."
@@ -269,6 +269,9 @@ class UmbpConfig(BaseModel):
     plugins: Names = Field((), description="Names of the plug-ins that may load, comma-separated; empty means all.")
     log_level: LogLevel = Field(
         "info", description="Level of the `umbp_*` loggers; `0`, `1`, `2` mean info, warning, error."
+    )
+    debug_socket: bool = Field(
+        True, description="vLLM: let `umbp debug dump` of the same user ask this engine what it is doing."
     )
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ from tests.vllm.engine.oracle import Oracle
 from tests.vllm.engine.processes import in_child
 from tests.vllm.models import prompt
 from umbp_core.errors import ConfigError
+from umbp_core.tiers import Tier
 
 TEXT = prompt(200, seed=1)
 
@@ -68,7 +69,7 @@ def test_missing_folder_is_made(llama: Path, right: tuple[int, ...], tmp_path: P
     folder = tmp_path / "not" / "there" / "yet"
     with engine(llama, kv_transfer_config=pool(folder)) as opened:
         still_serves(opened, right)
-        assert opened.leader.tier_objects()["ssd"] >= 6
+        assert opened.leader.pool.objects(Tier.SSD) >= 6
     assert sentences == []
 
 

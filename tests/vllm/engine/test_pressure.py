@@ -21,7 +21,7 @@ def test_working_set_larger_than_dram(llama: Path, oracle: Oracle) -> None:
             replies = [small.ask_one(ask) for ask in asks]
             small.forget()
             assert [reply.tokens for reply in replies] == right
-            assert small.leader.tier_objects()["dram"] <= 20
+            assert small.leader.pool.objects(Tier.DRAM) <= 20
         newest = small.ask_one(asks[-1])
     assert newest.tokens == right[-1]
     assert newest.cached == 288

@@ -28,7 +28,7 @@ from umbp_vllm.pool import LeaderPool
 from umbp_vllm.worker import Worker
 
 GATE_SECONDS = 20.0
-EXTRA = {"dram_capacity": "2MiB", "dram_prefault": False, "log_level": "error"}
+EXTRA = {"dram_capacity": "2MiB", "dram_prefault": False, "log_level": "error", "debug_socket": False}
 """Defaults of the tests: 512 blocks of DRAM."""
 
 
