@@ -47,7 +47,8 @@ ModelOption = Annotated[
 ]
 SaltOption = Annotated[str, typer.Option("--cache-salt", metavar="TEXT", help="The request's cache salt.")]
 MinLoadOption = Annotated[
-    int, typer.Option("--min-load-blocks", metavar="N", min=1, help="As the engine's pool is configured.")
+    int | None,
+    typer.Option("--min-load-blocks", metavar="N", min=1, help="Instead of what the node says of itself."),
 ]
 BlocksOption = Annotated[bool, typer.Option("--blocks", help="A line for each block, instead of one for equal ones.")]
 
@@ -60,7 +61,7 @@ def why(
     node: NodeOption = "",
     model: ModelOption = "",
     cache_salt: SaltOption = "",
-    min_load_blocks: MinLoadOption = 1,
+    min_load_blocks: MinLoadOption = None,
     blocks: BlocksOption = False,
 ) -> None:
     """Explain block by block where a prompt's KV is, and why an engine would use it or compute it again.
@@ -84,7 +85,8 @@ def why(
         held = _held(client, keys, access.timeout)
         chosen = max(candidates, key=lambda info: _leading(keys, held.get(info.node_id, {})))
         facts = _facts(client, chosen.node_id, keys, held, access.timeout)
-    judgement = judge(facts, len(prompt.tokens), hasher.block_tokens, tags.get("engine", ""), min_load_blocks)
+    least = min_load_blocks or _least(tags)
+    judgement = judge(facts, len(prompt.tokens), hasher.block_tokens, tags.get("engine", ""), least)
     if access.as_json:
         typer.echo(json.dumps(_values(chosen, judgement), indent=2))
     else:
@@ -149,6 +151,12 @@ def _nodes_of(infos: Sequence[NodeInfo], url: str, name: str) -> list[NodeInfo]:
         names = ", ".join(info.node_id for info in infos) or "none"
         raise ConfigError(f"no node of the master {wanted}; there are: {names}. Give one by --node")
     return found
+
+
+def _least(tags: Mapping[str, str]) -> int:
+    """How many blocks a node loads at least, by its tag."""
+    text = tags.get("min_load", "")
+    return max(1, int(text)) if text.isdecimal() else 1
 
 
 def _place(text: str) -> str:

@@ -2,6 +2,9 @@
 
 An engine reuses a prompt from its beginning on: first what lies in HBM, up to the first block that does not; from there
 on what its pool has in DRAM or on SSD, up to the first block that it does not have.  The last token is always computed.
+
+SGLang has two of these: the host pool beside its device (L2), which gives back whatever it has, and behind it the
+storage (L3), from which few blocks are not worth a read.  Both are DRAM for a master, so that some answers stay open.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ _WAYS = {
     "cleared": "{tier} was cleared {age} ago{because}",
     "reported": "was on {tier} {age} ago",
 }
-_VLLM = "vllm"
+_VLLM, _SGLANG = "vllm", "sglang"
 
 
 class Verdict(enum.Enum):
@@ -33,6 +36,8 @@ class Verdict(enum.Enum):
     """It is there, but one before it is not."""
     TOO_FEW = "too few"
     """It is in the pool, with fewer others than are worth a load."""
+    OPEN = "open"
+    """Nobody but the engine knows whether it lies where it would be used, or where there are too few."""
     LAST_TOKEN = "last token"
     """It is there, but its last token has to be computed, and the engine reuses whole blocks."""
 
@@ -69,7 +74,7 @@ class Judgement:
 
     @property
     def reused_tokens(self) -> int:
-        """Tokens that are not computed."""
+        """Tokens that are surely not computed."""
         used = sum(block.verdict is Verdict.USED for block in self.blocks) * self.block_tokens
         return min(used, self.prompt_tokens - 1) if self.prompt_tokens else 0
 
@@ -86,6 +91,8 @@ class Judgement:
         where = ", ".join(f"{sources.count(tier)} from {Tier(tier).name}" for tier in sorted(set(sources)))
         text = f"{reused} of {self.prompt_tokens} tokens would be reused"
         text += f" ({where} of {len(self.blocks)} blocks)" if where else ""
+        unknown = sum(block.verdict is Verdict.OPEN for block in self.blocks) * self.block_tokens
+        text += f", perhaps {unknown} more" if unknown else ""
         first = next((block for block in self.blocks if block.verdict is not Verdict.USED), None)
         if first is not None:
             return f"{text}; {computed} are computed, from block {first.index} on: {first.reason}"
@@ -100,7 +107,7 @@ def judge(
 ) -> Judgement:
     """What becomes of each of ``blocks``, the full blocks of a prompt of ``prompt_tokens`` tokens on one node.
 
-    ``min_load_blocks`` is the setting of that name of the engine's pool.
+    ``min_load_blocks`` is how many blocks the engine loads at least (of SGLang: from its storage).
     """
     from_hbm = _leading(blocks, 0, (Tier.HBM,))
     loaded = _leading(blocks, from_hbm, _POOL)
@@ -108,12 +115,13 @@ def judge(
     if whole and loaded == 0 and blocks and engine == _VLLM and _source(blocks[-1], _POOL) is not None:
         from_hbm, loaded = from_hbm - 1, 1  # the engine never takes a prompt's last block from HBM; the pool has it
     too_few = 0 < loaded < min_load_blocks
+    pool = _of_two_levels if engine == _SGLANG else _of_the_pool
     judged = []
     for index, facts in enumerate(blocks):
         if index < from_hbm:
             judged.append(JudgedBlock(index, facts, Verdict.USED, "in HBM", Tier.HBM))
         elif index < from_hbm + loaded:
-            judged.append(_of_the_pool(index, facts, loaded, min_load_blocks))
+            judged.append(pool(blocks[from_hbm : from_hbm + loaded], from_hbm, index, min_load_blocks))
         else:
             judged.append(_unused(index, facts, from_hbm + loaded, too_few))
     if whole and judged and (engine != _VLLM or judged[-1].source is Tier.HBM):
@@ -123,12 +131,29 @@ def judge(
     return Judgement(prompt_tokens, block_tokens, tuple(judged))
 
 
-def _of_the_pool(index: int, facts: BlockFacts, loaded: int, least: int) -> JudgedBlock:
-    if loaded < least:
-        reason = f"a load of {loaded} blocks is less than min_load_blocks ({least})"
+def _of_the_pool(loaded: Sequence[BlockFacts], first: int, index: int, least: int) -> JudgedBlock:
+    """What becomes of the block ``index``, one of those from ``first`` on that would be ``loaded`` together."""
+    facts = loaded[index - first]
+    if len(loaded) < least:
+        reason = f"a load of {len(loaded)} blocks is less than min_load_blocks ({least})"
         return JudgedBlock(index, facts, Verdict.TOO_FEW, reason)
     source = Tier.DRAM if Tier.DRAM in facts.tiers else Tier.SSD
     return JudgedBlock(index, facts, Verdict.USED, f"in {source.name}", source)
+
+
+def _of_two_levels(loaded: Sequence[BlockFacts], first: int, index: int, least: int) -> JudgedBlock:
+    """The same for SGLang.  L2 has what is in DRAM, up to some block; what follows comes from L3."""
+    facts = loaded[index - first]
+    in_dram = _leading(loaded, 0, (Tier.DRAM,))
+    from_ssd = len(loaded) - in_dram
+    reason = f"SGLang reads no less than {least} blocks from its storage"
+    if len(loaded) < least and index - first >= in_dram:
+        return JudgedBlock(index, facts, Verdict.TOO_FEW, f"only {from_ssd} of these are on SSD: {reason}")
+    if len(loaded) < least:
+        return JudgedBlock(index, facts, Verdict.OPEN, f"used if in SGLang's host pool: {reason}")
+    if from_ssd < least and index - first >= in_dram:
+        return JudgedBlock(index, facts, Verdict.OPEN, f"used if enough before them are not in the host pool: {reason}")
+    return _of_the_pool(loaded, first, index, least)
 
 
 def _unused(index: int, facts: BlockFacts, hole: int, too_few: bool) -> JudgedBlock:

@@ -9,6 +9,9 @@ from umbp_connectors.reporting.node import EVERY_INTERFACE, NodeFacts
 from umbp_sglang import compat
 
 _CONTEXT = "sglang.srt.runtime_context"
+_PARSER = (
+    "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller:HybridCacheController.parse_storage_backend_extra_config"
+)
 _ROLES: dict[object, Literal["prefill", "decode"]] = {"prefill": "prefill", "decode": "decode"}
 
 
@@ -21,6 +24,9 @@ def node_facts(model: str, page_tokens: int) -> NodeFacts:
     configured = str(compat.optional(serving, "host", "") or "")
     port = compat.optional(serving, "port") if _serves() else None
     tags = {"block": str(page_tokens), "hash": "sglang", "hash_form": "int64", "hash_start": "default"}
+    least = -(-_prefetch_threshold() // page_tokens)
+    if least > 1:
+        tags["min_load"] = str(least)
     if _has_bigrams():
         tags["hash_unit"] = "bigram"
     sizes = ("dp_size", "pp_size", "tp_size")
@@ -69,6 +75,19 @@ def _has_bigrams() -> bool:
         return bool(name) and bool(kind.from_string(str(name)).is_eagle())
     except (LookupError, ValueError):
         return False
+
+
+def _prefetch_threshold() -> int:
+    """Tokens below which SGLang does not read from L3; 0 where that is not known.
+
+    By the configuration that the engine was started with: of a storage that is attached later SGLang tells its own
+    controller only.
+    """
+    given = compat.optional(_published("memory"), "hicache_storage_backend_extra_config")
+    try:
+        return max(0, int(compat.find(_PARSER)(given)[1]))
+    except (LookupError, OSError, TypeError, ValueError):
+        return 0
 
 
 def _own_address() -> str:

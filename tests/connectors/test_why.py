@@ -53,6 +53,27 @@ def test_a_load_of_few_blocks_is_not_worth_it() -> None:
 
 
 @pytest.mark.parametrize(
+    ("tiers", "verdicts"),
+    [
+        ([(DRAM,)] * 3, ["open"] * 3),
+        ([(SSD,)] * 3, ["too few"] * 3),
+        ([(DRAM, SSD), (SSD,), (DRAM, SSD)], ["open", "too few", "too few"]),
+        ([(SSD,)] * 4, ["used"] * 4),
+        ([(DRAM,)] * 4, ["used"] * 4),
+        ([(DRAM,), (SSD,), (SSD,), (SSD,), (SSD,)], ["used"] * 5),
+        ([(DRAM,)] * 3 + [(SSD,)], ["used"] * 3 + ["open"]),
+    ],
+    ids=str,
+)
+def test_of_sglang_some_answers_stay_open(tiers: list[tuple[Tier, ...]], verdicts: list[str]) -> None:
+    """Its host pool gives back whatever it has, its storage no less than four pages; both are DRAM for a master."""
+    found = judge(facts((HBM, DRAM), *tiers), (1 + len(tiers)) * BLOCK + 5, BLOCK, "sglang", min_load_blocks=4)
+    assert [verdict for verdict, _ in lots(found)] == ["used", *verdicts]
+    assert found.reused_tokens == (1 + verdicts.count("used")) * BLOCK
+    assert (f"perhaps {verdicts.count('open') * BLOCK} more" in found.summary()) == ("open" in verdicts)
+
+
+@pytest.mark.parametrize(
     ("engine", "last", "tokens", "verdict", "reused"),
     [
         ("vllm", (HBM,), 20, "last token", 10),

@@ -52,8 +52,7 @@ def question_of(path: str, body: Mapping[str, Any]) -> Question:
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], (list, str)):
         prompt = prompt[0]
     if isinstance(prompt, str):
-        kept = ("add_special_tokens",)
-        return Question({"model": body.get("model"), "prompt": prompt, **_some(body, kept)})
+        return Question({**_some(body, ("model", "add_special_tokens")), "prompt": prompt})
     if isinstance(prompt, list) and prompt and _are_tokens(prompt):
         return Question({}, prompt)
     raise Unreadable("the prompt is no text and no tokens")
@@ -103,7 +102,7 @@ def _chat(body: Mapping[str, Any]) -> dict[str, Any]:
         content = message.get("content")
         if isinstance(content, list) and any(not isinstance(p, dict) or p.get("type") != "text" for p in content):
             raise Unreadable("not only text")
-    return {"model": body.get("model"), **_some(body, _OF_A_TEMPLATE)}
+    return _some(body, ("model", *_OF_A_TEMPLATE))
 
 
 def _some(body: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -69,6 +69,8 @@ def registration_of(facts: NodeFacts, config: UmbpConfig) -> Registration:
     if facts.port is not None:
         host = f"[{facts.host}]" if ":" in facts.host else facts.host
         tags["http"] = f"{host}:{facts.port}"
+    if config.min_load_blocks > 1:
+        tags["min_load"] = str(config.min_load_blocks)
     tags |= facts.tags
     tags |= dict(each.split("=", 1) for each in config.node_tags)
     return Registration(

@@ -46,6 +46,12 @@ def test_a_text_is_tokenized_with_what_decides_its_tokens(prompt: Any) -> None:
     assert (question.tokens, question.body) == (None, {"model": "m", "prompt": "text", "add_special_tokens": False})
 
 
+def test_a_model_that_nobody_named_is_not_asked_for() -> None:
+    """vLLM takes null for its model; SGLang refuses it."""
+    assert question_of(COMPLETIONS, {"prompt": "text"}).body == {"prompt": "text"}
+    assert question_of(CHAT, {"messages": []}).body == {"messages": []}
+
+
 def test_a_chat_is_tokenized_with_its_template() -> None:
     messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"role": "assistant", "content": None}]
     body = {"model": "m", "messages": messages, "tools": [{}], "chat_template_kwargs": {"a": 1}, "stream": True}

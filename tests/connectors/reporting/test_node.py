@@ -74,6 +74,13 @@ def test_the_registration_has_the_tags_that_routers_and_dashboards_need() -> Non
     ]
 
 
+def test_loads_that_are_too_short_are_said() -> None:
+    """Whoever explains what is reused has to know; an engine with a limit of its own says that."""
+    config = config_of(min_load_blocks=3)
+    assert "min_load=3" in registration_of(FACTS, config).tags
+    assert "min_load=4" in registration_of(replace(FACTS, tags={"min_load": "4"}), config).tags
+
+
 def test_an_address_of_version_6_stands_in_brackets_where_a_port_follows() -> None:
     registration = registration_of(replace(FACTS, host="fd00::7"), config_of())
     assert "http=[fd00::7]:8000" in registration.tags

@@ -22,6 +22,7 @@ def published(monkeypatch: pytest.MonkeyPatch) -> dict[str, SimpleNamespace]:
         "serving": SimpleNamespace(host="10.0.0.7", port=30000, served_model_name="m"),
         "disagg": SimpleNamespace(disaggregation_mode="null"),
         "spec": SimpleNamespace(speculative_algorithm=None),
+        "memory": SimpleNamespace(hicache_storage_backend_extra_config=None),
         "server_args": SimpleNamespace(launch_command="python -m sglang.launch_server --model-path m"),
     }
     for name, part in parts.items():
@@ -36,10 +37,26 @@ def name(**keys: object) -> str:
 def test_a_server(published: dict[str, Any]) -> None:
     facts = node_facts("model", 64)
     assert (facts.engine, facts.model, facts.host, facts.port, facts.role) == ("sglang", "m", "10.0.0.7", 30000, "both")
-    assert facts.tags == {"block": "64", "hash": "sglang", "hash_form": "int64", "hash_start": "default"}
+    own = {"block": "64", "hash": "sglang", "hash_form": "int64", "hash_start": "default", "min_load": "4"}
+    assert facts.tags == own
     assert name() == "10.0.0.7:30000:dp0:pp0:tp0"
     assert not facts.several
     assert publishes_events()
+
+
+@pytest.mark.parametrize(
+    ("extra", "least"),
+    [
+        (None, "4"),
+        ('{"prefetch_threshold": 65}', "2"),
+        ('{"prefetch_threshold": 64}', None),
+        ("@/no/such/file.json", None),
+    ],
+)
+def test_what_is_too_short_to_be_read(published: dict[str, Any], extra: str | None, least: str | None) -> None:
+    """SGLang counts tokens, 256 by default; the tag counts pages."""
+    published["memory"].hicache_storage_backend_extra_config = extra
+    assert node_facts("model", 64).tags.get("min_load") == least
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", ""])
