@@ -105,6 +105,7 @@ def _local_pool(config: UmbpConfig, spec: ClientSpec) -> PoolClient:
             rank=spec.rank,
             ranks=spec.ranks,
             make_ssd=spec.make_ssd,
+            make_ssd_gate=spec.make_ssd_gate,
         ),
     )
     pool.open()

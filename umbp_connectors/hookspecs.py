@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import pluggy
 
 from umbp_connectors.config_model import UmbpConfig
+from umbp_connectors.offload import GateMaker
 from umbp_connectors.tier_ports import DramTier, PoolClient, SsdTier
 from umbp_core.eviction import EvictionPolicy, LruPolicy
 from umbp_core.ids import Identity
@@ -67,8 +68,9 @@ class ClientSpec:
     """A client that is wanted: for objects of at most ``object_bytes`` under ``identity``.
 
     ``rank`` is the world rank, ``ranks`` how many share the configured capacities.  The plug-in host fills in
-    ``make_eviction``, which makes a fresh policy of the configured name, and ``make_ssd``, which opens the tier below
-    DRAM, both whichever plug-in offers them; without ``make_ssd`` it is a slab file.
+    ``make_eviction``, which makes a fresh policy of the configured name, ``make_ssd``, which opens the tier below
+    DRAM, and ``make_ssd_gate``, which makes the gate before it, all whichever plug-in offers them; without ``make_ssd``
+    it is a slab file, without ``make_ssd_gate`` everything may go there.
     """
 
     identity: Identity
@@ -77,6 +79,7 @@ class ClientSpec:
     ranks: int = 1
     make_eviction: Callable[[], EvictionPolicy] = LruPolicy
     make_ssd: Callable[[SsdTierSpec], SsdTier] | None = None
+    make_ssd_gate: GateMaker | None = None
 
 
 @dataclass(frozen=True, slots=True)

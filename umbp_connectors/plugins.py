@@ -15,10 +15,12 @@ import pluggy
 
 from umbp_connectors import builtin, hookspecs
 from umbp_connectors.config_model import UmbpConfig
+from umbp_connectors.offload import GateMaker, OffloadGate, Refused
 from umbp_connectors.tier_ports import DramTier, PoolClient, SsdTier
-from umbp_core.errors import ConfigError, UmbpError
+from umbp_core.errors import ConfigError, StateError, UmbpError
 from umbp_core.eviction import POLICIES, EvictionPolicy
-from umbp_core.offload import OffloadPolicy
+from umbp_core.offload import AllOf, OffloadPolicy, OffloadRun, Presence
+from umbp_core.ports import Clock
 from umbp_core.scheduler import Limits, TransferScheduler
 from umbp_core.tiers import Tier
 
@@ -26,6 +28,7 @@ __all__ = ["ENTRY_POINT_GROUP", "PluginHost", "create_manager"]
 
 ENTRY_POINT_GROUP = "umbp"
 BUILTIN = "builtin"
+_OFFLOAD_EDGES = ((Tier.HBM, Tier.DRAM), (Tier.DRAM, Tier.SSD))
 
 _log = logging.getLogger(__name__)
 
@@ -117,7 +120,12 @@ class PluginHost:
     def make_client(self, spec: hookspecs.ClientSpec) -> PoolClient:
         """A client of the pool, open.  Raises ``UmbpError``."""
         what = f"a client for mode {self.config.mode!r}"
-        spec = replace(spec, make_eviction=self.eviction_maker(), make_ssd=self.make_ssd_tier)
+        spec = replace(
+            spec,
+            make_eviction=self.eviction_maker(),
+            make_ssd=self.make_ssd_tier,
+            make_ssd_gate=self.ssd_gate_maker(),
+        )
         return cast(PoolClient, self._first(self._hook.umbp_make_client, what, config=self.config, spec=spec))
 
     def make_eviction(self, name: str) -> EvictionPolicy:
@@ -138,9 +146,41 @@ class PluginHost:
         hook = self._hook.umbp_make_offload_policy
         return cast(OffloadPolicy, self._first(hook, what, config=self.config, name=name, spec=spec))
 
-    def offload_policy_failed(self, name: str, error: Exception) -> None:
-        """Note that the policy ``name`` raised ``error``."""
-        self._failed(f"offload policy {name}", "admit", error)
+    def check_offload_policies(self) -> None:
+        """Raises ``ConfigError`` when a policy is configured that nobody offers."""
+        for source, target in _OFFLOAD_EDGES:
+            for name in self._offload_policies(target):
+                self.make_offload_policy(name, hookspecs.OffloadSpec(source, target, lambda keys: [False] * len(keys)))
+
+    def make_offload_gate(self, spec: hookspecs.OffloadSpec, clock: Clock, refused: Refused) -> OffloadGate | None:
+        """The gate before ``spec.target``, with fresh policies; ``None`` where it would only ask for presence.
+
+        Whoever copies blocks leaves out what is present in any case, so there is nothing to ask.
+        Raises ``ConfigError`` when nobody offers a policy of the configured name.
+        """
+        policies = {name: self.make_offload_policy(name, spec) for name in self._offload_policies(spec.target)}
+        if all(type(policy) is Presence for policy in policies.values()):
+            return None
+        guarded = {name: _Guarded(name, policy, self._failed) for name, policy in policies.items()}
+        return OffloadGate(AllOf(guarded, refused), clock)
+
+    def ssd_gate_maker(self) -> GateMaker:
+        """Makes the gates before SSD of pools that do not know whose blocks they hold.
+
+        Raises ``ConfigError``, here and now, when nobody offers a configured policy, and for ``priority``: there is
+        none that it could ask for.
+        """
+        self.check_offload_policies()
+        if "priority" in self.config.ssd_offload_policy:
+            raise ConfigError(
+                "ssd_offload_policy names 'priority', but only vLLM's leader knows a request's priority; leave it out"
+            )
+        return lambda present, clock, refused: self.make_offload_gate(
+            hookspecs.OffloadSpec(Tier.DRAM, Tier.SSD, present), clock, refused
+        )
+
+    def _offload_policies(self, target: Tier) -> tuple[str, ...]:
+        return self.config.ssd_offload_policy if target is Tier.SSD else self.config.dram_offload_policy
 
     def make_scheduler(self, limits: Limits) -> TransferScheduler:
         """The scheduler of one rank's transfers.  Raises ``UmbpError``."""
@@ -204,6 +244,29 @@ class PluginHost:
                 hook,
                 exc_info=error,
             )
+
+
+class _Guarded:
+    """An offload policy that may be a plug-in's: what goes wrong in it admits everything and stays here."""
+
+    def __init__(self, name: str, policy: OffloadPolicy, failed: Callable[[str, str, Exception], None]) -> None:
+        self._name = name
+        self._policy = policy
+        self._failed = failed
+
+    def admit(self, run: OffloadRun, now: float) -> Sequence[bool]:
+        """The policy's answers."""
+        try:
+            answers = self._policy.admit(run, now)
+            if len(answers) == len(run.keys):
+                return answers
+            raise StateError(
+                f"offload policy {self._name!r} gave {len(answers)} answers for {len(run.keys)} blocks; it must give "
+                "one for each"
+            )
+        except Exception as error:  # noqa: BLE001 - hook call site: a plug-in may raise anything
+            self._failed(f"offload policy {self._name}", "admit", error)
+            return [True] * len(run.keys)
 
 
 def _call(impl: pluggy.HookImpl, arguments: Mapping[str, object]) -> object:

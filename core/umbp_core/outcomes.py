@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from umbp_core.copies import TierStats
 from umbp_core.tiers import Tier
@@ -68,6 +68,7 @@ class PoolCounters:
     ``restored`` are those that an earlier life left on SSD.  ``fenced`` says how often the SSD tier was left alone
     because its disk did not answer, and ``fenced_loads`` how many objects were misses for that reason.
     ``demotions_dropped`` stayed in DRAM only since too many waited, or since nothing is written to a tier that failed.
+    ``demotions_refused`` says how often each offload policy kept an object out of the SSD tier.
     """
 
     puts: dict[PutStatus, int]
@@ -78,6 +79,7 @@ class PoolCounters:
     fenced: int = 0
     fenced_loads: int = 0
     demotions_dropped: int = 0
+    demotions_refused: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -254,6 +254,7 @@ class PoolRegistry:
             object_bytes=member.access.object_bytes,
             dram_bytes=self._dram(member, share),
             eviction=self._settings.make_eviction,
+            make_ssd_gate=self._settings.make_ssd_gate,
             rank=(rank.pp_rank * rank.cp_size + rank.cp_rank) * columns + column,
             ranks=groups * columns,
             ssd_share=share,

@@ -8,6 +8,7 @@ from typing import Any
 
 from umbp_connectors.config import resolve
 from umbp_connectors.config_model import UmbpConfig
+from umbp_connectors.offload import GateMaker
 from umbp_connectors.plugins import create_manager
 from umbp_core.errors import ConfigError
 from umbp_core.eviction import EvictionPolicy
@@ -59,6 +60,7 @@ class StoreSettings:
     config: UmbpConfig
     rank: RankFacts
     make_eviction: Callable[[], EvictionPolicy]
+    make_ssd_gate: GateMaker | None = None
     page_metrics: bool = False
     """Whether SGLang collects the store's page counts (``get_stats``)."""
 
@@ -71,10 +73,12 @@ def read_settings(storage_config: Any, env: Mapping[str, str] | None = None) -> 
     not divide.
     """
     resolved = resolve(storage_config.extra_config or {}, env, engine_keys=ENGINE_KEYS)
+    plugins = create_manager(resolved.config)
     return StoreSettings(
         resolved.config,
         _rank_facts(storage_config),
-        create_manager(resolved.config).eviction_maker(),
+        plugins.eviction_maker(),
+        plugins.ssd_gate_maker(),
         bool(storage_config.enable_storage_metrics),
     )
 

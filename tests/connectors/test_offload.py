@@ -13,7 +13,7 @@ import pytest
 from umbp_connectors import hookimpl
 from umbp_connectors.config import UmbpConfig
 from umbp_connectors.hookspecs import OffloadSpec
-from umbp_connectors.offload import OffloadGate, check_offload_policies, make_offload_gate
+from umbp_connectors.offload import OffloadGate
 from umbp_connectors.plugins import PluginHost, create_manager
 from umbp_core.errors import ConfigError
 from umbp_core.offload import OffloadPolicy, OffloadRun
@@ -34,7 +34,7 @@ class Edge:
     def open(self) -> OffloadGate | None:
         """The gate; ``None`` when nothing has to be asked."""
         spec = OffloadSpec(Tier.DRAM, Tier.SSD, lambda keys: [key in self._there for key in keys])
-        return make_offload_gate(self.host, spec, lambda: self.now, self._refuse)
+        return self.host.make_offload_gate(spec, lambda: self.now, self._refuse)
 
     def _refuse(self, name: str, blocks: int) -> None:
         self.refused[name] += blocks
@@ -136,6 +136,6 @@ def _host(**config: Any) -> PluginHost:
 
 @pytest.mark.parametrize("key", ["dram_offload_policy", "ssd_offload_policy"])
 def test_a_name_that_nobody_offers_stops_the_start(key: str) -> None:
-    check_offload_policies(_host(**{key: "presence, frequency,priority,all"}))
+    _host(**{key: "presence, frequency,priority,all"}).check_offload_policies()
     with pytest.raises(ConfigError, match=r"'often' \(built in: all, presence, frequency, priority\)"):
-        check_offload_policies(_host(**{key: "often"}))
+        _host(**{key: "often"}).check_offload_policies()

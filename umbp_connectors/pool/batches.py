@@ -138,6 +138,8 @@ class BatchMover:
                 self._books.unpin(batch.owner)
         for index, status in loaded:
             statuses[index] = status
+        if self._demoter is not None and self._demoter.asks:
+            self._demoter.used([key for key, status in zip(keys, statuses, strict=True) if status is GetStatus.DRAM])
         with self._lock:
             self.gets.update(statuses)
         return statuses
@@ -164,6 +166,8 @@ class BatchMover:
         for index, copy in enumerate(copies):
             if copy is not None and copy.tier is Tier.DRAM:
                 objects[index] = _lent(copy, GetStatus.DRAM)
+        if self._demoter is not None and self._demoter.asks:
+            self._demoter.used([key for key, lent in zip(keys, objects, strict=True) if lent.status is GetStatus.DRAM])
         return Loan(objects, lambda: self._books.unpin(owner))
 
     def check(self, keys: Sequence[bytes]) -> int:

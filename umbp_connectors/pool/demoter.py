@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 
+from umbp_connectors.offload import GateMaker, OffloadGate
 from umbp_connectors.pool.arena import Arena
 from umbp_connectors.pool.books import Books, Wanted
 from umbp_connectors.pool.buffers import round_up
@@ -15,6 +17,7 @@ from umbp_connectors.pool.fence import WriteFence
 from umbp_connectors.pool.slab import ALIGNMENT
 from umbp_connectors.tier_ports import Slots
 from umbp_core.errors import TierUnavailable, TransferError
+from umbp_core.ports import Clock
 from umbp_core.tiers import Tier
 
 _LAST_WRITE_S = 5.0
@@ -46,6 +49,34 @@ class Demoter:
         self._dropped = 0
         self._done = 0
         self._failed = 0
+        self._gate: OffloadGate | None = None
+        self._refused: Counter[str] = Counter()
+
+    def ask(self, make_gate: GateMaker | None, clock: Clock) -> None:
+        """Let a gate decide from now on what is written, where there is anything to decide.  Before :meth:`start`.
+
+        Raises ``ConfigError`` when the gate cannot be made.
+        """
+        if make_gate is not None:
+            self._gate = make_gate(self._on_ssd, clock, self._count_refused)
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is a gate."""
+        return self._gate is not None
+
+    def _on_ssd(self, keys: Sequence[bytes]) -> list[bool]:
+        held = set(self._books.held(keys, Tier.SSD))
+        return [key in held for key in keys]
+
+    def _count_refused(self, policy: str, objects: int) -> None:
+        self._refused[policy] += objects
+
+    @property
+    def refused(self) -> dict[str, int]:
+        """How often each policy of the gate kept an object out."""
+        with self._changed:
+            return dict(self._refused)
 
     @property
     def demoted(self) -> int:
@@ -70,13 +101,20 @@ class Demoter:
         for thread in self._threads:
             thread.start()
 
+    def used(self, keys: Sequence[bytes]) -> None:
+        """Offer objects again that were read from DRAM: the gate may admit now what it refused."""
+        self.add([key for key, there in zip(keys, self._on_ssd(keys), strict=True) if not there])
+
     def add(self, keys: Iterable[bytes]) -> None:
-        """Queue objects that were just published in DRAM.  Does not wait.
+        """Queue objects that were just published in DRAM, as far as the gate admits them.  Does not wait.
 
         The queue cannot grow without bound: when it holds as many keys as there are pages, the oldest go.
         """
         with self._changed:
             before = len(self._queue)
+            if self._gate is not None:
+                keys = list(keys)
+                keys = list(itertools.compress(keys, self._gate.admit(keys)))
             self._queue.extend(keys)
             allowed = self._arena.pages if self._fence.passable else before
             while len(self._queue) > allowed:

@@ -239,6 +239,7 @@ class LocalPool:
             fenced=ssd.fence.raised if ssd else 0,
             fenced_loads=ssd.fence.kept_away if ssd else 0,
             demotions_dropped=ssd.demoter.dropped if ssd else 0,
+            demotions_refused=ssd.demoter.refused if ssd else {},
         )
 
     def holdings(self) -> dict[Tier, list[bytes]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.hookspecs import SsdTierSpec
+from umbp_connectors.offload import GateMaker
 from umbp_connectors.pool.durability import Durability
 from umbp_connectors.pool.folder import PATIENCE_S
 from umbp_connectors.tier_ports import SsdTier
@@ -28,7 +29,8 @@ class LocalPoolConfig:
     row whose time was over before the disk gave them anything, it is left alone for ``ssd_retry_s`` seconds, later for
     longer ones; meanwhile what is on SSD only counts as not there.
 
-    ``eviction`` makes a fresh policy for each tier.  ``make_ssd`` opens the slots below DRAM in place of a slab file;
+    ``eviction`` makes a fresh policy for each tier.  ``make_ssd_gate`` makes what decides which objects go to SSD;
+    without it all do.  ``make_ssd`` opens the slots below DRAM in place of a slab file;
     what lies in them is written down below ``ssd_dir`` all the same.  ``durability`` says when what is on SSD survives
     a power failure; with `strict`, a put waits for that.
     """
@@ -54,6 +56,7 @@ class LocalPoolConfig:
     ssd_share: float = 1.0
     ssd_engines: int = 1
     make_ssd: Callable[[SsdTierSpec], SsdTier] | None = None
+    make_ssd_gate: GateMaker | None = None
     durability: Durability = "batched"
 
 
@@ -67,6 +70,7 @@ def local_pool_config(
     ranks: int = 1,
     ssd_share: float = 1.0,
     make_ssd: Callable[[SsdTierSpec], SsdTier] | None = None,
+    make_ssd_gate: GateMaker | None = None,
 ) -> LocalPoolConfig:
     """The pool that the user's ``config`` asks for; what it cannot know is given, see :class:`LocalPoolConfig`."""
     return LocalPoolConfig(
@@ -86,5 +90,6 @@ def local_pool_config(
         ssd_share=ssd_share,
         ssd_engines=config.ssd_engines,
         make_ssd=make_ssd,
+        make_ssd_gate=make_ssd_gate,
         durability=config.ssd_durability,
     )

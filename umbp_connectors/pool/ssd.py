@@ -117,6 +117,7 @@ def open_ssd(
         fence = ReadFence(clock, config.ssd_failures, config.ssd_retry_s)
         restored = books.add_ssd(tier.slots, catalogue, rows, fence)
         demoter = Demoter(books, arena, tier.slab, config.demote_threads, WriteFence(clock, config.ssd_retry_s))
+        demoter.ask(config.make_ssd_gate, clock)
         threads = IoThreads(config.io_threads, page_bytes, "umbp-load")
         loader = Loader(books, arena.array, tier.slab, identity.digest, threads, fence, config.ssd_timeout_s)
         demoter.start()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from umbp_connectors.hookspecs import OffloadSpec
 from umbp_connectors.leader.demotions import DemotionQueue
-from umbp_connectors.offload import OffloadGate, make_offload_gate
+from umbp_connectors.offload import OffloadGate
 from umbp_connectors.plugins import PluginHost
 from umbp_core.directory import Directory
 from umbp_core.errors import ConfigError
@@ -151,7 +151,7 @@ def make_gates(
             return [directory.copy(key, Tier.SSD) is not None for key in keys]
 
         present = on_ssd if target is Tier.SSD else directory.contains_many
-        return make_offload_gate(plugins, OffloadSpec(source, target, present), clock, refused)
+        return plugins.make_offload_gate(OffloadSpec(source, target, present), clock, refused)
 
     to_dram = gate(Tier.HBM, Tier.DRAM)
     to_ssd = gate(Tier.DRAM, Tier.SSD) if demotions is not None else None

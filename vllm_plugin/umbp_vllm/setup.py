@@ -13,7 +13,6 @@ from typing import Any, cast
 from umbp_connectors import logs
 from umbp_connectors.config import UmbpConfig, resolve
 from umbp_connectors.hookspecs import DramTierSpec, SsdTierSpec
-from umbp_connectors.offload import check_offload_policies
 from umbp_connectors.plugins import PluginHost, create_manager
 from umbp_connectors.reporting.opening import open_reporter
 from umbp_connectors.tier_ports import DramTier, SsdTier
@@ -85,7 +84,7 @@ def _config_of(extra_config: Mapping[str, Any]) -> UmbpConfig:
     config = resolve(extra={key: value for key, value in extra_config.items() if key != SERVING_KEY}).config
     if config.mode != "local":
         raise ConfigError(
-            f"mode {config.mode!r} is not for vLLM yet, whose pool is in its own processes; leave mode out or set 'local'"
+            f"mode {config.mode!r} is not for vLLM yet, whose pool lives in its own processes; set mode 'local'"
         )
     return config
 
@@ -101,7 +100,7 @@ def make_leader(
     if not stability.stable:
         logger.warning("umbp: %s", stability.advice)
     settings.plugins.make_eviction(settings.config.eviction_policy)  # a wrong name stops the start, here and now
-    check_offload_policies(settings.plugins)
+    settings.plugins.check_offload_policies()
     _warn_of_mla_on_cpu(vllm_config)
     namespace, _ = namespace_of(vllm_config, kv_cache_config, settings.config.namespace)
     setup = LeaderSetup(
