@@ -29,6 +29,12 @@ METRICS = (
     MetricDoc("umbp_sglang_pages_total", "counter", ("direction", "pool", "result"), "Pages of gets and puts."),
     MetricDoc("umbp_sglang_bytes_total", "counter", ("direction", "pool"), "Bytes of the pages that were moved."),
     MetricDoc("umbp_sglang_call_seconds", "histogram", ("direction", "pool"), "Time that one get or put took."),
+    MetricDoc(
+        "umbp_sglang_refused_pages_total",
+        "counter",
+        ("pool", "policy"),
+        "Times that an offload policy kept a page out of SSD.",
+    ),
     MetricDoc("umbp_sglang_degraded_total", "counter", ("reason",), "Calls that gave up a part of their service."),
     MetricDoc("umbp_sglang_tier_used_bytes", "gauge", ("pool", "tier"), "Bytes of a tier that hold pages."),
     MetricDoc("umbp_sglang_tier_capacity_bytes", "gauge", ("pool", "tier"), "Bytes of a tier."),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from umbp_connectors.pool.buffers import round_up
-from umbp_connectors.pool.local import GetStatus, PutStatus, StagedPut
+from umbp_connectors.pool.local import GetStatus, LocalPool, PutStatus, StagedPut
 from umbp_connectors.pool.sharing import SharedPoolServer
 from umbp_connectors.pool.slab import ALIGNMENT
 from umbp_core.directory import TierStats
@@ -178,6 +179,14 @@ class StorePool:
             if stats:
                 total, free = sum(s.total_pages for s in stats), sum(s.free_pages for s in stats)
                 found[tier.name.lower()] = ((total - free) * slot, total * slot)
+        return found
+
+    def refused(self) -> Mapping[str, int]:
+        """How often each offload policy kept a page out of SSD.  Raises ``StateError`` when closed."""
+        found: Counter[str] = Counter()
+        for shard in self.shards:
+            if isinstance(shard, LocalPool):
+                found.update(shard.counters().demotions_refused)
         return found
 
     def clear(self) -> None:

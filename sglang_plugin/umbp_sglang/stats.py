@@ -37,6 +37,7 @@ class StoreStats:
         self._series: dict[tuple[str, str], _Series] = {}
         self._lock = threading.Lock()
         self._watched = -math.inf
+        self._refused: dict[tuple[str, str], int] = {}
         self._calls: dict[str, deque[tuple[int, float]]] = {
             direction: deque(maxlen=_KEPT_CALLS) for direction in ("get", "put")
         }
@@ -73,12 +74,18 @@ class StoreStats:
             self._watched = now
         for pool in pools:
             try:
-                tiers = pool.tiers()
+                tiers, refused = pool.tiers(), pool.refused()
             except StateError:  # it is being closed
                 continue
             for tier, (used, capacity) in tiers.items():
                 self._metrics["umbp_sglang_tier_used_bytes"].labels(pool.name, tier).set(used)
                 self._metrics["umbp_sglang_tier_capacity_bytes"].labels(pool.name, tier).set(capacity)
+            for policy, pages in refused.items():
+                before = self._refused.get((pool.name, policy), 0)
+                self._refused[pool.name, policy] = pages
+                # A pool that was opened again counts from zero.
+                new = pages - before if pages >= before else pages
+                self._metrics["umbp_sglang_refused_pages_total"].labels(pool.name, policy).inc(new)
 
     def reported(self, readings: Iterable[Reading], untold: int) -> None:
         """What was told to a master since the last time, and how many pages it cannot be told."""

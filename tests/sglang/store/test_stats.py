@@ -61,6 +61,20 @@ def test_what_happened_is_counted(stores: Stores, tmp_path: Path) -> None:
     assert counted["call_seconds_count/put/kv"] == 2
 
 
+def test_pages_that_are_read_again_go_to_ssd_and_those_that_did_not_are_counted(stores: Stores, tmp_path: Path) -> None:
+    """``ssd_offload_policy`` in SGLang's extra config."""
+    tiers = {"ssd_dir": str(tmp_path), "ssd_capacity": "16MiB", "ssd_offload_policy": "frequency"}
+    clock, config, keys = FakeClock(), storage_config(extra=tiers), hashes(3)
+    first = stores(config, mha_pool(), clock=clock)
+    first.batch_set_v1(keys, rows(0, 1, 2))
+    first.batch_get_v1(keys[:2], rows(4, 5))
+    clock.now += 10
+    first.batch_exists(keys)
+    assert values(first)["umbp_sglang_refused_pages_total/kv/frequency"] == 3
+    first.close()
+    assert stores(config, mha_pool()).batch_exists(keys) == 2
+
+
 def test_pages_from_ssd_are_told_apart(stores: Stores, tmp_path: Path) -> None:
     config = storage_config(extra={"ssd_dir": str(tmp_path), "ssd_capacity": "16MiB"})
     keys = hashes(2)
