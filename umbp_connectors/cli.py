@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from umbp_connectors import cli_ask, cli_daemon, cli_debug, cli_follow, cli_master, cli_watch, cli_why
+from umbp_connectors import cli_ask, cli_daemon, cli_debug, cli_follow, cli_master, cli_pool, cli_watch, cli_why
 from umbp_connectors import doctor as examination
 from umbp_connectors._version import __version__
 from umbp_connectors.config import ResolvedConfig, resolve
@@ -84,6 +84,7 @@ for _command in (cli_watch.watch, cli_follow.follow, cli_why.why):
 
 
 app.add_typer(cli_debug.app)
+app.add_typer(cli_pool.app)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -355,6 +356,8 @@ class Catalogue:
             return False
         gone = [(key,) for key, row in batch.words if row is None]
         rows = [row for _, row in batch.words if row is not None]
+        # Microseconds that only grow: the order of use, and for people the time.
+        self._use = max(self._use, time.time_ns() // 1000)
         stamped = [(*row, self._use + number) for number, row in enumerate(rows, 1)]
         try:
             connection.execute("BEGIN IMMEDIATE")

@@ -170,5 +170,5 @@ def _catalogue(
         slot_bytes=page_bytes,
         max_bytes=catalogue_allowance(slots, 1),
         durability=durability,
-        about={"layout": identity.layout, "prefix": digest},
+        about={"layouts": identity.layout, "prefixes": digest},
     )

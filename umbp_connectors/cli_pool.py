@@ -1,0 +1,351 @@
+"""The commands ``umbp pool ...``: what lies in an SSD folder, whether it is sound, and how fast this machine is."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from umbp_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from umbp_connectors.pool.inspection import StoredCatalogue, StoredObject
+
+app = typer.Typer(name="pool", help="Look into an SSD folder, check it, clean it, and measure this machine.")
+
+DirOption = Annotated[
+    Path | None, typer.Option("--dir", metavar="PATH", help="The SSD folder; otherwise that of the configuration.")
+]
+NameOption = Annotated[
+    str, typer.Option("--name", metavar="TEXT", help="Only catalogues whose namespace or path contains this.")
+]
+PrefixOption = Annotated[
+    str, typer.Option("--prefix", metavar="KEY", help="Only objects whose key begins so: hexadecimal, or text.")
+]
+OlderOption = Annotated[
+    str,
+    typer.Option("--older-than", metavar="TIME", help="Only what was written longer ago, such as 90s, 30m, 2h, 7d."),
+]
+NewerOption = Annotated[str, typer.Option("--newer-than", metavar="TIME", help="Only what was written since.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+YesOption = Annotated[bool, typer.Option("--yes", help="Do it; without, say what would be done.")]
+
+_TIME = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+_HEX = re.compile(r"(?:[0-9a-fA-F]{2})+")
+
+
+@app.callback()
+def pool() -> None:
+    """Look into an SSD folder, check it, clean it, and measure this machine.
+
+    What only reads may be used while an engine runs; what changes something is refused then.
+    """
+
+
+@app.command()
+def stats(folder: DirOption = None, name: NameOption = "", as_json: JsonOption = False) -> None:
+    """Show what lies in the SSD folder: objects, bytes and slots of every catalogue, and who uses it."""
+    from umbp_connectors.cli_views import size_text
+    from umbp_connectors.pool.inspection import unreadable_catalogues
+
+    where = _folder(folder)
+    rows = [_stats_of(catalogue) for catalogue in _catalogues(where, name)]
+    lost = [str(path) for path in unreadable_catalogues(where)]
+    if as_json:
+        print(json.dumps({"catalogues": rows, "unreadable": lost}, indent=2))
+        return
+    table = Table(
+        "catalogue", "namespace", "objects", "bytes", "slots", "files", "used", box=box.SIMPLE, pad_edge=False
+    )
+    for row in rows:
+        slots = f"{row['slots']:,}" if row["slots"] is not None else "-"
+        use = "by an engine" if row["in_use"] else "no"
+        sizes = size_text(row["bytes"]), slots, size_text(row["file_bytes"])
+        table.add_row(escape(row["catalogue"]), escape(row["namespace"]), f"{row['objects']:,}", *sizes, use)
+    console = Console(soft_wrap=True)
+    console.print(table)
+    for path in lost:
+        console.print(f"[yellow]unreadable[/]  {escape(path)}")
+
+
+@app.command()
+def ls(
+    folder: DirOption = None,
+    name: NameOption = "",
+    prefix: PrefixOption = "",
+    min_size: Annotated[str, typer.Option("--min-size", metavar="SIZE", help="Only objects at least so large.")] = "",
+    max_size: Annotated[str, typer.Option("--max-size", metavar="SIZE", help="Only objects at most so large.")] = "",
+    older_than: OlderOption = "",
+    newer_than: NewerOption = "",
+    limit: Annotated[int, typer.Option("--limit", min=0, help="So many objects at most; 0: all.")] = 100,
+    as_json: JsonOption = False,
+) -> None:
+    """List objects on SSD, the latest first: key, size, place in its prefix chain, age, slot."""
+    from umbp_connectors.cli_views import size_text
+
+    wanted = _Wanted(prefix, older_than, newer_than, min_size, max_size)
+    found = [pair for catalogue in _catalogues(_folder(folder), name) for pair in _matching(catalogue, wanted)]
+    found.sort(key=lambda pair: pair[1].written or 0.0, reverse=True)
+    shown = found[:limit] if limit else found
+    if as_json:
+        print(json.dumps([_values(catalogue, stored) for catalogue, stored in shown], indent=2))
+        return
+    table = Table("key", "size", "depth", "age", "slot", "catalogue", box=box.SIMPLE, pad_edge=False)
+    for catalogue, stored in shown:
+        age = "-" if stored.written is None else _age(time.time() - stored.written)
+        sizes = size_text(stored.nbytes), str(stored.depth), age, str(stored.slot)
+        table.add_row(stored.key.hex(), *sizes, escape(catalogue.name))
+    console = Console(soft_wrap=True)
+    console.print(table)
+    if len(shown) < len(found):
+        console.print(f"{len(found) - len(shown):,} more; see --limit")
+
+
+@app.command()
+def get(
+    key: Annotated[
+        str, typer.Argument(metavar="KEY", help="The object's key, hexadecimal as `umbp pool ls` shows it.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where its bytes go.")],
+    folder: DirOption = None,
+    name: NameOption = "",
+    rank: Annotated[int, typer.Option("--rank", min=0, help="Whose part, where ranks share a catalogue.")] = 0,
+) -> None:
+    """Write the verified bytes of one object to a file."""
+    from umbp_connectors.pool.maintenance import load
+
+    wanted = _key(key)
+    for catalogue in _catalogues(_folder(folder), name):
+        for stored in catalogue.objects():
+            if stored.key == wanted:
+                output.write_bytes(load(catalogue, stored, rank))
+                print(f"{stored.nbytes} bytes of {key} are in {output}")
+                return
+    raise ConfigError(f"no catalogue has the object {key}; `umbp pool ls` lists what there is")
+
+
+@app.command()
+def verify(folder: DirOption = None, name: NameOption = "", as_json: JsonOption = False) -> None:
+    """Read everything on SSD and compare checksums. Exits with 1 when something is not as it should be."""
+    from umbp_connectors.cli_views import size_text
+    from umbp_connectors.pool.inspection import unreadable_catalogues
+    from umbp_connectors.pool.maintenance import verify as walk
+
+    where = _folder(folder)
+    catalogues = _catalogues(where, name)
+    verdicts = [(catalogue, walk(catalogue)) for catalogue in catalogues]
+    lost = [str(path) for path in unreadable_catalogues(where)]
+    problems = [problem for _, verdict in verdicts for problem in verdict.problems]
+    if as_json:
+        rows = [
+            {
+                "catalogue": catalogue.name,
+                "objects": verdict.objects,
+                "bytes": verdict.nbytes,
+                "unverifiable": verdict.unverifiable,
+                "problems": verdict.problems,
+            }
+            for catalogue, verdict in verdicts
+        ]
+        print(json.dumps({"catalogues": rows, "unreadable": lost}, indent=2))
+    else:
+        for catalogue, verdict in verdicts:
+            sound = verdict.objects - verdict.unverifiable - len(verdict.bad)
+            told = f"{sound:,} of {verdict.objects:,} objects ({size_text(verdict.nbytes)}) are what was stored"
+            print(f"{catalogue.name}: {told}")
+        for problem in [*problems, *(f"{path} cannot be read" for path in lost)]:
+            print(f"  {problem}", file=sys.stderr)
+    raise typer.Exit(1 if problems or lost else 0)
+
+
+@app.command()
+def evict(
+    keys: Annotated[list[str] | None, typer.Argument(metavar="[KEY...]", help="Keys, hexadecimal.")] = None,
+    folder: DirOption = None,
+    name: NameOption = "",
+    prefix: PrefixOption = "",
+    older_than: OlderOption = "",
+    yes: YesOption = False,
+) -> None:
+    """Take objects off the SSD: those that are named, or that begin so, or that are old. No engine may use it."""
+    from umbp_connectors.pool import maintenance
+
+    if not keys and not prefix and not older_than:
+        raise ConfigError("say what is to go: keys, --prefix or --older-than; `umbp pool clear` takes everything")
+    named = {_key(key) for key in keys or ()}
+    wanted = _Wanted(prefix, older_than)
+    for catalogue in _catalogues(_folder(folder), name):
+        gone = [stored.key for _, stored in _matching(catalogue, wanted) if not named or stored.key in named]
+        if not yes:
+            print(f"{catalogue.name}: {len(gone):,} objects would go; say --yes")
+        elif gone:
+            print(f"{catalogue.name}: {maintenance.evict(catalogue, gone):,} objects are gone")
+
+
+@app.command()
+def clear(folder: DirOption = None, name: NameOption = "", yes: YesOption = False) -> None:
+    """Remove everything from the SSD folder, files included. No engine may use it."""
+    from umbp_connectors.cli_views import size_text
+    from umbp_connectors.pool import maintenance
+
+    catalogues = _catalogues(_folder(folder), name)
+    if not yes:
+        for catalogue in catalogues:
+            row = _stats_of(catalogue)
+            print(f"{catalogue.name}: {row['objects']:,} objects would go; say --yes")
+        return
+    print(f"{size_text(maintenance.clear(catalogues))} are free again")
+
+
+@app.command()
+def bench(
+    folder: DirOption = None,
+    size: Annotated[str, typer.Option("--size", metavar="SIZE", help="Bytes of an object.")] = "1MiB",
+    objects: Annotated[int, typer.Option("--objects", min=1, help="Objects per call.")] = 64,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Calls of each kind; the median counts.")] = 5,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads that copy or wait for the disk.")] = 2,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure put, get and exists beside what memory and disk give in the same minute; --dir: the SSD tier there."""
+    from umbp_connectors.pool.bench import measure
+
+    figures = measure(_size(size) or 1, objects, rounds, threads, folder)
+    if as_json:
+        rows = [
+            {"what": f.what, "value": f.value, "unit": f.unit, "ceiling": f.ceiling, "ratio": f.ratio} for f in figures
+        ]
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table("what", "measured", "ceiling", "ratio", box=box.SIMPLE, pad_edge=False)
+    for figure in figures:
+        ceiling = "-" if figure.ceiling is None else f"{figure.ceiling:.2f} {figure.unit}"
+        ratio = "-" if figure.ratio is None else f"{figure.ratio:.2f}"
+        table.add_row(figure.what, f"{figure.value:.2f} {figure.unit}", ceiling, ratio)
+    Console(soft_wrap=True).print(table)
+
+
+class _Wanted:
+    """Which objects a command is about."""
+
+    def __init__(
+        self, prefix: str = "", older_than: str = "", newer_than: str = "", min_size: str = "", max_size: str = ""
+    ) -> None:
+        now = time.time()
+        self._prefixes = {prefix.encode(), bytes.fromhex(prefix)} if _HEX.fullmatch(prefix) else {prefix.encode()}
+        self._before = now - _seconds(older_than) if older_than else None
+        self._since = now - _seconds(newer_than) if newer_than else None
+        self._least = _size(min_size) or 0
+        self._most = _size(max_size)
+
+    def __call__(self, stored: StoredObject) -> bool:
+        written = stored.written or 0.0
+        return (
+            any(stored.key.startswith(prefix) for prefix in self._prefixes)
+            and (self._before is None or written <= self._before)
+            and (self._since is None or written >= self._since)
+            and stored.nbytes >= self._least
+            and (self._most is None or stored.nbytes <= self._most)
+        )
+
+
+def _folder(given: Path | None) -> Path:
+    if given is not None:
+        return given
+    from umbp_connectors.config import resolve
+
+    configured = resolve().config.ssd_dir
+    if configured is None:
+        raise ConfigError("no SSD folder is configured; name one with --dir")
+    return configured
+
+
+def _catalogues(folder: Path, name: str) -> list[StoredCatalogue]:
+    from umbp_connectors.pool.inspection import find_catalogues
+    from umbp_connectors.pool.maintenance import catalogues_below
+
+    return catalogues_below(find_catalogues(folder), name)
+
+
+def _matching(catalogue: StoredCatalogue, wanted: _Wanted) -> Iterator[tuple[StoredCatalogue, StoredObject]]:
+    return ((catalogue, stored) for stored in catalogue.objects() if wanted(stored))
+
+
+def _stats_of(catalogue: StoredCatalogue) -> dict[str, Any]:
+    objects = catalogue.objects()
+    sizes = [_bytes_of(path) for path in _slabs(catalogue)]
+    return {
+        "catalogue": catalogue.name,
+        "namespace": catalogue.namespace,
+        "objects": len(objects),
+        "bytes": sum(stored.nbytes for stored in objects) * catalogue.ranks,
+        "slots": min(sizes) // catalogue.slot_bytes if sizes and catalogue.slot_bytes else None,
+        "slot_bytes": catalogue.slot_bytes,
+        "ranks": catalogue.ranks,
+        "file_bytes": sum(sizes) + _bytes_of(catalogue.path),
+        "in_use": catalogue.in_use,
+    }
+
+
+def _slabs(catalogue: StoredCatalogue) -> Sequence[Path]:
+    pairs = zip(catalogue.folders, catalogue.layouts, strict=False)
+    paths = dict.fromkeys(folder / f"slab-{layout.hex()[:12]}.bin" for folder, layout in pairs)
+    return [path for path in paths if path.exists()]
+
+
+def _bytes_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _values(catalogue: StoredCatalogue, stored: StoredObject) -> dict[str, Any]:
+    return {
+        "key": stored.key.hex(),
+        "bytes": stored.nbytes,
+        "depth": stored.depth,
+        "slot": stored.slot,
+        "written": stored.written,
+        "tier": "SSD",
+        "catalogue": catalogue.name,
+        "namespace": catalogue.namespace,
+    }
+
+
+def _key(text: str) -> bytes:
+    if not _HEX.fullmatch(text):
+        raise ConfigError(f"{text!r} is no key; give it hexadecimal, as `umbp pool ls` shows it")
+    return bytes.fromhex(text)
+
+
+def _size(text: str) -> int | None:
+    from umbp_connectors.config_model import parse_size
+
+    if not text:
+        return None
+    try:
+        return parse_size(int(text) if text.isdigit() else text)
+    except ValueError as error:
+        raise ConfigError(f"{text!r}: {error}") from None
+
+
+def _seconds(text: str) -> float:
+    match = _TIME.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"{text!r} is no time; give a number with s, m, h or d")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def _age(seconds: float) -> str:
+    for unit, name in ((86_400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{max(0.0, seconds):.0f} s"
