@@ -111,6 +111,7 @@ class TierCopies:
         "bit",
         "held_pages",
         "owned",
+        "page_bytes",
         "pending",
         "pins",
         "policy",
@@ -124,6 +125,7 @@ class TierCopies:
         self.tier = space.tier
         self.bit = space.tier.bit
         self.allocator = space.allocator
+        self.page_bytes = space.allocator.page_bytes
         self.policy = space.policy
         self.told = space.told
         self.published: dict[bytes, Copy] = {}
@@ -147,16 +149,16 @@ class TierCopies:
         self.held_pages += len(reservation.pages)
 
     def reserve_pages(
-        self, owner: str, wanted: Mapping[bytes, tuple[int, int]], free: Iterable[int]
+        self, owner: str, wanted: Iterable[tuple[bytes, int, int]], free: Iterable[int]
     ) -> dict[bytes, tuple[int, ...]]:
-        """Reserve one page of ``free`` for each key of ``wanted`` (bytes and depth)."""
+        """Reserve one page of ``free`` for each (key, bytes, depth) of ``wanted``, no key of which comes twice."""
         mine = self.owned.setdefault(owner, {})
         places: dict[bytes, tuple[int, ...]] = {}
-        for (key, (nbytes, depth)), page in zip(wanted.items(), free, strict=True):
+        for (key, nbytes, depth), page in zip(wanted, free, strict=True):
             places[key] = pages = (page,)
             mine[key] = Reservation(pages, nbytes, depth)
-        self.pending.update(wanted)
-        self.held_pages += len(wanted)
+        self.pending.update(places)
+        self.held_pages += len(places)
         return places
 
     def settle(self, owner: str, key: bytes) -> Reservation | None:

@@ -22,6 +22,7 @@ No I/O, no threads, no clock.  One thread at a time.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NoReturn
 
 from umbp_core.copies import Change, Copy, DirectoryEvent, EventKind, Reservation, TierCopies, TierSpace, TierStats
 from umbp_core.errors import StateError, UnknownOwner
@@ -204,21 +205,25 @@ class Directory:
         For objects that take one page each: room for all that are new is made in one go, and only where that cannot
         be done one by one.  Raises ``StateError``, with nothing changed, when one has no byte or more than a page.
         """
-        state = self._state(tier)
-        page_bytes = state.allocator.page_bytes
-        published, pending = state.published, state.pending
-        new: dict[bytes, tuple[int, int]] = {}
-        for key, nbytes, depth in wanted:
+        state = self._spaces.get(tier) or self._missing(tier)
+        page_bytes, published, pending = state.page_bytes, state.published, state.pending
+        new: dict[bytes, tuple[bytes, int, int]] = {}
+        for each in wanted:
+            key, nbytes, _ = each
             if not 0 < nbytes <= page_bytes:
                 raise StateError(
                     f"an object of {nbytes} bytes does not take one page of {page_bytes}; reserve it alone"
                 )
             if key not in published and key not in pending and key not in new:
-                new[key] = nbytes, depth
-        free = self._pages_for_each(state, len(new))
+                new[key] = each
+        if not new:
+            return [None] * len(wanted)
+        free = state.allocator.allocate_each(len(new)) or self._evict_for_each(state, len(new))
         if free is None:
             return [self.reserve(owner, key, tier, *sized) if key in new else None for key, *sized in wanted]
-        places = state.reserve_pages(owner, new, free) if new else {}
+        places = state.reserve_pages(owner, new.values(), free)
+        if len(new) == len(wanted):
+            return list(places.values())
         return [places.pop(key, None) for key, _, _ in wanted]
 
     def commit(self, owner: str, key: bytes, tier: Tier, checksum: bytes) -> None:
@@ -232,7 +237,7 @@ class Directory:
 
         Raises ``UnknownOwner``, with nothing changed, when ``owner`` has not all of these reservations.
         """
-        state = self._state(tier)
+        state = self._spaces.get(tier) or self._missing(tier)
         copies = state.publish_reserved(owner, written)
         if copies is None:
             mine = state.owned.get(owner, {})
@@ -240,8 +245,8 @@ class Directory:
         masks, bit = self._masks, state.bit
         for key in written:
             masks[key] = masks.get(key, 0) | bit
-        if copies:
-            self._tell(EventKind.ADDED, state, tuple(written), copies)
+        if copies and state.told:
+            self._changes.append(Change(EventKind.ADDED, tier, tuple(written), copies))
 
     def abort(self, owner: str, key: bytes, tier: Tier) -> None:
         """Give the pages of ``owner``'s reservation back.  Raises ``UnknownOwner`` when it has no such one."""
@@ -297,11 +302,11 @@ class Directory:
         self._publish(state, key, Copy(state.tier, tuple(pages), nbytes, checksum, depth))
 
     def _state(self, tier: Tier) -> TierCopies:
-        state = self._spaces.get(tier)
-        if state is None:
-            known = ", ".join(known.name for known in self._spaces) or "none"
-            raise StateError(f"tier {tier!r} is not part of this directory ({known}); configure it or leave it out")
-        return state
+        return self._spaces.get(tier) or self._missing(tier)
+
+    def _missing(self, tier: Tier) -> NoReturn:
+        known = ", ".join(known.name for known in self._spaces) or "none"
+        raise StateError(f"tier {tier!r} is not part of this directory ({known}); configure it or leave it out")
 
     def _take(self, state: TierCopies, owner: str, key: bytes) -> Reservation:
         reservation = state.settle(owner, key)
@@ -352,10 +357,8 @@ class Directory:
         self._tell(EventKind.REMOVED, state, victims, copies)
         return True
 
-    def _pages_for_each(self, state: TierCopies, count: int) -> list[int] | None:
+    def _evict_for_each(self, state: TierCopies, count: int) -> list[int] | None:
         """A page for each of ``count`` objects, evicting; ``None``, with nothing evicted, when that makes no room."""
-        allocator = state.allocator
-        pages = allocator.allocate_each(count)
-        if pages is None and count <= allocator.total_pages and self._make_room(state, count * allocator.page_bytes):
-            pages = allocator.allocate_each(count)
-        return pages
+        if count <= state.allocator.total_pages and self._make_room(state, count * state.page_bytes):
+            return state.allocator.allocate_each(count)
+        return None

@@ -123,7 +123,10 @@ class Slot:
         """Store ``op_id`` was issued; the last one of a request before :meth:`finish`."""
         if op_id in self._ops:
             raise self._known_op(op_id)
-        self._step(_BEGIN_STORE)
+        state = _BEGIN_STORE.after.get(self._state)  # as _step does, without its call: once per stored block
+        if state is None:
+            raise self._illegal(_BEGIN_STORE)
+        self._state = state
         self._ops[op_id] = Direction.STORE
 
     def op_ended(self, op_id: str, status: OpStatus) -> bool:
@@ -138,14 +141,21 @@ class Slot:
         if direction is Direction.LOAD:
             self._load_ended(status)
         elif len(self._ops) == self._loads:
-            self._step(_STORES_ENDED)
+            state = _STORES_ENDED.after.get(self._state)  # as in begin_store
+            if state is None:
+                raise self._illegal(_STORES_ENDED)
+            self._state = state
         if not self._ops and self._state[1] is not Transaction.NONE:
             self._step(_RELEASED)
         return True
 
     def scheduled(self, decoding: bool) -> None:
         """The engine put the request into the current step."""
-        self._step(_DECODE if decoding else _PREFILL)
+        step = _DECODE if decoding else _PREFILL
+        state = step.after.get(self._state)  # as in begin_store
+        if state is None:
+            raise self._illegal(step)
+        self._state = state
 
     def skipped(self) -> None:
         """The request is running but absent from the current step."""

@@ -12,7 +12,7 @@ import enum
 import importlib
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -227,6 +227,16 @@ def before_reset(block_pool: Any, callback: Callable[[], None]) -> None:
         return bool(reset())
 
     block_pool.reset_prefix_cache = reset_prefix_cache
+
+
+def block_lists(kv_cache_manager: Any) -> Sequence[Mapping[str, Sequence[Any]]] | None:
+    """Per KV group every request's blocks, live, as the cache manager has them; ``None`` where it keeps them otherwise.
+
+    ``get_blocks`` tells the same, in five calls that make objects for all groups.
+    """
+    managers = optional(optional(kv_cache_manager, "coordinator"), "single_type_managers", ())
+    lists = [optional(manager, "req_to_blocks") for manager in managers]
+    return tuple(lists) if lists and all(isinstance(some, Mapping) for some in lists) else None
 
 
 def own_address() -> str:

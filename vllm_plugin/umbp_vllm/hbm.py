@@ -9,10 +9,11 @@ already forgotten.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from umbp_core.errors import StateError
+from umbp_vllm import compat
 
 NULL_BLOCK = 0
 """vLLM's placeholder for blocks that a window has left behind; it is never read or written."""
@@ -23,21 +24,19 @@ class HeldBlocks:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self.bound = False
+        """Whether vLLM has given its block pool; without it nothing may be stored."""
         self._held: dict[str, list[Any]] = {}
 
     def __len__(self) -> int:
         return len(self._held)
-
-    @property
-    def bound(self) -> bool:
-        """Whether vLLM has given its block pool; without it nothing may be stored."""
-        return self._pool is not None
 
     def bind(self, block_pool: Any) -> bool:
         """Take vLLM's ``BlockPool``; False when it has been taken already."""
         if self._pool is block_pool:
             return False
         self._pool = block_pool
+        self.bound = True
         return True
 
     def hold(self, op_id: str, blocks: Iterable[int]) -> None:
@@ -76,6 +75,7 @@ class BlockTables:
 
     def __init__(self) -> None:
         self._manager: Any = None
+        self._lists: Sequence[Mapping[str, Sequence[Any]]] | None = None
         self._tables: dict[str, tuple[list[int], ...]] = {}
 
     @property
@@ -86,6 +86,7 @@ class BlockTables:
     def bind(self, manager: Any) -> None:
         """Take vLLM's ``KVCacheManager`` (``bind_kv_cache_manager``)."""
         self._manager = manager
+        self._lists = compat.block_lists(manager)
         self._tables.clear()
 
     def set(self, request_id: str, tables: Sequence[Sequence[int]]) -> None:
@@ -101,6 +102,8 @@ class BlockTables:
 
     def blocks(self, request_id: str, group: int, first: int, end: int) -> list[int]:
         """The ids of the request's blocks ``first`` (included) to ``end`` (excluded) in ``group``, those that exist."""
+        if self._lists is not None:
+            return [block.block_id for block in self._lists[group].get(request_id, ())[first:end]]
         if self._manager is not None:
             blocks = self._manager.get_blocks(request_id).blocks[group]
             return [block.block_id for block in blocks[first:end]]

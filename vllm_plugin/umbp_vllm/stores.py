@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import msgspec
 
@@ -34,13 +35,8 @@ class StorePolicy:
     """Whether a step's stores begin with its first layer."""
 
 
-class _FullBlocks(msgspec.Struct, frozen=True):
-    """Blocks of one request and group that got full, from block ``first`` on."""
-
-    state: RequestState
-    group: KvGroup
-    first: int
-    keys: Sequence[bytes]
+_FullBlocks: TypeAlias = "tuple[RequestState, KvGroup, int, Sequence[bytes]]"
+"""Blocks of one request and group that got full: the index of the first, and the keys of all."""
 
 
 class _NewBlock(msgspec.Struct, frozen=True):
@@ -121,7 +117,7 @@ class StorePlanner:
             full = (limit - group.volatile_tail) // group.block_tokens
             if full > first:
                 keys = state.keys.of(group)[first:full]
-                self._full.append(_FullBlocks(state, group, first, keys))
+                self._full.append((state, group, first, keys))
                 first += len(keys)
                 state.evaluated[group.index] = first
             next_full = min(next_full, (first + 1) * group.block_tokens + group.volatile_tail)
@@ -137,6 +133,8 @@ class StorePlanner:
             return
         full, self._full = self._full, []
         new = self._new_blocks(full)
+        if not new:
+            return
         room = max(0, self._policy.max_pending_blocks - self._ledger.blocks_in_flight(Direction.STORE))
         if len(new) > room:
             self._stats.add("vllm:umbp_dropped_stores", len(new) - room, "backlog")
@@ -148,24 +146,25 @@ class StorePlanner:
             self._send(new[start : start + BLOCKS_PER_OP], requirement, ops)
 
     def _new_blocks(self, full: Sequence[_FullBlocks]) -> list[_NewBlock]:
-        """Those that no tier has, with where they are in HBM."""
+        """Those that are to be stored, with where they are in HBM."""
         new: list[_NewBlock] = []
-        for blocks in full:
-            state, group, first, keys = blocks.state, blocks.group, blocks.first, blocks.keys
-            known = (
-                self._directory.contains_many(keys)
-                if self._gate is None
-                else self._gate.left_out(state, group, first, keys)
-            )
-            if all(known):
-                continue
-            table = self._tables.blocks(state.request.request_id, group.index, first, first + len(keys))
-            new += [
-                _NewBlock(state, group, index, key, hbm_block)
-                for index, (key, is_known, hbm_block) in enumerate(zip(keys, known, table, strict=False), first)
-                if not is_known and hbm_block != NULL_BLOCK
-            ]
+        decided = self._left_out(full)
+        if all(decided):
+            return new
+        left_out = iter(decided)
+        for state, group, first, keys in full:
+            table = iter(self._tables.blocks(state.request.request_id, group.index, first, first + len(keys)))
+            for index, key in enumerate(keys, first):
+                hbm_block = next(table, NULL_BLOCK)
+                if not next(left_out) and hbm_block != NULL_BLOCK:
+                    new.append(_NewBlock(state, group, index, key, hbm_block))
         return new
+
+    def _left_out(self, full: Sequence[_FullBlocks]) -> list[bool]:
+        """For each block whether it is not to be stored: a tier has it, or the gate refuses it."""
+        if self._gate is None:
+            return self._directory.contains_many([key for _, _, _, keys in full for key in keys])
+        return [out for blocks in full for out in self._gate.left_out(*blocks)]
 
     def _send(self, new: Sequence[_NewBlock], requirement: Requirement, ops: list[LeaderTransferRequest]) -> None:
         op_id = self._unsent = self._new_op_id()
