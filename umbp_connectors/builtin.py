@@ -31,8 +31,8 @@ def umbp_make_tier(config: UmbpConfig, spec: DramTierSpec | SsdTierSpec) -> Dram
 
 @hookimpl(trylast=True)
 def umbp_make_client(config: UmbpConfig, spec: ClientSpec) -> PoolClient | None:
-    """A pool in this process, for mode ``local``."""
-    return _local_pool(config, spec) if config.mode == "local" else None
+    """A pool in this process for mode ``local``, in the host's daemon for mode ``daemon``."""
+    return _pool(config, spec) if config.mode in ("local", "daemon") else None
 
 
 @hookimpl(trylast=True)
@@ -91,11 +91,11 @@ def _ssd_tier(config: UmbpConfig, spec: SsdTierSpec) -> SsdTier:
     )
 
 
-def _local_pool(config: UmbpConfig, spec: ClientSpec) -> PoolClient:
-    from umbp_connectors.pool.local import LocalPool
+def _pool(config: UmbpConfig, spec: ClientSpec) -> PoolClient:
+    from umbp_connectors.daemon.making import pool_maker
     from umbp_connectors.pool.settings import local_pool_config
 
-    pool = LocalPool(
+    pool = pool_maker(config)(
         spec.identity,
         local_pool_config(
             config,

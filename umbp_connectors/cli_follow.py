@@ -106,7 +106,7 @@ def follow(
     For engines that publish with ZMQ (`--kv-events-config`). Runs until SIGTERM or SIGINT, and takes the node from the
     master then. With --json, prints its counters at the end.
     """
-    from umbp_connectors.master.process import log_to_stderr
+    from umbp_connectors.logs import log_to_stderr
 
     streams = [_stream(endpoint, replay, topic, bind, rank) for rank in range(dp_rank, dp_rank + dp_size)]
     config = _config(access, node_id, tuple(node_tag or ()))

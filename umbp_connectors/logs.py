@@ -1,4 +1,4 @@
-"""Where our log lines go inside an engine."""
+"""Where our log lines go: inside an engine, and in a process of our own."""
 
 from __future__ import annotations
 
@@ -20,3 +20,13 @@ def join(parent: str, level: str) -> None:
         logger.setLevel(level.upper())
         for handler in logging.getLogger(parent).handlers:
             logger.addHandler(handler)
+
+
+def log_to_stderr(level: str) -> None:
+    """Send what our packages log to standard error.  For a process that is ours."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for name in PACKAGES:
+        package = logging.getLogger(name)
+        package.setLevel(level.upper())
+        package.handlers = [handler]

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from umbp_connectors.daemon.client import DaemonPool
+from umbp_connectors.daemon.making import pool_maker
 from umbp_connectors.pool.buffers import round_up
 from umbp_connectors.pool.local import LocalPool, LocalPoolConfig
 from umbp_connectors.pool.settings import local_pool_config
@@ -30,7 +32,7 @@ KV = "kv"
 _STATES = "mamba"
 """SGLang's pool of states: every TP rank has its own part of them, even where KV is the same on all."""
 
-PoolMaker = Callable[[Identity, LocalPoolConfig], LocalPool]
+PoolMaker = Callable[[Identity, LocalPoolConfig], LocalPool | DaemonPool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +57,12 @@ class PoolRegistry:
     much each needs.  Each gets of DRAM and SSD what SGLang gave its host pool of host memory, in proportion.
     """
 
-    def __init__(self, settings: StoreSettings, weights: object = None, make_pool: PoolMaker = LocalPool) -> None:
+    def __init__(self, settings: StoreSettings, weights: object = None, make_pool: PoolMaker | None = None) -> None:
         self._settings = settings
         self._teller: PoolTeller | None = None
         self._weights = weights
-        self._make_pool = make_pool
+        self._make_pool = make_pool or pool_maker(settings.config)
+        self._in_daemon = settings.config.mode == "daemon"
         self._lock = threading.RLock()
         self._added: dict[str, _Member] = {}
         self._known: dict[str, _Member] = {}
@@ -182,7 +185,10 @@ class PoolRegistry:
         """Void what was told of earlier pools; which parts of which of these are to tell what they hold."""
         if self._teller is None:
             return []
-        return self._teller.begin({each.name: each.access.parts for each in members if not self._is_read_only(each)})
+        here = () if self._in_daemon else members
+        if self._in_daemon and members:
+            logger.warning("umbp: pages of L3 are in the daemon, of which a master is not told yet; L1 and L2 are told")
+        return self._teller.begin({each.name: each.access.parts for each in here if not self._is_read_only(each)})
 
     def _observe(self, pool: StorePool, told: Sequence[tuple[str, int]]) -> None:
         for number, (name, part) in enumerate(told):
@@ -193,7 +199,7 @@ class PoolRegistry:
     def _is_read_only(self, member: _Member) -> bool:
         """Whether a sibling rank keeps the pool, and this one reads it there."""
         rank = self._settings.rank
-        return member.replicated and rank.tp_size > 1 and not rank.writer
+        return member.replicated and rank.tp_size > 1 and not rank.writer and not self._in_daemon
 
     def _member(self, name: str, host_pool: Any) -> _Member:
         rank = self._settings.rank
@@ -215,7 +221,7 @@ class PoolRegistry:
             first = rank.tp_rank * member.access.parts
             parts = list(range(first, first + member.access.parts))
         identities = [self._identity(member, part) for part in parts]
-        shared = member.replicated and rank.tp_size > 1
+        shared = member.replicated and rank.tp_size > 1 and not self._in_daemon
         if self._is_read_only(member):
             timeout = self._settings.config.call_timeout_ms / 1000
             readers = [SiblingPool(found, meeting_place(found, rank.dp_rank), timeout) for found in identities]
@@ -224,7 +230,11 @@ class PoolRegistry:
             self._make_pool(identity, self._config(member, part, share))
             for identity, part in zip(identities, parts, strict=True)
         ]
-        servers = [SharedPoolServer(pool, meeting_place(pool.identity, rank.dp_rank)) for pool in pools if shared]
+        servers = [
+            SharedPoolServer(pool, meeting_place(pool.identity, rank.dp_rank))
+            for pool in pools
+            if shared and isinstance(pool, LocalPool)
+        ]
         return StorePool(member.name, member.access, pools, servers)
 
     def _identity(self, member: _Member, part: int | None) -> Identity:

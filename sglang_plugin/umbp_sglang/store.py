@@ -18,7 +18,6 @@ from sglang.srt.mem_cache.hicache_storage import (
     PoolTransferResult,
 )
 
-from umbp_connectors.pool.local import LocalPool
 from umbp_core.breaker import Backoff, Breaker
 from umbp_core.errors import ConfigError
 from umbp_core.ports import Clock
@@ -58,7 +57,7 @@ class UMBPStore(HiCacheStorage):
         storage_config: HiCacheStorageConfig,
         mem_pool_host: Any = None,
         *,
-        make_pool: PoolMaker = LocalPool,
+        make_pool: PoolMaker | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         self._settings = read_settings(storage_config)

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 
-from umbp_connectors.logs import PACKAGES
+from umbp_connectors.logs import log_to_stderr
 from umbp_connectors.master.app import Doors, MasterApp
 from umbp_connectors.master.settings import MasterConfig
 
@@ -33,16 +33,6 @@ def serve(config: MasterConfig, env: Mapping[str, str]) -> None:
         loop.run_until_complete(_until_signalled(MasterApp(config, env)))
     finally:
         _finish(loop)
-
-
-def log_to_stderr(level: str) -> None:
-    """Send what our packages log to standard error.  For a process that is ours."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for name in PACKAGES:
-        package = logging.getLogger(name)
-        package.setLevel(level.upper())
-        package.handlers = [handler]
 
 
 def _new_loop() -> Callable[[], asyncio.AbstractEventLoop]:

@@ -32,7 +32,7 @@ def test_keys_of_sglang_are_left_alone() -> None:
         ({"prefetch_treshold": 1}, "did you mean 'prefetch_threshold'"),
         ({"call_timeout_ms": 0}, "call_timeout_ms = 0"),
         ({"ssd_enabled": True}, "ssd_dir is not set"),
-        ({"mode": "daemon"}, "comes with a later release"),
+        ({"mode": "distributed"}, "comes with a later release"),
     ],
 )
 def test_a_mistake_is_one_line(extra: dict[str, object], message: str) -> None:

@@ -94,6 +94,10 @@ def check_peer(sock: socket.socket) -> None:
         raise AccessDenied(f"the process at the other end belongs to user {uid}, not to {os.geteuid()}")
 
 
+class PathInUse(ConfigError):
+    """A living process listens there."""
+
+
 class Listener:
     """A listening socket at ``path`` that only this user can reach."""
 
@@ -119,7 +123,7 @@ class Listener:
             sock.listen(backlog)
         except FolderInUse as error:
             sock.close()
-            raise ConfigError(f"another process shares its pool at {self._path}; give another path") from error
+            raise PathInUse(f"another process shares its pool at {self._path}; give another path") from error
         except (OSError, TierUnavailable, ConfigError) as error:
             sock.close()
             self._lock.release()

@@ -1,0 +1,75 @@
+"""Daemons in the process of the test, and their clients."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.connectors.daemon.kit import PAGES, SIZE, client_of
+from umbp_connectors.config_model import UmbpConfig
+from umbp_connectors.daemon.client import DaemonPool
+from umbp_connectors.daemon.keeper import PoolKeeper
+from umbp_connectors.daemon.server import DaemonServer
+from umbp_core.eviction import LruPolicy
+from umbp_core.ids import Identity
+from umbp_core.tiers import Tier
+
+
+class Daemon:
+    """One daemon without a process of its own."""
+
+    def __init__(self, path: Path, lease_s: float = 60.0, max_connections: int = 64, **config: object) -> None:
+        values = {"dram_capacity": 4 * PAGES * SIZE, "dram_prefault": False, **config}
+        self.keeper = PoolKeeper(UmbpConfig(**values), LruPolicy)  # type: ignore[arg-type]
+        self.server = DaemonServer(self.keeper, path, lease_s, max_connections)
+        self.server.open()
+
+    def pinned(self) -> int:
+        """How many objects in DRAM are pinned or being written, in all pools."""
+        fills = [kept.pool.stats(Tier.DRAM) for kept in self.keeper.pools()]
+        return sum(fill.pinned + fill.reserved for fill in fills if fill is not None)
+
+    def close(self) -> None:
+        self.server.close(0.5)
+        self.keeper.close(10)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the daemon listens."""
+    return tmp_path / "run" / "daemon.sock"
+
+
+@pytest.fixture
+def closing() -> Iterator[contextlib.ExitStack]:
+    """What is closed when the test ends, the last first."""
+    with contextlib.ExitStack() as closing:
+        yield closing
+
+
+@pytest.fixture
+def start(path: Path, closing: contextlib.ExitStack) -> Callable[..., Daemon]:
+    """Starts a daemon."""
+
+    def start(**options: object) -> Daemon:
+        daemon = Daemon(path, **options)  # type: ignore[arg-type]
+        closing.callback(daemon.close)
+        return daemon
+
+    return start
+
+
+@pytest.fixture
+def connect(path: Path, closing: contextlib.ExitStack) -> Callable[..., DaemonPool]:
+    """Opens a client."""
+
+    def connect(*identity: Identity, **options: object) -> DaemonPool:
+        pool = client_of(path, *identity, **options)  # type: ignore[arg-type]
+        pool.open()
+        closing.callback(pool.close)
+        return pool
+
+    return connect

@@ -1,0 +1,109 @@
+"""Daemons and clients in processes of their own, which a test can kill at the wrong moment.
+
+``python processes.py ROLE SOCKET`` is a client: ``write`` stops in the middle of a copy into the daemon's memory,
+``read`` in the middle of one out of it; both say ``ready`` then.  ``work`` puts and gets without end, compares every
+byte, says ``ready`` after the first round, and ends with its input.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from tests.connectors.daemon.kit import client_of, get, key_of, object_of, put
+from umbp_connectors.daemon import transfers
+from umbp_connectors.pool.checksums import copy_checksummed
+
+PROGRAM = "from umbp_connectors.cli import main; main()"
+
+
+def environment() -> dict[str, str]:
+    """That of this process, with the packages of this repository and without any key of ours."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("UMBP_")}
+    return {**kept, "PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
+
+
+class Process:
+    """One of them."""
+
+    def __init__(self, command: list[str], ready: str) -> None:
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), text=True
+        )
+        assert self.process.stdout is not None
+        self.first_line = self.process.stdout.readline()
+        assert self.first_line.startswith(ready), (self.first_line, self.kill())
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def kill(self) -> str:
+        """Kill it at once; what it wrote to standard error."""
+        self.process.kill()
+        return self.end()
+
+    def terminate(self) -> str:
+        """Ask it to end, and wait for that; what it wrote to standard error."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.end()
+
+    def end(self) -> str:
+        """Close its input and wait for its end; what it wrote to standard error."""
+        _, told = self.process.communicate(timeout=60)
+        return told
+
+
+def daemon(path: Path, *options: str) -> Process:
+    """A real daemon at ``path``."""
+    command = [sys.executable, "-c", PROGRAM, "daemon", "--socket", str(path), "--set", "dram_prefault=false"]
+    return Process([*command, *options], "umbp daemon ready: ")
+
+
+def client(role: str, path: Path) -> Process:
+    """A client in that role."""
+    return Process([sys.executable, __file__, role, str(path)], "ready")
+
+
+def _say_ready() -> None:
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+
+
+def _stop_half_way(key: bytes, target: Any, source: Any) -> bytes:
+    half = target.nbytes // 2
+    copy_checksummed(key, target[:half], source[:half])
+    _say_ready()
+    threading.Event().wait()
+    return b""
+
+
+def main() -> None:
+    role, path = sys.argv[1], Path(sys.argv[2])
+    pool = client_of(path)
+    pool.open()
+    if role == "work":
+        threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+        told = False
+        for number in range(1 << 30):
+            numbers = range(number % 40, number % 40 + 8)
+            put(pool, numbers, timeout=1.0)
+            hits = [status.hit for status in get(pool, numbers, timeout=1.0)]
+            if all(hits) and not told:
+                told = True
+                _say_ready()
+    put(pool, range(4))
+    transfers.copy_checksummed = _stop_half_way  # type: ignore[attr-defined]
+    if role == "write":
+        pool.put([key_of(number) for number in range(10, 14)], [object_of(number) for number in range(10, 14)])
+    else:
+        get(pool, range(4))
+
+
+if __name__ == "__main__":
+    main()

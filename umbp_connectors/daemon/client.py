@@ -1,0 +1,340 @@
+"""A pool in the host's daemon, with the interface of a pool in this process."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from umbp_connectors.daemon import messages
+from umbp_connectors.daemon.link import Link, attach
+from umbp_connectors.daemon.links import Links, Way
+from umbp_connectors.daemon.mapping import MappedArena
+from umbp_connectors.daemon.messages import Attach, PoolStats
+from umbp_connectors.daemon.transfers import Transfers, Written
+from umbp_connectors.pool.batches import PutBatch
+from umbp_connectors.pool.buffers import ScatteredSource, ScatteredTarget
+from umbp_connectors.pool.outcomes import GetStatus, PoolCounters, PutStatus
+from umbp_connectors.pool.rows import targets_of, views_of
+from umbp_connectors.pool.shares import CopyShares
+from umbp_connectors.pool.sharing.messages import KEY_BYTES
+from umbp_connectors.pool.staged import StagedPut
+from umbp_core.directory import TierStats
+from umbp_core.errors import StateError
+from umbp_core.ids import Identity
+from umbp_core.tiers import Tier
+
+_LOOKUP_S = 1.0
+"""A lookup that takes longer than this is a miss: a request waits for it."""
+_FLUSH_MORE_S = 2.0
+"""How long the answer to a flush may take beyond the time that the daemon gets for it."""
+
+
+class Starter(Protocol):
+    """Starts a daemon where none is."""
+
+    def start(self, timeout: float) -> bool:
+        """Start it, unless somebody does already, and wait until it is ready; whether it is."""
+        ...
+
+    def start_soon(self) -> None:
+        """The same in the background."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonClientConfig:
+    """Which daemon, and how large a pool is wanted should it have none of this identity; see ``LocalPoolConfig``.
+
+    Calls that name no time have ``timeout_s`` seconds.  ``label`` is what ``umbp daemon --status`` calls this client.
+    """
+
+    socket: Path
+    object_bytes: int
+    dram_bytes: int
+    rank: int = 0
+    ranks: int = 1
+    ssd_share: float = 1.0
+    timeout_s: float = 3.0
+    copy_threads: int = 2
+    prefault: bool = True
+    label: str = ""
+    start_timeout_s: float = 30.0
+
+
+class DaemonPool:
+    """Put, get and exists of a pool that the daemon at ``config.socket`` keeps, with what ``LocalPool`` promises.
+
+    The calling threads copy between the caller's buffers and the daemon's memory, which is mapped here, and verify what
+    they read.  A daemon that is missing, hanging, killed or of another version costs misses and nothing else: every
+    call ends within its time and a little, and connects anew when there is one again.  ``starter`` starts one.  Any
+    thread, after :meth:`open`.
+    """
+
+    def __init__(self, identity: Identity, config: DaemonClientConfig, starter: Starter | None = None) -> None:
+        self._identity = identity
+        self._config = config
+        self._starter = starter
+        self._lock = threading.Lock()
+        self._puts: Counter[PutStatus] = Counter()
+        self._gets: Counter[GetStatus] = Counter()
+        self._arena: MappedArena | None = None
+        self._links: Links | None = None
+        self._closed = False
+        self._shares = CopyShares(config.copy_threads)
+        self._transfers = Transfers(identity.digest, self._shares)
+        self._greeting = Attach(
+            messages.REVISION,
+            os.urandom(messages.TOKEN_BYTES),
+            identity.namespace,
+            identity.layout,
+            messages.scope_of(identity),
+            config.object_bytes,
+            config.dram_bytes,
+            config.rank,
+            config.ranks,
+            config.ssd_share,
+            b"",
+            config.label or f"process {os.getpid()}",
+        )
+
+    @property
+    def identity(self) -> Identity:
+        """What all objects of this pool have in common."""
+        return self._identity
+
+    @property
+    def failed(self) -> int:
+        """Calls that the daemon did not answer, or not in time."""
+        return self._opened().failed
+
+    def open(self) -> None:
+        """Connect, starting a daemon if that is wanted.  When there is none, the log says so, and calls are misses."""
+        if self._links is not None:
+            raise StateError("this pool is already open")
+        self._links = Links(self._connect, self._absent)
+        wait = self._config.timeout_s
+        if self._starter is not None and not self._config.socket.exists():
+            self._starter.start(self._config.start_timeout_s)
+            wait = self._config.start_timeout_s
+        self._links.call(Way.ASK, time.monotonic() + wait, lambda link: None)
+
+    def put(
+        self,
+        keys: Sequence[bytes],
+        buffers: Sequence[ScatteredSource],
+        depths: Sequence[int] | None = None,
+        timeout: float | None = None,
+    ) -> list[PutStatus]:
+        """See ``LocalPool.put``.  What the daemon does not take is ``NO_ROOM``, or ``TIMED_OUT`` when time is over."""
+        deadline = self._deadline(timeout)
+        batch = _put_batch(keys, buffers, depths, deadline)
+        statuses: list[PutStatus] = []
+        self._opened().call(Way.PUT, deadline, lambda link: self._transfers.put(link, batch, deadline, statuses))
+        return self._finish_put(batch, statuses, deadline)
+
+    def stage(
+        self,
+        keys: Sequence[bytes],
+        buffers: Sequence[ScatteredSource],
+        depths: Sequence[int] | None = None,
+        timeout: float | None = None,
+    ) -> StagedPut:
+        """See ``LocalPool.stage``.  When the daemon goes meanwhile, nothing is published."""
+        deadline = self._deadline(timeout)
+        batch = _put_batch(keys, buffers, depths, deadline)
+        statuses: list[PutStatus] = []
+        staged: list[tuple[Link, list[Written]]] = []
+
+        def work(link: Link) -> None:
+            statuses.clear()
+            staged[:] = []
+            staged.append((link, self._transfers.stage(link, batch, deadline, statuses)))
+
+        if not self._opened().call(Way.PUT, deadline, work):
+            statuses.clear()  # what was granted is void, should the daemon have granted anything
+        statuses = self._finish_put(batch, statuses, deadline)
+        return StagedPut(statuses, lambda publish: self._settle(staged, publish))
+
+    def get(
+        self, keys: Sequence[bytes], buffers: Sequence[ScatteredTarget], timeout: float | None = None
+    ) -> list[GetStatus]:
+        """See ``LocalPool.get``."""
+        deadline = self._deadline(timeout)
+        views = targets_of(buffers)
+        if views is None or len(keys) != len(views):
+            raise ValueError(f"{len(keys)} keys need as many buffers that can be written, got {len(buffers)}")
+        _check(keys)
+        statuses: list[GetStatus] = []
+        self._opened().call(Way.GET, deadline, lambda link: self._transfers.get(link, keys, views, deadline, statuses))
+        rest = GetStatus.TIMED_OUT if time.monotonic() >= deadline else GetStatus.MISS
+        statuses += [rest] * (len(keys) - len(statuses))
+        with self._lock:
+            self._gets.update(statuses)
+        return statuses
+
+    def exists(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which of ``keys`` can be read now; none while the daemon does not answer."""
+        _check(keys)
+        deadline = self._deadline(min(self._config.timeout_s, _LOOKUP_S))
+        there: list[bool] = []
+
+        def ask(link: Link) -> None:
+            there.clear()
+            for start in range(0, len(keys), messages.KEYS):
+                there.extend(map(bool, link.look_up(keys[start : start + messages.KEYS], False, deadline).there))
+
+        self._opened().call(Way.ASK, deadline, ask)
+        return there + [False] * (len(keys) - len(there))
+
+    def count_prefix(self, keys: Sequence[bytes]) -> int:
+        """How many of ``keys``, from the first on and without a gap, can be read now."""
+        _check(keys)
+        deadline = self._deadline(min(self._config.timeout_s, _LOOKUP_S))
+        count = 0
+
+        def ask(link: Link) -> None:
+            nonlocal count
+            while count < len(keys):
+                part = keys[count : count + messages.KEYS]
+                found = link.look_up(part, True, deadline).prefix
+                count += found
+                if found < len(part):
+                    return
+
+        self._opened().call(Way.ASK, deadline, ask)
+        return count
+
+    def clear(self) -> int:
+        """Forget every object, those of other clients of this identity too; returns how many copies could be read."""
+        deadline = self._deadline(None)
+        counts: list[int] = []
+        self._opened().call(Way.ASK, deadline, lambda link: counts.append(link.clear(deadline)))
+        return sum(counts)
+
+    def flush(self, timeout: float) -> bool:
+        """See ``LocalPool.flush``; false also while the daemon does not answer."""
+        deadline = self._deadline(timeout + _FLUSH_MORE_S)
+        done: list[bool] = []
+        self._opened().call(Way.ASK, deadline, lambda link: done.append(link.flush(timeout, deadline)))
+        return any(done)
+
+    def stats(self, tier: Tier) -> TierStats | None:
+        """How full ``tier`` is; ``None`` when the pool has no such tier, or the daemon does not answer."""
+        for fill in self._stats().fills:
+            if fill.tier == tier:
+                return TierStats(fill.total_pages, fill.free_pages, fill.objects, fill.pinned, fill.reserved)
+        return None
+
+    def counters(self) -> PoolCounters:
+        """What this client did, and what happened in the pool's SSD tier; nothing of it while nobody answers."""
+        told = self._stats().counters
+        with self._lock:
+            puts, gets = dict(self._puts), dict(self._gets)
+        return PoolCounters(
+            puts={status: puts.get(status, 0) for status in PutStatus},
+            gets={status: gets.get(status, 0) for status in GetStatus},
+            restored=told.get("restored", 0),
+            demoted=told.get("demoted", 0),
+            demotions_failed=told.get("demotions_failed", 0),
+            fenced=told.get("fenced", 0),
+            fenced_loads=told.get("fenced_loads", 0),
+        )
+
+    def wait_prefaulted(self, timeout: float) -> bool:
+        """Wait until the daemon's memory is present in this process, for at most ``timeout`` seconds."""
+        arena = self._arena
+        return arena is None or arena.wait_present(timeout)
+
+    def close(self) -> None:
+        """Leave the daemon, which keeps what it has; idempotent."""
+        links = self._links
+        if links is not None:
+            links.close()
+        with self._lock:
+            arena, self._arena = self._arena, None
+            self._closed = True
+        if arena is not None:
+            arena.close()
+        self._shares.close(wait_for_them=False)
+
+    def _opened(self) -> Links:
+        links = self._links
+        if links is None or self._closed:
+            raise StateError("this pool is not open")
+        return links
+
+    def _deadline(self, timeout: float | None) -> float:
+        self._opened()
+        return time.monotonic() + (self._config.timeout_s if timeout is None else timeout)
+
+    def _connect(self, deadline: float) -> Link:
+        """A new connection, with the arena that is mapped already if that is still the daemon's."""
+        known = self._arena
+        greeting = msgspec.structs.replace(self._greeting, mapped=known.name) if known is not None else self._greeting
+        link = attach(self._config.socket, greeting, known, self._config.prefault, deadline)
+        with self._lock:
+            old, self._arena = self._arena, link.arena
+        if old is not None and old is not link.arena:
+            old.close()
+        return link
+
+    def _absent(self) -> None:
+        if self._starter is not None:
+            self._starter.start_soon()
+
+    def _finish_put(self, batch: PutBatch, statuses: list[PutStatus], deadline: float) -> list[PutStatus]:
+        rest = PutStatus.TIMED_OUT if time.monotonic() >= deadline else PutStatus.NO_ROOM
+        statuses = statuses + [rest] * (len(batch.keys) - len(statuses))
+        with self._lock:
+            self._puts.update(statuses)
+        return statuses
+
+    def _settle(self, staged: Sequence[tuple[Link, list[Written]]], publish: bool) -> bool:
+        """Publish or give back what was staged, over the very connection that it was granted to."""
+        if not staged or self._closed:
+            return False
+        ((own, grants),) = staged
+        deadline = time.monotonic() + self._config.timeout_s
+        done: list[bool] = []
+
+        def work(link: Link) -> None:
+            if link is not own:
+                return
+            for written in grants:
+                if publish:
+                    done.append(link.publish(written.number, written.checksums, deadline))
+                else:
+                    link.give_back(written.number, deadline)
+
+        self._opened().call(Way.PUT, deadline, work)
+        return publish and len(done) == len(grants) and all(done)
+
+    def _stats(self) -> PoolStats:
+        deadline = self._deadline(min(self._config.timeout_s, _LOOKUP_S))
+        found: list[PoolStats] = []
+        self._opened().call(Way.ASK, deadline, lambda link: found.append(link.stats(deadline)))
+        return found[0] if found else PoolStats([], {})
+
+
+def _check(keys: Sequence[bytes]) -> None:
+    if keys and not 0 < min(map(len, keys)) <= max(map(len, keys)) <= KEY_BYTES:
+        raise ValueError(f"the key of an object in a daemon has 1 to {KEY_BYTES} bytes")
+
+
+def _put_batch(
+    keys: Sequence[bytes], buffers: Sequence[ScatteredSource], depths: Sequence[int] | None, deadline: float
+) -> PutBatch:
+    views = views_of(buffers)
+    places = depths if depths is not None else [0] * len(keys)
+    if not len(keys) == len(views) == len(places):
+        raise ValueError(f"{len(keys)} keys, {len(views)} buffers and {len(places)} depths do not match")
+    _check(keys)
+    return PutBatch(keys, views, places, deadline)

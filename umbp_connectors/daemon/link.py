@@ -1,0 +1,178 @@
+"""A client's connection to the daemon."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from umbp_connectors.daemon import messages
+from umbp_connectors.daemon.mapping import MappedArena
+from umbp_connectors.daemon.messages import (
+    AskStats,
+    Attach,
+    Borrow,
+    Clear,
+    Count,
+    Doubt,
+    Flush,
+    Found,
+    Granted,
+    Inspect,
+    Lent,
+    Lookup,
+    Overview,
+    Place,
+    PoolStats,
+    Publish,
+    Refusal,
+    Reserve,
+    Return,
+    Welcome,
+)
+from umbp_connectors.pool.sharing.sockets import FrameSocket, check_peer
+from umbp_core.errors import TierUnavailable
+from umbp_core.wire.codes import ErrorCode, WireError
+from umbp_core.wire.frames import FrameType
+
+Reply = TypeVar("Reply", Found, Lent, Granted, Count, PoolStats)
+
+_DAEMONS_PART = 0.8
+"""How much of a call's time the daemon gets to bring objects to DRAM: its answer must come while somebody listens."""
+_KINDS = (FrameType.HELLO, FrameType.REPLY, FrameType.ERROR)
+
+
+class Link:
+    """An open connection, attached to a pool.  One thread at a time.
+
+    Every call raises ``OSError`` (``TimeoutError`` at its deadline), ``WireError`` or ``UmbpError``; the link is of no
+    use then and has to be closed, which ends all that was lent and granted over it.
+    """
+
+    def __init__(self, sock: FrameSocket, welcome: Welcome, arena: MappedArena) -> None:
+        self._socket = sock
+        self._sequence = 0
+        self.welcome = welcome
+        self.arena = arena
+
+    def look_up(self, keys: Sequence[bytes], prefix: bool, deadline: float) -> Found:
+        """What of ``keys`` (``messages.KEYS`` at most) can be read."""
+        found = self._ask(Lookup(list(keys), prefix), Found, deadline)
+        if found.prefix > len(keys) or not (prefix or len(found.there) == len(keys)):
+            raise WireError(ErrorCode.MALFORMED, f"an answer about {len(keys)} keys speaks of others")
+        return found
+
+    def borrow(self, keys: Sequence[bytes], deadline: float) -> tuple[int, list[Place]]:
+        """The number of a loan, and where ``keys`` lie, or the first of them; until :meth:`give_back`."""
+        left = max(0.0, deadline - time.monotonic())
+        request = Borrow(list(keys), min(messages.TIMEOUT_MS, int(1000 * _DAEMONS_PART * left)))
+        places = self._ask(request, Lent, deadline).places
+        page_bytes, pages = self.welcome.page_bytes, self.welcome.pages
+        sound = all(
+            place.page < pages and place.nbytes <= page_bytes and place.status < len(messages.LENT) for place in places
+        )
+        if len(places) > len(keys) or not sound:
+            raise WireError(ErrorCode.MALFORMED, f"an answer about {len(keys)} objects does not fit them or the arena")
+        return self._sequence, places
+
+    def reserve(
+        self, keys: Sequence[bytes], sizes: Sequence[int], depths: Sequence[int], deadline: float
+    ) -> tuple[int, list[int]]:
+        """The number of a grant, and pages for ``keys`` or the first of them; until it is published or given back."""
+        places = self._ask(Reserve(list(keys), list(sizes), list(depths)), Granted, deadline).places
+        pages = self.welcome.pages
+        if len(places) > len(keys) or any(place >= pages for place in places):
+            raise WireError(ErrorCode.MALFORMED, f"an answer about {len(keys)} objects does not fit them or the arena")
+        return self._sequence, places
+
+    def publish(self, number: int, checksums: Sequence[bytes], deadline: float) -> bool:
+        """End a grant: what has a checksum can be read from now on, if the answer is true."""
+        return bool(self._ask(Publish(number, list(checksums)), Count, deadline).count)
+
+    def give_back(self, number: int, deadline: float) -> None:
+        """End a loan or a grant.  Does not wait for the daemon."""
+        self._send(Return(number), deadline)
+
+    def doubt(self, keys: Sequence[bytes], deadline: float) -> None:
+        """Have the daemon verify ``keys``, which did not verify here."""
+        self._ask(Doubt(list(keys)), Count, deadline)
+
+    def clear(self, deadline: float) -> int:
+        """Forget everything; how much it was."""
+        return self._ask(Clear(), Count, deadline).count
+
+    def flush(self, timeout: float, deadline: float) -> bool:
+        """Wait for the SSD for at most ``timeout`` seconds; whether all is there."""
+        return bool(self._ask(Flush(min(messages.TIMEOUT_MS, int(1000 * timeout))), Count, deadline).count)
+
+    def stats(self, deadline: float) -> PoolStats:
+        """How full the pool is, and what happened in it."""
+        return self._ask(AskStats(), PoolStats, deadline)
+
+    def close(self) -> None:
+        """End the connection."""
+        self._socket.close()
+
+    def _ask(self, request: messages.Request, kind: type[Reply], deadline: float) -> Reply:
+        self._send(request, deadline)
+        what, sequence, payload = self._socket.receive(deadline)
+        if what != FrameType.REPLY or sequence != self._sequence:
+            raise WireError(ErrorCode.PROTOCOL, "an answer to nothing that was asked")
+        return messages.decode_as(kind, payload)
+
+    def _send(self, request: messages.Request, deadline: float) -> None:
+        self._sequence += 1
+        self._socket.send(FrameType.REQUEST, self._sequence, messages.encode(request), deadline)
+
+
+def attach(path: Path, greeting: Attach, known: MappedArena | None, prefault: bool, deadline: float) -> Link:
+    """A link to the pool that ``greeting`` names, of the daemon at ``path``.
+
+    ``known`` is the arena that the greeting names as mapped.  Raises as the link does, and ``TierUnavailable`` when the
+    daemon does not want this client.
+    """
+    with contextlib.ExitStack() as undo:
+        sock = _greet(path, greeting, undo, deadline)
+        kind, _, payload = sock.receive(deadline, with_fd=True)
+        if kind != FrameType.HELLO:
+            raise _refused(path, payload)
+        welcome = messages.decode_as(Welcome, payload)
+        fd = sock.take_fd()
+        if fd is not None:
+            arena = MappedArena(fd, welcome, prefault)
+        elif known is not None and known.name == welcome.arena:
+            arena = known
+        else:
+            raise TierUnavailable(f"the daemon at {path} offers no memory")
+        sock.allow(messages.FRAME_BYTES)
+        undo.pop_all()
+    return Link(sock, welcome, arena)
+
+
+def inspect(path: Path, deadline: float) -> Overview:
+    """What the daemon at ``path`` says about itself.  Raises as a link does."""
+    with contextlib.ExitStack() as undo:
+        sock = _greet(path, Inspect(messages.REVISION), undo, deadline)
+        sock.allow(messages.FRAME_BYTES)
+        kind, _, payload = sock.receive(deadline)
+        if kind != FrameType.REPLY:
+            raise _refused(path, payload)
+        return messages.decode_as(Overview, payload)
+
+
+def _greet(path: Path, greeting: Attach | Inspect, undo: contextlib.ExitStack, deadline: float) -> FrameSocket:
+    raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = FrameSocket(raw, _KINDS, messages.GREETING_BYTES)
+    undo.callback(sock.close)
+    raw.settimeout(max(0.001, deadline - time.monotonic()))
+    raw.connect(str(path))
+    check_peer(raw)
+    sock.send(FrameType.HELLO, 0, messages.encode(greeting), deadline)
+    return sock
+
+
+def _refused(path: Path, payload: memoryview) -> TierUnavailable:
+    return TierUnavailable(f"the daemon at {path} refuses: {messages.decode_as(Refusal, payload).message}")

@@ -1,0 +1,282 @@
+"""What a client and the daemon say to each other, and how much of it (law L10).
+
+Frames are those of :mod:`umbp_core.wire.frames`, in session 0.  A client's first frame attaches the connection to a
+pool, or asks for an overview; the welcome carries the arena's descriptor unless the client has mapped it already.
+Then each request has one reply, except :class:`Return`.  The number of a loan or a grant is the sequence of its
+request; it ends when it is returned or published, and with its connection.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeVar
+
+import msgspec
+
+from umbp_connectors.pool.outcomes import GetStatus, PutStatus
+from umbp_connectors.pool.sharing.messages import Found, Key, Lookup, Natural, Place, Refusal, Text
+from umbp_core.ids import Identity, RankScope
+from umbp_core.ops import CHECKSUM_BYTES
+from umbp_core.wire.codes import ErrorCode, WireError
+
+__all__ = ["Found", "Lookup", "Place", "Refusal"]
+
+REVISION = 1
+GREETING_BYTES = 8 << 10
+FRAME_BYTES = 4 << 20
+"""Payload of any later frame."""
+KEYS = 1 << 14
+"""Keys of one lookup."""
+OBJECTS = 512
+"""Objects of one loan or grant."""
+TOKEN_BYTES = 16
+TIMEOUT_MS = 3_600_000
+
+LENT = (GetStatus.MISS, GetStatus.DRAM, GetStatus.SSD, GetStatus.CORRUPT, GetStatus.TIMED_OUT)
+"""The statuses of lent objects, by their number."""
+NOT_GRANTED = (PutStatus.PRESENT, PutStatus.NO_ROOM, PutStatus.TOO_LARGE)
+"""Why there is no page: the first stands for -1, and so on."""
+
+Token = Annotated[bytes, msgspec.Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
+Size = Annotated[int, msgspec.Meta(gt=0, lt=1 << 48)]
+Small = Annotated[int, msgspec.Meta(ge=0, lt=1 << 20)]
+Keys = Annotated[list[Key], msgspec.Meta(max_length=OBJECTS)]
+Naturals = Annotated[list[Natural], msgspec.Meta(max_length=OBJECTS)]
+Milliseconds = Annotated[int, msgspec.Meta(ge=0, le=TIMEOUT_MS)]
+
+
+class Scope(msgspec.Struct, array_like=True, frozen=True):
+    """A :class:`~umbp_core.ids.RankScope`."""
+
+    tp_rank: Small
+    tp_size: Small
+    pp_rank: Small
+    pp_size: Small
+    cp_rank: Small
+    cp_size: Small
+    replicated: bool
+    dcp_rank: Small
+    dcp_size: Small
+    heads: tuple[Small, Small] | None
+
+
+class Attach(msgspec.Struct, array_like=True, frozen=True, tag=25):
+    """A client's first frame: whose objects it wants, and how large a pool it would have, were there none yet.
+
+    ``client`` is the same for all connections of one client.  ``mapped`` names the arena that it has mapped already, if
+    any.  ``rank``, ``ranks`` and ``ssd_share`` are those of ``LocalPoolConfig``.
+    """
+
+    revision: Natural
+    client: Token
+    namespace: Text
+    layout: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+    scope: Scope
+    object_bytes: Size
+    dram_bytes: Size
+    rank: Small
+    ranks: Annotated[int, msgspec.Meta(gt=0, lt=1 << 20)]
+    ssd_share: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    mapped: Annotated[bytes, msgspec.Meta(max_length=TOKEN_BYTES)]
+    label: Text
+
+    @property
+    def identity(self) -> Identity:
+        """What all objects of the pool have in common."""
+        scope = self.scope
+        return Identity(
+            self.namespace,
+            self.layout,
+            RankScope(
+                scope.tp_rank,
+                scope.tp_size,
+                scope.pp_rank,
+                scope.pp_size,
+                scope.cp_rank,
+                scope.cp_size,
+                scope.replicated,
+                scope.dcp_rank,
+                scope.dcp_size,
+                scope.heads,
+            ),
+        )
+
+
+class Inspect(msgspec.Struct, array_like=True, frozen=True, tag=26):
+    """Another first frame, and the only one of its connection: what is there?"""
+
+    revision: Natural
+
+
+class Welcome(msgspec.Struct, array_like=True, frozen=True, tag=27):
+    """The daemon's first frame: which arena, how it is cut, how many objects a loan or grant may have.
+
+    What was lent may change ``lease_ms`` milliseconds after it was asked for: what is copied later does not count.
+    """
+
+    arena: Token
+    page_bytes: Size
+    pages: Size
+    objects: Annotated[int, msgspec.Meta(gt=0, le=OBJECTS)]
+    lease_ms: Annotated[int, msgspec.Meta(gt=0, le=TIMEOUT_MS)]
+    pid: Natural
+
+
+class Borrow(msgspec.Struct, array_like=True, frozen=True, tag=12):
+    """Lend ``keys``, within so many milliseconds."""
+
+    keys: Keys
+    timeout_ms: Milliseconds
+
+
+class Lent(msgspec.Struct, array_like=True, frozen=True, tag=13):
+    """The answer, in the order of the keys; about the first of them only, where the client has too much already."""
+
+    places: Annotated[list[Place], msgspec.Meta(max_length=OBJECTS)]
+
+
+class Reserve(msgspec.Struct, array_like=True, frozen=True, tag=14):
+    """Grant pages to write ``keys`` of these sizes into."""
+
+    keys: Keys
+    sizes: Naturals
+    depths: Naturals
+
+
+class Granted(msgspec.Struct, array_like=True, frozen=True, tag=15):
+    """The answer, in the order of the keys: a page, or a number below 0 (``NOT_GRANTED``).  May be short, too."""
+
+    places: Annotated[
+        list[Annotated[int, msgspec.Meta(ge=-len(NOT_GRANTED), lt=1 << 48)]], msgspec.Meta(max_length=OBJECTS)
+    ]
+
+
+class Publish(msgspec.Struct, array_like=True, frozen=True, tag=16):
+    """The objects of grant ``number`` are written: their checksums in its order, empty where one is not."""
+
+    number: Natural
+    checksums: Annotated[
+        list[Annotated[bytes, msgspec.Meta(max_length=CHECKSUM_BYTES)]], msgspec.Meta(max_length=OBJECTS)
+    ]
+
+
+class Return(msgspec.Struct, array_like=True, frozen=True, tag=17):
+    """The loan or grant ``number`` is over.  There is no answer."""
+
+    number: Natural
+
+
+class Doubt(msgspec.Struct, array_like=True, frozen=True, tag=18):
+    """These did not verify in the client; the daemon is to look itself."""
+
+    keys: Keys
+
+
+class Clear(msgspec.Struct, array_like=True, frozen=True, tag=19):
+    """Forget every object of the pool."""
+
+
+class Flush(msgspec.Struct, array_like=True, frozen=True, tag=20):
+    """Bring what was stored to SSD, within so many milliseconds."""
+
+    timeout_ms: Milliseconds
+
+
+class Count(msgspec.Struct, array_like=True, frozen=True, tag=21):
+    """The answer to several: how many, or 0 and 1 for no and yes."""
+
+    count: Natural
+
+
+class AskStats(msgspec.Struct, array_like=True, frozen=True, tag=22):
+    """How full are the pool's tiers?"""
+
+
+class TierFill(msgspec.Struct, frozen=True):
+    """A ``TierStats`` of tier number ``tier``."""
+
+    tier: Small
+    total_pages: Natural
+    free_pages: Natural
+    objects: Natural
+    pinned: Natural
+    reserved: Natural
+
+
+class PoolStats(msgspec.Struct, array_like=True, frozen=True, tag=23):
+    """The answer: the pool's tiers, and its counters by the names of ``PoolCounters`` (``put_stored`` and the like)."""
+
+    fills: Annotated[list[TierFill], msgspec.Meta(max_length=8)]
+    counters: dict[Annotated[str, msgspec.Meta(max_length=64)], Natural]
+
+
+class PoolView(msgspec.Struct, frozen=True):
+    """One pool of an overview."""
+
+    identity: str
+    namespace: str
+    page_bytes: int
+    dram_bytes: int
+    clients: list[str]
+    fills: list[TierFill]
+    counters: dict[str, int]
+
+
+class Overview(msgspec.Struct, frozen=True, tag=24):
+    """The answer to :class:`Inspect`."""
+
+    pid: Natural
+    dram_bytes: Natural
+    pools: list[PoolView]
+
+
+Request = Lookup | Borrow | Reserve | Publish | Return | Doubt | Clear | Flush | AskStats
+Greeting = Attach | Inspect
+M = TypeVar("M")
+
+encode = msgspec.msgpack.Encoder().encode
+_REQUESTS = msgspec.msgpack.Decoder(Request)
+_GREETINGS = msgspec.msgpack.Decoder(Greeting)
+_BAD = (msgspec.MsgspecError, UnicodeDecodeError)
+
+
+def scope_of(identity: Identity) -> Scope:
+    """The scope of ``identity`` as a message has it."""
+    rank = identity.rank
+    return Scope(
+        rank.tp_rank,
+        rank.tp_size,
+        rank.pp_rank,
+        rank.pp_size,
+        rank.cp_rank,
+        rank.cp_size,
+        rank.replicated,
+        rank.dcp_rank,
+        rank.dcp_size,
+        rank.heads,
+    )
+
+
+def decode_greeting(payload: memoryview) -> Greeting:
+    """A client's first message.  Raises ``WireError``."""
+    try:
+        greeting: Greeting = _GREETINGS.decode(payload)
+    except _BAD as error:
+        raise WireError(ErrorCode.MALFORMED, f"a greeting is not what it should look like: {error}") from None
+    return greeting
+
+
+def decode_request(payload: memoryview) -> Request:
+    """A client's request.  Raises ``WireError``."""
+    try:
+        request: Request = _REQUESTS.decode(payload)
+    except _BAD as error:
+        raise WireError(ErrorCode.MALFORMED, f"a request is not what it should look like: {error}") from None
+    return request
+
+
+def decode_as(kind: type[M], payload: memoryview) -> M:
+    """The message of type ``kind`` in ``payload``.  Raises ``WireError``."""
+    try:
+        return msgspec.msgpack.decode(payload, type=kind)
+    except _BAD as error:
+        raise WireError(ErrorCode.MALFORMED, f"a message is not what it should look like: {error}") from None

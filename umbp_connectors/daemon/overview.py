@@ -1,0 +1,55 @@
+"""What the daemon says about itself: its pools, how full they are, what happened, who uses them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from umbp_connectors.daemon.keeper import KeptPool, PoolKeeper
+from umbp_connectors.daemon.messages import LENT, Overview, PoolStats, PoolView, TierFill
+from umbp_core.errors import StateError
+from umbp_core.tiers import Tier
+
+
+def stats_of(kept: KeptPool) -> PoolStats:
+    """How full a pool is and what happened in it.  Raises ``StateError`` when it is closed."""
+    pool, fills = kept.pool, []
+    for tier in (Tier.DRAM, Tier.SSD):
+        stats = pool.stats(tier)
+        if stats is not None:
+            fills.append(
+                TierFill(int(tier), stats.total_pages, stats.free_pages, stats.objects, stats.pinned, stats.reserved)
+            )
+    counted = pool.counters()
+    counters = {f"put_{status.value}": count for status, count in counted.puts.items()}
+    counters |= {f"get_{status.value}": kept.lent[status] for status in LENT}
+    counters |= {
+        "restored": counted.restored,
+        "demoted": counted.demoted,
+        "demotions_failed": counted.demotions_failed,
+        "fenced": counted.fenced,
+        "fenced_loads": counted.fenced_loads,
+    }
+    return PoolStats(fills, counters)
+
+
+def overview_of(keeper: PoolKeeper) -> Overview:
+    """Everything there is."""
+    views = []
+    for kept in keeper.pools():
+        with contextlib.suppress(StateError):  # it is being closed
+            views.append(_view(kept))
+    return Overview(os.getpid(), keeper.dram_bytes, views)
+
+
+def _view(kept: KeptPool) -> PoolView:
+    stats = stats_of(kept)
+    return PoolView(
+        kept.pool.identity.digest.hex(),
+        kept.namespace,
+        kept.page_bytes,
+        kept.nbytes,
+        kept.clients,
+        stats.fills,
+        stats.counters,
+    )

@@ -1,0 +1,73 @@
+"""One daemon as a process: its signals, its log, and the one sentence when it cannot start."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from umbp_connectors.config_model import UmbpConfig
+from umbp_connectors.daemon.keeper import PoolKeeper
+from umbp_connectors.daemon.launch import READY
+from umbp_connectors.daemon.server import DaemonServer
+from umbp_connectors.daemon.settings import idle_exit_s
+from umbp_connectors.logs import log_to_stderr
+from umbp_connectors.plugins import create_manager
+from umbp_connectors.pool import machine
+from umbp_connectors.pool.local import CLOSE_TIMEOUT_S
+from umbp_core.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_NEVER_S = 86_400.0
+"""How often it looks when there is nothing to look for."""
+
+
+def serve(config: UmbpConfig, path: Path) -> None:
+    """Be the daemon at ``path`` until a signal comes, or until nobody used it for as long as ``config`` says.
+
+    The first signal ends it gracefully: calls under way come to their end, what is in DRAM only goes to SSD.  A second
+    one ends it at once.  Prints one line to standard output when it can be reached.  The main thread only.  Raises
+    ``UmbpError`` with one sentence when it cannot start.
+    """
+    log_to_stderr(config.log_level)
+    limits = machine.memory_limits()
+    if config.dram_capacity > limits.usable:
+        raise ConfigError(
+            f"a DRAM tier of {config.dram_capacity / 2**30:.1f} GiB does not fit this machine, which has "
+            f"{limits.describe()}; set a smaller dram_capacity"
+        )
+    keeper = PoolKeeper(config, create_manager(config).eviction_maker())
+    server = DaemonServer(keeper, path)
+    # Taken by sigtimedwait alone, whichever thread they come to.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    server.open()
+    try:
+        sys.stdout.write(f"{READY}: {path}, {_tiers(config)}\n")
+        sys.stdout.flush()
+        why = _until_over(server, idle_exit_s(config))
+        logger.info("umbp: %s: the daemon stops", why)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        server.close()
+    finally:
+        server.close(0.0)
+        keeper.close(CLOSE_TIMEOUT_S)
+    logger.info("umbp: the daemon has ended")
+
+
+def _until_over(server: DaemonServer, idle_exit: float) -> str:
+    """Wait for a signal, or until there was no client for ``idle_exit`` seconds (0: never); which it was."""
+    wait = idle_exit or _NEVER_S
+    while (got := signal.sigtimedwait(SIGNALS, max(0.0, wait))) is None:
+        if idle_exit:
+            wait = idle_exit - server.idle_s
+            if wait <= 0:
+                return f"no client for {idle_exit:g} seconds"
+    return signal.Signals(got.si_signo).name
+
+
+def _tiers(config: UmbpConfig) -> str:
+    ssd = f"SSD {config.ssd_capacity / 2**30:.2f} GiB in {config.ssd_dir}" if config.ssd_active else "no SSD"
+    return f"DRAM {config.dram_capacity / 2**30:.2f} GiB, {ssd}"

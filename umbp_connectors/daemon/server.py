@@ -1,0 +1,117 @@
+"""Listens for clients, serves each connection in a thread, and ends without taking anything from those under way."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+
+from umbp_connectors.daemon.keeper import PoolKeeper
+from umbp_connectors.daemon.session import Session
+from umbp_connectors.pool.sharing.sockets import Listener, PathInUse
+from umbp_core.errors import ConfigError, StateError, UmbpError
+from umbp_core.wire.codes import WireError
+
+logger = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 512
+LEASE_S = 30.0
+DRAIN_S = 5.0
+
+
+class DaemonServer:
+    """Serves the pools of ``keeper`` at the Unix socket ``path``, which only this user can reach.  Any thread.
+
+    A loan lasts ``lease_s`` seconds at most.  Beyond ``max_connections``, others are refused.
+    """
+
+    def __init__(
+        self, keeper: PoolKeeper, path: Path, lease_s: float = LEASE_S, max_connections: int = MAX_CONNECTIONS
+    ) -> None:
+        self._keeper = keeper
+        self._path = path
+        self._listener = Listener(path)
+        self._lease_s = lease_s
+        self._max_connections = max_connections
+        self._lock = threading.Lock()
+        self._sessions: dict[Session, threading.Thread] = {}
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._idle_since = 0.0
+
+    @property
+    def connections(self) -> int:
+        """How many are being served."""
+        with self._lock:
+            return len(self._sessions)
+
+    def open(self) -> None:
+        """Listen.  Raises ``ConfigError`` when the path cannot be used or a daemon listens there already."""
+        if self._thread is not None:
+            raise StateError("this daemon listens already")
+        try:
+            self._listener.open(min(128, self._max_connections))
+        except PathInUse as error:
+            raise ConfigError(f"a daemon is running at {self._path} already; use it, or give another path") from error
+        self._idle_since = time.monotonic()
+        self._thread = threading.Thread(target=self._accept, name="umbp-daemon", daemon=True)
+        self._thread.start()
+
+    @property
+    def idle_s(self) -> float:
+        """For how many seconds there was no connection; 0 while there is one."""
+        with self._lock:
+            return 0.0 if self._sessions else time.monotonic() - self._idle_since
+
+    def close(self, drain_s: float = DRAIN_S) -> None:
+        """Take no more clients, let those that hold something come to its end for so long, end them; idempotent."""
+        with self._lock:
+            self._closing = True
+            sessions = dict(self._sessions)
+        self._listener.close()
+        for session in sessions:
+            session.drain()
+        deadline = time.monotonic() + drain_s
+        for thread in sessions.values():
+            thread.join(max(0.0, deadline - time.monotonic()))
+        for session in sessions:
+            session.stop()
+        for thread in sessions.values():
+            thread.join(1.0)
+        acceptor, self._thread = self._thread, None
+        if acceptor is not None:
+            acceptor.join(1.0)
+
+    def _accept(self) -> None:
+        """Thread: a session for every connection."""
+        while (sock := self._listener.accept()) is not None:
+            with self._lock:
+                refused = ""
+                if self._closing or len(self._sessions) >= self._max_connections:
+                    refused = (
+                        "the daemon is stopping" if self._closing else "the daemon has too many connections already"
+                    )
+                session = Session(self._keeper, sock, self._lease_s, refused)
+                thread = threading.Thread(target=self._serve, args=(session,), name="umbp-client", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # the system has no more threads
+                    logger.warning("umbp: a client cannot be served: %s", error)
+                    session.end()
+                else:
+                    self._sessions[session] = thread
+
+    def _serve(self, session: Session) -> None:
+        """Thread: one session until its end."""
+        try:
+            session.run()
+        except (OSError, WireError, UmbpError) as error:
+            logger.debug("umbp: a client is gone: %s", error)
+        except Exception:
+            logger.exception("umbp: a client cannot be served any more")
+        finally:
+            session.end()
+            with self._lock:
+                del self._sessions[session]
+                self._idle_since = time.monotonic()

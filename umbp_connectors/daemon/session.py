@@ -1,0 +1,268 @@
+"""One connection of a client, as the daemon serves it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from umbp_connectors.daemon import messages
+from umbp_connectors.daemon.keeper import KeptPool, PoolKeeper
+from umbp_connectors.daemon.messages import (
+    AskStats,
+    Attach,
+    Borrow,
+    Clear,
+    Count,
+    Doubt,
+    Flush,
+    Found,
+    Granted,
+    Inspect,
+    Lent,
+    Lookup,
+    Place,
+    PoolStats,
+    Publish,
+    Refusal,
+    Reserve,
+    Return,
+    Welcome,
+)
+from umbp_connectors.daemon.overview import overview_of, stats_of
+from umbp_connectors.pool.granting import Grant
+from umbp_connectors.pool.lending import LentObject, Loan
+from umbp_connectors.pool.outcomes import PutStatus
+from umbp_connectors.pool.sharing.sockets import FrameSocket, check_peer
+from umbp_core.errors import AccessDenied, UmbpError
+from umbp_core.wire.codes import ErrorCode, WireError
+from umbp_core.wire.frames import FrameType
+
+logger = logging.getLogger(__name__)
+
+TALK_S = 10.0
+"""How long a client may take to greet, and to take an answer."""
+_MAX_HELD = 256
+"""Loans and grants of one connection."""
+_LENT_NUMBER = {status: number for number, status in enumerate(messages.LENT)}
+_NOT_GRANTED_NUMBER = {status: -1 - number for number, status in enumerate(messages.NOT_GRANTED)}
+
+Reply = Found | Lent | Granted | Count | PoolStats
+
+
+@dataclass(frozen=True, slots=True)
+class _HeldLoan:
+    loan: Loan
+    pages: int
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class _HeldGrant:
+    grant: Grant
+    keys: Sequence[bytes]
+
+
+class Session:
+    """Serves one connection in the thread that calls :meth:`run`.  ``lease_s`` is how long a loan may last.
+
+    A grant lasts as long as its connection: whoever may write to a page must not lose it while it does.  A process that
+    dies has its connections closed by the system, after its last thread has ended.
+    """
+
+    def __init__(self, keeper: PoolKeeper, sock: socket.socket, lease_s: float, refused: str = "") -> None:
+        self._keeper = keeper
+        self._raw = sock
+        self._socket = FrameSocket(sock, (FrameType.HELLO, FrameType.REQUEST), messages.GREETING_BYTES)
+        self._lease_s = lease_s
+        self._refused = refused
+        self._loans: dict[int, _HeldLoan] = {}
+        self._grants: dict[int, _HeldGrant] = {}
+        self._client = b""
+        self._busy = True
+        self._draining = False
+
+    def drain(self) -> None:
+        """End it as soon as the client holds nothing.  Any thread."""
+        self._draining = True
+        if not self._busy:
+            self._socket.shut()
+
+    def stop(self) -> None:
+        """End it now.  Any thread."""
+        self._socket.shut()
+
+    def end(self) -> None:
+        """Close the connection.  After :meth:`run`."""
+        self._socket.close()
+
+    def run(self) -> None:
+        """Serve until the client leaves.  Raises when the connection is of no use any more."""
+        check_peer(self._raw)
+        _, sequence, payload = self._socket.receive(time.monotonic() + TALK_S)
+        greeting = messages.decode_greeting(payload)
+        problem = self._problem(greeting)
+        if problem:
+            self._refuse(sequence, problem)
+        elif isinstance(greeting, Inspect):
+            self._send(FrameType.REPLY, sequence, messages.encode(overview_of(self._keeper)))
+        else:
+            self._attached(greeting, sequence)
+
+    def _attached(self, greeting: Attach, sequence: int) -> None:
+        try:
+            with self._keeper.attached(greeting) as kept:
+                try:
+                    self._serve(kept, greeting, sequence)
+                finally:
+                    self._give_up(kept)
+        except AccessDenied:
+            raise
+        except UmbpError as error:
+            if self._client:
+                raise
+            self._refuse(sequence, str(error))
+
+    def _serve(self, kept: KeptPool, greeting: Attach, sequence: int) -> None:
+        self._client = greeting.client
+        self._welcome(kept, greeting, sequence)
+        self._socket.allow(messages.FRAME_BYTES)
+        while not self._draining or self._loans or self._grants:
+            self._busy = bool(self._loans or self._grants)
+            if self._draining and not self._busy:
+                return
+            kind, sequence, payload = self._next(kept)
+            self._busy = True
+            if kind != FrameType.REQUEST:
+                raise WireError(ErrorCode.PROTOCOL, "a second greeting")
+            request = messages.decode_request(payload)
+            if isinstance(request, Return):
+                self._return(kept, request.number)
+                continue
+            answer = self._answer(kept, sequence, request)
+            self._send(FrameType.REPLY, sequence, messages.encode(answer))
+
+    def _next(self, kept: KeptPool) -> tuple[int, int, memoryview]:
+        """The next frame; loans that last too long end meanwhile."""
+        while self._loans:
+            try:
+                return self._socket.receive(min(held.until for held in self._loans.values()))
+            except TimeoutError:
+                now = time.monotonic()
+                late = [number for number, held in self._loans.items() if held.until <= now]
+                logger.warning("umbp: a client keeps what it was lent for too long; its lease has ended")
+                for number in late:
+                    self._return(kept, number)
+        return self._socket.receive(None)
+
+    def _problem(self, greeting: Attach | Inspect) -> str:
+        if self._refused:
+            return self._refused
+        if greeting.revision != messages.REVISION:
+            return f"revision {messages.REVISION} is spoken here, not {greeting.revision}; run the same version"
+        return ""
+
+    def _refuse(self, sequence: int, problem: str) -> None:
+        self._send(FrameType.ERROR, sequence, messages.encode(Refusal(problem[:1000])))
+
+    def _welcome(self, kept: KeptPool, greeting: Attach, sequence: int) -> None:
+        objects = max(1, min(messages.OBJECTS, kept.pages // 8))
+        lease_ms = max(1, int(1000 * self._lease_s))
+        answer = messages.encode(Welcome(kept.arena, kept.page_bytes, kept.pages, objects, lease_ms, os.getpid()))
+        fd = None if greeting.mapped == kept.arena else kept.pool.arena_offer().fd
+        self._socket.send(FrameType.HELLO, sequence, answer, time.monotonic() + TALK_S, fd)
+
+    def _send(self, kind: FrameType, sequence: int, payload: bytes) -> None:
+        self._socket.send(kind, sequence, payload, time.monotonic() + TALK_S)
+
+    def _answer(self, kept: KeptPool, sequence: int, request: messages.Request) -> Reply:
+        return _ANSWERS[type(request)](self, kept, sequence, request)
+
+    def _look_up(self, kept: KeptPool, number: int, request: Lookup) -> Found:
+        if request.prefix:
+            return Found(kept.pool.count_prefix(request.keys), b"")
+        there = bytes(kept.pool.exists(request.keys))
+        return Found((there + b"\x00").index(0), there)
+
+    def _lend(self, kept: KeptPool, number: int, request: Borrow) -> Lent:
+        self._check_number(number)
+        allowed = kept.take(self._client, len(request.keys))
+        held = None
+        try:
+            loan = kept.pool.lend(request.keys[:allowed], request.timeout_ms / 1000)
+            pages = sum(lent.status.hit for lent in loan.objects)
+            held = self._loans[number] = _HeldLoan(loan, pages, time.monotonic() + self._lease_s)
+        finally:
+            kept.put_back(self._client, allowed - (held.pages if held is not None else 0))
+        kept.count_lent(lent.status for lent in held.loan.objects)
+        return Lent([_place(lent) for lent in held.loan.objects])
+
+    def _grant(self, kept: KeptPool, number: int, request: Reserve) -> Granted:
+        self._check_number(number)
+        if not len(request.keys) == len(request.sizes) == len(request.depths):
+            raise WireError(ErrorCode.MALFORMED, "keys, sizes and depths of a request do not match")
+        allowed = kept.take(self._client, len(request.keys))
+        held = None
+        try:
+            part = slice(allowed)
+            grant = kept.pool.grant(request.keys[part], request.sizes[part], request.depths[part])
+            held = self._grants[number] = _HeldGrant(grant, request.keys[part])
+        finally:
+            kept.put_back(self._client, allowed - (held.grant.pages if held is not None else 0))
+        return Granted([_NOT_GRANTED_NUMBER[p] if isinstance(p, PutStatus) else p for p in held.grant.places])
+
+    def _publish(self, kept: KeptPool, number: int, request: Publish) -> Count:
+        held = self._grants.pop(request.number, None)
+        if held is None or len(request.checksums) != len(held.keys):
+            if held is not None:
+                self._discard(kept, held)
+            raise WireError(ErrorCode.INVALID_REQUEST, f"grant {request.number} is not held, or has another length")
+        pairs = zip(held.keys, request.checksums, strict=True)
+        try:
+            return Count(int(held.grant.publish({key: checksum for key, checksum in pairs if checksum})))
+        finally:
+            self._discard(kept, held)
+
+    def _return(self, kept: KeptPool, number: int) -> None:
+        """End a loan or a grant; one that ended by itself is no mistake."""
+        loan = self._loans.pop(number, None)
+        if loan is not None:
+            loan.loan.release()
+            kept.put_back(self._client, loan.pages)
+        grant = self._grants.pop(number, None)
+        if grant is not None:
+            self._discard(kept, grant)
+
+    def _discard(self, kept: KeptPool, held: _HeldGrant) -> None:
+        held.grant.discard()
+        kept.put_back(self._client, held.grant.pages)
+
+    def _give_up(self, kept: KeptPool) -> None:
+        """The client is gone: nobody holds anything any more."""
+        for number in [*self._loans, *self._grants]:
+            self._return(kept, number)
+
+    def _check_number(self, number: int) -> None:
+        if number in self._loans or number in self._grants or len(self._loans) + len(self._grants) >= _MAX_HELD:
+            raise WireError(ErrorCode.INVALID_REQUEST, f"loan or grant {number} is held already, or there are too many")
+
+
+def _place(lent: LentObject) -> Place:
+    return Place(_LENT_NUMBER[lent.status], lent.page, lent.nbytes, lent.checksum)
+
+
+_ANSWERS: dict[type[Any], Callable[[Session, KeptPool, int, Any], Reply]] = {
+    Lookup: Session._look_up,
+    Borrow: Session._lend,
+    Reserve: Session._grant,
+    Publish: Session._publish,
+    Doubt: lambda session, kept, number, request: Count(kept.pool.check(request.keys)),
+    Clear: lambda session, kept, number, request: Count(kept.pool.clear()),
+    Flush: lambda session, kept, number, request: Count(int(kept.pool.flush(request.timeout_ms / 1000))),
+    AskStats: lambda session, kept, number, request: stats_of(kept),
+}
+"""What answers a request; ``Return`` has no answer."""
