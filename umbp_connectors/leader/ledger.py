@@ -29,7 +29,7 @@ QUESTIONS: Final = 3
 """Questions that a rank leaves unanswered before it is lost."""
 
 OUTPUTS: Final = 16
-"""Steps whose output must have come since the first of these questions: several, each of them long, may be under way."""
+"""Steps whose output must have come since the first of these questions: several long ones may be under way."""
 
 RANK_LOST: Final = "rank_lost"
 """The label of blocks that nobody can say anything about any more."""

@@ -57,8 +57,8 @@ class StepMetadata(KVConnectorMetadata):
     earlier or now, that must have read their HBM blocks before this step writes any: the blocks may be somebody else's.
     ``layerwise`` are loads that start before this step's forward pass, which waits for their layers.  ``void_blocks``
     are HBM blocks that this step counts on and that no load fills.  ``new_slots`` are the requests that vLLM has wait
-    until their loads have ended on every rank.  ``overdue`` are ops that were sent long ago and whose end the leader has
-    not heard of; it wants to hear, from every rank, what is known of them.  ``who`` asks for the hello (again).
+    until their loads have ended on every rank.  ``overdue`` are ops that were sent long ago; the leader has
+    not heard how they ended, and asks every rank what it knows of them.  ``who`` asks for the hello (again).
     """
 
     iteration: int

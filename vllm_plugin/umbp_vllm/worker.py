@@ -190,6 +190,7 @@ class Worker:
         if fate is Fate.REFUSED and op.direction is Direction.LOAD and not op.layerwise:
             self._expect(op)
             self._slots.open(NewWorkerSlot(op.request_id, (op.op_id,)))
+            self._slots.finished([op.request_id])  # which vLLM may have said before: keep nothing of it afterwards
         elif fate is Fate.ENDED:
             self._results.append(_failed(op, LOST))
             self._released.append(op.op_id)
