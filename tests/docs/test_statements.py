@@ -79,6 +79,12 @@ def test_every_statement_is_proven_or_excused() -> None:
     assert (proven | without) - STATEMENTS == set(), "no such statement"
 
 
+def test_the_page_lists_every_statement_and_every_bug_once() -> None:
+    for heading, names in (("The statements", STATEMENTS), ("Bugs that must not come back", BUGS)):
+        listed = [row[0] for row in table(heading)]
+        assert (sorted(listed), len(set(listed))) == (sorted(names), len(names)), heading
+
+
 def test_an_excuse_is_a_sentence() -> None:
     assert [number for number, reason in excused().items() if len(reason.split()) < 5] == []
 

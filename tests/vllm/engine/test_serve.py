@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,6 +77,42 @@ def test_kv_connector_flag_end_to_end(make_server: MakeServer, oracle: Oracle, l
     assert [answer.cached_tokens for answer in from_dram] == [288] * 3
     assert [answer.cached_tokens for answer in from_ssd] == [288] * 3
     assert "Traceback" not in server.log.read_text()
+
+
+def dumped(folder: str, *arguments: str) -> dict[str, dict[str, Any]]:
+    """What ``umbp debug dump`` says of the engines whose temporary folder this is, by door."""
+    command = [sys.executable, "-c", "from umbp_connectors.cli import main; main()", "debug", "dump", "--json"]
+    environment = {**os.environ, "TMPDIR": folder, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    return {answer["door"]: answer for answer in json.loads(done.stdout)}
+
+
+def shows(leader: dict[str, Any], *, taken: str, life: str) -> bool:
+    """Whether this is a snapshot of that kind with one request, which is there."""
+    return leader["taken"] == taken and [request["life"] for request in leader["requests"]] == [life]
+
+
+@pytest.mark.slow
+@pytest.mark.statement("connector", 94)
+def test_a_dump_of_a_live_server(make_server: MakeServer) -> None:
+    """Busy and idle, both halves of an engine say what they are doing; when it has ended, its doors are gone."""
+    with tempfile.TemporaryDirectory(prefix="umbp-") as folder, ThreadPoolExecutor(1) as client:
+        with make_server("--kv-connector", "umbp", f"{EXTRA}.dram_capacity", "64MiB", TMPDIR=folder) as server:
+            running = client.submit(server.complete, prompt(40, seed=1), max_tokens=900)
+            busy = dumped(folder)
+            while not shows(busy["vllm-leader"], taken="between two steps", life="DECODING"):
+                assert not running.done(), busy
+                busy = dumped(folder)
+            assert busy["vllm-leader"]["failures"] == {}
+            assert busy["vllm-leader"]["tiers"][0]["pages"] == (64 << 20) // (64 << 10)
+            assert busy["vllm-rank0"]["rank"] == 0
+            running.result(120)
+            idle = dumped(folder, "--stacks")["vllm-leader"]
+            assert idle["requests"] == []
+            assert any(name.startswith("MainThread") for name in idle["threads"])
+        assert dumped(folder) == {}
 
 
 @pytest.mark.slow
