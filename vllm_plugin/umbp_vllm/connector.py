@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from umbp_connectors.debug.window import Window
-from umbp_core.errors import ConfigError
+from umbp_core.errors import ConfigError, StateError
 from umbp_vllm import compat
 from umbp_vllm.compat import (
     CacheHitSource,
@@ -268,8 +268,11 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """The KV tensors exist: open this rank's arena and slab and start its transfer engine.
 
-        Raises ``ConfigError`` for a configuration that cannot work on this machine, which stops the start.
+        Raises ``ConfigError`` for a configuration that cannot work on this machine, which stops the start, and
+        ``StateError`` when it is called again: ops in flight have the addresses of the tensors that it was given.
         """
+        if self._worker is not None:
+            raise StateError("this rank's KV caches are registered already; make a new connector for new ones")
         self._worker = make_worker(self._vllm_config, self._cache_config, self._settings, kv_caches)
         self._open_window(f"vllm-rank{self._worker.hello.world_rank}")
 

@@ -46,14 +46,13 @@ class Leader:
         self._hellos: dict[int, RankHello] = {}
         self._pool: LeaderPool | None = None
         self._refused_pool = False
+        self._named_missing = False
         self._iteration = 0
         self._unsent = StepMetadata(0)
         self._unsure: list[Sequence[int]] = []
         self.stats = UmbpStats()
         self.held = HeldBlocks()
         self.tables = BlockTables()
-
-    # ---- start and end -------------------------------------------------------------------------------
 
     def greet(self, hellos: Iterable[RankHello]) -> None:
         """Take what workers said about themselves; the pool opens when all ranks did."""
@@ -83,8 +82,6 @@ class Leader:
         """Write what is known to the catalogue and close it; bounded in time."""
         if self._pool is not None:
             self._pool.close()
-
-    # ---- matching ------------------------------------------------------------------------------------
 
     def on_new_request(self, request: Any) -> None:
         """A request arrived; its lookup needs nothing but memory, so there is nothing to start early.
@@ -127,6 +124,10 @@ class Leader:
         if now - state.asked_since < self._setup.lookup_timeout_s:
             self.stats.add("vllm:umbp_lookup_waits", 1, "start")
             return None
+        if not self._named_missing:
+            self._named_missing = True
+            missing = [str(rank) for rank in range(self._setup.ranks) if rank not in self._hellos]
+            self.degraded("hello", f"no word yet from the workers of ranks {', '.join(missing)}; no pool without them")
         return 0
 
     def allocated(self, request: Any, blocks: Any, external_tokens: int) -> None:
@@ -179,8 +180,6 @@ class Leader:
         """Tokens of the request's latest load by tier (``dram``, ``ssd``)."""
         state = self._requests.get(request.request_id)
         return state.hit_tokens if state is not None else {}
-
-    # ---- one step ------------------------------------------------------------------------------------
 
     def begin_step(self) -> None:
         """A new engine step; exactly once per ``build_connector_meta``."""
@@ -297,8 +296,6 @@ class Leader:
         if self._pool is not None and self._setup.may_store and state.slot.may_store:
             self._pool.stores.collect(state, computed)
 
-    # ---- results -------------------------------------------------------------------------------------
-
     def step_ended(self, bad_blocks: AbstractSet[int]) -> None:
         """The workers' output of a step is there; ``bad_blocks`` hold nothing.
 
@@ -326,8 +323,6 @@ class Leader:
         for state in states:
             if state.slot.is_finished:
                 self._retire(state)
-
-    # ---- the end of a request ------------------------------------------------------------------------
 
     def finished(self, request: Any) -> None:
         """The engine is done with the request (or aborts it).  Its blocks that are full and not stored yet go now.
@@ -360,8 +355,6 @@ class Leader:
         if self._requests.get(request_id) is state:
             del self._requests[request_id]
             self.tables.forget(request_id)
-
-    # ---- what vLLM asks about us ---------------------------------------------------------------------
 
     def take_events(self) -> Iterable[Any]:
         """KV events since the last call."""
