@@ -210,14 +210,16 @@ def clear(folder: DirOption = None, name: NameOption = "", yes: YesOption = Fals
 
 @app.command()
 def bench(
-    folder: DirOption = None,
+    folder: Annotated[
+        Path | None, typer.Option("--dir", metavar="PATH", help="Measure SSD too, in a folder of its own there.")
+    ] = None,
     size: Annotated[str, typer.Option("--size", metavar="SIZE", help="Bytes of an object.")] = "1MiB",
     objects: Annotated[int, typer.Option("--objects", min=1, help="Objects per call.")] = 64,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Calls of each kind; the median counts.")] = 5,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Threads that copy or wait for the disk.")] = 2,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure put, get and exists beside what memory and disk give in the same minute; --dir: the SSD tier there."""
+    """Measure put, get and exists beside what memory and disk give in the same minute."""
     from umbp_connectors.pool.bench import measure
 
     figures = measure(_size(size) or 1, objects, rounds, threads, folder)
