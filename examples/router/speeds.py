@@ -14,7 +14,11 @@ LEAST_TOKENS = 256
 """A measurement over fewer says more about fixed costs than about tokens."""
 _SHARE = 0.3
 """How much the latest measurement counts against those before."""
+_STAGE = "prefill_forward"
+"""SGLang times every stage of a request under one name."""
 _TIERS = {"dram": Tier.DRAM, "ssd": Tier.SSD}
+_PREFILL_SECONDS = ("vllm:request_prefill_time_seconds_sum", "sglang:per_stage_req_latency_seconds_sum")
+_PREFILL_TOKENS = ("vllm:request_prefill_kv_computed_tokens_sum", "sglang:uncached_prompt_tokens_histogram_sum")
 _WAITING = ("vllm:num_requests_waiting", "sglang:num_queue_reqs")
 
 
@@ -43,8 +47,8 @@ def totals_of(text: str, block_tokens: int) -> Totals:
     vllm = {tier: sums.get(("vllm:umbp_hit_tokens_total", name), 0.0) for name, tier in _TIERS.items()}
     sglang = {tier: sums.get(("umbp_sglang_pages_total", name), 0.0) * block_tokens for name, tier in _TIERS.items()}
     return Totals(
-        prefill_seconds=sums.get(("vllm:request_prefill_time_seconds_sum", ""), 0.0),
-        prefill_tokens=sums.get(("vllm:request_prefill_kv_computed_tokens_sum", ""), 0.0),
+        prefill_seconds=sum(sums.get((name, ""), 0.0) for name in _PREFILL_SECONDS),
+        prefill_tokens=sum(sums.get((name, ""), 0.0) for name in _PREFILL_TOKENS),
         load_seconds=sums.get(("vllm:umbp_op_seconds_total", ""), 0.0)
         + sums.get(("umbp_sglang_call_seconds_sum", ""), 0.0),
         load_tokens=tuple((tier, vllm[tier] + sglang[tier]) for tier in _TIERS.values()),
@@ -79,8 +83,7 @@ def _mixed(before: float, latest: float) -> float:
 
 def _label(labels: Mapping[str, str]) -> str | None:
     """What tells the samples of a name apart here: the tier of what was read; ``None`` for what is of no interest."""
-    direction = labels.get("direction")
-    if direction not in {None, "load", "get"}:
+    if labels.get("direction", "load") not in {"load", "get"} or labels.get("stage", _STAGE) != _STAGE:
         return None
     if "result" in labels:
         return labels["result"] if labels["result"] in _TIERS else None

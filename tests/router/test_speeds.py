@@ -27,6 +27,11 @@ vllm:umbp_hit_tokens_total{engine="0",model_name="m",tier="dram"} 1000.0
 SGLANG = """\
 # TYPE sglang:num_queue_reqs gauge
 sglang:num_queue_reqs{model_name="m",tp_rank="0"} 2.0
+# TYPE sglang:per_stage_req_latency_seconds histogram
+sglang:per_stage_req_latency_seconds_sum{model_name="m",stage="request_process",tp_rank="0"} 40.0
+sglang:per_stage_req_latency_seconds_sum{model_name="m",stage="prefill_forward",tp_rank="0"} 1.5
+# TYPE sglang:uncached_prompt_tokens_histogram histogram
+sglang:uncached_prompt_tokens_histogram_sum{model_name="m"} 3000.0
 # TYPE umbp_sglang_pages counter
 umbp_sglang_pages_total{direction="get",pool="kv",result="ssd"} 10.0
 umbp_sglang_pages_total{direction="get",pool="kv",result="missing"} 99.0
@@ -45,7 +50,7 @@ def test_what_a_vllm_says() -> None:
 
 def test_what_an_sglang_says() -> None:
     found = totals_of(SGLANG, 64)
-    assert (found.prefill_seconds, found.load_seconds, found.waiting) == (0.0, 0.25, 2.0)
+    assert (found.prefill_seconds, found.prefill_tokens, found.load_seconds, found.waiting) == (1.5, 3000.0, 0.25, 2.0)
     assert dict(found.load_tokens) == {Tier.DRAM: 0.0, Tier.SSD: 640.0}
 
 
