@@ -34,6 +34,7 @@ def test_without_any_source_every_value_is_a_default() -> None:
     assert set(resolved.origins.values()) == {"default"}
 
 
+@pytest.mark.statement("connector", 93)
 def test_sources_rank_extra_config_environment_file_default(tmp_path: Path) -> None:
     path = toml(tmp_path, "io_threads = 1\nmin_load_blocks = 1\nmax_concurrent_loads = 1\n")
     env = {"UMBP_IO_THREADS": "2", "UMBP_MIN_LOAD_BLOCKS": "2"}
@@ -98,6 +99,7 @@ def test_two_names_of_one_key_must_agree() -> None:
         ({"extra": {"zzzzzz": 1}}, ["'zzzzzz'", "`umbp config`"]),
     ],
 )
+@pytest.mark.statement("connector", 93)
 def test_unknown_key_names_itself_its_source_and_the_nearest(sources: dict[str, object], expected: list[str]) -> None:
     text = problems_of(**sources)
     assert all(part in text for part in expected)
@@ -135,6 +137,7 @@ def test_unknown_key_in_a_file(tmp_path: Path) -> None:
         ("namespace", ["a"]),
     ],
 )
+@pytest.mark.statement("connector", 93)
 def test_ill_typed_value_names_key_value_and_source(key: str, value: object) -> None:
     text = problems_of(extra={key: value})
     assert re.search(rf"^  - {key} = {re.escape(repr(value))} from engine extra-config: \S", text, re.MULTILINE)

@@ -86,6 +86,7 @@ def test_a_kill_after_a_flush_loses_nothing_that_was_flushed(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("slots", [20, 60])
+@pytest.mark.statement("connector", 80)
 def test_a_kill_while_slots_are_being_reused_never_serves_wrong_bytes(tmp_path: Path, slots: int) -> None:
     for _ in range(2):
         _kill_when(tmp_path, slots, b"churned")
@@ -109,6 +110,7 @@ def test_a_clean_stop_keeps_what_was_put_last(tmp_path: Path) -> None:
     assert _serve(tmp_path, 60, 10) == [GetStatus.SSD] * 10
 
 
+@pytest.mark.statement("connector", 80)
 def test_a_corrupt_catalogue_is_an_empty_start(tmp_path: Path) -> None:
     pool = LocalPool(IDENTITY, _config(tmp_path, 60))
     pool.open()

@@ -80,6 +80,7 @@ def test_no_room_is_told_apart_from_being_there() -> None:
     assert not node.is_present_or_pending(B, Tier.DRAM)
 
 
+@pytest.mark.statement("connector", 76)
 def test_a_full_tier_evicts_just_enough_of_the_least_recently_used() -> None:
     node = directory()
     put(node, A, B, C, D)
@@ -131,6 +132,7 @@ def test_each_tier_evicts_by_its_own_policy() -> None:
     assert readable(node) == [A, C, D]
 
 
+@pytest.mark.statement("connector", 76)
 def test_pinned_and_leased_objects_are_never_evicted() -> None:
     """L8."""
     node = directory(dram=3)

@@ -50,6 +50,7 @@ def test_what_is_recorded_during_a_full_sync_is_told_after_it() -> None:
     assert journal.bundles() == [Bundle(2, (add(A),))]
 
 
+@pytest.mark.statement("connector", 91)
 def test_bundles_are_bounded_numbered_and_kept_until_acknowledged() -> None:
     journal = synced()
     journal.record([add(A), add(B), add(C), add(D), add(A, SSD)])

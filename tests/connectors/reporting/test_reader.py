@@ -60,6 +60,8 @@ def test_the_order_within_a_tier_is_kept() -> None:
     assert rig.notes.known == {(DRAM, b"a")}
 
 
+@pytest.mark.statement("connector", 88)
+@pytest.mark.statement("connector", 89)
 def test_only_what_changes_for_the_tier_is_passed_on() -> None:
     rig = Rig()
     rig.pool.tell(1, [Word(ADD, DRAM, [b"a", b"b"])])
@@ -75,6 +77,7 @@ def test_only_what_changes_for_the_tier_is_passed_on() -> None:
     assert rig.held() == rig.notes.known == {(DRAM, b"a")}
 
 
+@pytest.mark.statement("connector", 88)
 def test_a_tier_that_is_empty_is_cleared_and_what_was_to_be_said_of_it_is_not_said() -> None:
     rig = Rig()
     rig.pool.tell(1, [Word(ADD, DRAM, [b"a"]), Word(CLEAR, DRAM), Word(ADD, DRAM, [b"b"]), Word(ADD, SSD, [b"a"])])

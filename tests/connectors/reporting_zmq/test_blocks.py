@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
@@ -88,10 +89,14 @@ class BlocksMachine(RuleBasedStateMachine):
             assert whole[tier] == truth
 
 
+@pytest.mark.statement("connector", 88)
+@pytest.mark.statement("connector", 89)
 def test_blocks_beside_a_model() -> None:
     run_state_machine_as_test(BlocksMachine, settings=settings(max_examples=150, stateful_step_count=30, deadline=None))
 
 
+@pytest.mark.statement("connector", 88)
+@pytest.mark.statement("connector", 89)
 def test_a_plain_engine_is_told_word_by_word() -> None:
     table = BlockTable()
     assert table.apply(Stored(Tier.HBM, [b"1", b"2", b"1"])) == [Word(WordKind.ADD, Tier.HBM, [b"1", b"2"])]

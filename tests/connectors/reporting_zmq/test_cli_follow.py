@@ -73,6 +73,7 @@ def test_an_engine_is_a_node_for_as_long_as_it_is_followed(tmp_path: Path, maste
     assert left is None or left.external_counts == {}
 
 
+@pytest.mark.statement("connector", 86)
 def test_every_rank_is_a_node_of_its_own(tmp_path: Path, master: MasterProcess) -> None:
     port = free_ports(4)
     with ExitStack() as stack:

@@ -112,6 +112,7 @@ def test_what_an_engine_publishes_is_what_the_master_knows(
     assert (stats.applied, stats.missed, stats.elsewhere, stats.unknown, stats.cleared) == (5, 0, 1, 1, {})
 
 
+@pytest.mark.statement("connector", 91)
 def test_batches_that_were_lost_are_replayed(cleanup: ExitStack, follow: Callable[..., Following]) -> None:
     engine = cleanup.enter_context(Publisher())
     following = follow(engine)
@@ -126,6 +127,7 @@ def test_batches_that_were_lost_are_replayed(cleanup: ExitStack, follow: Callabl
     assert following.stats.missed == 0
 
 
+@pytest.mark.statement("connector", 91)
 def test_the_end_of_a_burst_that_was_lost_is_asked_for(cleanup: ExitStack, follow: Callable[..., Following]) -> None:
     """Nothing comes after it that would show the gap."""
     engine = cleanup.enter_context(Publisher())

@@ -51,6 +51,7 @@ def kinds_of(pages: list[FeedPage]) -> list[tuple[int, ChangeKind, int, tuple[by
     return [(change.seq, change.kind, change.tier, change.hashes) for page in pages for change in page.changes]
 
 
+@pytest.mark.statement("connector", 91)
 def test_changes_come_in_order_and_are_resumed(path: str, blocking: NativeBlockingClient) -> None:
     blocking.register(Registration("n"), DEADLINE)
     blocking.report("n", [b"1", b"2"], DRAM, DEADLINE)
@@ -71,6 +72,7 @@ def test_changes_come_in_order_and_are_resumed(path: str, blocking: NativeBlocki
 
 
 @pytest.mark.parametrize(("incarnation", "cursor"), [(0, 0), (INCARNATION - 1, 2), (INCARNATION, 9)])
+@pytest.mark.statement("connector", 91)
 def test_who_missed_something_is_told_and_goes_on_from_there(
     path: str, blocking: NativeBlockingClient, incarnation: int, cursor: int
 ) -> None:

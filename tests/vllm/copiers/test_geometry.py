@@ -110,6 +110,7 @@ def check_group(geometry: KvGeometry, group: int, layers: Sequence[str], views: 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.statement("connector", 84)
 def test_an_object_is_exactly_what_the_views_of_its_block_reach(layout: KVCacheLayout, layers: int) -> None:
     config, views = make(layout, [(full(), names("l", layers))])
     geometry = KvGeometry.from_config(config, views)
@@ -138,6 +139,16 @@ def test_split_kernel_blocks_change_nothing_about_where_the_bytes_are(layout: KV
     check_group(split, 0, names("l", 2), views)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.statement("connector", 83)
+def test_the_order_in_which_layers_are_registered_means_nothing(layout: KVCacheLayout) -> None:
+    config, views = make(layout, [(full(), names("l", 12))])
+    geometry = KvGeometry.from_config(config, views)
+    other = KvGeometry.from_config(config, {name: views[name] for name in sorted(views, reverse=True)})
+    assert geometry.groups == other.groups
+    assert geometry.groups[0].layers == tuple(names("l", 12))
+
+
 @pytest.mark.parametrize("layout", [KVCacheLayout.LBHNC, KVCacheLayout.BLHNC])
 def test_padding_at_the_end_of_a_page_does_not_belong_to_the_object(layout: KVCacheLayout) -> None:
     spec = full(page_size_padded=full().page_size_bytes + 512)
@@ -148,6 +159,7 @@ def test_padding_at_the_end_of_a_page_does_not_belong_to_the_object(layout: KVCa
 
 
 @pytest.mark.parametrize("layout", [KVCacheLayout.LBHNC, KVCacheLayout.BLHNC])
+@pytest.mark.statement("connector", 84)
 def test_groups_over_the_same_bytes_each_have_their_own_pattern(layout: KVCacheLayout) -> None:
     window = SlidingWindowSpec(block_size=16, num_kv_heads=2, head_size=8, dtype=torch.bfloat16, sliding_window=32)
     chunked = ChunkedLocalAttentionSpec(
@@ -164,6 +176,7 @@ def test_groups_over_the_same_bytes_each_have_their_own_pattern(layout: KVCacheL
 
 
 @pytest.mark.parametrize("layout", [KVCacheLayout.LBHNC, KVCacheLayout.BLHNC])
+@pytest.mark.statement("connector", 84)
 def test_layers_of_different_sizes_in_one_group(layout: KVCacheLayout) -> None:
     mla = MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=24, dtype=torch.bfloat16)
     specs = {"a": mla, "b": replace(mla, head_size=4), "c": mla}

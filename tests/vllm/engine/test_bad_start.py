@@ -176,6 +176,7 @@ def test_ssd_capacity_of_less_than_one_block(
     ],
     ids=lambda value: str(value),
 )
+@pytest.mark.statement("connector", 74)
 def test_configuration_that_cannot_work_stops_the_start(llama: Path, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words) as raised, engine(llama, kv_transfer_config=pool(**settings)):
         pass

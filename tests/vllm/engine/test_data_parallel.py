@@ -64,6 +64,7 @@ class Answers:
 
 
 @pytest.mark.slow
+@pytest.mark.statement("connector", 86)
 def test_two_engines_behind_one_server(llama: Path, oracle: Oracle, tmp_path: Path) -> None:
     texts = [prompt(300, seed=70 + rank) for rank in range(2)]
     right = [reply.tokens for reply in oracle.ask(llama, *[Ask(text) for text in texts])]

@@ -39,6 +39,7 @@ def _nothing_left(opened: Engine) -> None:
 
 
 @pytest.mark.parametrize(("window", "length"), [(128, 90), (128, 300), (128, 449), (129, 256), (97, 320)])
+@pytest.mark.statement("connector", 84)
 def test_sliding_window(make_model: MakeModel, oracle: Oracle, tmp_path: Path, window: int, length: int) -> None:
     """Three KV groups; of the windowed ones only the blocks that the window still reaches are needed.
 
@@ -91,6 +92,7 @@ def test_sliding_window_with_a_bad_block_in_any_group(make_model: MakeModel, ora
     assert [reply.cached for reply in again] == [192] * 3
 
 
+@pytest.mark.statement("connector", 84)
 def test_latent_attention(make_model: MakeModel, tmp_path: Path) -> None:
     """DeepSeek's MLA: the loaded latents are, bit by bit, the computed ones, from DRAM and from SSD.
 

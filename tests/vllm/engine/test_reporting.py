@@ -61,6 +61,7 @@ def child_process(function: Callable[..., None], *arguments: Any) -> Iterator[An
         child.join(20)
 
 
+@pytest.mark.statement("connector", 90)
 def test_tiers_come_and_go_at_the_master(llama: Path, tmp_path: Path) -> None:
     """Cold run, mirror, demotion, evictions, resets, and some hundred random requests, in one engine's life."""
     rng = random.Random(5)

@@ -47,6 +47,7 @@ def test_partial_ssd_hit_followed_by_more_prompt(llama: Path, oracle: Oracle, tm
     assert [reply.cached for reply in replies] == [0, 160, 288]
 
 
+@pytest.mark.statement("connector", 80)
 def test_ssd_hit_after_the_process_has_ended(llama: Path, oracle: Oracle, tmp_path: Path) -> None:
     asks = [Ask(prompt(200, seed=seed)) for seed in (30, 31)]
     right = [reply.tokens for reply in oracle.ask(llama, *asks)]
@@ -58,6 +59,7 @@ def test_ssd_hit_after_the_process_has_ended(llama: Path, oracle: Oracle, tmp_pa
 
 
 @pytest.mark.parametrize("survives", [False, True])
+@pytest.mark.statement("connector", 80)
 def test_kill_while_storing(llama: Path, oracle: Oracle, tmp_path: Path, survives: bool) -> None:
     """A restart starts and serves only what verifies; what was written well before the kill is still there."""
     ours, theirs = children().Pipe(duplex=False)

@@ -65,6 +65,7 @@ GROUPS: dict[str, tuple[GroupSpec, ...]] = {
 
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("more", [{}, {"tp": 2}, {"async_scheduling": True}], ids=["plain", "tp2", "async"])
+@pytest.mark.statement("connector", 84)
 def test_other_kv_groups(make_umbp: MakeUmbp, groups: str, more: dict[str, Any]) -> None:
     engine = make_umbp(groups=GROUPS[groups], num_blocks=200, max_model_len=96, **more)
     loaded = Traffic(engine, random.Random(groups)).run(steps=120)

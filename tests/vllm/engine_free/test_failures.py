@@ -307,6 +307,7 @@ def restarted(make_umbp: MakeUmbp, ssd_dir: Path, **spec: Any) -> UmbpHarness:
     [{}, {"tp": 2}, {"pp": 2}, {"groups": HYBRID}, {"layout": "BLHNC"}],
     ids=lambda spec: str(list(spec.values())),
 )
+@pytest.mark.statement("connector", 80)
 def test_a_restart_serves_from_ssd(make_umbp: MakeUmbp, tmp_path: Path, spec: dict[str, Any]) -> None:
     engine = restarted(make_umbp, tmp_path, **spec)
     engine.store(tokens(24))
@@ -320,6 +321,7 @@ def test_a_restart_serves_from_ssd(make_umbp: MakeUmbp, tmp_path: Path, spec: di
     engine.close()
 
 
+@pytest.mark.statement("connector", 80)
 def test_another_engine_shape_does_not_read_it(make_umbp: MakeUmbp, tmp_path: Path) -> None:
     """Identity: two TP ranks' objects mean nothing to one rank, although every byte count may agree."""
     engine = restarted(make_umbp, tmp_path)
@@ -354,6 +356,7 @@ def test_a_second_engine_on_the_same_folder_serves_from_memory(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.statement("connector", 80)
 def test_rot_while_the_engine_was_down(make_umbp: MakeUmbp, tmp_path: Path, rank: int) -> None:
     """Law L9: what does not verify after a restart is a miss."""
     engine = restarted(make_umbp, tmp_path, tp=2)
@@ -428,6 +431,7 @@ def test_metadata_is_small_and_goes_out_once(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 90)
 def test_events_name_the_tier(make_umbp: MakeUmbp, tmp_path: Path) -> None:
     """KV events of our tiers go out with the engine's own."""
     engine = restarted(make_umbp, tmp_path, kv_events=True)

@@ -59,6 +59,7 @@ def through_get_finished(real: Callable[..., Any]) -> Callable[..., Any]:
     ],
     ids=["plain", "v2 runner", "hybrid", "chunked", "async", "drafts"],
 )
+@pytest.mark.statement("connector", 84)
 def test_the_older_interface(make_umbp: MakeUmbp, spec: dict[str, Any]) -> None:
     """Block tables are then followed through the scheduler's outputs, preemptions included."""
     engine = make_umbp(**{"num_blocks": 30, "max_model_len": 96, **spec})
@@ -100,6 +101,7 @@ def test_hellos_that_come_with_the_first_step(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 81)
 def test_workers_that_never_say_hello(make_umbp: MakeUmbp) -> None:
     """The wait has an end, and the engine then works without a pool."""
     engine = make_umbp({"lookup_timeout_ms": 20}, shake_hands=False)
@@ -131,6 +133,7 @@ def test_beside_another_connector(make_engine: MakeEngine, first: str) -> None:
     assert loaded > 0
 
 
+@pytest.mark.statement("connector", 86)
 def test_data_parallel_engines_keep_apart(make_umbp: MakeUmbp, tmp_path: Path) -> None:
     """Two engines of one model and one SSD folder: each serves, stores and restarts on its own."""
     extra = {"ssd_dir": str(tmp_path), "ssd_capacity": "8MiB"}

@@ -61,6 +61,7 @@ def test_a_gap_ends_the_match(make_umbp: MakeUmbp) -> None:
 
 
 @pytest.mark.statement("connector", 5)
+@pytest.mark.statement("connector", 78)
 def test_blocks_of_all_tiers_make_one_prefix(make_umbp: MakeUmbp, tmp_path: object) -> None:
     """Disk, memory, disk: one load brings them all (statement 5)."""
     engine = make_umbp({"ssd_dir": str(tmp_path), "ssd_capacity": "4MiB"})
@@ -81,6 +82,7 @@ def test_blocks_of_all_tiers_make_one_prefix(make_umbp: MakeUmbp, tmp_path: obje
 @pytest.mark.statement("connector", 11)
 @pytest.mark.statement("connector", 12)
 @pytest.mark.bug("B12")
+@pytest.mark.statement("connector", 79)
 def test_salt_and_adapter_are_part_of_the_key(make_umbp: MakeUmbp) -> None:
     """Statement 11: the same tokens under another salt, adapter or image are another prefix."""
     engine = make_umbp()

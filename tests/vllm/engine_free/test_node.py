@@ -59,6 +59,7 @@ def test_a_machine_without_an_address_has_its_name(monkeypatch: pytest.MonkeyPat
     assert facts(None).host == "box"
 
 
+@pytest.mark.statement("connector", 86)
 def test_each_data_parallel_engine_is_a_node() -> None:
     named = resolve(extra={"node_id": "mine"}).config
     nodes = [facts(engines=2, rank=rank) for rank in range(2)]

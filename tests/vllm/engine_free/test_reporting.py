@@ -85,6 +85,7 @@ class Reported:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.statement("connector", 90)
 def test_every_change_of_a_tier_reaches_the_master(
     make_umbp: MakeUmbp, master: Master, tmp_path: Path, shape: str
 ) -> None:
@@ -126,6 +127,7 @@ def test_what_an_earlier_life_left_on_ssd_is_told_before_any_request(
     assert before["SSD"] >= 40
 
 
+@pytest.mark.statement("connector", 88)
 def test_a_hash_in_two_blocks_stays_while_one_of_them_does(make_umbp: MakeUmbp, master: Master) -> None:
     """vLLM says that the block is removed; its cache still serves it."""
     node = Reported(make_umbp, master, kv_events=True)

@@ -17,6 +17,7 @@ def config(algorithm: str) -> SimpleNamespace:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("version", ["0.28.0", "0.29.0", "0.32.0"])
+@pytest.mark.statement("connector", 79)
 def test_a_fixed_seed_is_stable_everywhere(algorithm: str, version: str) -> None:
     stability = hash_stability(config(algorithm), {"PYTHONHASHSEED": "42"}, version)
     assert stability.stable
@@ -25,6 +26,7 @@ def test_a_fixed_seed_is_stable_everywhere(algorithm: str, version: str) -> None
 
 @pytest.mark.parametrize("algorithm", ["sha256", "sha256_cbor"])
 @pytest.mark.parametrize("env", [{}, {"PYTHONHASHSEED": "random"}, {"PYTHONHASHSEED": ""}])
+@pytest.mark.statement("connector", 79)
 def test_sha256_is_stable_by_itself_from_0_29_on(algorithm: str, env: dict[str, str]) -> None:
     assert hash_stability(config(algorithm), env, "0.29.0").stable
 

@@ -338,6 +338,7 @@ def processes(drive: Any, model_dir: Path) -> list[dict[str, Any]]:
     return [first, drive("namespace_of_engine", {"model": str(model_dir), "pickled": first["pickled"]})]
 
 
+@pytest.mark.statement("connector", 79)
 def test_every_process_of_an_engine_and_a_restart_agree(processes: list[dict[str, Any]]) -> None:
     first, second = processes
     assert first["engine_id"] != second["engine_id"]
