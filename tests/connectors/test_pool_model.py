@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import shutil
 import tempfile
@@ -211,10 +212,13 @@ class PoolMachine(RuleBasedStateMachine):
         self.staged.clear()
 
     @precondition(lambda self: self.sound)
-    @rule(kinds=st.sampled_from([("read",), ("write",), ("read", "write")]), fails=st.booleans())
-    def break_disk(self, kinds: tuple[str, ...], fails: bool) -> None:
-        if fails:
-            self.disk.fail(*kinds)
+    @rule(
+        kinds=st.sampled_from([("read",), ("write",), ("read", "write")]),
+        number=st.sampled_from([0, errno.EIO, errno.ENOSPC, errno.EROFS]),
+    )
+    def break_disk(self, kinds: tuple[str, ...], number: int) -> None:
+        if number:
+            self.disk.fail(*kinds, number=number)
         else:
             self.disk.hang(*kinds)
         self.sound = False

@@ -24,6 +24,7 @@ from umbp_connectors.pool.local import GetStatus
 from umbp_core.tiers import Tier
 
 KILLS = int(os.environ.get("CRASH_KILLS", "25"))
+SEED = int(os.environ.get("CRASH_SEED", "1"))
 MODES: tuple[Durability, ...] = ("strict", "batched", "relaxed")
 
 
@@ -153,7 +154,7 @@ def crasher(tmp_path: Path) -> Iterator[Callable[[Durability, int], Crasher]]:
 def test_what_was_acknowledged_survives_every_kill(
     crasher: Callable[[Durability, int], Crasher], durability: Durability
 ) -> None:
-    writers = crasher(durability, seed=1)
+    writers = crasher(durability, SEED)
     for _ in range(KILLS):
         writers.kill_one()
         writers.look()
@@ -182,7 +183,7 @@ def _fill(path: Path, chance: random.Random) -> None:
 
 @pytest.mark.parametrize("kind", ["slab-*.bin", "catalogue-*.sqlite", "catalogue-*.sqlite-wal"])
 def test_damage_after_a_kill_costs_hits_only(crasher: Callable[[Durability, int], Crasher], kind: str) -> None:
-    writers = crasher("batched", seed=2)
+    writers = crasher("batched", SEED)
     damaged = 0
     for _ in range(max(6, KILLS // 4)):
         writers.kill_one()

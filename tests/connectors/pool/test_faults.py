@@ -1,0 +1,177 @@
+"""A folder that becomes read-only, disappears, or is full: the pool goes on, and a restart serves what verifies."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.connectors.disk import Disk
+from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
+from umbp_connectors.pool.slab import SlabFile
+from umbp_core.ids import Identity, RankScope
+from umbp_core.testing.fakes import FakeClock
+from umbp_core.tiers import Tier
+
+SIZE = 8192
+KEYS = [b"key %d" % number for number in range(12)]
+Maker = Callable[..., LocalPool]
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def make(tmp_path: Path, clock: FakeClock) -> Iterator[Maker]:
+    made: list[LocalPool] = []
+
+    def make(pages: int = 4, **options: object) -> LocalPool:
+        sizes = (SIZE, pages * SIZE, tmp_path / "ssd", (1 << 20) + 30 * (SIZE + 768))
+        config = LocalPoolConfig(*sizes, prefault=False, patience_s=0, **options)  # type: ignore[arg-type]
+        made.append(LocalPool(Identity("model", b"\x11" * 32, RankScope()), config, clock))
+        made[-1].open()
+        return made[-1]
+
+    yield make
+    for pool in made:
+        pool.close()
+
+
+def object_of(key: bytes) -> bytes:
+    return (key * SIZE)[:SIZE]
+
+
+def fill(pool: LocalPool, keys: list[bytes]) -> None:
+    for start in range(0, len(keys), 4):
+        part = keys[start : start + 4]
+        assert pool.put(part, [object_of(key) for key in part]) == [PutStatus.STORED] * len(part)
+        assert pool.flush(30)
+
+
+def read(pool: LocalPool, keys: list[bytes]) -> list[GetStatus]:
+    buffers = [bytearray(SIZE) for _ in keys]
+    statuses = pool.get(keys, buffers)
+    assert all(buffer == object_of(key) for key, buffer, s in zip(keys, buffers, statuses, strict=True) if s.hit)
+    return statuses
+
+
+def test_a_folder_that_disappears_costs_nothing_until_the_restart(make: Maker, tmp_path: Path) -> None:
+    pool = make()
+    fill(pool, KEYS[:8])
+    shutil.rmtree(tmp_path / "ssd")
+    assert all(status.hit for status in read(pool, KEYS[:8]))
+    fill(pool, KEYS[8:])
+    assert all(status.hit for status in read(pool, KEYS))
+    pool.close()
+    pool = make()
+    assert pool.stats(Tier.SSD) is not None
+    assert read(pool, KEYS) == [GetStatus.MISS] * 12
+    fill(pool, KEYS)
+    assert all(status.hit for status in read(pool, KEYS))
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EIO])
+def test_a_disk_that_takes_nothing_more_still_gives(
+    make: Maker, monkeypatch: pytest.MonkeyPatch, number: int, clock: FakeClock
+) -> None:
+    pool = make()
+    fill(pool, KEYS[:8])
+    with monkeypatch.context() as patch:
+        Disk(patch).fail("write", "sync", number=number)
+        assert pool.put(KEYS[8:], [object_of(key) for key in KEYS[8:]]) == [PutStatus.STORED] * 4
+        pool.flush(30)
+        assert read(pool, KEYS[8:]) == [GetStatus.DRAM] * 4
+        assert read(pool, KEYS[:4]) == [GetStatus.SSD] * 4
+    pool.close()
+    assert read(make(), KEYS[:8]) == [GetStatus.SSD] * 8
+
+
+def test_a_flush_says_that_the_disk_did_not_sync(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make(durability="relaxed")
+    with monkeypatch.context() as patch:
+        Disk(patch).fail("sync", number=errno.EIO)
+        assert pool.put(KEYS[:1], [object_of(KEYS[0])]) == [PutStatus.STORED]
+        assert not pool.flush(30)
+    assert pool.flush(30)
+
+
+def test_a_start_on_a_read_only_file_system_goes_on_without_it(
+    make: Maker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    fill(make(), KEYS[:4])
+    real = os.open
+
+    def refusing(path: Any, flags: int, *rest: int, **options: Any) -> int:
+        if str(path).startswith(str(tmp_path)) and flags & (os.O_RDWR | os.O_WRONLY | os.O_CREAT):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(path, flags, *rest, **options)
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(os, "open", refusing)
+        pool = make()
+        assert pool.stats(Tier.SSD) is None
+        assert pool.put(KEYS[4:8], [object_of(key) for key in KEYS[4:8]]) == [PutStatus.STORED] * 4
+        assert pool.flush(1)
+    assert caplog.text.count("the SSD tier is off") == 1
+
+
+def test_a_reader_beside_the_writer_sees_what_is_written(make: Maker, tmp_path: Path) -> None:
+    pool = make()
+    fill(pool, KEYS[:4])
+    (path,) = tmp_path.rglob("slab-*.bin")
+    reader = SlabFile(path, SIZE, 4)
+    reader.open(read_only=True)
+    whole = bytearray(4 * SIZE)
+    for slot in range(4):
+        reader.read_into(slot, memoryview(whole)[slot * SIZE : (slot + 1) * SIZE])
+    assert sorted(bytes(whole[at : at + SIZE]) for at in range(0, 4 * SIZE, SIZE)) == sorted(map(object_of, KEYS[:4]))
+    reader.close()
+
+
+def test_threads_that_work_while_the_disk_comes_and_goes(
+    make: Maker, monkeypatch: pytest.MonkeyPatch, clock: FakeClock
+) -> None:
+    """Whatever the disk does, a hit is right and nobody sees an exception."""
+    pool = make(pages=8, ssd_retry_s=0.001)
+    disk = Disk(monkeypatch)
+    problems: list[object] = []
+    stop = threading.Event()
+
+    def work(offset: int) -> None:
+        turn = 0
+        while not stop.is_set():
+            keys = [b"%d of %d" % (turn % 30 + step, offset) for step in range(3)]
+            turn += 1
+            pool.put(keys, [object_of(key) for key in keys], timeout=10)
+            buffers = [bytearray(SIZE) for _ in keys]
+            statuses = pool.get(keys, buffers, timeout=10)
+            triples = zip(keys, buffers, statuses, strict=True)
+            problems.extend(key for key, buffer, status in triples if status.hit and buffer != object_of(key))
+
+    threads = [threading.Thread(target=work, args=(offset,)) for offset in range(3)]
+    for thread in threads:
+        thread.start()
+    pause = threading.Event()
+    for number in (errno.EIO, errno.ENOSPC, errno.EROFS) * 3:
+        disk.fail("read", "write", number=number)
+        pause.wait(0.05)
+        clock.advance(100)
+        disk.work()
+        pause.wait(0.05)
+    stop.set()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert problems == []
+    clock.advance(100)
+    fill(pool, KEYS[:4])
+    assert set(KEYS[:4]) <= set(pool.holdings()[Tier.SSD]), "it is used again"
