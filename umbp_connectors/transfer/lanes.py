@@ -70,4 +70,5 @@ class Lanes:
             try:
                 task()
             except Exception:  # the top of a thread: a bug in one task must not take the others' thread away
-                logger.exception("a task of %s failed outside of its op; the op will end by its deadline", self._name)
+                logger.exception("a task of %s failed outside of its op, which counts as lost", self._name)
+            del task  # whoever is not queued again is gone, and not only when the next one comes
