@@ -8,7 +8,6 @@ request (``cached_tokens_details``) says what was left.
 from __future__ import annotations
 
 import signal
-from array import array
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -22,7 +21,9 @@ from examples.serving_sglang import PAGE_TOKENS, SglangServer, extra_config
 from tests.connectors.reporting.at_master import DRAM, HBM, SSD, Held, known_at
 from tests.connectors.waiting import eventually
 from tests.master.app.master_process import CALL, MasterProcess
+from tests.sglang.server import truths
 from tests.sglang.server.servers import MAX_TOKENS, PAGES, prompts, server
+from tests.sglang.server.truths import Document
 from umbp_connectors.prompt_hashes.hasher import NO_NAMESPACE, Namespace
 from umbp_connectors.prompt_hashes.tags import hasher_of, tag_values
 from umbp_core.master.model import NodeInfo, NodeStatus
@@ -85,7 +86,7 @@ def scene(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sce
     folder, scene = tmp_path_factory.mktemp("reporting"), Scene()
     options = ("--listen=none", "--metadata-backend=none")
     first = MasterProcess(folder, *options, UMBP_HEARTBEAT_TTL_SEC="2")
-    with first:
+    with first, truths.doors() as doors:
         door = first.doors["native"]
         pool = {
             "dram_capacity": "64MiB",
@@ -103,9 +104,9 @@ def scene(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sce
                 port = running.port
                 with (
                     mock.patch.object(server_process, "free_port", return_value=port),
-                    server(model, folder, *extra_config(**pool)) as restarted,
+                    server(model, folder, *extra_config(**pool), environment=truths.environment(doors)) as restarted,
                 ):
-                    come_back(scene, restarted, second)
+                    come_back(scene, restarted, second, doors)
         yield scene
 
 
@@ -141,13 +142,17 @@ def again(scene: Scene, running: SglangServer, master: MasterProcess) -> None:
         eventually(lambda each=each: set(scene.ids(each)) <= scene.now(master)[HBM], SOON)
 
 
-def come_back(scene: Scene, running: SglangServer, master: MasterProcess) -> None:
+def come_back(scene: Scene, running: SglangServer, master: MasterProcess, doors: Path) -> None:
     """The server was killed and is back under its name, with what lies on its SSD."""
     assert eventually(lambda: bool(scene.now(master)), SOON)
     found = node_at(master)
     assert found is not None
     scene.restarted = found.node_id
-    scene.known["restarted"] = scene.now(master)
+    asked = [Document(tuple(each)) for each in [*FIRST, *MORE]]
+    truth = truths.ask(doors, [*asked, Document(tuple(SALTED), SALT)], hasher_of(tag_values(found.tags)))
+    assert not truth.device
+    assert not truth.host
+    scene.look("restarted", master, {SSD: truth.undescribed["SSD"]})
     for each in [FIRST[1], MORE[4]]:
         known = leading(scene.ids(each), scene.known["restarted"].get(SSD, set()))
         scene.storage.append((known, running.complete(each, MAX_TOKENS).storage // PAGE_TOKENS))
@@ -163,7 +168,7 @@ def test_the_node_says_who_it_is(scene: Scene) -> None:
     assert (tags["engine"], tags["hash"], tags["block"], tags["model"]) == ("sglang", "sglang", "64", "random")
 
 
-@pytest.mark.parametrize("stage", ["stored", "flushed", "back", "master back", "killed"])
+@pytest.mark.parametrize("stage", ["stored", "flushed", "back", "master back", "killed", "restarted"])
 def test_the_master_knows_exactly_what_there_is(scene: Scene, stage: str) -> None:
     assert scene.known[stage] == scene.wanted[stage]
 
@@ -190,16 +195,10 @@ def test_what_is_known_of_the_device_is_what_sglang_finds_there(scene: Scene) ->
 
 def test_what_a_killed_server_left_on_ssd_is_told_at_its_restart(scene: Scene) -> None:
     """Pages of the salted request have their storage's names, until somebody asks for them with the salt again."""
-    assert set(scene.known["restarted"]) == {SSD}
-    assert scene.known["restarted"][SSD] <= scene.wanted["evicted"][SSD] | storage_names(SALTED, SALT)
+    known = scene.known["restarted"][SSD]
+    salted = set(scene.ids(SALTED, Namespace(SALT)))
+    assert known & scene.wanted["evicted"][SSD]
+    assert not known & salted
+    assert len(known - scene.wanted["evicted"][SSD]) <= len(salted)
     assert [known for known, _ in scene.storage] == [found for _, found in scene.storage]
     assert sum(found for _, found in scene.storage) > 0
-
-
-def storage_names(prompt: list[int], salt: str) -> set[bytes]:
-    """What the pages of a request with a salt would be called if nothing were known of it."""
-    from sglang.srt.mem_cache.radix_cache import RadixKey
-    from sglang.srt.mem_cache.utils import get_storage_hash_str, hash_str_to_int64
-
-    key = RadixKey(array("q", prompt), cache_salt=salt).page_aligned(PAGE_TOKENS)
-    return {b"%d" % hash_str_to_int64(each) for each in get_storage_hash_str(key, page_size=PAGE_TOKENS)}

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -154,17 +152,11 @@ class Life:
 
 
 @pytest.fixture(scope="module")
-def doors() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="truth-"))
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def run(model: Path, doors: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     sys.stdout.write(f"TEST_SEED={SEED}\n")
     folder = tmp_path_factory.mktemp("random")
     with ExitStack() as stack:
+        doors = stack.enter_context(truths.doors())
         master = stack.enter_context(MasterProcess(folder, *MASTER))
         door = master.doors["native"]
         pool = {**L3, "ssd_dir": str(folder / "ssd"), "master_address": f"umbp://{door}"}

@@ -12,7 +12,9 @@ from examples.serving_sglang import PAGE_TOKENS, cpu_only, extra_config
 from tests.connectors.reporting.at_master import DRAM, HBM, SSD, Held, known_at
 from tests.connectors.waiting import eventually
 from tests.master.app.master_process import CALL, MasterProcess
+from tests.sglang.server import truths
 from tests.sglang.server.servers import MAX_TOKENS, PAGES, prompts, server
+from tests.sglang.server.truths import Document
 from umbp_connectors.prompt_hashes.sglang import SGLangHasher
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -21,14 +23,17 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 def test_two_ranks_find_what_both_stored(model: Path, tmp_path: Path) -> None:
     questions = prompts(0, 2)
     pool = {"dram_capacity": "64MiB", "ssd_dir": tmp_path / "ssd", "ssd_capacity": "128MiB"}
-    environment = {"SGLANG_CPU_OMP_THREADS_BIND": "0|0"} if cpu_only() else {}
+    bound = {"SGLANG_CPU_OMP_THREADS_BIND": "0|0"} if cpu_only() else {}
+    documents = [Document(tuple(each)) for each in questions]
     pages = {page for each in questions for page in SGLangHasher(PAGE_TOKENS).hashes(each)}
-    with MasterProcess(tmp_path, "--listen=none") as master:
+    with MasterProcess(tmp_path, "--listen=none") as master, truths.doors() as doors:
+        environment = {**bound, **truths.environment(doors)}
         pool["master_address"] = f"umbp://{master.doors['native']}"
         with server(model, tmp_path, *extra_config(**pool), "--tp-size", "2", environment=environment) as running:
             cold = [running.complete(each, MAX_TOKENS) for each in questions]
             running.wait_until_stored(2 * len(questions) * PAGES)
             told = by_rank(master, [{HBM: pages, DRAM: pages, SSD: pages}, {DRAM: pages, SSD: pages}])
+            truth = [truths.ask(doors, documents, SGLangHasher(PAGE_TOKENS), rank) for rank in (0, 1)]
             running.flush_cache()
             flushed = by_rank(master, [{DRAM: pages, SSD: pages}] * 2)
             found = [running.complete(each, MAX_TOKENS) for each in questions]
@@ -39,6 +44,9 @@ def test_two_ranks_find_what_both_stored(model: Path, tmp_path: Path) -> None:
     ranks = {path.parent.name for path in (tmp_path / "ssd").glob("*/*/slab-*")}
     assert ranks == {"rank0", "rank1"}, "each rank has a part of its own"
     assert told == [{HBM: pages, DRAM: pages, SSD: pages}, {DRAM: pages, SSD: pages}], "events are the first rank's"
+    assert truth[0].held() == told[0]
+    assert truth[1].pool == {"DRAM": told[1][DRAM], "SSD": told[1][SSD]}
+    assert truth[1].device == truth[1].host == pages, "what the other ranks have in L1 and L2 is not told"
     assert flushed == [{DRAM: pages, SSD: pages}] * 2
 
 

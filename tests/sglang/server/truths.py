@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,8 @@ class Truth:
     device: set[bytes] = field(default_factory=set)
     host: set[bytes] = field(default_factory=set)
     pool: dict[str, set[bytes]] = field(default_factory=dict)
+    undescribed: dict[str, set[bytes]] = field(default_factory=dict)
+    """The same tiers of L3, by what the storage calls its pages: so they are told until a request names them."""
 
     def held(self) -> Held:
         """What a master should know: L2 and the DRAM of L3 are both DRAM of one node."""
@@ -76,7 +81,23 @@ def _read(answer: Mapping[str, Any], documents: Sequence[Document], hasher: Prom
             truth.device |= set(ids[begin:end] if on_device else ())
             truth.host |= set(ids[begin:end] if on_host else ())
     truth.pool = {tier: {names[key] for key in keys} for tier, keys in answer["pool"].items()}
+    truth.undescribed = {tier: set(map(storage_name, keys)) for tier, keys in answer["pool"].items()}
     for level in ("device", "host"):
         found, there = answer[level]
         assert found == there, f"{there} pages on the {level}, of which the documents lead to {found}"
     return truth
+
+
+def storage_name(key: str) -> bytes:
+    """What a page is told as that is in L3 and that no request has named: the number in its storage hash."""
+    return b"%d" % int.from_bytes(bytes.fromhex(key)[:8], "big", signed=True)
+
+
+@contextmanager
+def doors() -> Iterator[Path]:
+    """A folder for the doors of one server after the other."""
+    folder = Path(tempfile.mkdtemp(prefix="truth-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)

@@ -53,8 +53,10 @@ class Door:
         from sglang.srt.runtime_context import get_parallel
 
         self._open = True
+        place = self._folder / f"tp{get_parallel().tp_rank}"
+        place.unlink(missing_ok=True)  # that of a server which was killed
         server = socket.socket(socket.AF_UNIX)
-        server.bind(str(self._folder / f"tp{get_parallel().tp_rank}"))
+        server.bind(str(place))
         server.listen()
         threading.Thread(target=self._accept, args=(server,), daemon=True).start()
 
