@@ -131,7 +131,8 @@ class Frequency:
         """Ages of ``_of_age`` whose blocks have a count of 0 and are still to be forgotten."""
         self._counted = 0
 
-    def __len__(self) -> int:
+    @property
+    def counted(self) -> int:
         """Blocks whose count is above 0."""
         return self._counted
 

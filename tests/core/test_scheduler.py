@@ -21,7 +21,7 @@ from umbp_core.ops import (
     TransferScheduleRequest,
     WorkerTransferRequest,
 )
-from umbp_core.scheduler import Limits, TransferScheduler
+from umbp_core.scheduler import Fate, Limits, TransferScheduler
 
 NONE = Requirement()
 
@@ -71,6 +71,7 @@ def statuses(scheduler: TransferScheduler) -> dict[str, OpStatus]:
 
 
 class TestRendezvous:
+    @pytest.mark.statement("connector", 35)
     @pytest.mark.parametrize("worker_first", [False, True])
     def test_the_second_half_releases_the_op(self, worker_first: bool) -> None:
         scheduler, op = TransferScheduler(), leader("a")
@@ -82,6 +83,7 @@ class TestRendezvous:
         assert scheduler.poll(0.0) == [op]
         assert scheduler.poll(0.0) == []
 
+    @pytest.mark.statement("connector", 36)
     def test_an_immediate_op_needs_no_partner_and_minds_none(self) -> None:
         scheduler, op = TransferScheduler(), leader("a", immediate=True)
         scheduler.submit(op, 0.0)
@@ -99,6 +101,7 @@ class TestRendezvous:
         scheduler.submit(op, 0.0)
         assert scheduler.poll(0.0) == [op]
 
+    @pytest.mark.statement("connector", 39)
     def test_the_same_half_twice_is_one(self) -> None:
         scheduler, op = TransferScheduler(), leader("a")
         for _ in range(2):
@@ -225,6 +228,7 @@ class TestRequirements:
 
 
 class TestTokens:
+    @pytest.mark.statement("connector", 45)
     def test_loads_then_stores_then_demotions_each_in_order(self) -> None:
         scheduler = TransferScheduler(Limits(loads=2, stores=2, demotions=1, blocks=1))
         pair(scheduler, *[leader(f"demote{n}", Direction.DEMOTE) for n in range(3)])
@@ -245,6 +249,8 @@ class TestTokens:
         assert scheduler.cancel("s1")
         assert scheduler.poll(0.0) == [ops[2]]
 
+    @pytest.mark.statement("connector", 44)
+    @pytest.mark.bug("B8")
     def test_ops_that_wait_delay_nobody(self) -> None:
         """Checklist 44: one store without its partner, one without its iteration; all others finish."""
         scheduler = TransferScheduler(Limits(stores=1))
@@ -284,6 +290,7 @@ class TestTokens:
         started = [op.op_id for op in scheduler.poll(0.0)]
         assert started == [f"{label}{n}" for label in ("load", "store") for n in range(4)]
 
+    @pytest.mark.statement("connector", 45)
     @pytest.mark.parametrize("name", ["loads", "stores", "demotions", "orphan_timeout_s", "remember", "blocks"])
     @pytest.mark.parametrize("value", [0, -1, float("nan")])
     def test_limits_must_be_positive(self, name: str, value: float) -> None:
@@ -311,6 +318,9 @@ class TestEnding:
             assert scheduler.commit("a")
         return op
 
+    @pytest.mark.statement("connector", 65)
+    @pytest.mark.statement("connector", 66)
+    @pytest.mark.statement("connector", 67)
     @pytest.mark.parametrize("phase", ["half", "waiting", "ready", "started"])
     @pytest.mark.parametrize("how", ["cancel", "cancel_request", "expire", "poll", "abort", "cancel_all"])
     def test_before_commitment_an_op_is_dropped_at_once(self, phase: str, how: str) -> None:
@@ -346,6 +356,7 @@ class TestEnding:
         assert scheduler.take_released() == (["a"] if phase == "started" else [])
         assert (scheduler.take_results(), scheduler.take_released()) == ([], [])
 
+    @pytest.mark.statement("connector", 65)
     def test_after_commitment_an_op_runs_to_its_end(self) -> None:
         scheduler = TransferScheduler()
         op = self.bring(scheduler, "committed")
@@ -368,6 +379,7 @@ class TestEnding:
         scheduler.finished(done(op), 0.0)
         assert (scheduler.take_results(), scheduler.take_released()) == ([], ["a"])
 
+    @pytest.mark.statement("connector", 65)
     def test_the_commitment_point_is_passed_once(self) -> None:
         scheduler = TransferScheduler()
         assert not scheduler.commit("unknown")
@@ -403,6 +415,8 @@ class TestEnding:
         expected = OpResult("a", "request", Direction.STORE, OpStatus.DONE, (), b"sum", 7, 4.0, "")
         assert scheduler.take_results() == [expected]
 
+    @pytest.mark.statement("connector", 38)
+    @pytest.mark.bug("B6")
     def test_duplicated_unknown_and_replayed_results_end_nothing_else(self) -> None:
         """Checklist 38: completion is a set of ids."""
         scheduler = TransferScheduler()
@@ -417,6 +431,7 @@ class TestEnding:
         assert scheduler.pending() == 1
         assert (scheduler.has_ended("a"), scheduler.has_ended("b"), scheduler.has_ended("z")) == (True, False, True)
 
+    @pytest.mark.statement("connector", 46)
     def test_a_lone_worker_half_is_given_up(self) -> None:
         scheduler = TransferScheduler(Limits(orphan_timeout_s=5.0))
         scheduler.enqueue(half_of(leader("a")), 1.0)
@@ -448,6 +463,7 @@ class TestEnding:
         assert scheduler.poll(2.0) == []
         assert statuses(scheduler) == {"a": OpStatus.EXPIRED}
 
+    @pytest.mark.statement("connector", 47)
     @pytest.mark.parametrize("drop", [0, 1])
     @pytest.mark.parametrize("victim", range(6))
     def test_any_lost_half_ends_in_a_result_and_hurts_nobody(self, victim: int, drop: int) -> None:
@@ -476,7 +492,59 @@ class TestEnding:
         assert execute(scheduler) == ["b"]
 
 
+@pytest.mark.statement("connector", 47)
+class TestAsking:
+    """What the leader did not hear of the first time."""
+
+    def test_an_op_that_never_came_is_refused_once_and_for_all(self) -> None:
+        scheduler, op = TransferScheduler(), leader("a", blocks=3)
+        assert scheduler.account_for(op, 0.0) is Fate.REFUSED
+        (result,) = scheduler.take_results()
+        assert (result.status, result.failed, result.reason) == (OpStatus.CANCELLED, (0, 1, 2), "lost")
+        pair(scheduler, op)
+        assert (scheduler.poll(0.0), scheduler.pending()) == ([], 0), "it came late, after it was refused"
+        assert scheduler.account_for(op, 0.0) is Fate.ENDED
+
+    def test_an_op_that_is_under_way_goes_on(self) -> None:
+        scheduler, op = TransferScheduler(), leader("a")
+        scheduler.enqueue(half_of(op), 0.0)
+        assert scheduler.account_for(op, 0.0) is Fate.PENDING
+        scheduler.submit(op, 0.0)
+        assert scheduler.account_for(op, 0.0) is Fate.PENDING
+        assert execute(scheduler) == ["a"]
+        assert scheduler.account_for(op, 0.0) is Fate.ENDED
+        assert statuses(scheduler) == {"a": OpStatus.DONE}
+
+    def test_memory_that_is_kept_apart_is_said_to_be(self) -> None:
+        scheduler, op = TransferScheduler(), leader("a")
+        pair(scheduler, op)
+        scheduler.poll(0.0)
+        scheduler.cancel("a")
+        assert scheduler.account_for(op, 0.0) is Fate.QUARANTINED
+        scheduler.finished(done(op), 0.0)
+        assert scheduler.account_for(op, 0.0) is Fate.ENDED
+
+
 class TestMemory:
+    @pytest.mark.statement("connector", 48)
+    def test_a_hundred_thousand_ops_leave_nothing_behind(self) -> None:
+        scheduler = TransferScheduler(Limits(remember=100))
+        ended = 0
+        for number in range(100_000):
+            op = leader(f"op{number}", request_id=f"r{number}")
+            scheduler.submit(op, float(number))
+            if number % 5:
+                scheduler.enqueue(half_of(op), float(number))
+            if number % 5 == 1:
+                scheduler.cancel(op.op_id)
+            execute(scheduler, float(number))
+            ended += len(scheduler.take_results())
+        scheduler.expire(1e9)
+        assert ended + len(scheduler.take_results()) == 100_000
+        assert (scheduler.pending(), scheduler.dump(), scheduler.next_deadline()) == (0, [], None)
+        assert (scheduler.quarantined(), scheduler.take_released()) == (frozenset(), [])
+
+    @pytest.mark.statement("connector", 48)
     def test_nothing_is_left_of_ops_that_ended(self) -> None:
         """Checklist 48, through what can be seen from outside."""
         scheduler = TransferScheduler(Limits(remember=100))
@@ -490,6 +558,7 @@ class TestMemory:
         assert (scheduler.pending(), scheduler.dump(), scheduler.next_deadline()) == (0, [], None)
         assert scheduler.poll(0.0) == []
 
+    @pytest.mark.statement("connector", 48)
     def test_a_long_life_takes_no_more_memory_than_a_short_one(self) -> None:
         scheduler = TransferScheduler(Limits(remember=100))
 

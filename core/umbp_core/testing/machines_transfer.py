@@ -16,6 +16,7 @@ from umbp_core.errors import StateError
 from umbp_core.ops import (
     BlockCopy,
     Direction,
+    ImmediateTransferResult,
     LeaderTransferRequest,
     OpResult,
     OpStatus,
@@ -90,6 +91,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         """A worker's half."""
         worker = WorkerTransferRequest(self._id(number), request, direction)
         self._half(self.model.enqueue(worker, self.now), lambda: self.scheduler.enqueue(worker, self.now))
+
+    @rule(
+        number=numbers,
+        request=requests,
+        direction=st.sampled_from(Direction),
+        status=st.sampled_from(OpStatus),
+        failed=st.sampled_from([(), (0,)]),
+    )
+    def carried_out_elsewhere(
+        self, number: int, request: str, direction: Direction, status: OpStatus, failed: tuple[int, ...]
+    ) -> None:
+        """The result of an immediate op, before, after or without its halves."""
+        immediate = ImmediateTransferResult(self._id(number), request, direction, status, failed, "elsewhere")
+        self._half(self.model.immediate_done(immediate), lambda: self.scheduler.take(immediate, self.now))
+
+    @rule(number=numbers, request=requests, direction=st.sampled_from(Direction), blocks=block_lists)
+    def ask(self, number: int, request: str, direction: Direction, blocks: tuple[BlockCopy, ...]) -> None:
+        """The leader asks about an op, which may never have come here."""
+        leader = LeaderTransferRequest(self._id(number), request, direction, blocks)
+        assert self.scheduler.account_for(leader, self.now) is self.model.account_for(leader, self.now)
 
     @rule(number=numbers)
     def repeat(self, number: int) -> None:

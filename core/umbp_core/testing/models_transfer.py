@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 
 from umbp_core.ops import (
     Direction,
+    ImmediateTransferResult,
     LeaderTransferRequest,
     OpStatus,
     Requirement,
     RequirementKind,
     WorkerTransferRequest,
 )
-from umbp_core.scheduler import Limits
+from umbp_core.scheduler import Fate, Limits
 from umbp_core.slots import Life, Transaction
 
 
@@ -239,6 +240,30 @@ class SchedulerModel:
             op.deadline = now + self.limits.orphan_timeout_s
         op.worker = True
         return True
+
+    def immediate_done(self, immediate: ImmediateTransferResult) -> bool:
+        """An op was carried out elsewhere; False when it contradicts."""
+        op = self.ops.get(immediate.op_id)
+        if immediate.op_id in self.ended:
+            return True
+        if op is not None and (op.request_id, op.direction) != (immediate.request_id, immediate.direction):
+            return False
+        op = self.ops.setdefault(immediate.op_id, OpModel(immediate.op_id, immediate.request_id, immediate.direction))
+        if op.state == "open":
+            self._end(op, Ended(op.op_id, immediate.status, immediate.failed, immediate.reason, quarantined=False))
+        return True
+
+    def account_for(self, leader: LeaderTransferRequest, now: float) -> Fate:
+        """What is said about an op that was asked about."""
+        if leader.op_id in self.quarantine:
+            return Fate.QUARANTINED
+        if leader.op_id in self.ended:
+            return Fate.ENDED
+        if leader.op_id in self.ops:
+            return Fate.PENDING
+        self.submit(leader, now)
+        self.cancel(leader.op_id, "lost")
+        return Fate.REFUSED
 
     def begin_iteration(self, iteration: int) -> None:
         """A step starts."""
