@@ -25,6 +25,7 @@ from pydantic.fields import FieldInfo
 from umbp_connectors import hookspecs
 from umbp_connectors.cli import app
 from umbp_connectors.config_model import UmbpConfig, parse_size
+from umbp_connectors.doctor.dynamo import MEANINGS
 from umbp_connectors.master.metrics_families import FAMILIES, PREFIX, Family
 from umbp_connectors.master.settings import MasterConfig
 from umbp_core.slot_table import JOINT, LIFE, TRANSACTION, LifeEvent, TransactionEvent
@@ -99,6 +100,16 @@ def metrics(documented: Iterable[Family | MetricDoc], prefix: str = "") -> str:
     return "\n".join(rows)
 
 
+def dynamo_variables() -> str:
+    """One row per variable of Dynamo's KVBM."""
+    rows = ["| variable | default there | here |", "|---|---|---|"]
+    for name, (default, setting, reason, otherwise) in MEANINGS.items():
+        first = f"`{setting.format('VALUE')}`" if setting else ""
+        second = f"`{otherwise}` when it is off" if otherwise else ""
+        rows.append(f"| `{name}` | `{default}` | {'; '.join(filter(None, (first, second, reason)))} |")
+    return "\n".join(rows)
+
+
 def hook_pages() -> str:
     """One section per hook."""
     parts = []
@@ -163,6 +174,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "sglang-metrics": lambda: metrics(METRICS),
     "hooks": hook_pages,
     "command-line": command_line,
+    "dynamo-variables": dynamo_variables,
     "slot-life": lambda: state_diagram(LIFE, {life: after for (life, _), after in JOINT.items()}),
     "slot-life-matrix": lambda: state_table(LIFE, LifeEvent),
     "slot-transaction": lambda: state_diagram(TRANSACTION, {}),

@@ -51,7 +51,7 @@ class FrequencyMachine(RuleBasedStateMachine):
         self.policy.pass_time(self.now)
         self.model.pass_time(self.now)
         assert {key: count for key in KEYS if (count := self.policy.count(key))} == self.model.counts
-        assert len(self.policy) == len(self.model.counts) <= self.policy.kept <= self.model.capacity
+        assert self.policy.counted == len(self.model.counts) <= self.policy.kept <= self.model.capacity
 
 
 FrequencyMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)

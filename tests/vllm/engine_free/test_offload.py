@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.v1.metrics.stats import CachingMetrics
 
 from tests.vllm.engine_free.conftest import MakeUmbp
 from tests.vllm.harness.traffic import tokens
@@ -212,3 +213,30 @@ def test_later_ranges_win_and_gaps_have_the_default() -> None:
 def test_a_policy_that_nobody_offers_stops_the_start(make_umbp: MakeUmbp) -> None:
     with pytest.raises(ConfigError, match="'often'"):
         make_umbp({"ssd_offload_policy": "often"})
+
+
+@pytest.mark.statement("connector", 92)
+def test_hit_rates_are_hits_over_tokens_asked_for(make_umbp: MakeUmbp, tmp_path: Path) -> None:
+    """Of our counters, and of vLLM's log, which has the last 1000 requests that asked for anything."""
+    engine = make_umbp({"ssd_dir": str(tmp_path), "ssd_capacity": "4MiB"})
+    rates = CachingMetrics()
+    make_stats = engine.scheduler.make_stats
+
+    def observed(*arguments: Any, **more: Any) -> Any:
+        stats = make_stats(*arguments, **more)
+        rates.observe(stats.connector_prefix_cache_stats)
+        return stats
+
+    engine.scheduler.make_stats = observed
+    engine.store(PROMPT)
+    engine.drop_from(Tier.DRAM, PROMPT[:12])
+    ask(engine, [*PROMPT, *tokens(8, first=700)])
+    ask(engine, tokens(3, first=800))
+    hits = {tier: engine.stat("hit_tokens", tier) for tier in ("dram", "ssd")}
+    asked = engine.stat("lookup_tokens")
+    assert hits == {"dram": 12, "ssd": 12}
+    assert asked == 24 + 32
+    assert engine.stat("lookups") == 2, "a prompt of less than a block asks for nothing"
+    assert rates.aggregated_query_hit == 24
+    assert 0 < rates.hit_rate < 1
+    engine.close()
