@@ -49,6 +49,8 @@ def test_the_verdict_comes_with_the_last_rank_and_joins_checksums_in_rank_order(
     assert (verdict.moved_bytes, len(ledger), ledger.blocks_in_flight(Direction.STORE)) == (16, 0, 0)
 
 
+@pytest.mark.statement("connector", 38)
+@pytest.mark.bug("B6")
 def test_a_rank_that_reports_twice_does_not_stand_for_another() -> None:
     ledger = OpLedger([0, 1])
     op = store("a")
@@ -58,6 +60,7 @@ def test_a_rank_that_reports_twice_does_not_stand_for_another() -> None:
     assert "a" in ledger
 
 
+@pytest.mark.bug("B1")
 def test_a_block_that_is_bad_on_one_rank_is_bad() -> None:
     ledger = OpLedger([0, 1, 2])
     op = store("a", 4)
@@ -101,6 +104,7 @@ def test_an_op_id_in_flight_cannot_be_opened_again() -> None:
         ledger.open(store("a"))
 
 
+@pytest.mark.statement("connector", 46)
 def test_memory_is_released_when_the_last_quarantined_rank_lets_go() -> None:
     ledger = OpLedger([0, 1])
     op = store("a")

@@ -144,6 +144,7 @@ def test_blocks_go_to_the_arena_and_back_bit_by_bit(regions: list[Region], *, lo
     rig.copier.close()
 
 
+@pytest.mark.statement("connector", 40)
 @pytest.mark.parametrize("regions", [layers_outermost(), blocks_outermost()], ids=["staged", "direct"])
 def test_a_store_never_reads_before_the_step_that_writes_has_ended(
     regions: list[Region], pool: ThreadPoolExecutor
@@ -214,6 +215,7 @@ def test_copies_leave_the_streams_of_the_engine_alone(pool: ThreadPoolExecutor) 
     rig.copier.close()
 
 
+@pytest.mark.statement("connector", 41)
 def test_a_fence_costs_the_forward_thread_microseconds_while_work_is_pending(pool: ThreadPoolExecutor) -> None:
     rig = Rig(layers_outermost())
     for _ in range(50):

@@ -35,6 +35,7 @@ def store(rig: Rig, op_id: str, hbm: int = 1, page: int = 10, **options: Any) ->
 
 
 class TestCancel:
+    @pytest.mark.statement("connector", 65)
     @pytest.mark.parametrize("how", ["cancel", "cancel_request"])
     @pytest.mark.parametrize("paired", [False, True])
     def test_an_op_that_waits_is_dropped(self, rig: Rig, paired: bool, how: str) -> None:
@@ -46,6 +47,8 @@ class TestCancel:
         rig.run(store(rig, "later"))
         assert [call.pages for call in rig.device.calls] == [(10,)], "only the later one was copied"
 
+    @pytest.mark.statement("connector", 65)
+    @pytest.mark.statement("connector", 46)
     def test_a_load_that_reads_is_reported_at_once_and_never_touches_hbm(self, rig: Rig) -> None:
         gate = rig.hold_io()
         before = rig.hbm(1)
@@ -87,6 +90,7 @@ class TestCancel:
         assert (load.status, demote.status) == (OpStatus.DONE, OpStatus.CANCELLED)
         assert 9 not in rig.slots.data
 
+    @pytest.mark.statement("connector", 65)
     @pytest.mark.parametrize("direction", [Direction.STORE, Direction.LOAD])
     def test_what_is_being_copied_runs_to_its_end(self, rig: Rig, direction: Direction) -> None:
         gate = rig.hold_copies()
@@ -100,6 +104,7 @@ class TestCancel:
         (result,) = rig.results("op")
         assert (result.status, result.quarantined) == (OpStatus.DONE, False)
 
+    @pytest.mark.statement("connector", 65)
     @pytest.mark.parametrize("direction", Direction)
     def test_a_cancellation_right_before_the_first_byte_wins(
         self, rig: Rig, direction: Direction, monkeypatch: pytest.MonkeyPatch
@@ -149,6 +154,7 @@ class TestCancel:
 
 
 class TestDeadlines:
+    @pytest.mark.statement("connector", 46)
     def test_a_read_that_hangs_is_reported_and_its_page_kept_apart(self, make_rig: Any) -> None:
         clock = FakeClock()
         rig = make_rig(clock=clock)
@@ -168,6 +174,8 @@ class TestDeadlines:
         assert rig.engine.take_released() == ["load"]
         assert (rig.hbm(1), rig.engine.poll()) == (before, [])
 
+    @pytest.mark.statement("connector", 44)
+    @pytest.mark.statement("connector", 46)
     def test_a_dead_disk_costs_nothing_but_its_own_hits(self, make_rig: Any) -> None:
         clock = FakeClock()
         rig = make_rig(clock=clock, limits=Limits(loads=2))
@@ -197,6 +205,7 @@ class TestDeadlines:
         (result,) = rig.results("op")
         assert (result.status, result.seconds) == (OpStatus.DONE, 100.0)
 
+    @pytest.mark.statement("connector", 46)
     def test_an_iteration_that_never_ends_is_noticed_while_waiting(self, rig: Rig) -> None:
         rig.engine.submit([store(rig, "op", after=9, timeout_s=0.05)])
         started = time.monotonic()

@@ -162,6 +162,7 @@ def test_a_load_of_which_nothing_is_good_does_not_wait_for_the_device(rig: Rig) 
     assert (result.status, result.reason) == (OpStatus.FAILED, "verify")
 
 
+@pytest.mark.statement("connector", "58b")
 def test_a_bug_between_the_steps_fails_the_op(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rig.engine, "is_running", fail_always(ZeroDivisionError("bug")))
     (result,) = rig.run(rig.op("load", Direction.LOAD, four_blocks(rig, ssd=True)))
@@ -196,6 +197,8 @@ def test_an_op_that_makes_no_sense_fails_and_the_next_one_works(rig: Rig, direct
     assert result.status is OpStatus.DONE
 
 
+@pytest.mark.statement("connector", "58a")
+@pytest.mark.bug("B15")
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
 def test_after_any_failure_the_next_hundred_transfers_work(rig: Rig, error: Exception) -> None:
     """Checklist 58a."""

@@ -19,6 +19,8 @@ def free_blocks(engine: UmbpHarness) -> int:
     return engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
 
+@pytest.mark.statement("connector", 65)
+@pytest.mark.statement("connector", 64)
 @pytest.mark.parametrize("tp", [1, 2])
 def test_abort_before_the_load_was_submitted(make_umbp: MakeUmbp, tp: int) -> None:
     """Statements 64, 97: the step that carries the load has not run; the abort is seen first."""
@@ -35,6 +37,10 @@ def test_abort_before_the_load_was_submitted(make_umbp: MakeUmbp, tp: int) -> No
     engine.close()
 
 
+@pytest.mark.statement("connector", 65)
+@pytest.mark.statement("connector", 62)
+@pytest.mark.statement("connector", 64)
+@pytest.mark.statement("connector", 97)
 @pytest.mark.parametrize("tp", [1, 2])
 def test_abort_while_the_load_writes(make_umbp: MakeUmbp, tp: int) -> None:
     """Statements 64, 65: committed loads run to their end; the blocks are not freed before."""
@@ -59,6 +65,7 @@ def test_abort_while_the_load_writes(make_umbp: MakeUmbp, tp: int) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 96)
 def test_one_rank_cannot_free_what_another_still_writes(make_umbp: MakeUmbp) -> None:
     """Statement 96: rank 0 is done, rank 1 is not; the request is neither scheduled nor freed."""
     engine = make_umbp(tp=2)
@@ -79,6 +86,8 @@ def test_one_rank_cannot_free_what_another_still_writes(make_umbp: MakeUmbp) -> 
     engine.close()
 
 
+@pytest.mark.statement("connector", 63)
+@pytest.mark.bug("B4")
 def test_abort_between_arrival_and_scheduling(make_umbp: MakeUmbp) -> None:
     """The load was reported, the request not scheduled yet (bug B4)."""
     engine = make_umbp()
@@ -92,6 +101,8 @@ def test_abort_between_arrival_and_scheduling(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 63)
+@pytest.mark.bug("B4")
 def test_abort_of_a_request_that_was_never_scheduled(make_umbp: MakeUmbp) -> None:
     """Statement 63."""
     engine = make_umbp()
@@ -102,6 +113,9 @@ def test_abort_of_a_request_that_was_never_scheduled(make_umbp: MakeUmbp) -> Non
     engine.close()
 
 
+@pytest.mark.statement("connector", 60)
+@pytest.mark.statement("connector", 68)
+@pytest.mark.bug("B5")
 def test_abort_while_blocks_are_being_stored(make_umbp: MakeUmbp) -> None:
     """Statements 60, 61, 68: the request is gone at once, its blocks stay untouched until the store has read them."""
     engine = make_umbp(num_blocks=40, max_model_len=64)
@@ -125,6 +139,9 @@ def test_abort_while_blocks_are_being_stored(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 60)
+@pytest.mark.statement("connector", 61)
+@pytest.mark.statement("connector", 62)
 def test_a_finished_request_leaves_nothing_to_report(make_umbp: MakeUmbp) -> None:
     """Statements 60-62: nothing is ever handed over, so nothing can be reported as sent."""
     engine = make_umbp()
@@ -141,6 +158,7 @@ def test_a_finished_request_leaves_nothing_to_report(make_umbp: MakeUmbp) -> Non
     engine.close()
 
 
+@pytest.mark.statement("connector", 59)
 def test_finishing_twice_and_finishing_strangers(make_umbp: MakeUmbp) -> None:
     """Statement 59: the second call for an id, and a call for an unknown one, change nothing."""
     engine = make_umbp()
@@ -175,6 +193,8 @@ def test_an_id_that_comes_again(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 69)
+@pytest.mark.bug("B10")
 def test_preempted_requests_come_back_from_the_pool(make_umbp: MakeUmbp) -> None:
     """Statements 68, 69: blocks under a store are not reused; the next match starts from a clean slot."""
     engine = make_umbp(num_blocks=28, max_model_len=80)
@@ -186,6 +206,7 @@ def test_preempted_requests_come_back_from_the_pool(make_umbp: MakeUmbp) -> None
     engine.close()
 
 
+@pytest.mark.statement("connector", 100)
 def test_a_request_that_must_wait_for_blocks_under_a_store(make_umbp: MakeUmbp) -> None:
     """Statement 100: while stores hold blocks the engine waits instead of preempting, and not for ever."""
     engine = make_umbp(num_blocks=20, max_model_len=64)
@@ -204,6 +225,7 @@ def test_a_request_that_must_wait_for_blocks_under_a_store(make_umbp: MakeUmbp) 
     engine.close()
 
 
+@pytest.mark.statement("connector", 99)
 def test_an_idle_engine_still_takes_results(make_umbp: MakeUmbp) -> None:
     """Statement 99: after the last request only steps without tokens are left, and they drain everything."""
     engine = make_umbp()
@@ -297,6 +319,7 @@ def test_the_one_that_others_wait_for_is_aborted(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 102)
 def test_nothing_needs_delivery(make_umbp: MakeUmbp) -> None:
     """Statement 102."""
     engine = make_umbp()
@@ -329,6 +352,7 @@ def test_what_the_pool_holds_is_not_copied_again(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 72)
 def test_shutdown_with_transfers_under_way(make_umbp: MakeUmbp, monkeypatch: pytest.MonkeyPatch) -> None:
     """Statement 72: ends within its bound although a copy hangs."""
     monkeypatch.setattr(connector, "CLOSE_TIMEOUT_S", 0.4)

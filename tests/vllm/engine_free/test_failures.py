@@ -20,6 +20,8 @@ HYBRID = (GroupSpec("full"), GroupSpec("window", window=10))
 SSD = {"ssd_capacity": "4MiB"}
 
 
+@pytest.mark.statement("connector", 52)
+@pytest.mark.statement("connector", 54)
 @pytest.mark.parametrize("block", range(6))
 @pytest.mark.parametrize("tier", [Tier.DRAM, Tier.SSD])
 def test_a_flipped_bit_is_a_miss(make_umbp: MakeUmbp, tmp_path: Path, block: int, tier: Tier) -> None:
@@ -80,6 +82,8 @@ def test_the_user_may_want_the_request_to_fail(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 51)
+@pytest.mark.bug("B7")
 @pytest.mark.parametrize("groups", [(GroupSpec(),), HYBRID], ids=["one group", "several groups"])
 def test_a_copy_into_hbm_that_fails(make_umbp: MakeUmbp, groups: tuple[GroupSpec, ...]) -> None:
     engine = make_umbp(groups=groups, tp=2)
@@ -96,6 +100,8 @@ def test_a_copy_into_hbm_that_fails(make_umbp: MakeUmbp, groups: tuple[GroupSpec
     engine.close()
 
 
+@pytest.mark.statement("connector", 46)
+@pytest.mark.bug("B7")
 def test_a_load_that_hangs_is_recomputed_in_time(make_umbp: MakeUmbp) -> None:
     """Law L4: the deadline, not the copy, ends the wait; a late copy touches no block of anybody else."""
     engine = make_umbp({"load_timeout_s": 0.05}, num_blocks=40, max_model_len=64)
@@ -114,6 +120,7 @@ def test_a_load_that_hangs_is_recomputed_in_time(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 46)
 def test_an_engine_stays_awake_until_a_given_up_op_has_let_go(make_umbp: MakeUmbp) -> None:
     """The second store expires in the queue behind the first: its blocks come back only with a step after that."""
     engine = make_umbp({"store_timeout_s": 0.05})
@@ -135,6 +142,8 @@ def test_an_engine_stays_awake_until_a_given_up_op_has_let_go(make_umbp: MakeUmb
     engine.close()
 
 
+@pytest.mark.bug("B1")
+@pytest.mark.statement("connector", 50)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_store_that_one_rank_failed_is_never_published(make_umbp: MakeUmbp, rank: int) -> None:
     """Statements 50 and 53, law L2."""
@@ -150,6 +159,7 @@ def test_a_store_that_one_rank_failed_is_never_published(make_umbp: MakeUmbp, ra
     engine.close()
 
 
+@pytest.mark.statement("connector", 53)
 def test_nothing_is_published_before_the_last_rank(make_umbp: MakeUmbp) -> None:
     """Statement 53: one rank is late; until then the blocks do not exist."""
     engine = make_umbp(tp=2)
@@ -166,6 +176,8 @@ def test_nothing_is_published_before_the_last_rank(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", "58a")
+@pytest.mark.bug("B15")
 @pytest.mark.parametrize("direction", [Direction.LOAD, Direction.STORE])
 def test_after_a_failure_a_hundred_transfers_work(make_umbp: MakeUmbp, direction: Direction) -> None:
     """Statement 58a."""
@@ -185,6 +197,7 @@ def test_after_a_failure_a_hundred_transfers_work(make_umbp: MakeUmbp, direction
     engine.close()
 
 
+@pytest.mark.statement("connector", 58)
 def test_a_pool_without_room_is_a_smaller_pool(make_umbp: MakeUmbp) -> None:
     """Statement 58: the target tier is full of what cannot be evicted; nothing fails."""
     engine = make_umbp({"dram_capacity": "24KiB"}, num_blocks=64, max_model_len=96)
@@ -222,6 +235,9 @@ LEADER_CALLS = {
 }
 
 
+@pytest.mark.statement("connector", "58b")
+@pytest.mark.bug("B16")
+@pytest.mark.statement("connector", 57)
 @pytest.mark.parametrize("method", LEADER_CALLS)
 def test_an_exception_in_the_leader_stays_there(
     make_umbp: MakeUmbp, method: str, monkeypatch: pytest.MonkeyPatch
@@ -251,6 +267,9 @@ def test_an_exception_in_the_leader_stays_there(
     engine.step_until(lambda: all(engine.present(tokens(24, 600))))
 
 
+@pytest.mark.statement("connector", "58b")
+@pytest.mark.bug("B16")
+@pytest.mark.statement("connector", 57)
 def test_an_exception_between_two_requests_of_a_step(make_umbp: MakeUmbp, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was decided for the first of them is void: in the next step its blocks may be somebody else's (law L3)."""
     engine = make_umbp(num_blocks=16, max_model_len=56)
@@ -374,6 +393,7 @@ def test_rot_while_the_engine_was_down(make_umbp: MakeUmbp, tmp_path: Path, rank
     engine.close()
 
 
+@pytest.mark.statement("connector", 71)
 def test_reset_empties_every_tier(make_umbp: MakeUmbp, tmp_path: Path) -> None:
     """Statement 71: with the connector, also for what was on its way; without it, the pool keeps all."""
     engine = restarted(make_umbp, tmp_path)
@@ -394,6 +414,7 @@ def test_reset_empties_every_tier(make_umbp: MakeUmbp, tmp_path: Path) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 71)
 def test_reset_while_loading(make_umbp: MakeUmbp, tmp_path: Path) -> None:
     """What a load passes through memory after a reset is old: it may reach its request, but not the pool."""
     engine = restarted(make_umbp, tmp_path)
@@ -412,6 +433,9 @@ def test_reset_while_loading(make_umbp: MakeUmbp, tmp_path: Path) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 28)
+@pytest.mark.statement("connector", 30)
+@pytest.mark.statement("connector", 34)
 def test_metadata_is_small_and_goes_out_once(make_umbp: MakeUmbp) -> None:
     """Statements 28, 30, 34: the step number grows by one, each op is in one message, an idle step says nothing."""
     engine = make_umbp()
