@@ -141,6 +141,7 @@ def test_read_only(slab: SlabFile) -> None:
         longer.open(read_only=True)
 
 
+@pytest.mark.statement("connector", 55)
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(fd: int, offset: int, length: int) -> None:
         os.pwrite(fd, b"\0", length // 2)
@@ -213,6 +214,7 @@ def test_a_file_that_was_shortened_is_a_transfer_error(slab: SlabFile) -> None:
 @pytest.mark.parametrize(
     ("number", "kind"), [(errno.EIO, TransferError), (errno.ENOSPC, TierUnavailable), (errno.EROFS, TierUnavailable)]
 )
+@pytest.mark.statement("connector", 55)
 def test_errors_of_the_disk_are_typed(
     slab: SlabFile, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
 ) -> None:
@@ -231,6 +233,7 @@ def test_errors_of_the_disk_are_typed(
             action()
 
 
+@pytest.mark.statement("connector", 55)
 def test_short_transfers_are_continued(slab: SlabFile, arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     read, write = os.preadv, os.pwritev
     step = 4096 if slab.direct else 1000
@@ -259,6 +262,7 @@ def test_direct_io_that_stops_in_the_middle_of_a_sector(tmp_path: Path, monkeypa
     slab.close()
 
 
+@pytest.mark.statement("connector", 55)
 def test_a_file_system_without_direct_io(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = os.open
 

@@ -25,6 +25,7 @@ VERIFY_FAILED = "verify"
 
 _LOOKUPS = counter("vllm:umbp_lookups")
 _LOOKUP_TOKENS = counter("vllm:umbp_lookup_tokens")
+_LOADED_BLOCKS = {tier: counter("vllm:umbp_loaded_blocks", tier) for tier in ("dram", "ssd")}
 _HIT_TOKENS = {tier: counter("vllm:umbp_hit_tokens", tier) for tier in ("dram", "ssd")}
 
 
@@ -231,6 +232,7 @@ class LoadPlanner:
         self._void.discard(op.op_id)
         for index in sorted(verdict.failed):
             self._bad_block(op.blocks[index], verdict)
+        self._count_loaded(verdict)
         promoted = {
             block.key: block.checksums
             for index, block in enumerate(op.blocks)
@@ -251,6 +253,14 @@ class LoadPlanner:
     def void_in_flight(self) -> None:
         """What is being loaded belongs to the time before a cache reset and must not be published in DRAM."""
         self._void.update(self._in_flight)
+
+    def _count_loaded(self, verdict: Verdict) -> None:
+        """What arrived on every rank; that it was asked for is counted elsewhere."""
+        good = [block for index, block in enumerate(verdict.op.blocks) if index not in verdict.failed]
+        from_ssd = sum(block.ssd_slot >= 0 for block in good)
+        for tier, blocks in (("dram", len(good) - from_ssd), ("ssd", from_ssd)):
+            if blocks:
+                self._stats.count(_LOADED_BLOCKS[tier], blocks)
 
     def _bad_block(self, block: BlockCopy, verdict: Verdict) -> None:
         for reason in verdict.reasons or ("unknown",):

@@ -20,6 +20,7 @@ METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "vllm:umbp_lookups": ("Requests whose prefix was looked up, once for each time they waited to be scheduled.", ()),
     "vllm:umbp_lookup_tokens": ("Tokens that lookups asked for beyond vLLM's own prefix cache.", ()),
     "vllm:umbp_hit_tokens": ("Tokens that loads were started for, by the tier that held them.", ("tier",)),
+    "vllm:umbp_loaded_blocks": ("Blocks that loads brought, by the tier that held them.", ("tier",)),
     "vllm:umbp_lookup_waits": ("Lookups answered 'not yet', by cause.", ("cause",)),
     "vllm:umbp_ops": ("Transfers that ended, by direction and status.", ("direction", "status")),
     "vllm:umbp_bytes": ("Bytes moved over all ranks, by direction.", ("direction",)),

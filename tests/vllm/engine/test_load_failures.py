@@ -21,6 +21,8 @@ def shared(llama: Path) -> Iterator[Engine]:
         yield opened
 
 
+@pytest.mark.statement("connector", 52)
+@pytest.mark.statement("connector", 54)
 @pytest.mark.parametrize("index", range(BLOCKS))
 def test_a_block_whose_bytes_changed_in_dram(shared: Engine, oracle: Oracle, llama: Path, index: int) -> None:
     ask = stored(shared, BLOCKS, seed=100 + index)
@@ -36,6 +38,8 @@ def test_a_block_whose_bytes_changed_in_dram(shared: Engine, oracle: Oracle, lla
     assert again.cached == BLOCKS * BLOCK, "the bad block was not replaced by the recomputed one"
 
 
+@pytest.mark.statement("connector", 51)
+@pytest.mark.statement("connector", 52)
 @pytest.mark.parametrize("index", range(BLOCKS))
 def test_a_copy_that_fails_at_every_block(
     shared: Engine, oracle: Oracle, llama: Path, monkeypatch: pytest.MonkeyPatch, index: int

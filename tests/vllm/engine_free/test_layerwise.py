@@ -34,6 +34,7 @@ def last_match(engine: UmbpHarness, name: str) -> tuple[int, int | None, bool]:
     return engine.ledger.lives[name].matches[-1]
 
 
+@pytest.mark.statement("connector", 98)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_hit_in_dram_is_loaded_by_its_own_step(make_umbp: MakeUmbp, shape: dict[str, Any]) -> None:
     engine = make_umbp(LAYERWISE, **shape)
@@ -68,6 +69,7 @@ def test_the_default_is_asynchronous(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 98)
 def test_a_block_on_ssd_makes_its_request_wait_and_no_other(make_umbp: MakeUmbp, tmp_path: Any) -> None:
     """L5: no forward pass waits for a disk."""
     engine = make_umbp({**LAYERWISE, "ssd_dir": str(tmp_path), "ssd_capacity": "4MiB"})
