@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
+import numpy as np
 
 from umbp_connectors.daemon import messages
 from umbp_connectors.daemon.link import Link, attach
@@ -189,7 +190,8 @@ class DaemonPool:
         def ask(link: Link) -> None:
             there.clear()
             for start in range(0, len(keys), messages.KEYS):
-                there.extend(map(bool, link.look_up(keys[start : start + messages.KEYS], False, deadline).there))
+                found = link.look_up(keys[start : start + messages.KEYS], False, deadline).there
+                there.extend(np.frombuffer(found, dtype=np.bool_).tolist())
 
         self._opened().call(Way.ASK, deadline, ask)
         return there + [False] * (len(keys) - len(there))
@@ -325,7 +327,8 @@ class DaemonPool:
 
 
 def _check(keys: Sequence[bytes]) -> None:
-    if keys and not 0 < min(map(len, keys)) <= max(map(len, keys)) <= KEY_BYTES:
+    lengths = set(map(len, keys))
+    if lengths and not 0 < min(lengths) <= max(lengths) <= KEY_BYTES:
         raise ValueError(f"the key of an object in a daemon has 1 to {KEY_BYTES} bytes")
 
 

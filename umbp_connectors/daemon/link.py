@@ -61,7 +61,8 @@ class Link:
     def look_up(self, keys: Sequence[bytes], prefix: bool, deadline: float) -> Found:
         """What of ``keys`` (``messages.KEYS`` at most) can be read."""
         found = self._ask(Lookup(list(keys), prefix), Found, deadline)
-        if found.prefix > len(keys) or not (prefix or len(found.there) == len(keys)):
+        told = found.there
+        if found.prefix > len(keys) or not (prefix or (len(told) == len(keys) and max(told, default=0) <= 1)):
             raise WireError(ErrorCode.MALFORMED, f"an answer about {len(keys)} keys speaks of others")
         return found
 

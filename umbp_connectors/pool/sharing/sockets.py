@@ -19,7 +19,7 @@ from umbp_core.wire.frames import Frame, FrameSplitter, FrameType, encode_frame
 
 logger = logging.getLogger(__name__)
 
-_RECV_BYTES = 64 << 10
+_RECV_BYTES = 256 << 10
 _CREDENTIALS = struct.Struct("3i")
 _REST_S = 5.0
 """How long the rest of a frame may take, once its first bytes are here."""

@@ -1,0 +1,143 @@
+"""SGLang's store over the host's daemon: pages outlive the engine, ranks share them, a daemon that goes costs hits."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+
+from tests.connectors.daemon.conftest import Daemon
+from tests.connectors.waiting import until
+from tests.sglang.store.conftest import Stores
+from tests.sglang.store.pools import KINDS, contents, hashes, mha_pool, mla_pool, pool_of, rows, storage_config, wipe
+from umbp_core.tiers import Tier
+
+Start = Callable[..., Daemon]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a daemon in this process; a second one takes the place of the first, which must be closed."""
+    with contextlib.ExitStack() as closing:
+
+        def start(**options: object) -> Daemon:
+            daemon = Daemon(tmp_path / "run" / "daemon.sock", **{"dram_capacity": 64 << 20, **options})
+            closing.callback(daemon.close)
+            return daemon
+
+        yield start
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., Any]:
+    """SGLang's word to a backend that shall use the daemon."""
+
+    def config(**options: Any) -> Any:
+        extra = {"mode": "daemon", "daemon_socket": str(tmp_path / "run" / "daemon.sock"), "call_timeout_ms": 30_000}
+        return storage_config(extra=extra | options.pop("extra", {}), **options)
+
+    return config
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pages_outlive_the_engine_in_dram(stores: Stores, start: Start, config: Callable[..., Any], kind: str) -> None:
+    daemon = start()
+    pool = pool_of(kind)
+    store = stores(config(mla=kind.startswith("mla")), pool)
+    keys, want = hashes(6), contents(pool, [5, 2, 9, 10, 11, 12])
+    assert store.batch_set_v1(keys, rows(5, 2, 9, 10, 11, 12)) == [True] * 6
+    store.close()
+    wipe(pool)
+    again = stores(config(mla=kind.startswith("mla")), pool)
+    assert again.batch_exists(keys + hashes(1)) == 6
+    assert again.batch_get_v1(keys, rows(1, 7, 3, 13, 14, 15)) == [True] * 6
+    assert contents(pool, [1, 7, 3, 13, 14, 15]) == want
+    assert contents(pool, [0, 2, 5]) == [bytes(len(want[0]))] * 3, "no other page was touched"
+    (kept,) = daemon.keeper.pools()
+    assert kept.pool.stats(Tier.SSD) is None
+
+
+def test_ranks_and_models_are_apart(stores: Stores, start: Start, config: Callable[..., Any]) -> None:
+    daemon = start()
+    pool, keys = mha_pool(), hashes(1)
+    first = stores(config(tp=(0, 2)), pool)
+    assert first.batch_set_v1(keys, rows(0)) == [True]
+    for other in (config(tp=(1, 2)), config(tp=(0, 1)), config(tp=(0, 2), model="another")):
+        assert stores(other, mha_pool()).batch_exists(keys) == 0
+    assert stores(config(tp=(0, 2)), mha_pool()).batch_exists(keys) == 1
+    assert len(daemon.keeper.pools()) == 4
+
+
+def test_ranks_with_the_same_kv_share_one_pool(stores: Stores, start: Start, config: Callable[..., Any]) -> None:
+    daemon = start()
+    pool = mla_pool()
+    writer = stores(config(mla=True, tp=(0, 4)), pool)
+    readers = [stores(config(mla=True, tp=(rank, 4)), mla_pool()) for rank in (1, 3)]
+    keys, want = hashes(3), contents(pool, [0, 1, 2])
+    assert writer.batch_set_v1(keys, rows(0, 1, 2)) == [True] * 3
+    for reader in readers:
+        assert reader.batch_exists(keys + hashes(1)) == 3
+        assert reader.batch_set_v1(keys, rows(0, 1, 2)) == [True] * 3
+        wipe(reader.mem_pool_host)
+        assert reader.batch_get_v1(keys, rows(4, 5, 6)) == [True] * 3
+        assert contents(reader.mem_pool_host, [4, 5, 6]) == want
+    assert len(daemon.keeper.pools()) == 1
+
+
+def test_side_pools_come_with_their_kv(stores: Stores, start: Start, config: Callable[..., Any]) -> None:
+    daemon = start()
+    pool, side = mha_pool(), mha_pool(heads=1)
+    store = stores(config(), pool, {PoolName.SWA: side})
+    keys, want = hashes(2), contents(side, [3, 4])
+    transfer = PoolTransfer(PoolName.SWA, rows(3, 4), keys=keys)
+    assert store.batch_set_v2([transfer]) == {PoolName.SWA: [True, True]}
+    assert store.batch_exists(keys) == 0
+    assert sum(kept.pool.stats(Tier.DRAM).objects for kept in daemon.keeper.pools()) == 0, "it waits for its KV"
+    assert store.batch_set_v1(keys, rows(3, 4)) == [True, True]
+    wipe(side)
+    got = store.batch_get_v2([PoolTransfer(PoolName.SWA, rows(8, 9), keys=keys)])
+    assert got == {PoolName.SWA: [True, True]}
+    assert contents(side, [8, 9]) == want
+
+
+def test_a_restart_of_the_daemon_costs_hits_and_ssd_brings_them_back(
+    stores: Stores, start: Start, config: Callable[..., Any], tmp_path: Path
+) -> None:
+    ssd = {"ssd_dir": tmp_path / "ssd", "ssd_capacity": 32 << 20}
+    first = start(**ssd)
+    pool = mha_pool()
+    store = stores(config(extra={"call_timeout_ms": 2000}), pool)
+    keys, want = hashes(5), contents(pool, range(5))
+    assert store.batch_set_v1(keys, rows(*range(5))) == [True] * 5
+    first.close()
+    assert store.batch_exists(keys) == 0
+    assert store.batch_get_v1(keys, rows(*range(5))) == [False] * 5
+    assert store.batch_set_v1(keys, rows(*range(5))) == [False] * 5
+    start(**ssd)
+    until(lambda: store.batch_exists(keys) == 5)
+    wipe(pool)
+    until(lambda: store.batch_get_v1(keys, rows(*range(6, 11))) == [True] * 5)
+    assert contents(pool, range(6, 11)) == want
+    assert contents(pool, range(5)) == [bytes(len(want[0]))] * 5
+
+
+def test_a_store_without_a_daemon_works_without_hits(
+    stores: Stores, config: Callable[..., Any], start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool, keys = mha_pool(), hashes(2)
+    store = stores(config(), pool)
+    assert store.batch_exists(keys) == 0
+    assert store.batch_set_v1(keys, rows(0, 1)) == [False, False]
+    assert store.batch_get_v1(keys, rows(0, 1)) == [False, False]
+    target = pool.get_dummy_flat_data_page()
+    assert store.get(keys[0], target) is None
+    assert isinstance(target, torch.Tensor)
+    assert sum("the daemon does not answer" in record.message for record in caplog.records) == 1
+    start()
+    until(lambda: store.batch_set_v1(keys, rows(0, 1)) == [True, True])
+    assert store.batch_exists(keys) == 2
