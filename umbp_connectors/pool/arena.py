@@ -85,6 +85,11 @@ class Arena:
         return self._opened()
 
     @property
+    def huge(self) -> bool:
+        """True when the memory is huge pages: those that were asked for and were to be had."""
+        return self._reserved
+
+    @property
     def prefaulted_bytes(self) -> int:
         """How many bytes from the start are known to be present."""
         return self._present

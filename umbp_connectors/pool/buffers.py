@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from typing import Any, TypeAlias
 
@@ -62,6 +63,18 @@ def address_of(view: Bytes) -> int:
     """Where the first byte of ``view`` lies in this process."""
     address: int = view.__array_interface__["data"][0]
     return address
+
+
+def memory_at(address: int, nbytes: int) -> Bytes:
+    """``nbytes`` bytes of this process from ``address``, writable, without copying; to be kept alive by the caller.
+
+    Raises ``ValueError`` when that cannot be memory.
+    """
+    if address <= 0 or nbytes < 0:
+        raise ValueError(f"{nbytes} bytes at address {address} are no memory")
+    if nbytes == 0:
+        return np.empty(0, dtype=np.uint8)
+    return np.frombuffer(memoryview((ctypes.c_ubyte * nbytes).from_address(address)), dtype=np.uint8)
 
 
 def as_bytes(buffer: ReadableBuffer) -> Bytes:

@@ -1,0 +1,399 @@
+"""``mori.umbp`` over this pool: the names that SGLang's in-tree backend ``mori`` and its host allocator use.
+
+``import umbp_connectors.compat.mori as umbp`` in place of ``import mori.umbp as umbp``; or, where the import cannot be
+changed, :func:`install` before it.  What differs: a get is verified, ``flush`` is a barrier, memory need not be
+registered, and all objects of a client fit pages of one size: that of ``UMBPConfig.object_bytes``, or of the largest
+object in the first put.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib.util
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from umbp_connectors.compat.mori_config import (
+    UMBPConfig,
+    UMBPCopyPipelineConfig,
+    UMBPDeploymentMode,
+    UMBPDistributedConfig,
+    UMBPDramConfig,
+    UMBPDurabilityConfig,
+    UMBPDurabilityMode,
+    UMBPEvictionConfig,
+    UMBPIoBackend,
+    UMBPIoConfig,
+    UMBPIoEngineConfig,
+    UMBPMasterClientConfig,
+    UMBPRole,
+    UMBPSsdConfig,
+    UMBPStandaloneProcessConfig,
+    UMBPTierType,
+)
+from umbp_connectors.config import resolve
+from umbp_connectors.create import create_client, open_external
+from umbp_connectors.pool.arena import Arena
+from umbp_connectors.pool.buffers import memory_at, round_up
+from umbp_connectors.pool.inspection import find_catalogues
+from umbp_connectors.pool.rows import ObjectRows
+from umbp_connectors.pool.slab import ALIGNMENT
+from umbp_connectors.pool.umbp_client import Client
+from umbp_core.errors import ConfigError, UmbpError
+from umbp_core.ids import Identity, RankScope, digest_of
+
+__all__ = [
+    "UMBPClient",
+    "UMBPConfig",
+    "UMBPCopyPipelineConfig",
+    "UMBPDeploymentMode",
+    "UMBPDistributedConfig",
+    "UMBPDramConfig",
+    "UMBPDurabilityConfig",
+    "UMBPDurabilityMode",
+    "UMBPEvictionConfig",
+    "UMBPExternalKvHitCountEntry",
+    "UMBPExternalKvMatch",
+    "UMBPHostBufferBacking",
+    "UMBPHostMemAllocator",
+    "UMBPIoBackend",
+    "UMBPIoConfig",
+    "UMBPIoEngineConfig",
+    "UMBPMasterClientConfig",
+    "UMBPRole",
+    "UMBPSsdConfig",
+    "UMBPStandaloneProcessConfig",
+    "UMBPTierType",
+    "install",
+]
+
+NAMESPACE = "mori"
+_FLUSH_S = 30.0
+_MODES = {
+    "local": UMBPDeploymentMode.Local,
+    "daemon": UMBPDeploymentMode.StandaloneProcess,
+    "distributed": UMBPDeploymentMode.Distributed,
+}
+
+
+@dataclass(frozen=True)
+class UMBPExternalKvMatch:
+    """What one node holds of the hashes that were asked about, tiers in the order of speed."""
+
+    node_id: str
+    peer_address: str
+    hashes_by_tier: dict[UMBPTierType | int, list[str]]
+
+    def matched_hash_count(self) -> int:
+        """How many different hashes."""
+        return len(set().union(*self.hashes_by_tier.values()))
+
+
+@dataclass(frozen=True)
+class UMBPExternalKvHitCountEntry:
+    """How often a hash was matched as a hit."""
+
+    hash: str
+    hit_count_total: int
+
+
+class UMBPClient:
+    """The original's client, with its calls about memory by address.  Any thread.
+
+    The pool is opened with the first put, or at once where an earlier life left objects on SSD.  Raises ``ConfigError``
+    for a configuration that cannot be used; calls about objects raise nothing that the configuration does not cause.
+    """
+
+    def __init__(self, config: UMBPConfig) -> None:
+        config.validate()
+        self._config = config
+        self._lock = threading.Lock()
+        self._client: Client | None = None
+        self._closed = False
+        self._settings = resolve(_extra(config), env={}).config
+        self._external = open_external(self._settings)
+        object_bytes = config.object_bytes or _stored_bytes(config)
+        if object_bytes:
+            self._open(object_bytes)
+
+    def put_from_ptr(self, key: str, src: int, size: int) -> bool:
+        """Store the ``size`` bytes at ``src``."""
+        return self.batch_put_from_ptr([key], [src], [size])[0]
+
+    def get_into_ptr(self, key: str, dst: int, size: int) -> bool:
+        """Fill the ``size`` bytes at ``dst``."""
+        return self.batch_get_into_ptr([key], [dst], [size])[0]
+
+    def exists(self, key: str) -> bool:
+        """Whether the object can be read now."""
+        return self.batch_exists([key])[0]
+
+    def batch_put_from_ptr(self, keys: Sequence[str], srcs: Sequence[int], sizes: Sequence[int]) -> list[bool]:
+        """Store many objects; true for those that are there now."""
+        return self.batch_put_from_ptr_with_depth(keys, srcs, sizes, [])
+
+    def batch_put_from_ptr_with_depth(
+        self, keys: Sequence[str], srcs: Sequence[int], sizes: Sequence[int], depths: Sequence[int]
+    ) -> list[bool]:
+        """The same with places in prefix chains; empty or -1: not known."""
+        if not len(keys) == len(srcs) == len(sizes):
+            raise ValueError(f"{len(keys)} keys, {len(srcs)} addresses and {len(sizes)} sizes do not match")
+        client = self._open(max(sizes)) if keys else None
+        if client is None:
+            return [False] * len(keys)
+        return [status.kept for status in client.batch_put_with_depth(keys, _memory(srcs, sizes), depths)]
+
+    def batch_get_into_ptr(self, keys: Sequence[str], dsts: Sequence[int], sizes: Sequence[int]) -> list[bool]:
+        """Fill many buffers; true for those that hold their object now."""
+        if not len(keys) == len(dsts) == len(sizes):
+            raise ValueError(f"{len(keys)} keys, {len(dsts)} addresses and {len(sizes)} sizes do not match")
+        client = self._client
+        if client is None or not keys:
+            return [False] * len(keys)
+        return [status.hit for status in client.batch_get(keys, _memory(dsts, sizes))]
+
+    def batch_exists(self, keys: Sequence[str]) -> list[bool]:
+        """Which objects can be read now."""
+        client = self._client
+        return [False] * len(keys) if client is None else client.batch_exists(keys)
+
+    def batch_exists_consecutive(self, keys: Sequence[str]) -> int:
+        """How many, before the first that cannot."""
+        client = self._client
+        return 0 if client is None else client.batch_exists_consecutive(keys)
+
+    def clear(self) -> bool:
+        """Forget every object."""
+        client = self._client
+        if client is not None:
+            return client.clear()
+        self._external.clear_all()
+        return True
+
+    def flush(self) -> bool:
+        """Wait until everything is on SSD, if there is one, and the master knows what it was told."""
+        client = self._client
+        return self._external.flush(_FLUSH_S) if client is None else client.flush(_FLUSH_S)
+
+    def close(self) -> None:
+        """Give everything back; idempotent."""
+        with self._lock:
+            self._closed = True
+            client, self._client = self._client, None
+        self._external.close()
+        if client is not None:
+            client.close()
+
+    def is_distributed(self) -> bool:
+        """Whether objects of other nodes can be read."""
+        return self._settings.mode == "distributed"
+
+    def get_deployment_mode(self) -> UMBPDeploymentMode:
+        """Who owns the bytes."""
+        return _MODES[self._settings.mode]
+
+    def get_backend_mode(self) -> str:
+        """The same in a word."""
+        return self._settings.mode
+
+    def supports_ranged_io(self) -> bool:
+        """Parts of objects are not read or written on their own."""
+        return False
+
+    def register_memory(self, ptr: int, size: int) -> bool:
+        """Nothing has to be registered; true when it could be memory."""
+        return ptr > 0 and size > 0
+
+    def deregister_memory(self, ptr: int) -> None:
+        """Nothing was registered."""
+
+    def report_external_kv_blocks(self, hashes: Sequence[str], tier: int) -> bool:
+        """Tell the master that this node holds blocks; true without a master."""
+        self._external.report(hashes, int(tier))
+        return True
+
+    def revoke_external_kv_blocks(self, hashes: Sequence[str], tier: int) -> bool:
+        """Tell it that it does not any more."""
+        self._external.revoke(hashes, int(tier))
+        return True
+
+    def revoke_all_external_kv_blocks_at_tier(self, tier: int) -> bool:
+        """Tell it that nothing is left in ``tier``."""
+        self._external.clear(int(tier))
+        return True
+
+    def match_external_kv(self, hashes: Sequence[str], count_as_hit: bool = False) -> list[UMBPExternalKvMatch]:
+        """Who holds which of ``hashes``."""
+        return [
+            UMBPExternalKvMatch(
+                match.node_id,
+                match.peer_address,
+                {_tier(tier): [each.decode() for each in match.tiers[tier]] for tier in sorted(match.tiers)},
+            )
+            for match in self._external.match(hashes, count_as_hit)
+        ]
+
+    def get_external_kv_hit_counts(self, hashes: Sequence[str]) -> list[UMBPExternalKvHitCountEntry]:
+        """How often each was matched as a hit."""
+        counts = self._external.hit_counts(hashes)
+        return [UMBPExternalKvHitCountEntry(each.decode(), count) for each, count in counts]
+
+    def _open(self, object_bytes: int) -> Client | None:
+        """The client, opened for objects of that size if it is not; ``None`` when closed."""
+        with self._lock:
+            if self._client is None and not self._closed:
+                page = round_up(object_bytes, ALIGNMENT)
+                layout = digest_of({"compat": NAMESPACE, "page_bytes": page})
+                identity = Identity(_namespace(self._settings.namespace), layout, RankScope())
+                settings, external = self._settings, self._external
+                self._client = create_client(settings, identity=identity, object_bytes=page, external=external)
+            return self._client
+
+
+class UMBPHostBufferBacking(enum.IntEnum):
+    """What host memory is made of."""
+
+    Anonymous = 0
+    AnonymousHugetlb = 1
+    AnonymousShm = 2
+    AnonymousShmHugetlb = 3
+
+
+_DEMOTED = {
+    UMBPHostBufferBacking.AnonymousHugetlb: UMBPHostBufferBacking.Anonymous,
+    UMBPHostBufferBacking.AnonymousShmHugetlb: UMBPHostBufferBacking.AnonymousShm,
+}
+"""What huge pages become where there are none."""
+
+
+@dataclass
+class UMBPHostBufferHandle:
+    """Memory that was allocated; false when there is none."""
+
+    ptr: int
+    mapped_size: int
+    actual_backing: UMBPHostBufferBacking
+    actual_alignment: int
+    arena: Arena | None
+
+    def __bool__(self) -> bool:
+        """Whether there is memory."""
+        return self.arena is not None
+
+
+class UMBPHostMemAllocator:
+    """Host memory for an engine's own pool: a memfd, with huge pages where they are wanted and there are any."""
+
+    def alloc(
+        self,
+        size: int,
+        backing: UMBPHostBufferBacking = UMBPHostBufferBacking.Anonymous,
+        hugepage_size: int = 2 << 20,
+        numa_node: int = -1,
+        prefault: bool = True,
+    ) -> UMBPHostBufferHandle:
+        """``size`` bytes; the handle is false when the system refuses them."""
+        del hugepage_size
+        mapped = round_up(size, ALIGNMENT)
+        arena = Arena(mapped, 1, 0, backing in _DEMOTED, numa_node, prefault)
+        try:
+            arena.open()
+        except UmbpError:
+            return UMBPHostBufferHandle(0, 0, backing, 0, None)
+        actual = backing if arena.huge else _DEMOTED.get(backing, backing)
+        return UMBPHostBufferHandle(arena.address, mapped, actual, ALIGNMENT, arena)
+
+    def free(self, handle: UMBPHostBufferHandle) -> None:
+        """Give the memory back; idempotent."""
+        arena, handle.arena = handle.arena, None
+        if arena is not None:
+            arena.close()
+
+
+def install() -> ModuleType:
+    """Make ``import mori.umbp`` give this module.  Raises ``ConfigError`` when the real one is installed."""
+    here = sys.modules[__name__]
+    if sys.modules.get("mori.umbp") is here:
+        return here
+    if "mori" in sys.modules or importlib.util.find_spec("mori") is not None:
+        raise ConfigError("mori is installed; remove it, or import umbp_connectors.compat.mori in its place")
+    package = ModuleType("mori", "Stands for the original: only `umbp` is here.")
+    package.__path__ = []
+    package.__dict__["umbp"] = here
+    sys.modules["mori"] = package
+    sys.modules["mori.umbp"] = here
+    return here
+
+
+def _extra(config: UMBPConfig) -> dict[str, Any]:
+    """Our keys for the original's fields."""
+    extra: dict[str, Any] = {
+        "dram_capacity": config.dram.capacity_bytes,
+        "dram_use_hugepages": config.dram.use_hugepages,
+        "dram_numa_node": config.dram.numa_node,
+        "dram_prefault": config.dram.prefault,
+        "eviction_policy": config.eviction.policy,
+        "ssd_capacity": config.ssd.capacity_bytes,
+        "max_concurrent_demotions": max(1, config.copy_pipeline.worker_threads),
+    }
+    if config.ssd.enabled:
+        strict = config.ssd.durability.mode is UMBPDurabilityMode.Strict
+        extra |= {"ssd_dir": config.ssd.storage_dir, "ssd_durability": "batched" if not strict else "strict"}
+    if config.standalone_process is not None:
+        extra |= _daemon(config.standalone_process)
+    if config.distributed is not None:
+        master = config.distributed.master_config
+        extra |= {
+            "master_address": master.master_address,
+            "node_id": master.node_id,
+            "node_address": master.node_address,
+            "node_tags": list(master.tags),
+        }
+    return extra
+
+
+def _daemon(process: UMBPStandaloneProcessConfig) -> dict[str, Any]:
+    return {
+        "mode": "daemon",
+        "daemon_socket": process.address.removeprefix("unix://"),
+        "daemon_auto_start": process.auto_start,
+        "daemon_start_timeout_s": process.startup_timeout_ms / 1000,
+        "node_id": process.worker_node_id,
+        "node_address": process.worker_node_address,
+        "node_tags": list(process.tags),
+    }
+
+
+def _namespace(configured: str) -> str:
+    return f"{configured}/{NAMESPACE}" if configured else NAMESPACE
+
+
+def _stored_bytes(config: UMBPConfig) -> int:
+    """The page size of what an earlier life left on SSD; 0 when there is nothing."""
+    folder = Path(config.ssd.storage_dir)
+    if not config.ssd.enabled or not folder.is_dir():
+        return 0
+    found = [each for each in find_catalogues(folder) if each.namespace == NAMESPACE]
+    return max((each.slot_bytes for each in found), default=0)
+
+
+def _tier(number: int) -> UMBPTierType | int:
+    return UMBPTierType(number) if number in set(UMBPTierType) else number
+
+
+def _memory(addresses: Sequence[int], sizes: Sequence[int]) -> Any:
+    """The memory at ``addresses``: rows of one array where they are of one size and lie in steps of it."""
+    size = sizes[0]
+    first = min(addresses)
+    places = np.asarray(addresses, dtype=np.int64) - first
+    if len(set(sizes)) > 1 or size <= 0 or (places % size).any():
+        return list(zip(addresses, sizes, strict=True))
+    whole = memory_at(first, int(places.max()) + size).reshape(-1, size)
+    return ObjectRows(whole, (places // size).tolist())
