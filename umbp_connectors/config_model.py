@@ -167,7 +167,8 @@ class UmbpConfig(BaseModel):
 
     eviction_policy: str = Field(
         "prefix_aware_lru",
-        description="Who goes first: `lru`, or `prefix_aware_lru` (of the oldest, the deepest in its prefix chain).",
+        description="Who goes first: `lru`, `prefix_aware_lru` (of the oldest, the deepest in its prefix chain), or "
+        "`priority_lru` (vLLM: of the lowest priority that a request said, the oldest).",
     )
 
     dram_offload_policy: Names = Field(

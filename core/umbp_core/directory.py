@@ -26,6 +26,7 @@ from typing import NoReturn
 
 from umbp_core.copies import Change, Copy, DirectoryEvent, EventKind, Reservation, TierCopies, TierSpace, TierStats
 from umbp_core.errors import StateError, UnknownOwner
+from umbp_core.eviction import PrioritisedPolicy
 from umbp_core.leases import LeaseTable
 from umbp_core.tiers import Tier, TierSet
 
@@ -51,6 +52,23 @@ class Directory:
         self._pinned: dict[str, list[Copy]] = {}
         self._leases = LeaseTable()
         self._changes: list[Change] = []
+        policies = {state.tier: state.policy for state in self._by_speed}
+        self._prioritised = {tier: known for tier, known in policies.items() if isinstance(known, PrioritisedPolicy)}
+
+    @property
+    def knows_priorities(self) -> bool:
+        """Whether :meth:`prioritise` changes who is evicted first in any tier."""
+        return bool(self._prioritised)
+
+    def prioritise(self, priorities: Mapping[bytes, int], tier: Tier) -> None:
+        """Evict from ``tier``, where its policy knows priorities, these objects in the order of theirs, lowest first.
+
+        Later copies in other tiers get the same one.  What is not published in ``tier`` is ignored.
+        """
+        policy = self._prioritised.get(tier)
+        if policy is not None:
+            for key, priority in priorities.items():
+                policy.prioritise(key, priority)
 
     def tiers_of(self, key: bytes) -> int:
         """The tiers in which ``key`` is published, as a mask (see ``TierSet``)."""
@@ -231,6 +249,8 @@ class Directory:
         state = self._state(tier)
         reservation = self._take(state, owner, key)
         self._publish(state, key, Copy(state.tier, reservation.pages, reservation.nbytes, checksum, reservation.depth))
+        if self._prioritised:
+            self._inherit((key,), state)
 
     def commit_many(self, owner: str, written: Mapping[bytes, bytes], tier: Tier) -> None:
         """As :meth:`commit` for each key and checksum in turn, at a fraction of the cost.
@@ -247,6 +267,8 @@ class Directory:
             masks[key] = masks.get(key, 0) | bit
         if copies and state.told:
             self._changes.append(Change(EventKind.ADDED, tier, tuple(written), copies))
+        if self._prioritised:
+            self._inherit(written, state)
 
     def abort(self, owner: str, key: bytes, tier: Tier) -> None:
         """Give the pages of ``owner``'s reservation back.  Raises ``UnknownOwner`` when it has no such one."""
@@ -325,6 +347,13 @@ class Directory:
         state.publish(key, copy)
         self._masks[key] = self._masks.get(key, 0) | state.bit
         self._tell(EventKind.ADDED, state, (key,), (copy,))
+
+    def _inherit(self, keys: Iterable[bytes], state: TierCopies) -> None:
+        """Give new copies the priorities of those in other tiers."""
+        for tier, policy in self._prioritised.items():
+            if tier is not state.tier:
+                there = self._spaces[tier].published
+                self.prioritise({key: policy.priority(key) for key in keys if key in there}, state.tier)
 
     def _unpublish(self, state: TierCopies, keys: Sequence[bytes]) -> None:
         copies = [state.unpublish(key) for key in keys]

@@ -11,9 +11,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from umbp_core.errors import StateError
+from umbp_core.offload import DEFAULT_PRIORITY
 
 
 class EvictionPolicy(Protocol):
@@ -36,6 +37,19 @@ class EvictionPolicy(Protocol):
 
         Lazy.  The iterator is void after any other call.
         """
+        ...
+
+
+@runtime_checkable
+class PrioritisedPolicy(EvictionPolicy, Protocol):
+    """One that can be told what a key is worth (:mod:`umbp_core.offload` has the scale)."""
+
+    def prioritise(self, key: bytes, priority: int) -> None:
+        """``key`` goes before keys of a higher priority from now on.  Keys that were never added are ignored."""
+        ...
+
+    def priority(self, key: bytes) -> int:
+        """What was told of ``key``; the default when nothing was, or it is not there."""
         ...
 
 
@@ -103,7 +117,52 @@ class PrefixAwareLruPolicy:
             yield heapq.heappop(window)[2]
 
 
+class PriorityLruPolicy:
+    """The lowest priority first, among equals the least recently used.  O(1) per call and per victim."""
+
+    def __init__(self) -> None:
+        self._priorities: dict[bytes, int] = {}
+        self._orders: dict[int, OrderedDict[bytes, None]] = {}
+
+    def added(self, key: bytes, depth: int) -> None:
+        """Make ``key`` the most recent of the default priority; ``depth`` does not count."""
+        self._move(key, DEFAULT_PRIORITY)
+
+    def touched(self, key: bytes) -> None:
+        """Make ``key`` the most recent of its priority."""
+        if key in self._priorities:
+            self._orders[self._priorities[key]].move_to_end(key)
+
+    def removed(self, key: bytes) -> None:
+        """Forget ``key``."""
+        priority = self._priorities.pop(key, None)
+        if priority is not None:
+            order = self._orders[priority]
+            del order[key]
+            if not order:
+                del self._orders[priority]
+
+    def prioritise(self, key: bytes, priority: int) -> None:
+        """Make ``key`` the most recent of ``priority``."""
+        if key in self._priorities:
+            self._move(key, priority)
+
+    def priority(self, key: bytes) -> int:
+        """What was told of ``key``."""
+        return self._priorities.get(key, DEFAULT_PRIORITY)
+
+    def victims(self) -> Iterator[bytes]:
+        """Keys from the lowest priority to the highest, each from the least to the most recently used."""
+        for priority in sorted(self._orders):
+            yield from self._orders[priority]
+
+    def _move(self, key: bytes, priority: int) -> None:
+        self.removed(key)
+        self._priorities[key] = priority
+        self._orders.setdefault(priority, OrderedDict())[key] = None
+
+
 POLICIES: Mapping[str, Callable[[], EvictionPolicy]] = MappingProxyType(
-    {"lru": LruPolicy, "prefix_aware_lru": PrefixAwareLruPolicy}
+    {"lru": LruPolicy, "prefix_aware_lru": PrefixAwareLruPolicy, "priority_lru": PriorityLruPolicy}
 )
 """The built-in policies by the name that the configuration uses."""

@@ -5,7 +5,7 @@ from itertools import islice
 import pytest
 
 from umbp_core.errors import StateError
-from umbp_core.eviction import POLICIES, EvictionPolicy, LruPolicy, PrefixAwareLruPolicy
+from umbp_core.eviction import POLICIES, EvictionPolicy, LruPolicy, PrefixAwareLruPolicy, PriorityLruPolicy
 
 
 def filled(policy: EvictionPolicy, *depths: int) -> list[bytes]:
@@ -57,10 +57,26 @@ def test_a_window_without_candidates_is_refused(window: int) -> None:
         PrefixAwareLruPolicy(window)
 
 
+@pytest.mark.statement("connector", 76)
+def test_the_lowest_priority_goes_first_and_among_equals_the_oldest() -> None:
+    policy = PriorityLruPolicy()
+    filled(policy, 0, 0, 0, 0)
+    policy.prioritise(b"a", 80)
+    policy.prioritise(b"d", 10)
+    policy.prioritise(b"x", 0)
+    policy.touched(b"b")
+    assert list(policy.victims()) == [b"d", b"c", b"b", b"a"]
+    assert [policy.priority(key) for key in (b"a", b"b", b"d", b"x")] == [80, 35, 10, 35]
+    policy.removed(b"d")
+    policy.added(b"a", 0)
+    assert list(policy.victims()) == [b"c", b"b", b"a"]
+
+
 def test_the_built_in_policies_have_the_names_of_the_configuration() -> None:
     assert {name: type(make()) for name, make in POLICIES.items()} == {
         "lru": LruPolicy,
         "prefix_aware_lru": PrefixAwareLruPolicy,
+        "priority_lru": PriorityLruPolicy,
     }
 
 

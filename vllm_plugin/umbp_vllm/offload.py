@@ -1,4 +1,4 @@
-"""What the leader asks before blocks go to a tier, where the configuration wants more than presence.
+"""What the leader asks before blocks go to a tier, and what their requests say they are worth.
 
 Nothing here is called with the policies that are the default.
 """
@@ -94,10 +94,6 @@ class DemotionGate:
         self._demotions = demotions
         self._priorities = priorities
 
-    def lowest(self, state: RequestState, group: KvGroup, index: int) -> int:
-        """The lowest priority up to the end of block ``index``."""
-        return self._priorities.of(state, group, (index,))[0]
-
     def admitted(self, keys: Sequence[bytes], priorities: Sequence[int]) -> set[bytes]:
         """Those of ``keys``, which have just come to DRAM, that may go to SSD."""
         tiers = self._directory.tiers_of
@@ -125,11 +121,13 @@ class DemotionGate:
 class Gates:
     """The gates that have something to ask."""
 
-    stores: StoreGate | None
-    demotions: DemotionGate | None
+    stores: StoreGate | None = None
+    demotions: DemotionGate | None = None
+    priorities: Priorities | None = None
+    """Of what is stored, where a gate before SSD or a tier's eviction asks for them."""
 
 
-NO_GATES = Gates(None, None)
+NO_GATES = Gates()
 
 
 def make_gates(
@@ -158,4 +156,5 @@ def make_gates(
     return Gates(
         None if to_dram is None else StoreGate(to_dram, directory, priorities),
         None if to_ssd is None or demotions is None else DemotionGate(to_ssd, directory, groups, demotions, priorities),
+        priorities if to_ssd is not None or directory.knows_priorities else None,
     )

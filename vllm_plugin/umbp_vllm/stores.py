@@ -56,7 +56,7 @@ class _Batch(msgspec.Struct):
     depths: list[int] = []
     states: list[RequestState] = []
     priorities: list[int] = []
-    """Of each block, where a gate before SSD asks for them."""
+    """Of each block, where somebody asks for them."""
     void: bool = False
 
 
@@ -95,6 +95,7 @@ class StorePlanner:
         self._new_op_id = new_op_id
         self._gate = gates.stores
         self._demotion_gate = gates.demotions
+        self._priorities = gates.priorities
         self._full: list[_FullBlocks] = []
         self._unsent: str | None = None
         self._in_flight: dict[str, _Batch] = {}
@@ -185,9 +186,9 @@ class StorePlanner:
                 self._events.remember(state.request, block.group, block.index, block.key)
             batch.blocks.append(BlockCopy(block.key, block.group.index, block.hbm_block, pages[0]))
             batch.depths.append(block.index)
-        if self._demotion_gate is not None:
+        if self._priorities is not None:
             stored = [block for block, pages in zip(new, places, strict=True) if pages is not None]
-            batch.priorities = [self._demotion_gate.lowest(each.state, each.group, each.index) for each in stored]
+            batch.priorities = [self._priorities.of(each.state, each.group, [each.index])[0] for each in stored]
         if batch.blocks:
             self._held.hold(op_id, [block.hbm_block for block in batch.blocks])
             op = LeaderTransferRequest(
@@ -241,6 +242,9 @@ class StorePlanner:
             del written[blocks[index].key]
             self._events.forget(blocks[index].key)
         self._directory.commit_many(op_id, written, Tier.DRAM)
+        if self._priorities is not None:
+            keys = [block.key for block in blocks]
+            self._directory.prioritise(dict(zip(keys, batch.priorities, strict=True)), Tier.DRAM)
         if self._demotions is not None:
             admitted: Container[bytes] = written
             if self._demotion_gate is not None:

@@ -215,6 +215,27 @@ def test_a_policy_that_nobody_offers_stops_the_start(make_umbp: MakeUmbp) -> Non
         make_umbp({"ssd_offload_policy": "often"})
 
 
+@pytest.mark.statement("connector", 76)
+def test_blocks_of_low_priority_leave_both_tiers_first(make_umbp: MakeUmbp, tmp_path: Path) -> None:
+    """Though they came last; and also when they came back from SSD."""
+    sizes = {"dram_capacity": 16 * 4096, "ssd_dir": str(tmp_path), "ssd_capacity": "4MiB"}
+    engine = make_umbp({**sizes, "eviction_policy": "priority_lru"})
+    high, low, new = PROMPT, tokens(24, first=300), tokens(24, first=600)
+    ask(engine, high, parameters={PARAMETER: 80})
+    ask(engine, low, parameters={PARAMETER: 10})
+    forget(engine)
+    order = [*engine.pool.directory._spaces[Tier.SSD].policy.victims()]
+    assert set(order[:6]) == set(engine.keys(low)[0]), "the copies on SSD have it too"
+    engine.drop_from(Tier.DRAM, low)
+    ask(engine, [*low, 9])
+    assert engine.stat("hit_tokens", "ssd") == 24
+    ask(engine, new)
+    assert engine.present(high, Tier.DRAM) == ALL
+    assert engine.present(new, Tier.DRAM) == ALL
+    assert sum(engine.present(low, Tier.DRAM)) == 16 - 12
+    engine.close()
+
+
 @pytest.mark.statement("connector", 92)
 def test_hit_rates_are_hits_over_tokens_asked_for(make_umbp: MakeUmbp, tmp_path: Path) -> None:
     """Of our counters, and of vLLM's log, which has the last 1000 requests that asked for anything."""
