@@ -80,6 +80,7 @@ bench: $(VENV_READY) $(VLLM_READY) $(SGLANG_READY) ## the benchmarks; JSON and t
 	$(VLLM) benchmarks/vllm_throughput.py
 	$(VLLM) benchmarks/router.py
 	$(SGLANG) benchmarks/sglang_hicache.py
+	$(SGLANG) benchmarks/reporting_engines.py --sglang $(SGLANG) --vllm $(VLLM)
 
 docs: $(VENV_READY) ## rewrite the generated tables in docs/
 	$(VENV) scripts/gen_docs.py
