@@ -13,6 +13,7 @@ from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.daemon.client import DaemonPool
 from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.server import DaemonServer
+from umbp_connectors.plugins import create_manager
 from umbp_core.eviction import LruPolicy
 from umbp_core.ids import Identity
 from umbp_core.tiers import Tier
@@ -23,7 +24,8 @@ class Daemon:
 
     def __init__(self, path: Path, lease_s: float = 60.0, max_connections: int = 64, **config: object) -> None:
         values = {"dram_capacity": 4 * PAGES * SIZE, "dram_prefault": False, **config}
-        self.keeper = PoolKeeper(UmbpConfig(**values), LruPolicy)  # type: ignore[arg-type]
+        whole = UmbpConfig(**values)  # type: ignore[arg-type]
+        self.keeper = PoolKeeper(whole, LruPolicy, create_manager(whole, entries=[]).ssd_gate_maker())
         self.server = DaemonServer(self.keeper, path, lease_s, max_connections)
         self.server.open()
 

@@ -1,0 +1,139 @@
+"""Several clients of one daemon in any order, against a plain dict: no wrong byte, nothing held for ever."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.connectors.daemon.conftest import Daemon
+from tests.connectors.daemon.kit import SIZE, client_of, key_of
+from tests.connectors.waiting import until
+from umbp_connectors.pool.outcomes import PutStatus
+from umbp_connectors.pool.staged import StagedPut
+from umbp_core.tiers import Tier
+
+CLIENTS = 3
+PAGES = 12
+NUMBERS = st.lists(st.integers(0, 19), min_size=1, max_size=6, unique=True)
+WHO = st.integers(0, CLIENTS - 1)
+
+
+class DaemonMachine(RuleBasedStateMachine):
+    """Every put has bytes of its own; what is read must be those of the put that was stored last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._folder = tempfile.TemporaryDirectory()
+        self._path = Path(self._folder.name) / "daemon.sock"
+        self._ssd = Path(self._folder.name) / "ssd"
+        self._turn = 0
+        self._there: dict[int, bytes] = {}
+        self._staged: list[tuple[int, StagedPut, dict[int, bytes]]] = []
+        self._uncertain: set[int] = set()
+        """Staged by a client that left: free again as soon as the daemon has noticed."""
+
+    @initialize(ssd=st.booleans())
+    def start(self, ssd: bool) -> None:
+        more = {"ssd_dir": self._ssd, "ssd_capacity": 4 << 20} if ssd else {}
+        self._daemon = Daemon(self._path, **more)
+        self._clients = [self._client() for _ in range(CLIENTS)]
+
+    def _client(self) -> object:
+        pool = client_of(self._path, pages=PAGES)
+        pool.open()
+        return pool
+
+    def _bytes(self, number: int) -> bytes:
+        self._turn += 1
+        return (b"%06d %06d " % (number, self._turn) * SIZE)[: SIZE - self._turn % 3]
+
+    @rule(who=WHO, numbers=NUMBERS)
+    def put(self, who: int, numbers: list[int]) -> None:
+        data = {number: self._bytes(number) for number in numbers}
+        statuses = self._clients[who].put([key_of(number) for number in numbers], list(data.values()), numbers)
+        for number, status in zip(numbers, statuses, strict=True):
+            if status is PutStatus.STORED:
+                self._there[number] = data[number]
+            else:
+                assert status in (PutStatus.PRESENT, PutStatus.NO_ROOM)
+                assert status is PutStatus.NO_ROOM or number in self._there or self._is_staged(number)
+
+    @precondition(lambda self: len(self._staged) < 3)
+    @rule(who=WHO, numbers=NUMBERS)
+    def stage(self, who: int, numbers: list[int]) -> None:
+        data = {number: self._bytes(number) for number in numbers}
+        staged = self._clients[who].stage([key_of(number) for number in numbers], list(data.values()), numbers)
+        mine = {n: data[n] for n, status in zip(numbers, staged.statuses, strict=True) if status is PutStatus.STORED}
+        self._staged.append((who, staged, mine))
+
+    @precondition(lambda self: self._staged)
+    @rule(data=st.data(), publish=st.booleans())
+    def settle(self, data: st.DataObject, publish: bool) -> None:
+        which = data.draw(st.integers(0, len(self._staged) - 1))
+        _, staged, mine = self._staged.pop(which)
+        if not publish:
+            staged.discard()
+            self._uncertain |= set(mine)
+        elif staged.publish():
+            self._there.update(mine)
+
+    @rule(who=WHO, numbers=NUMBERS)
+    def get(self, who: int, numbers: list[int]) -> None:
+        buffers = [bytearray(len(self._there.get(number, b"none"))) for number in numbers]
+        statuses = self._clients[who].get([key_of(number) for number in numbers], buffers)
+        for number, buffer, status in zip(numbers, buffers, statuses, strict=True):
+            if status.hit:
+                assert buffer == self._there[number]
+
+    @rule(who=WHO, numbers=NUMBERS)
+    def look_up(self, who: int, numbers: list[int]) -> None:
+        keys = [key_of(number) for number in numbers]
+        there = self._clients[who].exists(keys)
+        assert all(number in self._there for number, found in zip(numbers, there, strict=True) if found)
+        assert self._clients[who].count_prefix(keys) == [*there, False].index(False)
+
+    @rule(who=WHO)
+    def clear(self, who: int) -> None:
+        self._clients[who].clear()
+        self._there.clear()
+        for _, staged, _ in self._staged:
+            assert not staged.publish() or not staged.statuses.count(PutStatus.STORED)
+        self._staged.clear()
+
+    @rule(who=WHO)
+    def leave_and_come_back(self, who: int) -> None:
+        self._clients[who].close()
+        gone = [each for each in self._staged if each[0] == who]
+        self._staged = [each for each in self._staged if each[0] != who]
+        for _, staged, mine in gone:
+            assert not staged.publish()
+            self._uncertain |= set(mine)
+        self._clients[who] = self._client()
+
+    @invariant()
+    def nothing_takes_more_than_there_is(self) -> None:
+        for kept in self._daemon.keeper.pools():
+            fill = kept.pool.stats(Tier.DRAM)
+            assert fill is not None
+            assert fill.objects <= PAGES
+
+    def _is_staged(self, number: int) -> bool:
+        return number in self._uncertain or any(number in mine for _, _, mine in self._staged)
+
+    def teardown(self) -> None:
+        for _, staged, _ in self._staged:
+            staged.discard()
+        until(lambda: self._daemon.pinned() == 0)
+        for client in self._clients:
+            client.close()
+        until(lambda: self._daemon.server.connections == 0)
+        self._daemon.close()
+        self._folder.cleanup()
+
+
+TestDaemonMachine = DaemonMachine.TestCase
+TestDaemonMachine.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
