@@ -5,6 +5,7 @@
 DRAM: put and get of batches of 128 objects, verification on, against the same copies by bare ``numpy.copyto`` with one
 thread and with as many threads as the pool has.  SSD: put until it is on the disk, and get of what is there only,
 against a loop of direct reads or writes of the same sizes with the same number of threads.  All ways take turns.
+Restart: how long a pool takes to open that finds 100 000 objects on SSD.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ CACHE_BYTES = 192 << 20
 """Batches are taken in turns from at least this much memory: no processor cache holds it."""
 TARGET_RATIO = 0.85
 TARGET_EXISTS_US = 30.0
+TARGET_EXISTS_MANY_US = 200.0
+MANY_KEYS = 2048
+TARGET_RESTART_S = 2.0
+RESTART_OBJECTS = 100_000
 
 
 Batch = list[np.ndarray]
@@ -164,17 +169,18 @@ def dram(nbytes: int, count: int, threads: int) -> list[_report.Row]:
     ]
 
 
-def exists(count: int) -> list[_report.Row]:
+def exists(count: int, batch: int, target: float) -> list[_report.Row]:
     """Exists for a batch of keys, in microseconds per call."""
     pool = open_pool(4096, 64 * BATCH)
     keys = Keys()
-    batches = [keys.fresh() for _ in range(64)]
-    for batch in batches:
-        pool.put(batch, [bytes(8)] * BATCH)
+    stored = [key for _ in range(64) for key in keys.fresh()]
+    for start in range(0, len(stored), BATCH):
+        pool.put(stored[start : start + BATCH], [bytes(8)] * BATCH)
+    batches = [stored[start : start + batch] for start in range(0, len(stored), batch)]
     times = []
     for turn in range(200 * count):
         # Keys that come over a socket or from an engine were never hashed before.
-        asked = [bytes(bytearray(key)) for key in batches[turn % 64]]
+        asked = [bytes(bytearray(key)) for key in batches[turn % len(batches)]]
         start = time.perf_counter()
         found = pool.exists(asked)
         times.append((time.perf_counter() - start) * 1e6)
@@ -183,11 +189,35 @@ def exists(count: int) -> list[_report.Row]:
     ordered = sorted(times)
     return [
         {
-            "keys": BATCH,
+            "keys": batch,
             "p50 us": statistics.median(times),
             "p99 us": ordered[len(ordered) * 99 // 100],
-            "target us": TARGET_EXISTS_US,
+            "target us": target,
         }
+    ]
+
+
+def restart(objects: int, count: int, folder: Path) -> list[_report.Row]:
+    """Seconds until a pool that finds ``objects`` objects on SSD is open, and can say what it has."""
+    options = {"ssd_dir": folder, "ssd_capacity": (4 << 20) + objects * (4096 + 1024), "prefault": False}
+    keys = [number.to_bytes(32, "big") + bytes(4) for number in range(objects)]
+    pool = open_pool(4096, objects, **options)
+    for start in range(0, objects, 1000):
+        part = keys[start : start + 1000]
+        check(list(pool.put(part, [bytes(64)] * len(part))), PutStatus.STORED)
+    if not pool.flush(600):
+        raise SystemExit("the disk refused something")
+    pool.close()
+    times = []
+    for _ in range(count):
+        start_time = time.perf_counter()
+        pool = open_pool(4096, BATCH, **options)
+        if pool.count_prefix(keys) != objects:
+            raise SystemExit("a restart lost something")
+        times.append(time.perf_counter() - start_time)
+        pool.close()
+    return [
+        {"objects": objects, "median s": statistics.median(times), "max s": max(times), "target s": TARGET_RESTART_S}
     ]
 
 
@@ -330,13 +360,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.ssd_dir, prefix="umbp-bench-") as folder:
         sections = {
             "DRAM, batches of 128": [row for nbytes in sizes for row in dram(nbytes, count, arguments.threads)],
-            "exists": exists(count),
+            "exists": [
+                *exists(count, BATCH, TARGET_EXISTS_US),
+                *exists(count, MANY_KEYS, TARGET_EXISTS_MANY_US),
+            ],
             "SSD, batches of 128": [
                 row for nbytes in ssd_sizes for row in ssd(nbytes, min(count, 5), Path(folder) / str(nbytes))
             ],
+            "restart": restart(RESTART_OBJECTS // (10 if arguments.quick else 1), 3, Path(folder) / "restart"),
         }
     notes = [
         f"Targets: put and get {TARGET_RATIO} of the copy from 256 KiB on, exists {TARGET_EXISTS_US:.0f} us.",
+        f"Exists of {MANY_KEYS} keys: {TARGET_EXISTS_MANY_US:.0f} us; a restart: {TARGET_RESTART_S:.0f} s.",
         "Medians of interleaved rounds; ratios are medians of each round's ratio.",
         "The pool verifies every object (xxh3-128); the copies and the direct I/O it is compared with do not.",
         "Core seconds count all threads of the process: they say most on a machine that others use too.",
