@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from umbp_connectors.leader.ledger import HEARTBEAT_S, OUTPUTS, QUESTIONS, RANK_LOST, OpLedger
+from umbp_connectors.leader.ledger import HEARTBEAT_S, QUESTIONS, RANK_LOST, STEPS, OpLedger
 from umbp_core.ops import BlockCopy, Direction, LeaderTransferRequest, OpResult, OpStatus
 from umbp_core.testing.fakes import FakeClock
 
@@ -22,16 +22,16 @@ def given_up(op_id: str) -> OpResult:
 
 
 def asked(ledger: OpLedger) -> list[str]:
-    return [late.op_id for late in ledger.overdue()] if ledger.is_due else []
+    return [late.op_id for late in ledger.overdue()] if ledger.step() else []
 
 
 def test_nobody_is_asked_about_young_ops() -> None:
     clock = FakeClock()
     ledger = OpLedger([0, 1], clock)
-    assert not ledger.is_due, "there is nothing to ask about"
+    assert not ledger.step(), "there is nothing to ask about"
     ledger.open(op("a"))
     assert asked(ledger) == []
-    assert not ledger.is_due
+    assert not ledger.step()
     clock.advance(HEARTBEAT_S)
     ledger.open(op("young"))
     assert asked(ledger) == ["a"]
@@ -42,7 +42,7 @@ def test_nobody_is_asked_about_young_ops() -> None:
         for op_id in ("a", "young"):
             ledger.add(rank, done(op_id))
     clock.advance(HEARTBEAT_S)
-    assert not ledger.is_due
+    assert not ledger.step()
 
 
 def test_a_lost_message_is_asked_about_at_once() -> None:
@@ -72,14 +72,14 @@ def test_who_keeps_memory_is_asked_until_it_lets_go() -> None:
 
 
 def silence(ledger: OpLedger, clock: FakeClock, questions: int, answers: tuple[int, ...] = ()) -> list[int]:
-    """So many unanswered questions, with the outputs of steps in between; who is lost by then."""
+    """So many unanswered questions, with steps in between; who is lost by then."""
     lost: list[int] = []
     for _ in range(questions):
         clock.advance(HEARTBEAT_S)
         ledger.overdue()
         lost += ledger.give_up_silent()[0]
-        for _ in range(OUTPUTS):
-            ledger.step_ended()
+        for _ in range(STEPS):
+            ledger.step()
         ledger.heard(answers)
     return lost
 
@@ -119,7 +119,7 @@ def test_a_rank_that_answers_is_not_lost_however_long_its_op_takes(answers: tupl
 
 
 def test_long_steps_are_no_silence() -> None:
-    """No output has come since the first question: the engine computes, or compiles."""
+    """Hardly a step was planned since the first question: the engine computes, or compiles."""
     clock = FakeClock()
     ledger = OpLedger([0], clock)
     ledger.open(op("a"))
@@ -127,6 +127,7 @@ def test_long_steps_are_no_silence() -> None:
         clock.advance(HEARTBEAT_S)
         ledger.overdue()
         assert ledger.give_up_silent() == ([], [])
+    ledger.step()
     assert ledger.lost == frozenset()
 
 

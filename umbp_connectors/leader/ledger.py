@@ -28,8 +28,8 @@ HEARTBEAT_S: Final = 5.0
 QUESTIONS: Final = 3
 """Questions that a rank leaves unanswered before it is lost."""
 
-OUTPUTS: Final = 16
-"""Steps whose output must have come since the first of these questions: several long ones may be under way."""
+STEPS: Final = 32
+"""Steps that must have been planned since the first of these questions: several long ones may be under way."""
 
 RANK_LOST: Final = "rank_lost"
 """The label of blocks that nobody can say anything about any more."""
@@ -88,7 +88,7 @@ class OpLedger:
         self._ask_at = 0.0
         self._ask_all = False
         self._unanswered: dict[int, int] = {}
-        self._outputs = 0
+        self._steps = 0
         self._lost: set[int] = set()
 
     def __len__(self) -> int:
@@ -146,10 +146,6 @@ class OpLedger:
         """The ranks that do not answer any more; no op should be opened when there is one."""
         return frozenset(self._lost)
 
-    def step_ended(self) -> None:
-        """The output of a step is there, whatever it says."""
-        self._outputs += 1
-
     def heard(self, ranks: Iterable[int]) -> None:
         """These ranks said something."""
         if self._unanswered:
@@ -161,9 +157,9 @@ class OpLedger:
         self._ask_all = True
         self._ask_at = 0.0
 
-    @property
-    def is_due(self) -> bool:
-        """Whether it is time to look for overdue ops; costs a look at the clock, and only while there are ops."""
+    def step(self) -> bool:
+        """A step is being planned; whether it is time to look for overdue ops.  Next to free without ops."""
+        self._steps += 1
         return bool(self._in_flight or self._quarantine) and self._clock() >= self._ask_at
 
     def overdue(self) -> list[LeaderTransferRequest]:
@@ -177,7 +173,7 @@ class OpLedger:
         asked = {rank for flight in late for rank in range(self._ranks) if rank not in flight.results}
         asked.update(rank for op_id in kept for rank in self._quarantine[op_id])
         if not self._unanswered:
-            self._outputs = 0
+            self._steps = 0
         for rank in asked - self._lost:
             self._unanswered[rank] = self._unanswered.get(rank, 0) + 1
         return [flight.op for flight in late] + [self._in_quarantine[op_id] for op_id in kept]
@@ -187,7 +183,7 @@ class OpLedger:
 
         To be called after :meth:`overdue`: the question that was asked last still counts as open.
         """
-        if self._outputs < OUTPUTS:
+        if self._steps < STEPS:
             return [], []
         silent = [rank for rank, questions in self._unanswered.items() if questions > QUESTIONS]
         verdicts: list[Verdict] = []

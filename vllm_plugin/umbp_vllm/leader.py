@@ -202,7 +202,7 @@ class Leader:
             self._look(output)
         if pool is None:
             return
-        if pool.ledger.is_due:
+        if pool.ledger.step():
             self._ask(pool)
         pool.loads.expire(self._clock())
         pool.stores.flush(self._iteration, self._unsent.ops, ahead=True)
@@ -303,8 +303,6 @@ class Leader:
         the bad ones again, unless their request is aborted or preempted before that; so nobody may find them meanwhile.
         """
         tables, self._unsure = self._unsure, []
-        if self._pool is not None:
-            self._pool.ledger.step_ended()
         for table in tables if bad_blocks else ():
             first = next((index for index, block in enumerate(table) if block in bad_blocks), len(table))
             self.held.unlist(table[first:])

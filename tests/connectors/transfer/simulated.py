@@ -191,7 +191,7 @@ class Cluster:
         """One step everywhere."""
         self.iteration += 1
         self.clock.advance(STEP_S)
-        if self.ledger.is_due:
+        if self.ledger.step():
             for op in self.ledger.overdue():
                 for rank in self.ranks:
                     self.channel.send("question", lambda r=rank, o=op: r.asked(o))

@@ -17,6 +17,7 @@ from tests.vllm.harness.traffic import Traffic, tokens
 from tests.vllm.harness.umbp import UmbpHarness
 from tests.vllm.harness.wires import Fault, Judge, Message, put_wires
 from umbp_connectors.leader import ledger
+from umbp_core.ops import Direction
 
 FAULTS = (Fault.DROP, Fault.DUPLICATE, Fault.DELAY)
 NONE = Fault.NONE
@@ -96,6 +97,22 @@ def test_a_hello_that_is_lost_is_asked_for_again(make_umbp: MakeUmbp) -> None:
     engine.store(tokens(24, 300))
     assert all(engine.present(tokens(24, 300)))
     engine.close()
+
+
+@pytest.mark.statement("connector", 49)
+def test_a_rank_that_says_nothing_any_more_is_given_up_and_the_engine_goes_on(make_umbp: MakeUmbp) -> None:
+    engine = make_umbp({**EXTRA, "store_timeout_s": 1000.0}, tp=2)
+    put_wires(engine, lambda m: Fault.DROP if m.kind == "report" and m.rank == 1 else NONE)
+    engine.add(tokens(24), max_tokens=4)
+    engine.step_until(lambda: engine.stat("degraded", "rank_lost") == 1)
+    engine.drain()
+    assert engine.pool.ledger.lost == {1}
+    assert engine.stat("failed_blocks", "store", "rank_lost") >= 6
+    assert not any(engine.present(tokens(24)))
+    stores = engine.copiers[0].calls[Direction.STORE]
+    later = engine.add(tokens(24, 300), max_tokens=4)
+    engine.drain()
+    assert (engine.finish_reasons[later], engine.copiers[0].calls[Direction.STORE]) == ("length", stores)
 
 
 @pytest.mark.statement("connector", 47)
