@@ -73,6 +73,32 @@ def test_nothing_begins_while_a_failure_drains() -> None:
     )
 
 
+# Written by hand, and not derived from the tables: what each event leads to, "-" where it is illegal.
+TRANSACTION_MATRIX = {
+    #                                LOAD_BEGUN STORE_BEGUN LOAD_FAILED LOADS_ENDED STORES_ENDED RELEASED
+    Transaction.NONE:                "L         S           -           -           -            N",
+    Transaction.LOADING:             "L         -           F           N           -            -",
+    Transaction.STORING:             "B         S           -           -           N            -",
+    Transaction.LOADING_AND_STORING: "B         -           F           S           L            -",
+    Transaction.FAILED:              "-         -           F           F           F            N",
+}  # fmt: skip
+LETTERS = {
+    "-": None,
+    "N": Transaction.NONE,
+    "L": Transaction.LOADING,
+    "S": Transaction.STORING,
+    "B": Transaction.LOADING_AND_STORING,
+    "F": Transaction.FAILED,
+}
+
+
+@pytest.mark.statement("connector", 24)
+@pytest.mark.parametrize("transaction", Transaction)
+def test_every_pair_of_transaction_and_event(transaction: Transaction) -> None:
+    wanted = [LETTERS[letter] for letter in TRANSACTION_MATRIX[transaction].split()]
+    assert [TRANSACTION[transaction].get(event) for event in TransactionEvent] == wanted
+
+
 def test_joint_rules_end() -> None:
     for (life, transaction), target in JOINT.items():
         assert (target, transaction) not in JOINT, f"{life.name} would go on from {target.name} for ever"

@@ -267,6 +267,76 @@ def test_repr_names_request_and_states() -> None:
     assert repr(slot_in(Life.ONBOARDING)) == "Slot('request-7', ONBOARDING, LOADING, 1 ops)"
 
 
+ENDS: dict[str, Callable[[Slot], object]] = {
+    f"{op_id} {status.value}": lambda s, op_id=op_id, status=status: s.op_ended(op_id, status)  # type: ignore[misc]
+    for op_id in ("load-2", "store-2")
+    for status in (OpStatus.DONE, OpStatus.FAILED)
+}
+EVERYTHING: dict[str, Callable[[Slot], object]] = {**EVENTS, **ENDS}
+
+
+def replayed(history: tuple[str, ...]) -> Slot:
+    slot = SlotTable().create("request-7")
+    for event in history:
+        EVERYTHING[event](slot)
+    return slot
+
+
+def reachable() -> dict[tuple[object, ...], tuple[str, ...]]:
+    """Every state that one load, one store and any other events lead to, with a shortest way there."""
+    found: dict[tuple[object, ...], tuple[str, ...]] = {}
+    todo: list[tuple[str, ...]] = [()]
+    for history in todo:
+        slot = replayed(history)
+        key = (slot.life, slot.transaction, frozenset(slot.ops), slot.staged_tokens)
+        if key not in found:
+            found[key] = history
+            todo += [(*history, name) for name, event in EVERYTHING.items() if taken(event, replayed(history))]
+    return found
+
+
+def taken(event: Callable[[Slot], object], slot: Slot) -> bool:
+    """Whether the slot took the event; if not, nothing has changed."""
+    before = facts(slot)
+    try:
+        event(slot)
+    except StateError:
+        assert facts(slot) == before
+        return False
+    return True
+
+
+class TestEveryReachableState:
+    """Both machines at once: the full product of what can be and what can happen."""
+
+    @pytest.mark.statement("connector", 24)
+    def test_an_event_is_taken_or_changes_nothing(self) -> None:
+        states = reachable().values()
+        outcomes = [taken(event, replayed(history)) for history in states for event in EVERYTHING.values()]
+        assert len(states) > 20
+        assert set(outcomes) == {True, False}
+
+    def test_life_transaction_and_ops_agree(self) -> None:
+        states = [replayed(history) for history in reachable().values()]
+        assert {slot.life for slot in states} == set(Life)
+        assert {slot.transaction for slot in states} == set(Transaction)
+        for slot in states:
+            loads = [op_id for op_id, direction in slot.ops.items() if direction is Direction.LOAD]
+            assert (slot.life is Life.ONBOARDING) <= bool(loads)
+            assert bool(loads) <= (slot.life in (Life.ONBOARDING, Life.FINISHING))
+            assert (slot.transaction is Transaction.NONE) == (not slot.ops)
+            assert (slot.life is Life.FINISHING) <= bool(slot.ops)
+            assert (slot.life is Life.FINISHED) <= (not slot.ops)
+
+    def test_every_state_can_be_ended(self) -> None:
+        for history in reachable().values():
+            slot = replayed(history)
+            slot.finish()
+            for op_id in tuple(slot.ops):
+                slot.op_ended(op_id, OpStatus.CANCELLED)
+            assert slot.is_finished
+
+
 class TestTable:
     def test_slots_are_found_by_request(self) -> None:
         table = SlotTable()
