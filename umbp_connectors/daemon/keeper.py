@@ -13,11 +13,14 @@ from contextlib import contextmanager
 
 from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.daemon.messages import TOKEN_BYTES, Attach
+from umbp_connectors.hookspecs import SsdTierSpec
+from umbp_connectors.offload import GateMaker
 from umbp_connectors.pool.buffers import round_up
 from umbp_connectors.pool.local import LocalPool
 from umbp_connectors.pool.outcomes import GetStatus
 from umbp_connectors.pool.settings import LocalPoolConfig, local_pool_config
 from umbp_connectors.pool.slab import ALIGNMENT
+from umbp_connectors.tier_ports import SsdTier
 from umbp_core.errors import TierUnavailable, UmbpError
 from umbp_core.eviction import EvictionPolicy
 
@@ -127,13 +130,21 @@ class KeptPool:
 class PoolKeeper:
     """Opens pools when they are wanted, keeps them when their clients have left, and closes them for lack of memory.
 
-    ``config.dram_capacity`` is for all pools together, ``config.daemon_quota`` for those of one namespace.  A pool
-    keeps the size that it was opened with.  Any thread.
+    The makers are those of ``ClientSpec``.  ``config.dram_capacity`` is for all pools together, ``config.daemon_quota``
+    for those of one namespace.  A pool keeps the size that it was opened with.  Any thread.
     """
 
-    def __init__(self, config: UmbpConfig, make_eviction: Callable[[], EvictionPolicy]) -> None:
+    def __init__(
+        self,
+        config: UmbpConfig,
+        make_eviction: Callable[[], EvictionPolicy],
+        make_ssd_gate: GateMaker | None = None,
+        make_ssd: Callable[[SsdTierSpec], SsdTier] | None = None,
+    ) -> None:
         self._config = config
         self._make_eviction = make_eviction
+        self._make_ssd_gate = make_ssd_gate
+        self._make_ssd = make_ssd
         self._lock = threading.Lock()
         self._pools: dict[bytes, KeptPool] = {}
         self._closed = False
@@ -247,4 +258,6 @@ class PoolKeeper:
             rank=wanted.rank,
             ranks=wanted.ranks,
             ssd_share=wanted.ssd_share,
+            make_ssd=self._make_ssd,
+            make_ssd_gate=self._make_ssd_gate,
         )

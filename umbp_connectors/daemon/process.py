@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import sys
@@ -11,7 +12,7 @@ from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.launch import READY
 from umbp_connectors.daemon.server import DaemonServer
-from umbp_connectors.daemon.settings import idle_exit_s
+from umbp_connectors.daemon.settings import check_supported, idle_exit_s
 from umbp_connectors.logs import log_to_stderr
 from umbp_connectors.plugins import create_manager
 from umbp_connectors.pool import machine
@@ -33,28 +34,42 @@ def serve(config: UmbpConfig, path: Path) -> None:
     ``UmbpError`` with one sentence when it cannot start.
     """
     log_to_stderr(config.log_level)
+    check_supported(config)
     limits = machine.memory_limits()
     if config.dram_capacity > limits.usable:
         raise ConfigError(
             f"a DRAM tier of {config.dram_capacity / 2**30:.1f} GiB does not fit this machine, which has "
             f"{limits.describe()}; set a smaller dram_capacity"
         )
-    keeper = PoolKeeper(config, create_manager(config).eviction_maker())
-    server = DaemonServer(keeper, path)
     # Taken by sigtimedwait alone, whichever thread they come to.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    server.open()
-    try:
-        sys.stdout.write(f"{READY}: {path}, {_tiers(config)}\n")
+    plugins = create_manager(config)
+    keeper = PoolKeeper(config, plugins.eviction_maker(), plugins.ssd_gate_maker(), plugins.make_ssd_tier)
+    server = DaemonServer(keeper, path)
+    with contextlib.ExitStack() as ending:
+        ending.callback(logger.info, "umbp: the daemon has ended")
+        ending.callback(keeper.close, CLOSE_TIMEOUT_S)
+        server.open()
+        ending.callback(server.close, 0.0)
+        metrics = _open_metrics(config, keeper, server, ending)
+        sys.stdout.write(f"{READY}: {path}, {_tiers(config)}{metrics}\n")
         sys.stdout.flush()
         why = _until_over(server, idle_exit_s(config))
         logger.info("umbp: %s: the daemon stops", why)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         server.close()
-    finally:
-        server.close(0.0)
-        keeper.close(CLOSE_TIMEOUT_S)
-    logger.info("umbp: the daemon has ended")
+
+
+def _open_metrics(config: UmbpConfig, keeper: PoolKeeper, server: DaemonServer, ending: contextlib.ExitStack) -> str:
+    """Serve metrics if that is wanted; what the line that says so adds."""
+    if not config.daemon_metrics_listen:
+        return ""
+    from umbp_connectors.daemon.metrics import MetricsDoor
+
+    door = MetricsDoor(config.daemon_metrics_listen, keeper, server)
+    door.open()
+    ending.callback(door.close)
+    return f", metrics at {door.address}"
 
 
 def _until_over(server: DaemonServer, idle_exit: float) -> str:

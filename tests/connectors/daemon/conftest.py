@@ -24,7 +24,7 @@ class Daemon:
 
     def __init__(self, path: Path, lease_s: float = 60.0, max_connections: int = 64, **config: object) -> None:
         values = {"dram_capacity": 4 * PAGES * SIZE, "dram_prefault": False, **config}
-        whole = UmbpConfig(**values)  # type: ignore[arg-type]
+        whole = UmbpConfig(**values)
         self.keeper = PoolKeeper(whole, LruPolicy, create_manager(whole, entries=[]).ssd_gate_maker())
         self.server = DaemonServer(self.keeper, path, lease_s, max_connections)
         self.server.open()
