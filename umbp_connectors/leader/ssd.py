@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from umbp_connectors.pool.catalogue import Catalogue, CatalogueRow
+from umbp_connectors.pool.durability import Durability
 from umbp_connectors.pool.folder import NamespaceFolder
 from umbp_core.directory import Change, Directory, EventKind
 from umbp_core.errors import StateError, TierUnavailable
@@ -71,17 +72,31 @@ class SsdCatalogue:
 
 
 def open_ssd_catalogue(
-    ssd_dir: Path, namespace: str, *, layouts: Sequence[bytes], slots: int, slot_bytes: Sequence[int]
+    ssd_dir: Path,
+    namespace: str,
+    *,
+    layouts: Sequence[bytes],
+    slots: int,
+    slot_bytes: Sequence[int],
+    durability: Durability = "batched",
+    prefixes: Sequence[bytes] = (),
+    writers: Sequence[int] = (),
 ) -> SsdCatalogue | None:
     """Lock the namespace's folder and open its catalogue; ``None``, with one sentence, when that cannot be.
 
-    ``layouts`` and ``slot_bytes`` are the ranks' in world-rank order: a catalogue belongs to all of them together.
+    ``layouts`` and ``slot_bytes`` are the ranks' in world-rank order: a catalogue belongs to all of them together.  For
+    tools it says what the ranks' object keys begin with (``prefixes``) and whose slab each uses (``writers``).
     """
+    about = {
+        "layouts": b"".join(layouts),
+        "prefixes": b"".join(prefixes),
+        "writers": b",".join(b"%d" % rank for rank in writers),
+    }
     identity = hashlib.sha256(b"".join(layouts)).digest()
     folder = NamespaceFolder(ssd_dir, namespace)
     try:
         folder.open()
-        catalogue = folder.catalogue(identity, identity, len(layouts), slots, max(slot_bytes))
+        catalogue = folder.catalogue(identity, identity, len(layouts), slots, max(slot_bytes), durability, about)
         rows = catalogue.open()
     except TierUnavailable as error:
         folder.close()

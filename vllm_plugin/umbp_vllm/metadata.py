@@ -24,7 +24,8 @@ class RankHello(msgspec.Struct, frozen=True):
 
     ``world_rank`` is ``pp_rank * tp_size + tp_rank``.  ``writer_rank`` is the world rank whose arena and
     slab this rank uses: its own, or the first TP rank's where all TP ranks hold the same KV.  Pages
-    and slots are counted in objects; ``problem`` says why there are none although they were asked for.
+    and slots are counted in objects; ``problem`` says why there are none although they were asked for.  ``prefix`` is
+    what the rank's object keys begin with: written down for tools that verify what lies on SSD.
     """
 
     version: int
@@ -38,6 +39,7 @@ class RankHello(msgspec.Struct, frozen=True):
     slot_bytes: int
     object_bytes: tuple[int, ...]
     problem: str = ""
+    prefix: bytes = b""
 
 
 @dataclass

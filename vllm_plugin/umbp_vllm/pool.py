@@ -314,6 +314,9 @@ def _open_catalogue(setup: LeaderSetup, hellos: Sequence[RankHello]) -> SsdCatal
         layouts=tuple(hello.layout for hello in hellos),
         slots=min(hello.ssd_slots for hello in hellos),
         slot_bytes=tuple(hello.slot_bytes for hello in hellos),
+        durability=setup.config.ssd_durability,
+        prefixes=tuple(hello.prefix for hello in hellos),
+        writers=tuple(hello.writer_rank for hello in hellos),
     )
 
 

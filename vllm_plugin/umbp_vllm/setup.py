@@ -148,15 +148,13 @@ def make_reporting(vllm_config: Any, kv_cache_config: Any, settings: Settings) -
 def make_worker(vllm_config: Any, kv_cache_config: Any, settings: Settings, kv_caches: dict[str, Any]) -> Worker:
     """This rank's half, with its arena, slab and transfer engine running."""
     parallel = vllm_config.parallel_config
-    tp_size = parallel.tensor_parallel_size
-    tp_rank, pp_rank = parallel.rank % tp_size, parallel.rank // tp_size
-    world_rank = pp_rank * tp_size + tp_rank
+    tp_size, world_rank = parallel.tensor_parallel_size, parallel.rank
+    pp_rank, tp_rank = divmod(world_rank, tp_size)
     geometry = geometry_of(kv_cache_config, kv_caches)
     namespace, _ = namespace_of(vllm_config, kv_cache_config, settings.config.namespace)
     layout = layout_digest(kv_cache_config, geometry)
-    replicated = kv_is_replicated(kv_cache_config, geometry, tp_size)
     plan = _RankPlan(settings, geometry.page_bytes, tp_size, parallel.pipeline_parallel_size)
-    arena, shared = plan.open_arena(tp_rank, replicated=replicated)
+    arena, shared = plan.open_arena(tp_rank, replicated=kv_is_replicated(kv_cache_config, geometry, tp_size))
     writer_rank = pp_rank * tp_size if shared else world_rank
     writes = writer_rank == world_rank
     spec = SsdTierSpec(
@@ -171,12 +169,13 @@ def make_worker(vllm_config: Any, kv_cache_config: Any, settings: Settings, kv_c
     object_bytes = tuple(geometry.object_bytes(group.index) for group in geometry.groups)
     copier = make_copier(geometry, cast(PageArena, arena))
     copier.open()
+    identity = Identity(namespace, layout, rank_scope(vllm_config, tp_rank, pp_rank, shared))
     engine = TransferEngine(
-        copier=copier,
+        copier,
+        arena,
+        slab.slab if slab is not None else None,
+        identity,
         layers=copier,
-        arena=arena,
-        slab=slab.slab if slab is not None else None,
-        identity=Identity(namespace, layout, rank_scope(vllm_config, tp_rank, pp_rank, shared)),
         world_rank=world_rank,
         object_bytes=dict(enumerate(object_bytes)),
         clock=time.monotonic,
@@ -197,6 +196,7 @@ def make_worker(vllm_config: Any, kv_cache_config: Any, settings: Settings, kv_c
         slot_bytes=slab.slab.slot_bytes if slab is not None else 0,
         object_bytes=object_bytes,
         problem=problem,
+        prefix=identity.digest,
     )
     bands = bands_needed(geometry)
     gate = LayerGate(engine, bands, time.monotonic)
