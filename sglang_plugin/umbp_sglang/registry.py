@@ -268,6 +268,7 @@ class PoolRegistry:
             rank=(rank.pp_rank * rank.cp_size + rank.cp_rank) * columns + column,
             ranks=groups * columns,
             ssd_share=share,
+            make_ssd=self._settings.make_ssd,
         )
 
     def _columns(self, member: _Member) -> tuple[int, int]:

@@ -8,8 +8,10 @@ from typing import Any
 
 from umbp_connectors.config import resolve
 from umbp_connectors.config_model import UmbpConfig
+from umbp_connectors.hookspecs import SsdTierSpec
 from umbp_connectors.offload import GateMaker
 from umbp_connectors.plugins import create_manager
+from umbp_connectors.tier_ports import SsdTier
 from umbp_core.errors import ConfigError
 from umbp_core.eviction import EvictionPolicy
 
@@ -63,6 +65,8 @@ class StoreSettings:
     make_ssd_gate: GateMaker | None = None
     page_metrics: bool = False
     """Whether SGLang collects the store's page counts (``get_stats``)."""
+    make_ssd: Callable[[SsdTierSpec], SsdTier] | None = None
+    """Opens the tier below DRAM, whichever plug-in offers it."""
 
 
 def read_settings(storage_config: Any, env: Mapping[str, str] | None = None) -> StoreSettings:
@@ -80,6 +84,7 @@ def read_settings(storage_config: Any, env: Mapping[str, str] | None = None) -> 
         plugins.eviction_maker(),
         plugins.ssd_gate_maker(),
         bool(storage_config.enable_storage_metrics),
+        plugins.make_ssd_tier,
     )
 
 
