@@ -32,6 +32,9 @@ IdleOption = Annotated[
 QuotaOption = Annotated[
     str | None, typer.Option("--quota", metavar="SIZE", help="The most DRAM that one namespace gets.")
 ]
+MetricsOption = Annotated[
+    str | None, typer.Option("--metrics-listen", metavar="HOST:PORT", help="Serve Prometheus metrics there.")
+]
 FileOption = Annotated[Path | None, typer.Option("--config", metavar="PATH", help="TOML file with any of the keys.")]
 SetOption = Annotated[
     list[str] | None,
@@ -50,6 +53,7 @@ def daemon(
     ssd_capacity: SsdOption = None,
     idle_exit: IdleOption = None,
     quota: QuotaOption = None,
+    metrics_listen: MetricsOption = None,
     config: FileOption = None,
     settings: SetOption = None,
     status: StatusOption = False,
@@ -71,6 +75,7 @@ def daemon(
         "ssd_capacity": ssd_capacity,
         "daemon_idle_exit_s": idle_exit,
         "daemon_quota": quota,
+        "daemon_metrics_listen": metrics_listen,
     }
     resolved = resolve(_given(options, settings or []), file=config).config
     path = socket_path(resolved)

@@ -71,6 +71,14 @@ def _absolute(path: Path) -> Path:
     return path.expanduser().absolute()
 
 
+def _endpoint(value: str) -> str:
+    from umbp_connectors.master.settings import parse_endpoint
+
+    if value:
+        parse_endpoint(value)
+    return value
+
+
 def _addresses(value: str) -> str:
     from umbp_connectors.client.addresses import parse_addresses
 
@@ -160,6 +168,9 @@ class UmbpConfig(BaseModel):
         None,
         description="A daemon ends after so many seconds without clients; 0: never. Unset: 1800 for one that an engine "
         "started, never for others.",
+    )
+    daemon_metrics_listen: Annotated[str, AfterValidator(_endpoint)] = Field(
+        "", description="Where a daemon serves Prometheus metrics, `HOST:PORT`; empty: nowhere."
     )
     daemon_quota: Size | None = Field(
         None, description="The most of a daemon's DRAM that the pools of one namespace get together; unset: all of it."

@@ -248,6 +248,7 @@ class DaemonPool:
             demotions_failed=told.get("demotions_failed", 0),
             fenced=told.get("fenced", 0),
             fenced_loads=told.get("fenced_loads", 0),
+            demotions_dropped=told.get("demotions_dropped", 0),
         )
 
     def wait_prefaulted(self, timeout: float) -> bool:

@@ -113,7 +113,7 @@ def _settings(config: UmbpConfig) -> Mapping[str, str]:
     """The values of a daemon that this engine starts, as text."""
     values = config.model_dump(mode="json", include=set(DAEMON_KEYS))
     values["daemon_idle_exit_s"] = idle_exit_s(config, started_by_engine=True)
-    values["plugins"] = ",".join(config.plugins)
+    values = {key: ",".join(value) if isinstance(value, list) else value for key, value in values.items()}
     return {key: str(value) for key, value in values.items() if value not in (None, "")}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.daemon.client import DaemonClientConfig, DaemonPool
 from umbp_connectors.daemon.launch import Launcher
-from umbp_connectors.daemon.settings import socket_path
+from umbp_connectors.daemon.settings import check_supported, socket_path
 from umbp_connectors.pool.local import LocalPool, LocalPoolConfig
 from umbp_core.errors import ConfigError
 from umbp_core.ids import Identity
@@ -52,4 +52,5 @@ def pool_maker(config: UmbpConfig) -> Callable[[Identity, LocalPoolConfig], Loca
         raise ConfigError(f"mode {config.mode!r} has no pool of this kind; set mode to one of {', '.join(_MAKERS)}")
     if config.mode == "daemon":
         socket_path(config)
+        check_supported(config)
     return lambda identity, wanted: make(config, identity, wanted)

@@ -29,6 +29,8 @@ def stats_of(kept: KeptPool) -> PoolStats:
         "demotions_failed": counted.demotions_failed,
         "fenced": counted.fenced,
         "fenced_loads": counted.fenced_loads,
+        "demotions_dropped": counted.demotions_dropped,
+        "demotions_refused": sum(counted.demotions_refused.values()),
     }
     return PoolStats(fills, counters)
 

@@ -60,9 +60,10 @@ class DaemonServer:
 
     @property
     def idle_s(self) -> float:
-        """For how many seconds there was no connection; 0 while there is one."""
+        """For how many seconds nobody used a pool; 0 while somebody does.  Who only asks for an overview is nobody."""
         with self._lock:
-            return 0.0 if self._sessions else time.monotonic() - self._idle_since
+            used = any(session.is_attached for session in self._sessions)
+            return 0.0 if used else time.monotonic() - self._idle_since
 
     def close(self, drain_s: float = DRAIN_S) -> None:
         """Take no more clients, let those that hold something come to its end for so long, end them; idempotent."""
@@ -114,4 +115,5 @@ class DaemonServer:
             session.end()
             with self._lock:
                 del self._sessions[session]
-                self._idle_since = time.monotonic()
+                if session.is_attached:
+                    self._idle_since = time.monotonic()

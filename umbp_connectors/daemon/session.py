@@ -86,6 +86,11 @@ class Session:
         self._busy = True
         self._draining = False
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether the client has, or had, a pool."""
+        return bool(self._client)
+
     def drain(self) -> None:
         """End it as soon as the client holds nothing.  Any thread."""
         self._draining = True

@@ -24,6 +24,11 @@ DAEMON_KEYS = (
     "ssd_capacity",
     "ssd_engines",
     "ssd_direct_io",
+    "ssd_durability",
+    "ssd_offload_policy",
+    "offload_min_sightings",
+    "offload_window_s",
+    "offload_min_priority",
     "eviction_policy",
     "io_threads",
     "max_concurrent_demotions",
@@ -43,6 +48,15 @@ def socket_path(config: UmbpConfig) -> Path:
             f"the path {path} of the daemon's socket is longer than {_MAX_PATH} bytes; give a shorter daemon_socket"
         )
     return path
+
+
+def check_supported(config: UmbpConfig) -> None:
+    """Raises ``ConfigError`` when a daemon cannot do what ``config`` asks for."""
+    if config.ssd_durability == "strict":
+        raise ConfigError(
+            "ssd_durability 'strict' is not for a daemon yet, which answers a put before the disk does; "
+            "set 'batched', or mode 'local'"
+        )
 
 
 def idle_exit_s(config: UmbpConfig, started_by_engine: bool = False) -> float:

@@ -9,6 +9,8 @@ import stat
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +26,7 @@ from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.daemon.client import DaemonPool
 from umbp_connectors.daemon.launch import Launcher, listens
 from umbp_connectors.daemon.making import pool_maker
+from umbp_connectors.daemon.metrics import FAMILIES
 from umbp_connectors.pool.local import LocalPoolConfig
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 
@@ -166,6 +169,9 @@ def test_what_is_wrong_is_one_sentence(path: Path, tmp_path: Path) -> None:
     for options, message in (
         (["--dram-capacity", "lots"], "dram_capacity = 'lots'"),
         (["--dram-capacity", "900TiB"], "does not fit this machine"),
+        (["--set", "ssd_durability=strict"], "not for a daemon yet"),
+        (["--metrics-listen", "nowhere"], "an address is HOST:PORT"),
+        (["--metrics-listen", "192.0.2.1:1"], "metrics cannot be served"),
         (["--set", "daemon_qota=1"], "did you mean 'daemon_quota'"),
         (["--set", "eviction_policy=none"], "eviction_policy 'none'"),
     ):
@@ -174,6 +180,23 @@ def test_what_is_wrong_is_one_sentence(path: Path, tmp_path: Path) -> None:
         assert message in done.stderr
     tmp_path.chmod(0o755)
     assert "can be entered by others" in _command("--socket", str(tmp_path / "s")).stderr
+
+
+def test_metrics(run: Callable[..., Process], connect: Connect) -> None:
+    process = run("daemon", "--dram-capacity", "4MiB", "--metrics-listen", "127.0.0.1:0")
+    pool = connect()
+    put(pool, range(5))
+    get(pool, range(7))
+    address = process.first_line.split()[-1]
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as answer:
+        page = answer.read().decode()
+    labels = f'{{namespace="shared",pool="{IDENTITY.digest.hex()[:12]}",'
+    assert f'umbp_daemon_objects{labels}tier="dram"}} 5.0' in page
+    assert f'umbp_daemon_puts_total{labels}status="stored"}} 5.0' in page
+    assert f'umbp_daemon_gets_total{labels}status="miss"}} 2.0' in page
+    assert [name for family in FAMILIES if f"# TYPE {(name := family.name)}" not in page] == []
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"http://{address}/", timeout=30)
 
 
 def test_status(run: Callable[..., Process], path: Path, connect: Connect) -> None:
@@ -207,7 +230,7 @@ def test_engines_that_want_a_daemon_start_one(path: Path, tmp_path: Path, monkey
         mode="daemon",
         daemon_socket=path,
         daemon_auto_start=True,
-        daemon_idle_exit_s=1.0,
+        daemon_idle_exit_s=4.0,
         dram_capacity=4 << 20,
         dram_prefault=False,
         call_timeout_ms=30_000,
@@ -233,7 +256,7 @@ def test_engines_that_want_a_daemon_start_one(path: Path, tmp_path: Path, monkey
     finally:
         for pool in pools:
             pool.close()
-    until(lambda: not listens(path))
+    until(lambda: not listens(path))  # these connections are no use of it
 
 
 def test_a_daemon_that_cannot_start_costs_a_warning(

@@ -1,0 +1,187 @@
+"""Speed of a pool in the daemon against what the machine gives in the same run, and against a pool in this process.
+
+``python benchmarks/daemon.py [--quick] [--out FOLDER]``
+
+Put and get of batches of 128 objects, verification on, through a daemon in a process of its own, against bare copies
+by ``numpy.copyto`` with one thread and with as many threads as the client has, and against the pool in this process.
+Exists of 2048 keys, in microseconds per call.  All ways take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import _report
+from pool import BATCH, SIZES, Keys, Memory, check, copy_all, open_pool
+
+from umbp_connectors.daemon.client import DaemonClientConfig, DaemonPool
+from umbp_connectors.pool.local import LocalPool, LocalPoolConfig
+from umbp_connectors.pool.outcomes import GetStatus, PutStatus
+from umbp_core.ids import Identity, RankScope
+
+ASKED = 2048
+TARGETS = {64 << 10: 0.6}
+TARGET = 0.8
+TARGET_EXISTS_US = 400.0
+ROUND_BYTES = 2 << 30
+IDENTITY = Identity("benchmark", bytes(32), RankScope())
+PROGRAM = "from umbp_connectors.cli import main; main()"
+
+
+class Daemon:
+    """A daemon in a process of its own."""
+
+    def __init__(self, folder: Path, dram_bytes: int) -> None:
+        self.path = folder / "daemon.sock"
+        command = [sys.executable, "-c", PROGRAM, "daemon", "--socket", str(self.path)]
+        self._process = subprocess.Popen(
+            [*command, "--dram-capacity", str(dram_bytes), "--set", "log_level=warning"], stdout=subprocess.PIPE
+        )
+        if not (self._process.stdout and self._process.stdout.readline()):
+            raise OSError("the daemon does not start")
+
+    def client(self, nbytes: int, pages: int, threads: int) -> DaemonPool:
+        """A client whose memory is present."""
+        config = DaemonClientConfig(self.path, nbytes, pages * nbytes, timeout_s=30, copy_threads=threads)
+        pool = DaemonPool(IDENTITY, config)
+        pool.open()
+        pool.wait_prefaulted(120)
+        return pool
+
+    def close(self) -> None:
+        """End it."""
+        self._process.terminate()
+        self._process.wait(60)
+
+
+class Mover:
+    """Put and get of one pool, of batches from memory that no cache holds."""
+
+    def __init__(self, pool: LocalPool | DaemonPool, sources: Memory, targets: Memory) -> None:
+        self._pool, self._sources, self._targets = pool, sources, targets
+        self._keys, self._stored = Keys(), []
+        self._moved = sources.nbytes * BATCH
+
+    def put(self) -> float:
+        """GB/s of a put of fresh keys, which evicts as many."""
+        self._stored.append(self._keys.fresh())
+        objects, statuses = self._sources.next(), []
+        figure = _report.rate(self._moved, lambda: statuses.extend(self._pool.put(self._stored[-1], objects)))
+        check(statuses, PutStatus.STORED)
+        return figure
+
+    def get(self) -> float:
+        """GB/s of a get of what was put some batches ago."""
+        age = min(len(self._stored), max(1, self._sources.batches // 2))
+        buffers, statuses = self._targets.next(), []
+        figure = _report.rate(self._moved, lambda: statuses.extend(self._pool.get(self._stored[-age], buffers)))
+        check(statuses, GetStatus.DRAM)
+        return figure
+
+
+def dram(nbytes: int, count: int, threads: int) -> list[_report.Row]:
+    """Put and get of one size."""
+    sources, targets, plain = Memory(nbytes), Memory(nbytes), Memory(nbytes)
+    pages = sources.batches * BATCH
+    executor = ThreadPoolExecutor(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        daemon = Daemon(Path(folder), pages * nbytes)
+        client, local = daemon.client(nbytes, pages, threads), open_pool(nbytes, pages, copy_threads=threads)
+        through, here = Mover(client, sources, targets), Mover(local, sources, targets)
+
+        def copy(number: int) -> Callable[[], float]:
+            def run() -> float:
+                into, out_of = plain.next(), sources.next()
+                return _report.rate(nbytes * BATCH, lambda: copy_all(executor, number, into, out_of))
+
+            return run
+
+        one, many = "copy1", f"copy{threads}"
+        ways = {one: copy(1), "put": through.put, "local put": here.put}
+        ways |= {many: copy(threads), "get": through.get, "local get": here.get}
+        figures = _report.rounds(ways, max(count, min(10 * count, ROUND_BYTES // (nbytes * BATCH))))
+        client.close()
+        local.close()
+        daemon.close()
+    executor.shutdown()
+    return [
+        {
+            "object": f"{nbytes >> 10} KiB",
+            "what": what,
+            "GB/s": statistics.median(figures[what]),
+            "copy, 1 thread, GB/s": statistics.median(figures[one]),
+            f"copy, {threads} threads, GB/s": statistics.median(figures[many]),
+            "of 1 thread": _report.ratio(figures[what], figures[one]),
+            f"of {threads} threads": _report.ratio(figures[what], figures[many]),
+            "of the pool in this process": _report.ratio(figures[what], figures[f"local {what}"]),
+            "target, of 1 thread": TARGETS.get(nbytes, TARGET),
+        }
+        for what in ("put", "get")
+    ]
+
+
+def exists(count: int) -> list[_report.Row]:
+    """Exists of many keys, in microseconds per call: through the daemon, and in this process."""
+    keys = Keys()
+    batches = [keys.fresh() for _ in range(ASKED // BATCH)]
+    asked = [key for batch in batches for key in batch]
+    rows: list[_report.Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        daemon = Daemon(Path(folder), 4096 * ASKED)
+        pools = {"daemon": daemon.client(4096, ASKED, 1), "this process": open_pool(4096, ASKED)}
+        for name, pool in pools.items():
+            for batch in batches:
+                check(pool.put(batch, [bytes(8)] * BATCH), PutStatus.STORED)
+            times = []
+            for _ in range(100 * count):
+                fresh = [bytes(bytearray(key)) for key in asked]
+                start = time.perf_counter()
+                found = pool.exists(fresh)
+                times.append((time.perf_counter() - start) * 1e6)
+                check(found, True)
+            ordered = sorted(times)
+            rows.append(
+                {
+                    "where": name,
+                    "keys": ASKED,
+                    "p50 us": statistics.median(times),
+                    "p99 us": ordered[len(ordered) * 99 // 100],
+                    "target us": TARGET_EXISTS_US if name == "daemon" else TARGET_EXISTS_US / 2,
+                }
+            )
+            pool.close()
+        daemon.close()
+    return rows
+
+
+def main() -> None:
+    """All tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds, no objects of 4 MiB")
+    parser.add_argument("--out", type=Path, default=_report.OUT)
+    arguments = parser.parse_args()
+    count, sizes = (5, SIZES[:3]) if arguments.quick else (15, SIZES)
+    threads = LocalPoolConfig(1, 1).copy_threads
+    sections = {
+        "Put and get, batches of 128": [row for nbytes in sizes for row in dram(nbytes, count, threads)],
+        "exists": exists(count),
+    }
+    notes = [
+        f"Targets: {TARGET} of the copy from 256 KiB on, {TARGETS[64 << 10]} at 64 KiB.",
+        "Medians of interleaved rounds; ratios are medians of each round's ratio.",
+        "Every object is verified (xxh3-128); the copies that it is compared with are not.",
+        "The daemon and the client are two processes on the same processors.",
+    ]
+    print(_report.write("daemon", "A pool in the daemon", sections, notes, arguments.out))
+
+
+if __name__ == "__main__":
+    main()
