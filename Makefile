@@ -29,7 +29,7 @@ SGLANG_READY := .venv-sglang/.ready
 SGLANG := .venv-sglang/bin/python
 export TEST_VLLM_PYTHON TEST_VLLM_PYTHONPATH
 
-.PHONY: help venv venv-vllm venv-sglang demo demo-sglang demo-router test test-unit test-vllm test-sglang crash lint format bench docs clean
+.PHONY: help venv venv-vllm venv-sglang demo demo-sglang demo-router test test-unit test-vllm test-sglang crash soak lint format bench docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -53,6 +53,9 @@ test-vllm: $(VLLM_READY) ## the tests that need a vLLM
 
 test-sglang: $(SGLANG_READY) $(VLLM_READY) ## the tests that need an SGLang; one of them starts a vLLM too
 	$(SGLANG) -m pytest tests/sglang
+
+soak: $(VENV_READY) ## use the pool under pressure for five minutes: no wrong byte, nothing that grows
+	SOAK_SECONDS=300 $(VENV) -m pytest tests/connectors/pool/test_soak.py --timeout 600
 
 crash: $(VENV_READY) ## kill a writer to the SSD tier a thousand times in each durability mode (some minutes)
 	CRASH_KILLS=1000 $(VENV) -m pytest tests/connectors/pool/test_crash.py --timeout 3600
