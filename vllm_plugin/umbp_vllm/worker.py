@@ -176,17 +176,26 @@ class Worker:
         self.engine.begin_iteration(metadata.iteration)
         self.engine.end_iteration(metadata.iteration, self._copier.fence())
         self._submit(metadata)
-        for op in metadata.overdue:
-            self._answer(op)
+        if metadata.overdue:
+            self._answer(metadata.overdue)
         if metadata.who:
             self._hello_sent = False
 
-    def _answer(self, op: LeaderTransferRequest) -> None:
-        """The leader has not heard how ``op`` ended: say what is known, and refuse it when that is nothing."""
-        if op.direction is not Direction.LOAD and not self._writes:
-            self._results.append(_not_mine(op))
-            return
-        fate = self.engine.account_for(op)
+    def _answer(self, overdue: Iterable[LeaderTransferRequest]) -> None:
+        """The leader has not heard how these ops ended: say what is known, and refuse those of which nothing is."""
+        mine = [op for op in overdue if self._writes or op.direction is Direction.LOAD]
+        fates = {op.op_id: self.engine.account_for(op) for op in mine}
+        self._ended += self.engine.poll()
+        untold = {result.op_id for result in self._ended + self._results}
+        for op in overdue:
+            fate = fates.get(op.op_id)
+            if fate is None:
+                self._results.append(_not_mine(op))
+            elif fate is not Fate.ENDED or op.op_id not in untold:  # else how it ended goes with this very report
+                self._tell(op, fate)
+
+    def _tell(self, op: LeaderTransferRequest, fate: Fate) -> None:
+        """Tell the leader what became of ``op``, of which no result is on its way."""
         if fate is Fate.REFUSED and op.direction is Direction.LOAD and not op.layerwise:
             self._expect(op)
             self._slots.open(NewWorkerSlot(op.request_id, (op.op_id,)))

@@ -86,6 +86,26 @@ def test_a_step_that_a_worker_missed_is_told_and_never_carried_out(make_umbp: Ma
     engine.close()
 
 
+@pytest.mark.statement("connector", 47)
+@pytest.mark.parametrize("spec", [{}, {"tp": 2}, {"async_scheduling": True}], ids=lambda spec: str(spec))
+def test_a_question_never_overtakes_the_answer(
+    make_umbp: MakeUmbp, monkeypatch: pytest.MonkeyPatch, spec: dict[str, Any]
+) -> None:
+    """Asked about every op with every step, as after a very long one, the ranks lose none that ended well."""
+    monkeypatch.setattr(ledger, "HEARTBEAT_S", 0.0)
+    engine = make_umbp(EXTRA, **spec)
+    engine.pace()
+    for first in (0, 300):
+        engine.store(tokens(24, first))
+        assert all(engine.present(tokens(24, first)))
+    loaded = engine.add(tokens(26), max_tokens=6)
+    engine.drain()
+    assert [engine.stat("failed_blocks", way, "lost") for way in ("store", "load")] == [0, 0]
+    assert engine.finish_reasons[loaded] == "length"
+    assert sum(copier.calls[Direction.LOAD] for copier in engine.copiers) == len(engine.copiers)
+    engine.close()
+
+
 def test_a_hello_that_is_lost_is_asked_for_again(make_umbp: MakeUmbp) -> None:
     engine = make_umbp({**EXTRA, "lookup_timeout_ms": 20}, tp=2, shake_hands=False)
     lost = itertools.count()
