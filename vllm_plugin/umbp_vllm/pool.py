@@ -214,7 +214,7 @@ def open_pool(
     catalogue = _open_catalogue(setup, hellos)
     directory = _directory(setup, hellos, pages, catalogue)
     restored = catalogue.restore(directory) if catalogue is not None else 0
-    ledger = OpLedger([hello.writer_rank for hello in hellos])
+    ledger = OpLedger([hello.writer_rank for hello in hellos], clock)
     events = EventLog(setup.groups, enabled=setup.kv_events)
     object_bytes = tuple(max(sizes) for sizes in zip(*(hello.object_bytes for hello in hellos), strict=True))
     op_ids = OpIds()
