@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import vllm
-from vllm.config import CUDAGraphMode, SchedulerConfig, VllmConfig
+from vllm.config import CUDAGraphMode, ParallelConfig, SchedulerConfig, VllmConfig
 from vllm.forward_context import ForwardContext
+from vllm.model_executor.layers.attention import kv_transfer_utils
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
+from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
 
 from umbp_vllm import compat
 from umbp_vllm.connector import UmbpConnector
@@ -68,5 +70,18 @@ def test_the_output_of_a_step_is_told_after_its_failures_are_handled() -> None:
 
 def test_graphs_leave_attention_out_where_layers_are_awaited() -> None:
     assert UmbpConnector.requires_piecewise_for_cudagraph({"load_mode": "layerwise"})
+    assert UmbpConnector.requires_piecewise_for_cudagraph({"store_granularity": "layer"})
     assert not UmbpConnector.requires_piecewise_for_cudagraph({})
     assert not UmbpConnector.requires_piecewise_for_cudagraph({"load_mode": "nonsense"})
+
+
+def test_a_layer_is_saved_after_it_was_computed_and_the_step_is_told_before() -> None:
+    """What stores by layer build on: the metadata is bound, then each layer's KV is written, then the hook comes."""
+    hook = inspect.getsource(kv_transfer_utils.maybe_transfer_kv_layer)
+    assert hook.index("wait_for_layer_load(") < hook.index("result = func(") < hook.index("save_kv_layer(")
+    step = inspect.getsource(KVConnectorModelRunnerMixin._get_kv_connector_output)
+    assert step.index("bind_connector_metadata(") < step.index("yield output") < step.index("wait_for_save()")
+
+
+def test_microbatches_are_recognised() -> None:
+    assert {"enable_dbo", "ubatch_size"} <= {field.name for field in dataclasses.fields(ParallelConfig)}

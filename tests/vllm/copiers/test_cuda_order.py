@@ -104,7 +104,7 @@ def opened(runtime: Recorder, arena: Pages | None = None, **options: int) -> Cud
 def spied(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """A recorder that also notes when the copies of a batch are issued."""
     runtime = Recorder()
-    for name in ("gather", "scatter"):
+    for name in ("gather", "scatter", "gather_band", "scatter_band"):
         issue = getattr(StagedCopies, name)
 
         def noted(self: StagedCopies, *arguments: object, name: str = name, issue: Callable[..., None] = issue) -> None:
@@ -115,14 +115,18 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return runtime
 
 
-@pytest.mark.parametrize(("direction", "stream"), [("scatter", "stream 0"), ("gather", "stream 1")])
+@pytest.mark.parametrize(
+    ("direction", "stream"),
+    [("scatter", "stream 0"), ("gather", "stream 1"), ("scatter_band", "stream 0"), ("gather_band", "stream 1")],
+)
 def test_copies_are_issued_behind_the_fence_on_their_own_stream_and_waited_for_alone(
     spied: Recorder, direction: str, stream: str
 ) -> None:
     copier = opened(spied)
     fence = copier.fence()
     spied.calls.clear()
-    {"gather": copier.gather, "scatter": copier.scatter}[direction](0, [4, 1], [0, 3], fence)
+    band = (0,) if direction.endswith("band") else ()
+    getattr(copier, direction)(0, *band, [4, 1], [0, 3], fence)
     copier.close()
     moved = [call for call in spied.calls if call[0] not in ("register", "unregister", "drain")]
     assert moved == [
