@@ -55,6 +55,8 @@ class Process:
 
     def end(self) -> str:
         """Close its input and wait for its end; what it wrote to standard error."""
+        if self.process.returncode is not None:
+            return ""
         _, told = self.process.communicate(timeout=60)
         return told
 
