@@ -54,7 +54,9 @@ class TestDeadlines:
                 model[key] = deadline
         expected = sorted((deadline, key) for key, deadline in model.items() if deadline <= now)
         assert deadlines.next() == min(model.values(), default=None)
-        assert deadlines.pop_expired(now) == [key for _, key in expected]
+        popped = deadlines.pop_expired(now)
+        assert [model[key] for key in popped] == [deadline for deadline, _ in expected]
+        assert sorted(popped) == sorted(key for _, key in expected)
         assert len(deadlines) == len(model) - len(expected)
 
     def test_a_long_life_of_short_keys_under_one_that_stays(self) -> None:
