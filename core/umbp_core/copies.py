@@ -14,6 +14,7 @@ import msgspec
 
 from umbp_core.errors import CapacityError
 from umbp_core.eviction import EvictionPolicy
+from umbp_core.grouping import BlockGroups, BlockOf
 from umbp_core.pages import PageAllocator
 from umbp_core.tiers import Tier
 
@@ -68,13 +69,15 @@ class Change(msgspec.Struct, frozen=True, gc=False):
 class TierSpace:
     """What a directory manages of one tier.  Both parts are the directory's alone from then on.
 
-    Without ``told``, the tier's changes make no events: for one that nobody follows.
+    Without ``told``, the tier's changes make no events: for one that nobody follows.  With ``block_of``, the parts of a
+    block are evicted together.
     """
 
     tier: Tier
     allocator: PageAllocator
     policy: EvictionPolicy
     told: bool = True
+    block_of: BlockOf | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,7 @@ class TierCopies:
     __slots__ = (
         "allocator",
         "bit",
+        "groups",
         "held_pages",
         "owned",
         "page_bytes",
@@ -128,6 +132,7 @@ class TierCopies:
         self.page_bytes = space.allocator.page_bytes
         self.policy = space.policy
         self.told = space.told
+        self.groups = None if space.block_of is None else BlockGroups(space.block_of)
         self.published: dict[bytes, Copy] = {}
         self.pending: set[bytes] = set()
         self.owned: dict[str, dict[bytes, Reservation]] = {}
@@ -189,6 +194,8 @@ class TierCopies:
         """Make ``copy`` readable."""
         self.published[key] = copy
         self.policy.added(key, copy.depth)
+        if self.groups is not None:
+            self.groups.added((key,))
 
     def publish_reserved(self, owner: str, written: Mapping[bytes, bytes]) -> list[Copy] | None:
         """Publish ``owner``'s reservation of each key of ``written`` with its checksum; ``None`` if it lacks one."""
@@ -203,6 +210,8 @@ class TierCopies:
             published[key] = copy = Copy(tier, reserved.pages, reserved.nbytes, checksum, reserved.depth)
             added(key, reserved.depth)
             copies.append(copy)
+        if self.groups is not None:
+            self.groups.added(written)
         self.pending.difference_update(written)
         if not mine:
             self.owned.pop(owner, None)
@@ -212,6 +221,8 @@ class TierCopies:
         """Make the copy of ``key`` unreadable; its pages are freed now, or at its last unpin."""
         copy = self.published.pop(key)
         self.policy.removed(key)
+        if self.groups is not None:
+            self.groups.removed((key,))
         name = copy.pages[0]
         if name in self.pins:
             self.retired.add(name)
@@ -229,6 +240,8 @@ class TierCopies:
             removed(key)
             copies.append(copy)
             pages += copy.pages
+        if self.groups is not None:
+            self.groups.removed(keys)
         self.allocator.free(pages)
         return copies
 
@@ -266,6 +279,7 @@ class TierCopies:
     def victims_for(self, nbytes: int, is_leased: Callable[[bytes], bool]) -> list[bytes] | None:
         """Keys whose eviction makes just enough room for ``nbytes``; ``None`` when no eviction does.
 
+        The parts of a block go together, and stay while one of them is held, unless nothing else makes enough room.
         Raises ``CapacityError`` when the whole tier is too small.  Copies that had to be passed over are held
         by somebody, so they count as used now; therefore the next call does not walk over them again.
         """
@@ -279,6 +293,16 @@ class TierCopies:
         if need > total - self.held_pages:
             return None
         missing = need - self.allocator.free_pages
+        pick = self._pick_alone if self.groups is None else self._pick_blocks
+        victims, passed = pick(missing, is_leased)
+        for key in passed:
+            self.policy.touched(key)
+        return victims
+
+    def _pick_alone(
+        self, missing: int, is_leased: Callable[[bytes], bool]
+    ) -> tuple[list[bytes] | None, Iterable[bytes]]:
+        """The first that can go, until they have ``missing`` pages; ``None`` if they never do; and what was passed."""
         victims: list[bytes] = []
         passed: list[bytes] = []
         for key in self.policy.victims():
@@ -290,6 +314,33 @@ class TierCopies:
             missing -= len(copy.pages)
             if missing <= 0:
                 break
-        for key in passed:
-            self.policy.touched(key)
-        return victims if missing <= 0 else None
+        return victims if missing <= 0 else None, passed
+
+    def _pick_blocks(
+        self, missing: int, is_leased: Callable[[bytes], bool]
+    ) -> tuple[list[bytes] | None, Iterable[bytes]]:
+        """The same for whole blocks, then for what can go of those that somebody holds a part of."""
+        groups = self.groups
+        victims: list[bytes] = []
+        seen: dict[bytes, None] = {}
+        spared: list[bytes] = []
+        for key in self.policy.victims():
+            if key in seen:
+                continue
+            parts = (key,) if groups is None else groups.together(key)
+            seen.update(dict.fromkeys(parts))
+            free = [part for part in parts if self.published[part].pages[0] not in self.pins and not is_leased(part)]
+            if len(free) < len(parts):
+                spared += free
+                continue
+            victims += parts
+            missing -= sum(len(self.published[part].pages) for part in parts)
+            if missing <= 0:
+                break
+        for key in spared:
+            if missing <= 0:
+                break
+            victims.append(key)
+            missing -= len(self.published[key].pages)
+        going = set(victims)
+        return victims if missing <= 0 else None, [key for key in seen if key not in going]

@@ -13,6 +13,7 @@ from umbp_connectors.pool.outcomes import PutStatus
 from umbp_core.directory import Change, Copy, Directory, EventKind, TierSpace, TierStats
 from umbp_core.errors import StateError
 from umbp_core.eviction import EvictionPolicy
+from umbp_core.grouping import BlockOf
 from umbp_core.pages import PageAllocator
 from umbp_core.tiers import Tier
 
@@ -44,7 +45,8 @@ class Books:
     """A :class:`Directory` for several threads.  Every call is short; none touches a byte of an object or the disk.
 
     An object takes one page in each tier.  Owners are the caller's strings (:meth:`new_owner`).  ``observer`` is told
-    whatever becomes or stops being readable, what an earlier life left on SSD included.
+    whatever becomes or stops being readable, what an earlier life left on SSD included.  ``block_of`` says which
+    objects are evicted together.
     """
 
     def __init__(
@@ -53,10 +55,12 @@ class Books:
         dram_pages: int,
         eviction: Callable[[], EvictionPolicy],
         observer: PoolObserver | None = None,
+        block_of: BlockOf | None = None,
     ) -> None:
         self._page_bytes = page_bytes
         self._observer = observer
         self._eviction = eviction
+        self._block_of = block_of
         self._dram = self._space(Tier.DRAM, dram_pages)
         self._directory = Directory([self._dram])
         self._lock = threading.Lock()
@@ -242,7 +246,7 @@ class Books:
     def _space(self, tier: Tier, pages: int) -> TierSpace:
         allocator = PageAllocator(self._page_bytes, [pages * self._page_bytes])
         told = tier is Tier.SSD or self._observer is not None
-        return TierSpace(tier, allocator, self._eviction(), told)
+        return TierSpace(tier, allocator, self._eviction(), told, self._block_of)
 
     def _ssd_counts(self) -> bool:
         return self._fence is None or self._fence.passable

@@ -105,7 +105,7 @@ class LocalPool:
         with contextlib.ExitStack() as undo:
             arena.open()
             undo.callback(arena.close)
-            books = Books(self.page_bytes, pages, config.eviction, self._observer)
+            books = Books(self.page_bytes, pages, config.eviction, self._observer, config.block_of)
             mover = BatchMover(books, arena, self._identity.digest, config.copy_threads)
             ssd = open_ssd(self._identity, config, self.page_bytes, books, arena, self._clock)
             if ssd is not None:

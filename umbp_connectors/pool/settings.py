@@ -13,6 +13,7 @@ from umbp_connectors.pool.durability import Durability
 from umbp_connectors.pool.folder import PATIENCE_S
 from umbp_connectors.tier_ports import SsdTier
 from umbp_core.eviction import EvictionPolicy, LruPolicy
+from umbp_core.grouping import BlockOf, block_of_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +30,10 @@ class LocalPoolConfig:
     row whose time was over before the disk gave them anything, it is left alone for ``ssd_retry_s`` seconds, later for
     longer ones; meanwhile what is on SSD only counts as not there.
 
-    ``eviction`` makes a fresh policy for each tier.  ``make_ssd_gate`` makes what decides which objects go to SSD;
-    without it all do.  ``make_ssd`` opens the slots below DRAM in place of a slab file;
-    what lies in them is written down below ``ssd_dir`` all the same.  ``durability`` says when what is on SSD survives
-    a power failure; with `strict`, a put waits for that.
+    ``eviction`` makes a fresh policy for each tier, and ``block_of`` says which objects are evicted together.
+    ``make_ssd_gate`` makes what decides which objects go to SSD; without it all do.  ``make_ssd`` opens the slots below
+    DRAM in place of a slab file; what lies in them is written down below ``ssd_dir`` all the same.  ``durability`` says
+    when what is on SSD survives a power failure; with `strict`, a put waits for that.
     """
 
     object_bytes: int
@@ -42,6 +43,7 @@ class LocalPoolConfig:
     rank: int = 0
     ranks: int = 1
     eviction: Callable[[], EvictionPolicy] = LruPolicy
+    block_of: BlockOf | None = block_of_text
     copy_threads: int = 2
     io_threads: int = 4
     demote_threads: int = 2

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from umbp_core.directory import Copy, Directory, DirectoryEvent, TierSpace
 from umbp_core.errors import CapacityError, StateError, UnknownOwner
 from umbp_core.eviction import EvictionPolicy, LruPolicy
+from umbp_core.grouping import BlockOf
 from umbp_core.pages import PageAllocator
 from umbp_core.testing.machines_pages import (
     KEYS,
@@ -44,13 +45,18 @@ class DirectoryMachine(RuleBasedStateMachine):
         """A policy with the same order; a second instance of your own will do."""
         return LruModel()
 
+    def block_of(self) -> BlockOf | None:
+        """Which objects are evicted together; here every object alone."""
+        return None
+
     def __init__(self) -> None:
         super().__init__()
         spaces = [
-            TierSpace(tier, PageAllocator(PAGE_BYTES, sizes), self.new_policy()) for tier, sizes in TIER_BYTES.items()
+            TierSpace(tier, PageAllocator(PAGE_BYTES, sizes), self.new_policy(), block_of=self.block_of())
+            for tier, sizes in TIER_BYTES.items()
         ]
         self.directory = Directory(spaces)
-        self.model = DirectoryModel(PAGE_BYTES, dict(TIER_BYTES), self.new_model)
+        self.model = DirectoryModel(PAGE_BYTES, dict(TIER_BYTES), self.new_model, self.block_of())
         self.now = 0.0
 
     @initialize(stored=st.lists(st.tuples(keys, depths), max_size=2 * len(KEYS)))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from umbp_core.directory import EventKind, TierStats
 from umbp_core.eviction import EvictionPolicy
+from umbp_core.grouping import BlockOf
 from umbp_core.tiers import Tier, TierSet
 
 PENDING = "pending"
@@ -173,8 +174,13 @@ class DirectoryModel:
     """One flat list of copies; every answer is a search through it."""
 
     def __init__(
-        self, page_bytes: int, tier_bytes: dict[Tier, Sequence[int]], new_policy: Callable[[], EvictionPolicy]
+        self,
+        page_bytes: int,
+        tier_bytes: dict[Tier, Sequence[int]],
+        new_policy: Callable[[], EvictionPolicy],
+        block_of: BlockOf | None = None,
     ) -> None:
+        self.block_of = block_of
         self.page_bytes = page_bytes
         self.total = {tier: sum(size // page_bytes for size in sizes) for tier, sizes in tier_bytes.items()}
         self.policies = {tier: new_policy() for tier in tier_bytes}
@@ -223,22 +229,40 @@ class DirectoryModel:
         if free + sum(len(copy.pages) for copy in evictable) < need:
             return False
         victims: list[ModelCopy] = []
-        passed: list[bytes] = []
+        passed: list[ModelCopy] = []
+
+        def enough() -> bool:
+            return free + sum(len(copy.pages) for copy in victims) >= need
+
         for key in self.policies[tier].victims():
-            if free + sum(len(copy.pages) for copy in victims) >= need:
-                break
-            copy = next(copy for copy in self.in_state(PUBLISHED, tier) if copy.key == key)
-            if copy.pinned_by or self.leases.is_leased(key):
-                passed.append(key)
-            else:
+            parts = self._parts(tier, key)
+            if enough() or parts[0] in victims + passed:
+                continue
+            whole = not any(map(self._is_held, parts))
+            (victims if whole else passed).extend(parts)
+        for copy in list(passed):
+            if not enough() and not self._is_held(copy):
                 victims.append(copy)
-        for key in passed:
-            self.policies[tier].touched(key)
+                passed.remove(copy)
+        for copy in passed:
+            self.policies[tier].touched(copy.key)
         if free + sum(len(copy.pages) for copy in victims) < need:
             return False
         for copy in victims:
             self.unpublish(copy)
         return True
+
+    def _parts(self, tier: Tier, key: bytes) -> list[ModelCopy]:
+        """The copies in ``tier`` of the block that ``key`` is a part of."""
+        block = self.block_of(key) if self.block_of else None
+        return [
+            copy
+            for copy in self.in_state(PUBLISHED, tier)
+            if copy.key == key or (self.block_of is not None and block is not None and self.block_of(copy.key) == block)
+        ]
+
+    def _is_held(self, copy: ModelCopy) -> bool:
+        return bool(copy.pinned_by) or self.leases.is_leased(copy.key)
 
     def add(self, copy: ModelCopy) -> None:
         """Take ``copy`` into the list; announces it when it is published."""

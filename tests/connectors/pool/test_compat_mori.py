@@ -138,6 +138,19 @@ def test_without_ssd_nothing_is_left(make: Maker, config: mori.UMBPConfig, tmp_p
     assert not (tmp_path / "ssd").exists()
 
 
+def test_k_and_v_of_all_ranks_leave_together(make: Maker, config: mori.UMBPConfig) -> None:
+    config.dram.capacity_bytes, config.ssd.enabled = 13 * SIZE, False
+    client, memory = make(), Memory(4).fill()
+    pages = [[f"{number:064x}_{rank}_{part}" for rank in (0, 1) for part in "kv"] for number in range(5)]
+    for number, keys in enumerate(pages):
+        assert client.batch_put_from_ptr_with_depth(keys, memory.ptrs, memory.sizes, [number] * 4) == [True] * 4
+        # One part of the first page is used in between: by itself, it alone would stay.
+        client.get_into_ptr(pages[0][0], memory.ptrs[0], SIZE)
+    there = [client.batch_exists(keys) for keys in pages]
+    assert all(len(set(found)) == 1 for found in there)
+    assert sum(all(found) for found in there) == 3
+
+
 def test_modes(make: Maker) -> None:
     client = make()
     assert client.get_deployment_mode() is mori.UMBPDeploymentMode.Local
