@@ -3,128 +3,26 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from umbp_connectors.config_model import UmbpConfig
-from umbp_connectors.daemon.messages import TOKEN_BYTES, Attach
+from umbp_connectors.daemon.kept import KeptPool
+from umbp_connectors.daemon.messages import Attach
 from umbp_connectors.hookspecs import SsdTierSpec
 from umbp_connectors.offload import GateMaker
 from umbp_connectors.pool.buffers import round_up
 from umbp_connectors.pool.local import LocalPool
-from umbp_connectors.pool.outcomes import GetStatus
 from umbp_connectors.pool.settings import LocalPoolConfig, local_pool_config
 from umbp_connectors.pool.slab import ALIGNMENT
+from umbp_connectors.pool.stripes import group_of
 from umbp_connectors.tier_ports import SsdTier
 from umbp_core.errors import TierUnavailable, UmbpError
 from umbp_core.eviction import EvictionPolicy
 
 logger = logging.getLogger(__name__)
-
-
-class KeptPool:
-    """A pool of the daemon, the clients that it has, and how many of its pages each of them holds.  Any thread."""
-
-    def __init__(self, pool: LocalPool, pages: int, page_bytes: int) -> None:
-        self.pool = pool
-        self.arena = os.urandom(TOKEN_BYTES)
-        self.pages = pages
-        self.page_bytes = page_bytes
-        self.labels: dict[bytes, str] = {}
-        self.left_at = 0.0
-        """When its last client left."""
-        self.lent: Counter[GetStatus] = Counter()
-        """What became of what its clients asked for."""
-        self._lock = threading.Lock()
-        self._connections: Counter[bytes] = Counter()
-        self._held: Counter[bytes] = Counter()
-        self._opening = threading.Lock()
-        self._is_open = False
-        self._failed = ""
-
-    @property
-    def namespace(self) -> str:
-        """Whose objects these are."""
-        return self.pool.identity.namespace
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its arena."""
-        return self.pages * self.page_bytes
-
-    @property
-    def clients(self) -> list[str]:
-        """What its clients call themselves."""
-        with self._lock:
-            return sorted(self.labels[client] for client in self._connections)
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether it has no client."""
-        with self._lock:
-            return not self._connections
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it can be used already."""
-        return self._is_open
-
-    def open(self) -> None:
-        """Open the pool, once; others who call wait for that.  Raises as ``LocalPool.open`` does."""
-        with self._opening:
-            if self._failed:
-                raise TierUnavailable(self._failed)
-            if self._is_open:
-                return
-            try:
-                self.pool.open()
-            except UmbpError as error:
-                self._failed = str(error)
-                raise
-            self._is_open = True
-
-    def join(self, client: bytes, label: str) -> None:
-        """``client`` has one more connection."""
-        with self._lock:
-            self._connections[client] += 1
-            self.labels[client] = label
-
-    def leave(self, client: bytes) -> None:
-        """``client`` has one connection less."""
-        with self._lock:
-            self._connections[client] -= 1
-            if self._connections[client] <= 0:
-                del self._connections[client]
-                del self.labels[client]
-            self.left_at = time.monotonic()
-
-    def take(self, client: bytes, pages: int) -> int:
-        """How many of ``pages`` more pages ``client`` may hold; they count as held from now on.
-
-        All clients together never hold more than half of the arena for longer than one of their calls takes.
-        """
-        with self._lock:
-            limit = max(1, self.pages // (2 * max(1, len(self._connections))))
-            taken = max(0, min(pages, limit - self._held[client]))
-            self._held[client] += taken
-            return taken
-
-    def count_lent(self, statuses: Iterable[GetStatus]) -> None:
-        """Count what became of objects that were asked for."""
-        with self._lock:
-            self.lent.update(statuses)
-
-    def put_back(self, client: bytes, pages: int) -> None:
-        """``client`` holds so many pages less."""
-        with self._lock:
-            self._held[client] -= pages
-            if self._held[client] <= 0:
-                del self._held[client]
 
 
 class PoolKeeper:
@@ -155,21 +53,21 @@ class PoolKeeper:
         return self._config.dram_capacity
 
     @contextmanager
-    def attached(self, wanted: Attach) -> Iterator[KeptPool]:
-        """The pool that ``wanted`` names, open, with one connection more as long as this lasts.
+    def attached(self, wanted: Attach) -> Iterator[tuple[KeptPool, int]]:
+        """The pool that ``wanted`` names, open, and the number of the connection that it has more while this lasts.
 
         Raises ``TierUnavailable`` when it cannot be had, ``ConfigError`` when it does not fit this machine.
         """
         with self._lock:
             kept, idle = self._find(wanted)
-            kept.join(wanted.client, wanted.label)
+            number = kept.join(wanted.client, wanted.label)
         try:
             for pool in idle:
                 pool.close()
             self._open(kept)
-            yield kept
+            yield kept, number
         finally:
-            kept.leave(wanted.client)
+            kept.leave(number)
 
     def pools(self) -> list[KeptPool]:
         """Those that can be used."""
@@ -200,9 +98,13 @@ class PoolKeeper:
         if self._closed:
             raise TierUnavailable("the daemon is stopping")
         digest = wanted.identity.digest
-        page_bytes = round_up(wanted.object_bytes, ALIGNMENT)
+        page_bytes = round_up(wanted.object_bytes, ALIGNMENT) * max(1, len(wanted.prefixes))
         kept = self._pools.get(digest)
+        if len(wanted.prefixes) > 1 and wanted.identity != group_of(wanted.namespace, tuple(wanted.prefixes)):
+            raise TierUnavailable("the identity of these objects is not what follows from those of their parts")
         if kept is not None:
+            if kept.pool.stripes.prefixes != (tuple(wanted.prefixes) or (digest,)):
+                raise TierUnavailable(f"the objects of pool {digest.hex()[:12]} are divided among other ranks")
             if kept.page_bytes != page_bytes:
                 raise TierUnavailable(
                     f"pool {digest.hex()[:12]} has pages of {kept.page_bytes} bytes, and {page_bytes} are wanted; "
@@ -252,7 +154,7 @@ class PoolKeeper:
     def _pool_config(self, wanted: Attach, dram_bytes: int) -> LocalPoolConfig:
         return local_pool_config(
             self._config,
-            object_bytes=wanted.object_bytes,
+            object_bytes=round_up(wanted.object_bytes, ALIGNMENT) * len(wanted.prefixes) or wanted.object_bytes,
             dram_bytes=dram_bytes,
             eviction=self._make_eviction,
             rank=wanted.rank,
@@ -260,4 +162,5 @@ class PoolKeeper:
             ssd_share=wanted.ssd_share,
             make_ssd=self._make_ssd,
             make_ssd_gate=self._make_ssd_gate,
+            prefixes=tuple(wanted.prefixes),
         )

@@ -22,15 +22,22 @@ from umbp_connectors.daemon.messages import (
     Found,
     Granted,
     Inspect,
+    KeepPages,
     Lent,
     Lookup,
+    NewObject,
     Overview,
     Place,
     PoolStats,
     Publish,
+    Published,
+    PublishPages,
     Refusal,
     Reserve,
     Return,
+    ReturnPages,
+    TakenPages,
+    TakePages,
     Welcome,
 )
 from umbp_connectors.pool.sharing.sockets import FrameSocket, check_peer
@@ -38,7 +45,7 @@ from umbp_core.errors import TierUnavailable
 from umbp_core.wire.codes import ErrorCode, WireError
 from umbp_core.wire.frames import FrameType
 
-Reply = TypeVar("Reply", Found, Lent, Granted, Count, PoolStats)
+Reply = TypeVar("Reply", Found, Lent, Granted, Count, PoolStats, TakenPages, Published)
 
 _DAEMONS_PART = 0.8
 """How much of a call's time the daemon gets to bring objects to DRAM: its answer must come while somebody listens."""
@@ -52,9 +59,10 @@ class Link:
     use then and has to be closed, which ends all that was lent and granted over it.
     """
 
-    def __init__(self, sock: FrameSocket, welcome: Welcome, arena: MappedArena) -> None:
+    def __init__(self, sock: FrameSocket, welcome: Welcome, arena: MappedArena, sequence: int = 0) -> None:
         self._socket = sock
-        self._sequence = 0
+        self.sequence = sequence
+        """Of the request that was sent last; numbers of loans and grants are such."""
         self.welcome = welcome
         self.arena = arena
 
@@ -77,7 +85,7 @@ class Link:
         )
         if len(places) > len(keys) or not sound:
             raise WireError(ErrorCode.MALFORMED, f"an answer about {len(keys)} objects does not fit them or the arena")
-        return self._sequence, places
+        return self.sequence, places
 
     def reserve(
         self, keys: Sequence[bytes], sizes: Sequence[int], depths: Sequence[int], deadline: float
@@ -87,7 +95,7 @@ class Link:
         pages = self.welcome.pages
         if len(places) > len(keys) or any(place >= pages for place in places):
             raise WireError(ErrorCode.MALFORMED, f"an answer about {len(keys)} objects does not fit them or the arena")
-        return self._sequence, places
+        return self.sequence, places
 
     def publish(self, number: int, checksums: Sequence[bytes], deadline: float) -> bool:
         """End a grant: what has a checksum can be read from now on, if the answer is true."""
@@ -96,6 +104,28 @@ class Link:
     def give_back(self, number: int, deadline: float) -> None:
         """End a loan or a grant.  Does not wait for the daemon."""
         self._send(Return(number), deadline)
+
+    def take_pages(self, count: int, deadline: float) -> list[int]:
+        """Pages to write to, without keys; may be fewer."""
+        return self._taken(TakePages(count), count, deadline).pages
+
+    def keep_pages(self, pages: Sequence[int], deadline: float) -> TakenPages:
+        """Give back what an earlier connection of the same life took, but these; which of them are held still."""
+        taken = self._taken(KeepPages(list(pages)), len(pages), deadline)
+        if not set(taken.pages) <= set(pages):
+            raise WireError(ErrorCode.MALFORMED, "an answer about pages speaks of others")
+        return taken
+
+    def return_pages(self, pages: Sequence[int], deadline: float) -> None:
+        """Give pages without keys back.  Does not wait for the daemon."""
+        self._send(ReturnPages(list(pages)), deadline)
+
+    def publish_pages(self, objects: Sequence[NewObject], deadline: float) -> list[int]:
+        """Publish what was written to pages without keys; the numbers of what became of them."""
+        statuses = self._ask(PublishPages(list(objects)), Published, deadline).statuses
+        if len(statuses) != len(objects):
+            raise WireError(ErrorCode.MALFORMED, f"an answer about {len(objects)} objects speaks of {len(statuses)}")
+        return statuses
 
     def doubt(self, keys: Sequence[bytes], deadline: float) -> None:
         """Have the daemon verify ``keys``, which did not verify here."""
@@ -117,23 +147,32 @@ class Link:
         """End the connection."""
         self._socket.close()
 
+    def _taken(self, request: TakePages | KeepPages, most: int, deadline: float) -> TakenPages:
+        taken = self._ask(request, TakenPages, deadline)
+        pages = taken.pages
+        if len(pages) > most or len(set(pages)) < len(pages) or max(pages, default=0) >= self.welcome.pages:
+            raise WireError(ErrorCode.MALFORMED, f"{len(pages)} pages were given that do not fit what was asked")
+        return taken
+
     def _ask(self, request: messages.Request, kind: type[Reply], deadline: float) -> Reply:
         self._send(request, deadline)
         what, sequence, payload = self._socket.receive(deadline)
-        if what != FrameType.REPLY or sequence != self._sequence:
+        if what != FrameType.REPLY or sequence != self.sequence:
             raise WireError(ErrorCode.PROTOCOL, "an answer to nothing that was asked")
         return messages.decode_as(kind, payload)
 
     def _send(self, request: messages.Request, deadline: float) -> None:
-        self._sequence += 1
-        self._socket.send(FrameType.REQUEST, self._sequence, messages.encode(request), deadline)
+        self.sequence += 1
+        self._socket.send(FrameType.REQUEST, self.sequence, messages.encode(request), deadline)
 
 
-def attach(path: Path, greeting: Attach, known: MappedArena | None, prefault: bool, deadline: float) -> Link:
+def attach(
+    path: Path, greeting: Attach, known: MappedArena | None, prefault: bool, deadline: float, sequence: int = 0
+) -> Link:
     """A link to the pool that ``greeting`` names, of the daemon at ``path``.
 
-    ``known`` is the arena that the greeting names as mapped.  Raises as the link does, and ``TierUnavailable`` when the
-    daemon does not want this client.
+    ``known`` is the arena that the greeting names as mapped.  Requests are numbered from ``sequence`` on.  Raises as
+    the link does, and ``TierUnavailable`` when the daemon does not want this client.
     """
     with contextlib.ExitStack() as undo:
         sock = _greet(path, greeting, undo, deadline)
@@ -150,7 +189,7 @@ def attach(path: Path, greeting: Attach, known: MappedArena | None, prefault: bo
             raise TierUnavailable(f"the daemon at {path} offers no memory")
         sock.allow(messages.FRAME_BYTES)
         undo.pop_all()
-    return Link(sock, welcome, arena)
+    return Link(sock, welcome, arena, sequence)
 
 
 def inspect(path: Path, deadline: float) -> Overview:

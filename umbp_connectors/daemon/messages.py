@@ -2,8 +2,12 @@
 
 Frames are those of :mod:`umbp_core.wire.frames`, in session 0.  A client's first frame attaches the connection to a
 pool, or asks for an overview; the welcome carries the arena's descriptor unless the client has mapped it already.
-Then each request has one reply, except :class:`Return`.  The number of a loan or a grant is the sequence of its
-request; it ends when it is returned or published, and with its connection.
+Then each request has one reply, except :class:`Return` and :class:`ReturnPages`.  The number of a loan or a grant is
+the sequence of its request; it ends when it is returned or published, and with its connection.
+
+Who copies by itself on several ranks attaches with a ``life``.  What it holds is not its connection's then: it may come
+back with the same life and finds it again, and otherwise it ends with the last of the connections that carried the same
+token when its own ended.  Sequences go on over the connections of a life.
 """
 
 from __future__ import annotations
@@ -13,14 +17,14 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
-from umbp_connectors.pool.sharing.messages import Found, Key, Lookup, Natural, Place, Refusal, Text
-from umbp_core.ids import Identity, RankScope
+from umbp_connectors.pool.sharing.messages import Found, Key, Lookup, Natural, Refusal, Text
+from umbp_core.ids import IDENTITY_BYTES, Identity, RankScope
 from umbp_core.ops import CHECKSUM_BYTES
 from umbp_core.wire.codes import ErrorCode, WireError
 
-__all__ = ["Found", "Lookup", "Place", "Refusal"]
+__all__ = ["Found", "Lookup", "Refusal"]
 
-REVISION = 1
+REVISION = 2
 GREETING_BYTES = 8 << 10
 FRAME_BYTES = 4 << 20
 """Payload of any later frame."""
@@ -29,18 +33,26 @@ KEYS = 1 << 14
 OBJECTS = 512
 """Objects of one loan or grant."""
 TOKEN_BYTES = 16
+STRIPES = 128
+"""Parts of an object, at most."""
+PAGES = 1 << 18
+"""Pages without keys of one client, at most: what one frame has room for."""
 TIMEOUT_MS = 3_600_000
 
 LENT = (GetStatus.MISS, GetStatus.DRAM, GetStatus.SSD, GetStatus.CORRUPT, GetStatus.TIMED_OUT)
 """The statuses of lent objects, by their number."""
 NOT_GRANTED = (PutStatus.PRESENT, PutStatus.NO_ROOM, PutStatus.TOO_LARGE)
 """Why there is no page: the first stands for -1, and so on."""
+PUBLISHED = (PutStatus.STORED, PutStatus.PRESENT, PutStatus.NO_ROOM, PutStatus.TOO_LARGE)
+"""What becomes of an object whose page had no key, by number."""
 
 Token = Annotated[bytes, msgspec.Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
 Size = Annotated[int, msgspec.Meta(gt=0, lt=1 << 48)]
 Small = Annotated[int, msgspec.Meta(ge=0, lt=1 << 20)]
 Keys = Annotated[list[Key], msgspec.Meta(max_length=OBJECTS)]
 Naturals = Annotated[list[Natural], msgspec.Meta(max_length=OBJECTS)]
+Prefix = Annotated[bytes, msgspec.Meta(min_length=IDENTITY_BYTES, max_length=IDENTITY_BYTES)]
+Pages = Annotated[list[Natural], msgspec.Meta(max_length=PAGES)]
 Milliseconds = Annotated[int, msgspec.Meta(ge=0, le=TIMEOUT_MS)]
 
 
@@ -63,7 +75,9 @@ class Attach(msgspec.Struct, array_like=True, frozen=True, tag=25):
     """A client's first frame: whose objects it wants, and how large a pool it would have, were there none yet.
 
     ``client`` is the same for all connections of one client.  ``mapped`` names the arena that it has mapped already, if
-    any.  ``rank``, ``ranks`` and ``ssd_share`` are those of ``LocalPoolConfig``.
+    any.  ``rank``, ``ranks`` and ``ssd_share`` are those of ``LocalPoolConfig``.  ``prefixes`` are the digests of the
+    identities of an object's parts, where several ranks have one each: ``layout`` and ``scope`` follow from them then.
+    ``life``, where it is not empty, is what holds what this connection takes and borrows.
     """
 
     revision: Natural
@@ -78,6 +92,8 @@ class Attach(msgspec.Struct, array_like=True, frozen=True, tag=25):
     ssd_share: Annotated[float, msgspec.Meta(gt=0, le=1)]
     mapped: Annotated[bytes, msgspec.Meta(max_length=TOKEN_BYTES)]
     label: Text
+    prefixes: Annotated[list[Prefix], msgspec.Meta(max_length=STRIPES)] = []
+    life: Annotated[bytes, msgspec.Meta(max_length=TOKEN_BYTES)] = b""
 
     @property
     def identity(self) -> Identity:
@@ -128,6 +144,15 @@ class Borrow(msgspec.Struct, array_like=True, frozen=True, tag=12):
     timeout_ms: Milliseconds
 
 
+class Place(msgspec.Struct, array_like=True, frozen=True):
+    """Where a lent object lies; see :class:`umbp_connectors.pool.lending.LentObject`."""
+
+    status: Annotated[int, msgspec.Meta(ge=0, lt=len(LENT))]
+    page: Natural
+    nbytes: Natural
+    checksum: Annotated[bytes, msgspec.Meta(max_length=CHECKSUM_BYTES * STRIPES)]
+
+
 class Lent(msgspec.Struct, array_like=True, frozen=True, tag=13):
     """The answer, in the order of the keys; about the first of them only, where the client has too much already."""
 
@@ -163,6 +188,60 @@ class Return(msgspec.Struct, array_like=True, frozen=True, tag=17):
     """The loan or grant ``number`` is over.  There is no answer."""
 
     number: Natural
+
+
+class TakePages(msgspec.Struct, array_like=True, frozen=True, tag=28):
+    """Give me so many pages to write to; I do not know the keys yet."""
+
+    count: Annotated[int, msgspec.Meta(ge=0, le=PAGES)]
+
+
+class KeepPages(msgspec.Struct, array_like=True, frozen=True, tag=29):
+    """After a connection broke: of the pages that I had I know these.  The others may go."""
+
+    pages: Pages
+
+
+class TakenPages(msgspec.Struct, array_like=True, frozen=True, tag=30):
+    """The answer to both: pages that have no key and are the client's (of :class:`TakePages` the new ones only).
+
+    ``held`` is whether the daemon knew of anything that this client holds, when it attached.
+    """
+
+    pages: Pages
+    held: bool
+
+
+class ReturnPages(msgspec.Struct, array_like=True, frozen=True, tag=31):
+    """Nobody writes to these pages any more.  There is no answer."""
+
+    pages: Pages
+
+
+class NewObject(msgspec.Struct, array_like=True, frozen=True):
+    """An object in a page that had no key.
+
+    ``nbytes`` is the size of one part of it, ``depth`` its place in its prefix chain; ``checksums`` has 16 bytes for
+    each part.
+    """
+
+    page: Natural
+    key: Key
+    nbytes: Natural
+    depth: Natural
+    checksums: Annotated[bytes, msgspec.Meta(max_length=CHECKSUM_BYTES * STRIPES)]
+
+
+class PublishPages(msgspec.Struct, array_like=True, frozen=True, tag=32):
+    """These are written."""
+
+    objects: Annotated[list[NewObject], msgspec.Meta(max_length=OBJECTS)]
+
+
+class Published(msgspec.Struct, array_like=True, frozen=True, tag=33):
+    """The answer: what became of each (``PUBLISHED``).  Only the pages of the first kind are the pool's now."""
+
+    statuses: Annotated[list[Annotated[int, msgspec.Meta(ge=0, lt=len(PUBLISHED))]], msgspec.Meta(max_length=OBJECTS)]
 
 
 class Doubt(msgspec.Struct, array_like=True, frozen=True, tag=18):
@@ -229,7 +308,21 @@ class Overview(msgspec.Struct, frozen=True, tag=24):
     pools: list[PoolView]
 
 
-Request = Lookup | Borrow | Reserve | Publish | Return | Doubt | Clear | Flush | AskStats
+Request = (
+    Lookup
+    | Borrow
+    | Reserve
+    | Publish
+    | Return
+    | Doubt
+    | Clear
+    | Flush
+    | AskStats
+    | TakePages
+    | KeepPages
+    | ReturnPages
+    | PublishPages
+)
 Greeting = Attach | Inspect
 M = TypeVar("M")
 

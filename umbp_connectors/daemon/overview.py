@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 
-from umbp_connectors.daemon.keeper import KeptPool, PoolKeeper
+from umbp_connectors.daemon.keeper import PoolKeeper
+from umbp_connectors.daemon.kept import KeptPool
 from umbp_connectors.daemon.messages import LENT, Overview, PoolStats, PoolView, TierFill
 from umbp_core.errors import StateError
 from umbp_core.tiers import Tier

@@ -6,12 +6,13 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from umbp_connectors.daemon import messages
-from umbp_connectors.daemon.keeper import KeptPool, PoolKeeper
+from umbp_connectors.daemon.holdings import HeldGrant, Holdings
+from umbp_connectors.daemon.keeper import PoolKeeper
+from umbp_connectors.daemon.kept import KeptPool
 from umbp_connectors.daemon.messages import (
     AskStats,
     Attach,
@@ -23,22 +24,29 @@ from umbp_connectors.daemon.messages import (
     Found,
     Granted,
     Inspect,
+    KeepPages,
     Lent,
     Lookup,
     Place,
     PoolStats,
     Publish,
+    Published,
+    PublishPages,
     Refusal,
     Reserve,
     Return,
+    ReturnPages,
+    TakenPages,
+    TakePages,
     Welcome,
 )
 from umbp_connectors.daemon.overview import overview_of, stats_of
-from umbp_connectors.pool.granting import Grant
-from umbp_connectors.pool.lending import LentObject, Loan
+from umbp_connectors.pool.books import Filled
+from umbp_connectors.pool.lending import LentObject
 from umbp_connectors.pool.outcomes import PutStatus
 from umbp_connectors.pool.sharing.sockets import FrameSocket, check_peer
 from umbp_core.errors import AccessDenied, UmbpError
+from umbp_core.ops import CHECKSUM_BYTES
 from umbp_core.wire.codes import ErrorCode, WireError
 from umbp_core.wire.frames import FrameType
 
@@ -46,32 +54,19 @@ logger = logging.getLogger(__name__)
 
 TALK_S = 10.0
 """How long a client may take to greet, and to take an answer."""
-_MAX_HELD = 256
-"""Loans and grants of one connection."""
 _LENT_NUMBER = {status: number for number, status in enumerate(messages.LENT)}
 _NOT_GRANTED_NUMBER = {status: -1 - number for number, status in enumerate(messages.NOT_GRANTED)}
+_PUBLISHED_NUMBER = {status: number for number, status in enumerate(messages.PUBLISHED)}
 
-Reply = Found | Lent | Granted | Count | PoolStats
-
-
-@dataclass(frozen=True, slots=True)
-class _HeldLoan:
-    loan: Loan
-    pages: int
-    until: float
-
-
-@dataclass(frozen=True, slots=True)
-class _HeldGrant:
-    grant: Grant
-    keys: Sequence[bytes]
+Reply = Found | Lent | Granted | Count | PoolStats | TakenPages | Published
 
 
 class Session:
     """Serves one connection in the thread that calls :meth:`run`.  ``lease_s`` is how long a loan may last.
 
-    A grant lasts as long as its connection: whoever may write to a page must not lose it while it does.  A process that
-    dies has its connections closed by the system, after its last thread has ended.
+    A grant lasts as long as its connection, and where the client has a life, as long as those of its other processes:
+    whoever may write to a page must not lose it while it does.  A process that dies has its connections closed by the
+    system, after its last thread has ended.
     """
 
     def __init__(self, keeper: PoolKeeper, sock: socket.socket, lease_s: float, refused: str = "") -> None:
@@ -80,8 +75,9 @@ class Session:
         self._socket = FrameSocket(sock, (FrameType.HELLO, FrameType.REQUEST), messages.GREETING_BYTES)
         self._lease_s = lease_s
         self._refused = refused
-        self._loans: dict[int, _HeldLoan] = {}
-        self._grants: dict[int, _HeldGrant] = {}
+        self._holdings: Holdings
+        self._turn = 0
+        self._known = False
         self._client = b""
         self._busy = True
         self._draining = False
@@ -120,11 +116,13 @@ class Session:
 
     def _attached(self, greeting: Attach, sequence: int) -> None:
         try:
-            with self._keeper.attached(greeting) as kept:
+            with self._keeper.attached(greeting) as (kept, number):
+                self._holdings, self._turn, self._known = kept.holdings(number, greeting)
                 try:
                     self._serve(kept, greeting, sequence)
                 finally:
-                    self._give_up(kept)
+                    if not greeting.life:
+                        kept.put_back(greeting.client, self._holdings.close())
         except AccessDenied:
             raise
         except UmbpError as error:
@@ -136,8 +134,8 @@ class Session:
         self._client = greeting.client
         self._welcome(kept, greeting, sequence)
         self._socket.allow(messages.FRAME_BYTES)
-        while not self._draining or self._loans or self._grants:
-            self._busy = bool(self._loans or self._grants)
+        while not self._draining or self._holdings.is_busy:
+            self._busy = self._holdings.is_busy
             if self._draining and not self._busy:
                 return
             kind, sequence, payload = self._next(kept)
@@ -146,23 +144,25 @@ class Session:
                 raise WireError(ErrorCode.PROTOCOL, "a second greeting")
             request = messages.decode_request(payload)
             if isinstance(request, Return):
-                self._return(kept, request.number)
+                kept.put_back(self._client, self._holdings.end(request.number))
+                continue
+            if isinstance(request, ReturnPages):
+                kept.put_back(self._client, self._holdings.give_back(self._turn, request.pages))
                 continue
             answer = self._answer(kept, sequence, request)
             self._send(FrameType.REPLY, sequence, messages.encode(answer))
 
     def _next(self, kept: KeptPool) -> tuple[int, int, memoryview]:
         """The next frame; loans that last too long end meanwhile."""
-        while self._loans:
+        while True:
+            until = self._holdings.next_lease()
             try:
-                return self._socket.receive(min(held.until for held in self._loans.values()))
+                return self._socket.receive(until)
             except TimeoutError:
-                now = time.monotonic()
-                late = [number for number, held in self._loans.items() if held.until <= now]
-                logger.warning("umbp: a client keeps what it was lent for too long; its lease has ended")
-                for number in late:
-                    self._return(kept, number)
-        return self._socket.receive(None)
+                late, pages = self._holdings.end_late()
+                kept.put_back(self._client, pages)
+                if late:
+                    logger.warning("umbp: a client keeps what it was lent for too long; its lease has ended")
 
     def _problem(self, greeting: Attach | Inspect) -> str:
         if self._refused:
@@ -194,66 +194,76 @@ class Session:
         return Found((there + b"\x00").index(0), there)
 
     def _lend(self, kept: KeptPool, number: int, request: Borrow) -> Lent:
-        self._check_number(number)
+        self._holdings.check_number(number)
         allowed = kept.take(self._client, len(request.keys))
-        held = None
+        pages = 0
         try:
             loan = kept.pool.lend(request.keys[:allowed], request.timeout_ms / 1000)
-            pages = sum(lent.status.hit for lent in loan.objects)
-            held = self._loans[number] = _HeldLoan(loan, pages, time.monotonic() + self._lease_s)
+            pages = self._holdings.add_loan(self._turn, number, loan, time.monotonic() + self._lease_s)
         finally:
-            kept.put_back(self._client, allowed - (held.pages if held is not None else 0))
-        kept.count_lent(lent.status for lent in held.loan.objects)
-        return Lent([_place(lent) for lent in held.loan.objects])
+            kept.put_back(self._client, allowed - pages)
+        kept.count_lent(lent.status for lent in loan.objects)
+        return Lent([_place(lent) for lent in loan.objects])
 
     def _grant(self, kept: KeptPool, number: int, request: Reserve) -> Granted:
-        self._check_number(number)
+        self._holdings.check_number(number)
         if not len(request.keys) == len(request.sizes) == len(request.depths):
             raise WireError(ErrorCode.MALFORMED, "keys, sizes and depths of a request do not match")
+        if kept.pool.stripes.count > 1:
+            raise WireError(ErrorCode.INVALID_REQUEST, "objects of several parts are written to pages without keys")
         allowed = kept.take(self._client, len(request.keys))
-        held = None
+        pages = 0
         try:
             part = slice(allowed)
             grant = kept.pool.grant(request.keys[part], request.sizes[part], request.depths[part])
-            held = self._grants[number] = _HeldGrant(grant, request.keys[part])
+            pages = self._holdings.add_grant(self._turn, number, HeldGrant(grant, request.keys[part]))
         finally:
-            kept.put_back(self._client, allowed - (held.grant.pages if held is not None else 0))
-        return Granted([_NOT_GRANTED_NUMBER[p] if isinstance(p, PutStatus) else p for p in held.grant.places])
+            kept.put_back(self._client, allowed - pages)
+        return Granted([_NOT_GRANTED_NUMBER[p] if isinstance(p, PutStatus) else p for p in grant.places])
 
     def _publish(self, kept: KeptPool, number: int, request: Publish) -> Count:
-        held = self._grants.pop(request.number, None)
-        if held is None or len(request.checksums) != len(held.keys):
-            if held is not None:
-                self._discard(kept, held)
-            raise WireError(ErrorCode.INVALID_REQUEST, f"grant {request.number} is not held, or has another length")
-        pairs = zip(held.keys, request.checksums, strict=True)
+        held = self._holdings.pop_grant(request.number)
         try:
+            if held is None or len(request.checksums) != len(held.keys):
+                raise WireError(ErrorCode.INVALID_REQUEST, f"grant {request.number} is not held, or has another length")
+            pairs = zip(held.keys, request.checksums, strict=True)
             return Count(int(held.grant.publish({key: checksum for key, checksum in pairs if checksum})))
         finally:
-            self._discard(kept, held)
+            if held is not None:
+                held.grant.discard()
+                kept.put_back(self._client, held.grant.pages)
 
-    def _return(self, kept: KeptPool, number: int) -> None:
-        """End a loan or a grant; one that ended by itself is no mistake."""
-        loan = self._loans.pop(number, None)
-        if loan is not None:
-            loan.loan.release()
-            kept.put_back(self._client, loan.pages)
-        grant = self._grants.pop(number, None)
-        if grant is not None:
-            self._discard(kept, grant)
+    def _take_pages(self, kept: KeptPool, number: int, request: TakePages) -> TakenPages:
+        allowed = 0 if self._draining else kept.take(self._client, min(request.count, messages.OBJECTS))
+        taken: list[int] = []
+        try:
+            taken = self._holdings.take(self._turn, allowed)
+        finally:
+            kept.put_back(self._client, allowed - len(taken))
+        return TakenPages(taken, self._known)
 
-    def _discard(self, kept: KeptPool, held: _HeldGrant) -> None:
-        held.grant.discard()
-        kept.put_back(self._client, held.grant.pages)
+    def _keep_pages(self, kept: KeptPool, number: int, request: KeepPages) -> TakenPages:
+        pages, gone = self._holdings.keep(self._turn, request.pages)
+        kept.put_back(self._client, gone)
+        return TakenPages(pages, self._known)
 
-    def _give_up(self, kept: KeptPool) -> None:
-        """The client is gone: nobody holds anything any more."""
-        for number in [*self._loans, *self._grants]:
-            self._return(kept, number)
-
-    def _check_number(self, number: int) -> None:
-        if number in self._loans or number in self._grants or len(self._loans) + len(self._grants) >= _MAX_HELD:
-            raise WireError(ErrorCode.INVALID_REQUEST, f"loan or grant {number} is held already, or there are too many")
+    def _publish_pages(self, kept: KeptPool, number: int, request: PublishPages) -> Published:
+        stripes = kept.pool.stripes
+        if any(len(each.checksums) != stripes.count * CHECKSUM_BYTES for each in request.objects):
+            raise WireError(ErrorCode.MALFORMED, f"an object has no checksum for each of its {stripes.count} parts")
+        filled = [
+            Filled(
+                each.page,
+                each.key,
+                stripes.whole(each.nbytes) if 0 < each.nbytes <= stripes.nbytes_each else 0,
+                each.depth,
+                each.checksums,
+            )
+            for each in request.objects
+        ]
+        statuses = self._holdings.publish(self._turn, filled)
+        kept.put_back(self._client, statuses.count(PutStatus.STORED))
+        return Published([_PUBLISHED_NUMBER[status] for status in statuses])
 
 
 def _place(lent: LentObject) -> Place:
@@ -269,5 +279,8 @@ _ANSWERS: dict[type[Any], Callable[[Session, KeptPool, int, Any], Reply]] = {
     Clear: lambda session, kept, number, request: Count(kept.pool.clear()),
     Flush: lambda session, kept, number, request: Count(int(kept.pool.flush(request.timeout_ms / 1000))),
     AskStats: lambda session, kept, number, request: stats_of(kept),
+    TakePages: Session._take_pages,
+    KeepPages: Session._keep_pages,
+    PublishPages: Session._publish_pages,
 }
-"""What answers a request; ``Return`` has no answer."""
+"""What answers a request; ``Return`` and ``ReturnPages`` have no answer."""

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from umbp_connectors.pool.arena import Arena
-from umbp_connectors.pool.books import Books
+from umbp_connectors.pool.books import Books, Filled
 from umbp_connectors.pool.buffers import View
-from umbp_connectors.pool.checksums import copy_checksummed, object_checksum
+from umbp_connectors.pool.checksums import copy_checksummed
 from umbp_connectors.pool.demoter import Demoter
-from umbp_connectors.pool.granting import Grant
+from umbp_connectors.pool.granting import Grant, PageStock
 from umbp_connectors.pool.lending import LentObject, Loan
 from umbp_connectors.pool.loads import LoadBatch, Loader, WantedLoad
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
@@ -28,6 +28,7 @@ from umbp_connectors.pool.rows import (
 )
 from umbp_connectors.pool.shares import CopyShares
 from umbp_connectors.pool.staged import StagedPut
+from umbp_connectors.pool.stripes import Stripes
 from umbp_core.directory import Copy
 from umbp_core.tiers import Tier
 
@@ -73,17 +74,19 @@ class _Stage:
 class BatchMover:
     """Put and get for one open pool.  Any number of threads may call at once.
 
-    ``arena`` is open.  ``prefix`` is the identity's digest, the first part of every object key.  A batch is split into
-    shares for ``copy_threads`` threads, of which the caller is one.  These copy from memory to memory only and look at
-    the deadline before each object, so that they never keep a caller for long; what is on SSD is left to the loader.
+    ``arena`` is open.  Objects of several ``stripes`` can only be lent, and published out of a stock.  A batch is split
+    into shares for ``copy_threads`` threads, of which the caller is one.  These copy from memory to memory only and
+    look at the deadline before each object, so that they never keep a caller for long; what is on SSD is left to the
+    loader.
     """
 
-    def __init__(self, books: Books, arena: Arena, prefix: bytes, copy_threads: int) -> None:
+    def __init__(self, books: Books, arena: Arena, stripes: Stripes, copy_threads: int) -> None:
         self._books = books
         self._pages = arena.array
         # What is being written cannot be evicted: all threads together must not need the whole arena for it.
         self._chunk = max(1, min(_CHUNK, _CHUNK_BYTES // arena.page_bytes, arena.pages // (2 * max(1, copy_threads))))
-        self._prefix = prefix
+        self._stripes = stripes
+        self._prefix = stripes.prefixes[0]
         self._loader: Loader | None = None
         self._demoter: Demoter | None = None
         self._shares = CopyShares(copy_threads)
@@ -122,6 +125,10 @@ class BatchMover:
         with self._lock:
             self.puts.update(place for place in places if isinstance(place, PutStatus))
         return Grant(keys, places, lambda written: self._settle_grant(owner, written))
+
+    def stock(self) -> PageStock:
+        """Pages of DRAM for somebody else to write to before it knows the keys; none yet."""
+        return PageStock(self._books, self._settle_stock)
 
     def get(self, keys: Sequence[bytes], views: Views, deadline: float | None) -> list[GetStatus]:
         """Copy the objects under ``keys`` into ``views``, verified."""
@@ -179,7 +186,7 @@ class BatchMover:
                 if copy is None:
                     continue
                 page = self._pages[copy.pages[0], : copy.nbytes]
-                if object_checksum(self._prefix + key, page) != copy.checksum:
+                if self._stripes.checksum(key, page) != copy.checksum:
                     self._books.drop(key, Tier.DRAM, copy)
                     bad += 1
         finally:
@@ -261,6 +268,16 @@ class BatchMover:
             with self._lock:
                 self.puts[PutStatus.STORED] += len(written)
         return done
+
+    def _settle_stock(self, owner: str, filled: Sequence[Filled]) -> list[PutStatus]:
+        if self._closed:
+            return [PutStatus.NO_ROOM] * len(filled)
+        statuses = self._books.publish_blank(owner, filled)
+        pairs = zip(filled, statuses, strict=True)
+        self._demote({each.key: each.checksum for each, status in pairs if status is PutStatus.STORED})
+        with self._lock:
+            self.puts.update(statuses)
+        return statuses
 
     def _demote(self, written: Mapping[bytes, bytes]) -> None:
         if self._demoter is not None and written:

@@ -26,6 +26,26 @@ class Wanted(NamedTuple):
     depth: int
 
 
+class Filled(NamedTuple):
+    """What somebody wrote to a page that it had before it knew the key: all parts of ``nbytes`` bytes together."""
+
+    page: int
+    key: bytes
+    nbytes: int
+    depth: int
+    checksum: bytes
+
+
+class _Blank(NamedTuple):
+    """A page without a key: by what the directory knows it, and how many clears there were when it was given."""
+
+    name: bytes
+    clears: int
+
+
+_BLANK = bytes(512)
+"""How the names of pages without keys begin: no key that a client may choose is as long."""
+
 Holdings = Callable[[], list[tuple[Tier, list[bytes]]]]
 """Everything that is published, tier by tier."""
 
@@ -71,6 +91,9 @@ class Books:
         """Owners that have reserved something."""
         self._void: set[str] = set()
         """Those of them that began before a clear: what they write is not published."""
+        self._blank: dict[str, dict[int, _Blank]] = {}
+        """Pages without keys, by owner."""
+        self._clears = 0
 
     def add_ssd(self, slots: int, catalogue: Catalogue, rows: Iterable[CatalogueRow], fence: ReadFence) -> int:
         """Manage ``slots`` slots too and restore ``rows`` into them; returns how many.  Before any other call.
@@ -164,6 +187,51 @@ class Books:
         with self._lock:
             return self._settle(owner, written, tier)
 
+    def reserve_blank(self, owner: str, count: int) -> list[int]:
+        """Up to ``count`` pages of DRAM for objects whose keys are not known yet; evicts."""
+        with self._lock:
+            wanted = [(_BLANK + b"%d" % next(self._numbers), self._page_bytes, 0) for _ in range(count)]
+            places = self._directory.reserve_many(owner, wanted, Tier.DRAM)
+            taken = {
+                pages[0]: _Blank(name, self._clears)
+                for (name, _, _), pages in zip(wanted, places, strict=True)
+                if pages is not None
+            }
+            self._blank.setdefault(owner, {}).update(taken)
+            self._follow()
+        return list(taken)
+
+    def publish_blank(self, owner: str, filled: Sequence[Filled]) -> list[PutStatus]:
+        """Publish what ``owner`` wrote to pages without keys.  What is not ``STORED`` leaves its page as it was.
+
+        What was given before the last clear is refused once, with ``NO_ROOM``: its bytes may be older than that.
+        Raises ``StateError``, with nothing changed, when a page is not the owner's, or named twice.
+        """
+        with self._lock:
+            mine = self._blank.get(owner, {})
+            pages = {each.page for each in filled}
+            if len(pages) < len(filled) or not pages <= mine.keys():
+                raise StateError(f"{owner} publishes pages that it does not have, or one of them twice")
+            statuses = [self._publish_one(owner, mine, each) for each in filled]
+            self._follow()
+        return statuses
+
+    def free_blank(self, owner: str, pages: Iterable[int]) -> None:
+        """``owner`` gives these pages without keys back.  Raises ``StateError`` when it does not have one of them."""
+        with self._lock:
+            mine = self._blank.get(owner, {})
+            for page in pages:
+                blank = mine.pop(page, None)
+                if blank is None:
+                    raise StateError(f"{owner} gives page {page} back, which it does not have")
+                self._directory.abort(owner, blank.name, Tier.DRAM)
+
+    def end_blank(self, owner: str) -> None:
+        """``owner`` has no pages without keys any more."""
+        with self._lock:
+            self._blank.pop(owner, None)
+            self._directory.abort_owner(owner)
+
     def begin_load(self, owner: str, key: bytes, copy: Copy) -> tuple[Copy, int | None] | None:
         """Pin ``copy`` (on SSD) of ``key`` and reserve a page of DRAM for it; returns it and the page, if there is one.
 
@@ -221,6 +289,7 @@ class Books:
         """Forget everything that is published or being written; returns how many copies were published."""
         with self._lock:
             self._void |= self._writing
+            self._clears += 1
             tiers = (Tier.DRAM, Tier.SSD) if self._catalogue is not None else (Tier.DRAM,)
             gone = sum(self._directory.clear(tier) for tier in tiers)
             self._follow()
@@ -266,6 +335,21 @@ class Books:
         self._directory.abort_owner(owner)
         self._follow()
         return valid
+
+    def _publish_one(self, owner: str, mine: dict[int, _Blank], filled: Filled) -> PutStatus:
+        page, key, nbytes, depth, checksum = filled
+        blank = mine[page]
+        if not 0 < nbytes <= self._page_bytes:
+            return PutStatus.TOO_LARGE
+        if blank.clears != self._clears:
+            mine[page] = _Blank(blank.name, self._clears)
+            return PutStatus.NO_ROOM
+        if self._directory.is_present_or_pending(key, Tier.DRAM):
+            return PutStatus.PRESENT
+        del mine[page]
+        self._directory.abort(owner, blank.name, Tier.DRAM)
+        self._directory.restore(key, Tier.DRAM, (page,), nbytes, checksum, depth)
+        return PutStatus.STORED
 
     def _follow(self) -> None:
         """Tell the catalogue what changed on SSD, and the observer everything, in order.  With the lock held."""

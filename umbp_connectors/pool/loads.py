@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 from umbp_connectors.pool.books import Books
 from umbp_connectors.pool.buffers import Bytes, View, round_up
-from umbp_connectors.pool.checksums import copy_checksummed, object_checksum
+from umbp_connectors.pool.checksums import copy_checksummed
 from umbp_connectors.pool.fence import ReadFence
 from umbp_connectors.pool.io import IoThreads
 from umbp_connectors.pool.outcomes import GetStatus
 from umbp_connectors.pool.slab import ALIGNMENT
+from umbp_connectors.pool.stripes import Stripes
 from umbp_connectors.tier_ports import Slots
 from umbp_core.directory import Copy
 from umbp_core.errors import TierUnavailable, TransferError
@@ -110,10 +111,10 @@ class Load:
         return GetStatus.SSD
 
     def _deliver(self, view: View | None, data: Bytes) -> bytes:
-        object_key = self._loader.prefix + self.key
+        stripes = self._loader.stripes
         if view is None:
-            return object_checksum(object_key, data)
-        return copy_checksummed(object_key, view, data)
+            return stripes.checksum(self.key, data)
+        return copy_checksummed(stripes.prefixes[0] + self.key, view, data)
 
 
 class LoadBatch:
@@ -202,7 +203,7 @@ class Loader:
         books: Books,
         pages: Bytes,
         slab: Slots,
-        prefix: bytes,
+        stripes: Stripes,
         threads: IoThreads,
         fence: ReadFence,
         patience_s: float,
@@ -210,7 +211,7 @@ class Loader:
         self.books = books
         self.pages = pages
         self.slab = slab
-        self.prefix = prefix
+        self.stripes = stripes
         self.fence = fence
         self.patience_s = patience_s
         self._threads = threads

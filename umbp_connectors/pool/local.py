@@ -13,7 +13,7 @@ from umbp_connectors.pool.arena import Arena
 from umbp_connectors.pool.batches import BatchMover, PutBatch
 from umbp_connectors.pool.books import Books, PoolObserver
 from umbp_connectors.pool.buffers import ScatteredSource, ScatteredTarget, round_up
-from umbp_connectors.pool.granting import Grant
+from umbp_connectors.pool.granting import Grant, PageStock
 from umbp_connectors.pool.lending import ArenaOffer, Loan
 from umbp_connectors.pool.outcomes import GetStatus, PoolCounters, PutStatus
 from umbp_connectors.pool.rows import targets_of, views_of
@@ -21,6 +21,7 @@ from umbp_connectors.pool.settings import LocalPoolConfig
 from umbp_connectors.pool.slab import ALIGNMENT
 from umbp_connectors.pool.ssd import PoolSsd, open_ssd
 from umbp_connectors.pool.staged import StagedPut
+from umbp_connectors.pool.stripes import Stripes
 from umbp_core.directory import TierStats
 from umbp_core.errors import ConfigError, StateError
 from umbp_core.ids import Identity
@@ -71,6 +72,12 @@ class LocalPool:
         """Bytes that an object takes in each tier."""
         return round_up(self._config.object_bytes, ALIGNMENT)
 
+    @property
+    def stripes(self) -> Stripes:
+        """How each page is divided among ranks; one stripe unless the configuration names several."""
+        prefixes = self._config.prefixes or (self._identity.digest,)
+        return Stripes(prefixes, self.page_bytes // len(prefixes))
+
     def observe(self, observer: PoolObserver) -> None:
         """Tell ``observer`` whatever becomes or stops being readable, from :meth:`open` on.  Closing is not told.
 
@@ -106,8 +113,8 @@ class LocalPool:
             arena.open()
             undo.callback(arena.close)
             books = Books(self.page_bytes, pages, config.eviction, self._observer, config.block_of)
-            mover = BatchMover(books, arena, self._identity.digest, config.copy_threads)
-            ssd = open_ssd(self._identity, config, self.page_bytes, books, arena, self._clock)
+            mover = BatchMover(books, arena, self.stripes, config.copy_threads)
+            ssd = open_ssd(self._identity, config, self.stripes, books, arena, self._clock)
             if ssd is not None:
                 mover.use_ssd(ssd.loader, ssd.demoter)
             undo.pop_all()
@@ -127,6 +134,7 @@ class LocalPool:
         not on the device by then is ``VOLATILE``.  Raises ``StateError`` when the pool is closed, ``ValueError`` when
         the arguments do not match.
         """
+        self._check_whole()
         batch = _put_batch(keys, buffers, depths, timeout)
         with self._using() as parts:
             statuses = parts.mover.put(batch)
@@ -145,6 +153,7 @@ class LocalPool:
 
         Until it is published or discarded, its pages are taken and others who put the same keys are told ``PRESENT``.
         """
+        self._check_whole()
         batch = _put_batch(keys, buffers, depths, timeout)
         with self._using() as parts:
             return parts.mover.stage(batch)
@@ -158,6 +167,7 @@ class LocalPool:
         buffers any more, whatever the disk does.  Raises ``StateError`` when the pool is closed, ``ValueError`` when
         the arguments do not match.
         """
+        self._check_whole()
         deadline = _deadline(timeout)
         views = targets_of(buffers)
         if views is None or len(keys) != len(views):
@@ -189,11 +199,20 @@ class LocalPool:
         Nobody can read them before the grant is published; until it is published or discarded, its pages are taken and
         others who put the same keys are told ``PRESENT``.  Raises ``StateError`` when the pool is closed.
         """
+        self._check_whole()
         places = depths if depths is not None else [0] * len(keys)
         if not len(keys) == len(sizes) == len(places):
             raise ValueError(f"{len(keys)} keys, {len(sizes)} sizes and {len(places)} depths do not match")
         with self._using() as parts:
             return parts.mover.grant(keys, sizes, places)
+
+    def stock(self) -> PageStock:
+        """Let somebody write objects in place (:meth:`arena_offer`) before it knows under which keys.
+
+        The stock is empty at first.  Raises ``StateError`` when the pool is closed.
+        """
+        with self._using() as parts:
+            return parts.mover.stock()
 
     def check(self, keys: Sequence[bytes]) -> int:
         """Verify what lies in DRAM under ``keys``, and forget what is bad there; returns how many objects that were."""
@@ -267,6 +286,10 @@ class LocalPool:
         if parts.ssd is not None:
             parts.ssd.close(timeout)
         parts.arena.close()
+
+    def _check_whole(self) -> None:
+        if len(self._config.prefixes) > 1:
+            raise StateError("objects of this pool consist of the parts of several ranks; use lend() and stock()")
 
     def _opened(self) -> _Parts:
         parts = self._parts

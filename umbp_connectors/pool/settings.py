@@ -34,6 +34,9 @@ class LocalPoolConfig:
     ``make_ssd_gate`` makes what decides which objects go to SSD; without it all do.  ``make_ssd`` opens the slots below
     DRAM in place of a slab file; what lies in them is written down below ``ssd_dir`` all the same.  ``durability`` says
     when what is on SSD survives a power failure; with `strict`, a put waits for that.
+
+    ``prefixes`` are the digests of the identities that the parts of an object have, where it consists of those of
+    several ranks; see :class:`~umbp_connectors.pool.stripes.Stripes`.
     """
 
     object_bytes: int
@@ -60,6 +63,7 @@ class LocalPoolConfig:
     make_ssd: Callable[[SsdTierSpec], SsdTier] | None = None
     make_ssd_gate: GateMaker | None = None
     durability: Durability = "batched"
+    prefixes: tuple[bytes, ...] = ()
 
 
 def local_pool_config(
@@ -73,6 +77,7 @@ def local_pool_config(
     ssd_share: float = 1.0,
     make_ssd: Callable[[SsdTierSpec], SsdTier] | None = None,
     make_ssd_gate: GateMaker | None = None,
+    prefixes: tuple[bytes, ...] = (),
 ) -> LocalPoolConfig:
     """The pool that the user's ``config`` asks for; what it cannot know is given, see :class:`LocalPoolConfig`."""
     return LocalPoolConfig(
@@ -94,4 +99,5 @@ def local_pool_config(
         make_ssd=make_ssd,
         make_ssd_gate=make_ssd_gate,
         durability=config.ssd_durability,
+        prefixes=prefixes,
     )

@@ -22,6 +22,7 @@ from umbp_connectors.pool.io import IoThreads, Task
 from umbp_connectors.pool.loads import Loader
 from umbp_connectors.pool.outcomes import PutStatus
 from umbp_connectors.pool.settings import LocalPoolConfig
+from umbp_connectors.pool.stripes import Stripes
 from umbp_connectors.tier_ports import SsdTier
 from umbp_core.errors import TierUnavailable, TransferError
 from umbp_core.ids import Identity
@@ -87,7 +88,7 @@ class PoolSsd:
 
 
 def open_ssd(
-    identity: Identity, config: LocalPoolConfig, page_bytes: int, books: Books, arena: Arena, clock: Clock
+    identity: Identity, config: LocalPoolConfig, stripes: Stripes, books: Books, arena: Arena, clock: Clock
 ) -> PoolSsd | None:
     """Take the folder and restore into ``books`` what an earlier life left there.
 
@@ -95,6 +96,7 @@ def open_ssd(
     """
     if config.ssd_dir is None:
         return None
+    page_bytes = arena.page_bytes
     with contextlib.ExitStack() as undo:
         try:
             tier = _tier(identity, config, config.ssd_dir, page_bytes)
@@ -104,7 +106,7 @@ def open_ssd(
             folder = RankFolder(config.ssd_dir, identity.namespace, config.rank)
             folder.open(config.patience_s)
             undo.callback(folder.close)
-            catalogue = _catalogue(identity, folder, tier.slots, page_bytes, config.durability)
+            catalogue = _catalogue(identity, folder, tier.slots, page_bytes, stripes, config.durability)
             rows = catalogue.open()
         except TierUnavailable as error:
             logger.warning("the SSD tier is off: %s", error)
@@ -119,7 +121,7 @@ def open_ssd(
         demoter = Demoter(books, arena, tier.slab, config.demote_threads, WriteFence(clock, config.ssd_retry_s))
         demoter.ask(config.make_ssd_gate, clock)
         threads = IoThreads(config.io_threads, page_bytes, "umbp-load")
-        loader = Loader(books, arena.array, tier.slab, identity.digest, threads, fence, config.ssd_timeout_s)
+        loader = Loader(books, arena.array, tier.slab, stripes, threads, fence, config.ssd_timeout_s)
         demoter.start()
         threads.start()
         undo.pop_all()
@@ -159,16 +161,16 @@ def _tier(identity: Identity, config: LocalPoolConfig, ssd_dir: Path, page_bytes
 
 
 def _catalogue(
-    identity: Identity, folder: RankFolder, slots: int, page_bytes: int, durability: Durability
+    identity: Identity, folder: RankFolder, slots: int, page_bytes: int, stripes: Stripes, durability: Durability
 ) -> Catalogue:
     digest = identity.digest
     return Catalogue(
         folder.path / f"catalogue-{digest.hex()[:12]}.sqlite",
         digest,
-        1,
+        stripes.count,
         slots=slots,
         slot_bytes=page_bytes,
-        max_bytes=catalogue_allowance(slots, 1),
+        max_bytes=catalogue_allowance(slots, stripes.count),
         durability=durability,
-        about={"layouts": identity.layout, "prefixes": digest},
+        about={"layouts": identity.layout, "prefixes": b"".join(stripes.prefixes)},
     )

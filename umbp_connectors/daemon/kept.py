@@ -1,0 +1,183 @@
+"""A pool of the daemon, with the clients that it has and what each of them holds of it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from umbp_connectors.daemon.holdings import Holdings
+from umbp_connectors.daemon.messages import TOKEN_BYTES, Attach
+from umbp_connectors.pool.local import LocalPool
+from umbp_connectors.pool.outcomes import GetStatus
+from umbp_core.errors import TierUnavailable, UmbpError
+
+
+@dataclass(slots=True)
+class _Engine:
+    """What an engine holds over all its connections.  ``speaker`` is the connection that speaks for it.
+
+    When there is none, it is kept as long as one of the ``witnesses`` lasts: connections of the same client that were
+    there when the last speaker left.  Their processes may still copy.
+    """
+
+    holdings: Holdings
+    speaker: int
+    witnesses: set[int] = field(default_factory=set)
+
+
+class KeptPool:
+    """A pool of the daemon, the clients that it has, and how many of its pages each of them holds.  Any thread."""
+
+    def __init__(self, pool: LocalPool, pages: int, page_bytes: int) -> None:
+        self.pool = pool
+        self.arena = os.urandom(TOKEN_BYTES)
+        self.pages = pages
+        self.page_bytes = page_bytes
+        self.labels: dict[bytes, str] = {}
+        self.left_at = 0.0
+        """When its last client left."""
+        self.lent: Counter[GetStatus] = Counter()
+        """What became of what its clients asked for."""
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._connections: dict[int, bytes] = {}
+        """The client of each connection."""
+        self._engines: dict[tuple[bytes, bytes], _Engine] = {}
+        """By client and life."""
+        self._held: Counter[bytes] = Counter()
+        self._opening = threading.Lock()
+        self._is_open = False
+        self._failed = ""
+
+    @property
+    def namespace(self) -> str:
+        """Whose objects these are."""
+        return self.pool.identity.namespace
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arena."""
+        return self.pages * self.page_bytes
+
+    @property
+    def clients(self) -> list[str]:
+        """What its clients call themselves."""
+        with self._lock:
+            return sorted(self.labels[client] for client in set(self._connections.values()))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has no client."""
+        with self._lock:
+            return not self._connections
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be used already."""
+        return self._is_open
+
+    def open(self) -> None:
+        """Open the pool, once; others who call wait for that.  Raises as ``LocalPool.open`` does."""
+        with self._opening:
+            if self._failed:
+                raise TierUnavailable(self._failed)
+            if self._is_open:
+                return
+            try:
+                self.pool.open()
+            except UmbpError as error:
+                self._failed = str(error)
+                raise
+            self._is_open = True
+
+    def join(self, client: bytes, label: str) -> int:
+        """``client`` has one more connection: its number."""
+        with self._lock:
+            number = next(self._numbers)
+            self._connections[number] = client
+            self.labels[client] = label
+            return number
+
+    def leave(self, number: int) -> None:
+        """This connection has ended, and with it what nobody may copy any more."""
+        with self._lock:
+            client = self._connections[number]
+            over = self._end_connection(client, number)
+        for holdings in over:
+            self.put_back(client, holdings.close())
+        with self._lock:
+            del self._connections[number]
+            if client not in self._connections.values():
+                del self.labels[client]
+            self.left_at = time.monotonic()
+
+    def holdings(self, number: int, greeting: Attach) -> tuple[Holdings, int, bool]:
+        """What this connection speaks for, its turn, and whether it is known from an earlier connection."""
+        if not greeting.life:
+            holdings = Holdings(self.pool.stock())
+            return holdings, holdings.enter(), False
+        name = (greeting.client, greeting.life)
+        with self._lock:
+            engine = self._engines.get(name)
+            known = engine is not None
+            if engine is None:
+                engine = self._engines[name] = _Engine(Holdings(self.pool.stock()), number)
+            engine.speaker = number
+            engine.witnesses.clear()
+            return engine.holdings, engine.holdings.enter(), known
+
+    def take(self, client: bytes, pages: int) -> int:
+        """How many of ``pages`` more pages ``client`` may hold; they count as held from now on.
+
+        All clients together never hold more than half of the arena for longer than one of their calls takes.
+        """
+        self._end_late()
+        with self._lock:
+            clients = len(set(self._connections.values()))
+            limit = max(1, self.pages // (2 * max(1, clients)))
+            taken = max(0, min(pages, limit - self._held[client]))
+            self._held[client] += taken
+            return taken
+
+    def count_lent(self, statuses: Iterable[GetStatus]) -> None:
+        """Count what became of objects that were asked for."""
+        with self._lock:
+            self.lent.update(statuses)
+
+    def put_back(self, client: bytes, pages: int) -> None:
+        """``client`` holds so many pages less."""
+        with self._lock:
+            self._held[client] -= pages
+            if self._held[client] <= 0:
+                del self._held[client]
+
+    def _end_connection(self, client: bytes, number: int) -> list[Holdings]:
+        """What ends with connection ``number``.  With the lock held."""
+        others = {each for each, whose in self._connections.items() if whose == client and each != number}
+        over = []
+        for name, engine in list(self._engines.items()):
+            if name[0] != client:
+                continue
+            if engine.speaker == number:
+                engine.speaker = -1
+                engine.witnesses = others
+            elif engine.speaker >= 0:
+                continue
+            engine.witnesses.discard(number)
+            if not engine.witnesses:
+                del self._engines[name]
+                over.append(engine.holdings)
+        return over
+
+    def _end_late(self) -> None:
+        """End the loans, whose time is over, of engines that nobody speaks for."""
+        with self._lock:
+            silent = [(name[0], each.holdings) for name, each in self._engines.items() if each.speaker < 0]
+        for client, holdings in silent:
+            _, pages = holdings.end_late()
+            self.put_back(client, pages)
