@@ -1,0 +1,172 @@
+"""Moves what a slab holds to where it fits after the configuration changed: fewer slots, or slots of another size.
+
+Bytes are moved within the file, so that no more space is needed than the tier may have.  The catalogue follows in one
+transaction.  Whoever is killed in between costs hits: a row then leads to other bytes, which do not verify.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from umbp_connectors.pool.buffers import round_up
+
+logger = logging.getLogger(__name__)
+
+_ALIGNMENT = 4096
+_USED = -(1 << 60)
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """An object of ``nbytes`` from slot ``source`` of the old kind to slot ``target`` of the new kind."""
+
+    source: int
+    target: int
+    nbytes: int
+
+
+def refit(slab: Path, layout: bytes, slot_bytes: int, slots: int, direct_io: bool = True) -> None:
+    """Fit what a catalogue beside ``slab`` knows of ``layout`` to ``slots`` slots of ``slot_bytes``.
+
+    The most recently written objects stay, as many as there are slots.  The caller holds the folder, and nobody has
+    the slab open.  What cannot be moved is forgotten; nothing is raised for it.
+    """
+    for path in sorted(slab.parent.glob("catalogue-*.sqlite"), key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(sqlite3.Error, KeyError, ValueError), _opened(path) as connection:
+            meta = dict(connection.execute("SELECT name, value FROM meta"))
+            if meta["layouts"] == layout and int(meta["ranks"]) == 1:
+                _refit(connection, slab, int(meta["slot_bytes"]), slot_bytes, slots, direct_io)
+                return
+
+
+def plan_moves(stored: Sequence[tuple[int, int]], old_bytes: int, new_bytes: int, slots: int) -> Iterator[Move]:
+    """In which order to move the objects ``stored`` (slot, bytes), at most ``slots`` of them, each into a slot.
+
+    No move writes over an object that has not been moved yet, itself excepted.
+    """
+    if new_bytes <= old_bytes:
+        yield from _closer(stored, old_bytes, new_bytes, slots)
+    else:
+        yield from _further(stored, old_bytes, new_bytes, slots)
+
+
+def _closer(stored: Sequence[tuple[int, int]], old_bytes: int, new_bytes: int, slots: int) -> Iterator[Move]:
+    """Slots that are not larger: everything moves towards the beginning, the first first."""
+    if old_bytes == new_bytes:
+        taken = {slot for slot, _ in stored}
+        free = (slot for slot in range(slots) if slot not in taken)
+        yield from (Move(slot, next(free), nbytes) for slot, nbytes in stored if slot >= slots)
+        return
+    for target, (slot, nbytes) in enumerate(sorted(stored)):
+        yield Move(slot, target, nbytes)
+
+
+def _further(stored: Sequence[tuple[int, int]], old_bytes: int, new_bytes: int, slots: int) -> Iterator[Move]:
+    """Larger slots: first where nothing lies; where something lies in all of them, an object alone to its own place.
+
+    There always is one that lies alone: no more objects than slots are left, each lies in two slots at most, and of
+    those in the first slot that is left only one can reach beyond its end.
+    """
+    left = dict(sorted(stored))
+    sources = list(left)
+    lying = [0] * slots
+
+    def slots_of(source: int) -> range:
+        return range(source * old_bytes // new_bytes, min(slots, ((source + 1) * old_bytes - 1) // new_bytes + 1))
+
+    for source in left:
+        for target in slots_of(source):
+            lying[target] += 1
+    empty = [target for target in range(slots) if lying[target] == 0]
+    single = [target for target in range(slots) if lying[target] == 1]
+    while left:
+        if empty:
+            target = empty.pop()
+            source = next(slot for slot in iter(sources.pop, None) if slot in left)
+        else:
+            target = next(slot for slot in iter(single.pop, None) if lying[slot] == 1)
+            first, stop = target * new_bytes // old_bytes, ((target + 1) * new_bytes - 1) // old_bytes + 1
+            source = next(slot for slot in range(first, stop) if slot in left)
+        yield Move(source, target, left.pop(source))
+        lying[target] = _USED
+        for other in slots_of(source):
+            lying[other] -= 1
+            if lying[other] in (0, 1):
+                (empty, single)[lying[other]].append(other)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[sqlite3.Connection]:
+    with contextlib.closing(sqlite3.connect(path, timeout=0.0, isolation_level=None)) as connection:
+        connection.execute("PRAGMA locking_mode=EXCLUSIVE")
+        yield connection
+
+
+def _refit(
+    connection: sqlite3.Connection, slab: Path, old_bytes: int, new_bytes: int, slots: int, direct: bool
+) -> None:
+    size = slab.stat().st_size if slab.exists() else 0
+    if not size or old_bytes < _ALIGNMENT or (old_bytes == new_bytes and size <= slots * new_bytes):
+        return
+    (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if verdict != "ok":
+        return
+    found = connection.execute(
+        "SELECT key, slot, nbytes, checksums, depth, last_used FROM objects WHERE typeof(slot) = 'integer' AND "
+        "typeof(nbytes) = 'integer' AND slot BETWEEN 0 AND ? AND nbytes BETWEEN 1 AND ? ORDER BY last_used DESC",
+        (size // old_bytes - 1, new_bytes),
+    ).fetchall()
+    stored = {slot: round_up(nbytes, _ALIGNMENT) for _, slot, nbytes, *_ in found[:slots]}
+    places = {slot: slot for slot in stored if old_bytes == new_bytes and slot < slots}
+    moves = plan_moves(list(stored.items()), old_bytes, new_bytes, slots)
+    for move in _moved(slab, moves, old_bytes, new_bytes, direct):
+        places[move.source] = move.target
+    rows = [(key, places[slot], *rest) for key, slot, *rest in reversed(found[:slots]) if slot in places]
+    connection.execute("BEGIN IMMEDIATE")
+    connection.execute("DELETE FROM objects")
+    connection.executemany("INSERT INTO objects VALUES (?, ?, ?, ?, ?, ?)", rows)
+    connection.execute("UPDATE meta SET value = ? WHERE name = 'slot_bytes'", (str(new_bytes).encode(),))
+    connection.execute("COMMIT")
+    logger.info("%s: %d of %d objects fit %d slots of %d bytes", slab, len(rows), len(found), slots, new_bytes)
+
+
+def _moved(slab: Path, moves: Iterator[Move], old_bytes: int, new_bytes: int, direct: bool) -> Iterator[Move]:
+    """Do ``moves``; gives those that are done, until the disk refuses one."""
+    buffer = mmap.mmap(-1, max(old_bytes, new_bytes))
+    try:
+        with _file(slab, direct) as fd:
+            for move in moves:
+                view = memoryview(buffer)[: move.nbytes]
+                if _whole(os.preadv, fd, view, move.source * old_bytes) and _whole(
+                    os.pwritev, fd, view, move.target * new_bytes
+                ):
+                    yield move
+            os.fdatasync(fd)
+    except OSError as error:
+        logger.warning("%s: not all that was stored could be moved to other slots (%s)", slab, error.strerror)
+
+
+def _whole(transfer: Callable[[int, list[memoryview], int], int], fd: int, view: memoryview, offset: int) -> bool:
+    """Whether as much as ``view`` has was moved: a short transfer counts as none."""
+    return transfer(fd, [view], offset) == view.nbytes
+
+
+@contextlib.contextmanager
+def _file(path: Path, direct: bool) -> Iterator[int]:
+    """``path`` around the page cache, or through it where the file system cannot do that."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        fd = os.open(path, flags | (os.O_DIRECT if direct else 0))
+    except OSError:
+        fd = os.open(path, flags)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
