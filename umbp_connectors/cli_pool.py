@@ -55,7 +55,10 @@ def pool() -> None:
 
 @app.command()
 def stats(folder: DirOption = None, name: NameOption = "", as_json: JsonOption = False) -> None:
-    """Show what lies in the SSD folder: objects, bytes and slots of every catalogue, and who uses it."""
+    """Show what lies in the SSD folder: objects, bytes and slots of every catalogue, and who uses it.
+
+    `fill` is what the objects have of their slots; the rest is lost to sizes that differ.
+    """
     from umbp_connectors.cli_views import size_text
     from umbp_connectors.pool.inspection import unreadable_catalogues
 
@@ -66,12 +69,13 @@ def stats(folder: DirOption = None, name: NameOption = "", as_json: JsonOption =
         print(json.dumps({"catalogues": rows, "unreadable": lost}, indent=2))
         return
     table = Table(
-        "catalogue", "namespace", "objects", "bytes", "slots", "files", "used", box=box.SIMPLE, pad_edge=False
+        "catalogue", "namespace", "objects", "bytes", "fill", "slots", "files", "used", box=box.SIMPLE, pad_edge=False
     )
     for row in rows:
         slots = f"{row['slots']:,}" if row["slots"] is not None else "-"
         use = "by an engine" if row["in_use"] else "no"
-        sizes = size_text(row["bytes"]), slots, size_text(row["file_bytes"])
+        fill = "-" if row["fill"] is None else f"{row['fill']:.0%}"
+        sizes = size_text(row["bytes"]), fill, slots, size_text(row["file_bytes"])
         table.add_row(escape(row["catalogue"]), escape(row["namespace"]), f"{row['objects']:,}", *sizes, use)
     console = Console(soft_wrap=True)
     console.print(table)
@@ -293,6 +297,7 @@ def _stats_of(catalogue: StoredCatalogue) -> dict[str, Any]:
         "bytes": sum(stored.nbytes for stored in objects) * catalogue.ranks,
         "slots": min(sizes) // catalogue.slot_bytes if sizes and catalogue.slot_bytes else None,
         "slot_bytes": catalogue.slot_bytes,
+        "fill": sum(stored.nbytes for stored in objects) / (len(objects) * catalogue.slot_bytes) if objects else None,
         "ranks": catalogue.ranks,
         "file_bytes": sum(sizes) + _bytes_of(catalogue.path),
         "in_use": catalogue.in_use,

@@ -85,7 +85,8 @@ class TierStats:
     """One tier at one moment.
 
     ``objects`` counts published copies, ``pinned`` pinned ones (also those that are not published any more) and
-    ``reserved`` those being written.
+    ``reserved`` those being written.  ``nbytes`` is what the published ones have, where that is known: what their pages
+    have beyond it is lost to the sizes of objects.
     """
 
     total_pages: int
@@ -93,6 +94,7 @@ class TierStats:
     objects: int
     pinned: int
     reserved: int
+    nbytes: int = 0
 
 
 class Reservation(msgspec.Struct, frozen=True, gc=False):
@@ -114,6 +116,7 @@ class TierCopies:
         "bit",
         "groups",
         "held_pages",
+        "nbytes",
         "owned",
         "page_bytes",
         "pending",
@@ -140,6 +143,8 @@ class TierCopies:
         self.pins: dict[int, int] = {}
         self.retired: set[int] = set()
         """Pinned copies that are not published any more."""
+        self.nbytes = 0
+        """Of what is published."""
         self.held_pages = 0
         """Pages of pending and pinned copies: no eviction can free them."""
 
@@ -193,6 +198,7 @@ class TierCopies:
     def publish(self, key: bytes, copy: Copy) -> None:
         """Make ``copy`` readable."""
         self.published[key] = copy
+        self.nbytes += copy.nbytes
         self.policy.added(key, copy.depth)
         if self.groups is not None:
             self.groups.added((key,))
@@ -204,12 +210,15 @@ class TierCopies:
             return None
         published, added, tier = self.published, self.policy.added, self.tier
         copies: list[Copy] = []
+        nbytes = 0
         for key, checksum in written.items():
             reserved = mine.pop(key)
+            nbytes += reserved.nbytes
             self.held_pages -= len(reserved.pages)
             published[key] = copy = Copy(tier, reserved.pages, reserved.nbytes, checksum, reserved.depth)
             added(key, reserved.depth)
             copies.append(copy)
+        self.nbytes += nbytes
         if self.groups is not None:
             self.groups.added(written)
         self.pending.difference_update(written)
@@ -220,6 +229,7 @@ class TierCopies:
     def unpublish(self, key: bytes) -> Copy:
         """Make the copy of ``key`` unreadable; its pages are freed now, or at its last unpin."""
         copy = self.published.pop(key)
+        self.nbytes -= copy.nbytes
         self.policy.removed(key)
         if self.groups is not None:
             self.groups.removed((key,))
@@ -240,6 +250,7 @@ class TierCopies:
             removed(key)
             copies.append(copy)
             pages += copy.pages
+            self.nbytes -= copy.nbytes
         if self.groups is not None:
             self.groups.removed(keys)
         self.allocator.free(pages)

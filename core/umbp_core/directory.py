@@ -114,6 +114,7 @@ class Directory:
             objects=len(state.published),
             pinned=len(state.pins),
             reserved=len(state.pending),
+            nbytes=state.nbytes,
         )
 
     def drain_events(self) -> list[DirectoryEvent]:

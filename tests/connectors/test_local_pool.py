@@ -477,3 +477,15 @@ def test_many_threads_at_once_never_see_wrong_bytes(make: Callable[..., LocalPoo
     assert dram is not None
     assert ssd is not None
     assert (dram.pinned, dram.reserved, ssd.pinned, ssd.reserved) == (0, 0, 0, 0)
+
+
+def test_what_sizes_cost_is_measured(make: Callable[..., LocalPool]) -> None:
+    pool = make(pages=4)
+    assert pool.put([b"a", b"b"], [bytes(100), bytes(SIZE)]) == [PutStatus.STORED] * 2
+    stats = pool.stats(Tier.DRAM)
+    assert stats is not None
+    assert (stats.total_pages - stats.free_pages, stats.objects, stats.nbytes) == (2, 2, SIZE + 100)
+    pool.clear()
+    stats = pool.stats(Tier.DRAM)
+    assert stats is not None
+    assert stats.nbytes == 0

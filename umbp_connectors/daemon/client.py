@@ -232,7 +232,9 @@ class DaemonPool:
         """How full ``tier`` is; ``None`` when the pool has no such tier, or the daemon does not answer."""
         for fill in self._stats().fills:
             if fill.tier == tier:
-                return TierStats(fill.total_pages, fill.free_pages, fill.objects, fill.pinned, fill.reserved)
+                return TierStats(
+                    fill.total_pages, fill.free_pages, fill.objects, fill.pinned, fill.reserved, fill.nbytes
+                )
         return None
 
     def counters(self) -> PoolCounters:

@@ -279,6 +279,7 @@ class TierFill(msgspec.Struct, frozen=True):
     objects: Natural
     pinned: Natural
     reserved: Natural
+    nbytes: Natural = 0
 
 
 class PoolStats(msgspec.Struct, array_like=True, frozen=True, tag=23):

@@ -43,11 +43,14 @@ CLIENTS = Family("umbp_daemon_clients", False, _POOL, "Clients of a pool.")
 TIER_CAPACITY = Family("umbp_daemon_tier_capacity_bytes", False, (*_POOL, "tier"), "What a pool has of a tier.")
 TIER_USED = Family("umbp_daemon_tier_used_bytes", False, (*_POOL, "tier"), "What of it is taken.")
 OBJECTS = Family("umbp_daemon_objects", False, (*_POOL, "tier"), "Objects that can be read.")
+OBJECT_BYTES = Family(
+    "umbp_daemon_object_bytes", False, (*_POOL, "tier"), "What these objects have; pages are taken as a whole."
+)
 HELD = Family("umbp_daemon_held_objects", False, (*_POOL, "tier"), "Objects that are being read or written.")
 PUTS = Family("umbp_daemon_puts", True, (*_POOL, "status"), "Objects to store, by what became of it.")
 GETS = Family("umbp_daemon_gets", True, (*_POOL, "status"), "Objects to read, by what became of it.")
 SSD = Family("umbp_daemon_ssd", True, (*_POOL, "event"), "What happened on the way to and from SSD.")
-FAMILIES = (CONNECTIONS, CAPACITY, CLIENTS, TIER_CAPACITY, TIER_USED, OBJECTS, HELD, PUTS, GETS, SSD)
+FAMILIES = (CONNECTIONS, CAPACITY, CLIENTS, TIER_CAPACITY, TIER_USED, OBJECTS, OBJECT_BYTES, HELD, PUTS, GETS, SSD)
 
 
 class MetricsDoor:
@@ -131,6 +134,7 @@ def _add_tier(samples: Mapping[Family, Samples], name: tuple[str, str], fill: Ti
     samples[TIER_CAPACITY].append((labels, fill.total_pages * page_bytes))
     samples[TIER_USED].append((labels, (fill.total_pages - fill.free_pages) * page_bytes))
     samples[OBJECTS].append((labels, fill.objects))
+    samples[OBJECT_BYTES].append((labels, fill.nbytes))
     samples[HELD].append((labels, fill.pinned + fill.reserved))
 
 

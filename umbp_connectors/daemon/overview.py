@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import asdict
 
 from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.kept import KeptPool
@@ -18,9 +19,7 @@ def stats_of(kept: KeptPool) -> PoolStats:
     for tier in (Tier.DRAM, Tier.SSD):
         stats = pool.stats(tier)
         if stats is not None:
-            fills.append(
-                TierFill(int(tier), stats.total_pages, stats.free_pages, stats.objects, stats.pinned, stats.reserved)
-            )
+            fills.append(TierFill(tier=int(tier), **asdict(stats)))
     counted = pool.counters()
     counters = {f"put_{status.value}": count for status, count in counted.puts.items()}
     counters |= {f"get_{status.value}": kept.lent[status] for status in LENT}

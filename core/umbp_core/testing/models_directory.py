@@ -213,6 +213,7 @@ class DirectoryModel:
             objects=len(self.in_state(PUBLISHED, tier)),
             pinned=sum(copy.tier is tier and bool(copy.pinned_by) for copy in self.copies),
             reserved=len(self.in_state(PENDING, tier)),
+            nbytes=sum(copy.nbytes for copy in self.in_state(PUBLISHED, tier)),
         )
 
     def fits(self, tier: Tier, nbytes: int) -> bool:

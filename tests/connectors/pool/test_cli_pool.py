@@ -111,6 +111,7 @@ def test_stats_of_a_folder(run: Run, stored: Path) -> None:
     assert (row["namespace"], row["objects"], row["bytes"]) == ("model", 12, 10 * SIZE + 200)
     assert (row["slot_bytes"], row["ranks"], row["in_use"]) == (SIZE, 1, False)
     assert 12 <= row["slots"] <= 40
+    assert row["fill"] == pytest.approx((10 * SIZE + 200) / (12 * SIZE))
     assert row["file_bytes"] <= CAPACITY
     code, text = run("stats")
     assert code == 0
