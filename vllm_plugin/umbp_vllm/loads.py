@@ -184,6 +184,7 @@ class LoadPlanner:
         state.staged = None
         self._staged.pop(state.request.request_id, None)
         state.loading = match.op_id
+        self.promoted(state)  # the engine may not have said that it took over an earlier load
         state.shared_keys = tuple([block.key for block in blocks])
         if self._policy.share:
             self._loading.update(dict.fromkeys(state.shared_keys, state.request.request_id))
