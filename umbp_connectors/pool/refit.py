@@ -41,8 +41,10 @@ def refit(slab: Path, layout: bytes, slot_bytes: int, slots: int, direct_io: boo
     for path in sorted(slab.parent.glob("catalogue-*.sqlite"), key=lambda path: path.stat().st_mtime, reverse=True):
         with contextlib.suppress(sqlite3.Error, KeyError, ValueError), _opened(path) as connection:
             meta = dict(connection.execute("SELECT name, value FROM meta"))
-            if meta["layouts"] == layout and int(meta["ranks"]) == 1:
-                _refit(connection, slab, int(meta["slot_bytes"]), slot_bytes, slots, direct_io)
+            old_bytes = int(meta["slot_bytes"])
+            # The parts of an object of several ranks lie where the size of its slot says.
+            if meta["layouts"] == layout and (meta["ranks"] == b"1" or old_bytes == slot_bytes):
+                _refit(connection, slab, old_bytes, slot_bytes, slots, direct_io)
                 return
 
 

@@ -6,11 +6,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.connectors.disk import Disk
+from umbp_connectors.pool.books import Filled
 from umbp_connectors.pool.inspection import find_catalogues
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
 from umbp_connectors.pool.maintenance import verify
@@ -145,6 +147,29 @@ def test_there_and_back_again(make: Maker) -> None:
         pool.close()
         pool = make(size, slots=30)
         assert kept(pool) == KEYS, size
+
+
+def test_objects_of_several_ranks_move_as_a_whole(make: Maker) -> None:
+    prefixes = (bytes(32), b"\x02" * 32)
+    pool = make(slots=24, prefixes=prefixes)
+    stock = pool.stock()
+    pages = pool._opened().arena.array
+    for key in KEYS:
+        (page,) = stock.take(1)
+        pages[page] = np.frombuffer(object_of(key, SMALL), dtype=np.uint8)
+        filled = Filled(page, key, SMALL, 0, pool.stripes.checksum(key, pages[page]))
+        assert stock.publish([filled]) == [PutStatus.STORED]
+        assert pool.flush(30)
+    stock.close()
+    pool.close()
+    pool = make(slots=10, prefixes=prefixes)
+    found = [key for key, there in zip(KEYS, pool.exists(KEYS), strict=True) if there]
+    assert found == KEYS[-10:]
+    for key in found:
+        loan = pool.lend([key], 10)
+        (lent,) = loan.objects
+        assert pool._opened().arena.array[lent.page].tobytes() == object_of(key, SMALL)
+        loan.release()
 
 
 @pytest.mark.parametrize("kind", ["read", "write"])
