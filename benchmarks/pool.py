@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import _peers
 import _report
 import numpy as np
 
@@ -368,6 +369,7 @@ def main() -> None:
                 row for nbytes in ssd_sizes for row in ssd(nbytes, min(count, 5), Path(folder) / str(nbytes))
             ],
             "restart": restart(RESTART_OBJECTS // (10 if arguments.quick else 1), 3, Path(folder) / "restart"),
+            **_peers.rows(),
         }
     notes = [
         f"Targets: put and get {TARGET_RATIO} of the copy from 256 KiB on, exists {TARGET_EXISTS_US:.0f} us.",

@@ -175,3 +175,23 @@ def test_threads_that_work_while_the_disk_comes_and_goes(
     clock.advance(100)
     fill(pool, KEYS[:4])
     assert set(KEYS[:4]) <= set(pool.holdings()[Tier.SSD]), "it is used again"
+
+
+def test_several_transfers_are_in_flight_at_once(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make(pages=8, io_threads=5, demote_threads=3)
+    disk = Disk(monkeypatch)
+    disk.hang("write")
+    assert pool.put(KEYS[:6], [object_of(key) for key in KEYS[:6]]) == [PutStatus.STORED] * 6
+    disk.wait_held(3)
+    disk.work()
+    assert pool.flush(30)
+    fill(pool, KEYS[6:10])
+    fill(pool, [b"other %d" % number for number in range(8)])
+    disk.hang("read")
+    reader = threading.Thread(target=read, args=(pool, KEYS[:8]))
+    reader.start()
+    disk.wait_held(5)
+    disk.work()
+    reader.join(30)
+    assert not reader.is_alive()
+    assert read(pool, KEYS[:1])[0].hit
