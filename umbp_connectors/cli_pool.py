@@ -133,8 +133,9 @@ def get(
     for catalogue in _catalogues(_folder(folder), name):
         for stored in catalogue.objects():
             if stored.key == wanted:
-                output.write_bytes(load(catalogue, stored, rank))
-                print(f"{stored.nbytes} bytes of {key} are in {output}")
+                data = load(catalogue, stored, rank)
+                output.write_bytes(data)
+                print(f"{len(data)} bytes of {key} are in {output}")
                 return
     raise ConfigError(f"no catalogue has the object {key}; `umbp pool ls` lists what there is")
 
@@ -294,7 +295,7 @@ def _stats_of(catalogue: StoredCatalogue) -> dict[str, Any]:
         "catalogue": catalogue.name,
         "namespace": catalogue.namespace,
         "objects": len(objects),
-        "bytes": sum(stored.nbytes for stored in objects) * catalogue.ranks,
+        "bytes": sum(stored.nbytes for stored in objects) * (1 if catalogue.striped else catalogue.ranks),
         "slots": min(sizes) // catalogue.slot_bytes if sizes and catalogue.slot_bytes else None,
         "slot_bytes": catalogue.slot_bytes,
         "fill": sum(stored.nbytes for stored in objects) / (len(objects) * catalogue.slot_bytes) if objects else None,

@@ -33,4 +33,4 @@ def test_times_are_those_of_the_code() -> None:
     assert f"get {DRAIN_S:.0f} s, then" in PAGE
     assert f"for up to {CLOSE_TIMEOUT_S:.0f} s" in PAGE
     assert f"or {STARTED_BY_ENGINE_IDLE_S:.0f} for one that an engine started" in PAGE
-    assert REVISION == 1
+    assert REVISION == 2

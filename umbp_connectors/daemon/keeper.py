@@ -100,10 +100,11 @@ class PoolKeeper:
         digest = wanted.identity.digest
         page_bytes = round_up(wanted.object_bytes, ALIGNMENT) * max(1, len(wanted.prefixes))
         kept = self._pools.get(digest)
-        if len(wanted.prefixes) > 1 and wanted.identity != group_of(wanted.namespace, tuple(wanted.prefixes)):
+        prefixes = tuple(wanted.prefixes) or (digest,)
+        if digest != (prefixes[0] if len(prefixes) == 1 else group_of(wanted.namespace, prefixes).digest):
             raise TierUnavailable("the identity of these objects is not what follows from those of their parts")
         if kept is not None:
-            if kept.pool.stripes.prefixes != (tuple(wanted.prefixes) or (digest,)):
+            if kept.pool.stripes.prefixes != prefixes:
                 raise TierUnavailable(f"the objects of pool {digest.hex()[:12]} are divided among other ranks")
             if kept.page_bytes != page_bytes:
                 raise TierUnavailable(

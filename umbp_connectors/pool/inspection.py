@@ -44,7 +44,8 @@ class StoredCatalogue:
     """One catalogue of a folder and what it says about itself.
 
     ``ranks`` share it; each has its ``layouts`` and ``prefixes`` entry (32 bytes), where the file says so.  ``folders``
-    are the ranks', with a slab each.  ``in_use`` says that a running engine owns it.
+    are the ranks', with a slab each, unless it is ``striped``: then a slot has the parts of all of them side by side.
+    ``in_use`` says that a running engine owns it.
     """
 
     path: Path
@@ -61,11 +62,24 @@ class StoredCatalogue:
         """How people tell it from the others: its path below the folder."""
         return "/".join(self.path.parts[-3:] if self.path.parent.name.startswith("rank") else self.path.parts[-2:])
 
+    @property
+    def striped(self) -> bool:
+        """Whether the ranks share not only the catalogue but each slot, as in a daemon."""
+        return self.ranks > 1 and len(self.folders) == 1 and self.path.parent == self.folders[0]
+
+    def part(self, stored: StoredObject, rank: int) -> slice:
+        """Which of the bytes of an object are those of ``rank``."""
+        if not self.striped:
+            return slice(0, stored.nbytes)
+        each = self.slot_bytes // self.ranks
+        return slice(rank * each, stored.nbytes - (self.ranks - 1 - rank) * each)
+
     def slab(self, rank: int = 0) -> SlabFile:
         """The slab of a rank, open for reading; the caller closes it.
 
         Raises ``TierUnavailable`` when it is not there: a plug-in may hold the slots.
         """
+        rank = 0 if self.striped else rank
         if rank >= len(self.layouts):
             raise TierUnavailable(f"{self.path} does not say where the bytes of rank {rank} are")
         path = self.folders[rank] / f"slab-{self.layouts[rank].hex()[:12]}.bin"

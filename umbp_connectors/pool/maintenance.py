@@ -40,7 +40,7 @@ def load(catalogue: StoredCatalogue, stored: StoredObject, rank: int = 0) -> byt
     with contextlib.closing(catalogue.slab(rank)) as slab:
         data = read_object(slab, stored)
     _check(catalogue, stored, rank, data)
-    return data
+    return data[catalogue.part(stored, rank)]
 
 
 def verify(catalogue: StoredCatalogue, progress: Callable[[int], None] = lambda _: None) -> Verdict:
@@ -154,9 +154,9 @@ def _examine(catalogue: StoredCatalogue, slabs: Sequence[SlabFile], stored: Stor
 
 def _check(catalogue: StoredCatalogue, stored: StoredObject, rank: int, data: bytearray) -> None:
     expected = checksum_of(stored, rank)
-    if object_checksum(catalogue.prefixes[rank] + stored.key, data) != expected:
+    if object_checksum(catalogue.prefixes[rank] + stored.key, data[catalogue.part(stored, rank)]) != expected:
         raise VerificationError(
-            f"object {stored.key.hex()}: the {stored.nbytes} bytes in slot {stored.slot} of rank {rank} are not those "
+            f"object {stored.key.hex()}: the bytes in slot {stored.slot} of rank {rank} are not those "
             "that were stored; an engine counts it as a miss"
         )
 

@@ -3,6 +3,9 @@
 ``python processes.py ROLE SOCKET`` is a client: ``write`` stops in the middle of a copy into the daemon's memory,
 ``read`` in the middle of one out of it; both say ``ready`` then.  ``work`` puts and gets without end, compares every
 byte, says ``ready`` after the first round, and ends with its input.
+
+``leader`` and ``rank`` are the processes of one engine: the leader has stored objects 0 and 1, borrowed object 0, and
+has four pages left, half of the first of which is written; the rank has the memory mapped.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from tests.connectors.daemon.kit import client_of, get, key_of, object_of, put
+from tests.connectors.daemon.engine import Engine, soon, wanted
+from tests.connectors.daemon.kit import SIZE, client_of, get, key_of, object_of, put
 from umbp_connectors.daemon import transfers
+from umbp_connectors.daemon.pages import RankArena
 from umbp_connectors.pool.checksums import copy_checksummed
 
 PROGRAM = "from umbp_connectors.cli import main; main()"
@@ -85,8 +90,28 @@ def _stop_half_way(key: bytes, target: Any, source: Any) -> bytes:
     return b""
 
 
+def _leader(path: Path) -> None:
+    engine = Engine(path, 2)
+    engine.open()
+    pages = engine.take(6)
+    engine.store(pages[:2], {number: object_of(number, 2 * SIZE) for number in range(2)})
+    engine.leader.borrow([key_of(0)], soon())
+    engine.ranks[0].pages[pages[2], : SIZE // 2] = 7
+    _say_ready()
+    threading.Event().wait()
+
+
+def _rank(path: Path) -> None:
+    arena = RankArena(wanted(path, 2), 1, prefault=False)
+    arena.open(soon())
+    _say_ready()
+    threading.Event().wait()
+
+
 def main() -> None:
     role, path = sys.argv[1], Path(sys.argv[2])
+    if role in _PARTS:
+        _PARTS[role](path)
     pool = client_of(path)
     pool.open()
     if role == "work":
@@ -106,6 +131,8 @@ def main() -> None:
     else:
         get(pool, range(4))
 
+
+_PARTS = {"leader": _leader, "rank": _rank}
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,7 @@
-"""Several clients of one daemon in any order, against a plain dict: no wrong byte, nothing held for ever."""
+"""Several clients of one daemon in any order, against a plain dict: no wrong byte, nothing held for ever.
+
+One of them is an engine, which takes its pages before it knows the keys.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.connectors.daemon.conftest import Daemon
+from tests.connectors.daemon.engine import Engine, soon
 from tests.connectors.daemon.kit import SIZE, client_of, key_of
 from tests.connectors.waiting import until
 from umbp_connectors.pool.outcomes import PutStatus
@@ -35,12 +39,18 @@ class DaemonMachine(RuleBasedStateMachine):
         self._staged: list[tuple[int, StagedPut, dict[int, bytes]]] = []
         self._uncertain: set[int] = set()
         """Staged by a client that left: free again as soon as the daemon has noticed."""
+        self._stock: set[int] = set()
+        """Pages of the engine, without keys."""
+        self._old: set[int] = set()
+        """Those of them that were taken before a clear."""
 
     @initialize(ssd=st.booleans())
     def start(self, ssd: bool) -> None:
         more = {"ssd_dir": self._ssd, "ssd_capacity": 4 << 20} if ssd else {}
         self._daemon = Daemon(self._path, **more)
         self._clients = [self._client() for _ in range(CLIENTS)]
+        self._engine = Engine(self._path, pages=PAGES)
+        self._engine.open()
 
     def _client(self) -> object:
         pool = client_of(self._path, pages=PAGES)
@@ -96,10 +106,59 @@ class DaemonMachine(RuleBasedStateMachine):
         assert all(number in self._there for number, found in zip(numbers, there, strict=True) if found)
         assert self._clients[who].count_prefix(keys) == [*there, False].index(False)
 
+    @rule(count=st.integers(0, 3))
+    def take_pages(self, count: int) -> None:
+        pages = self._engine.take(count)
+        assert len(set(pages)) == len(pages) <= count
+        assert not self._stock & set(pages)
+        self._stock |= set(pages)
+
+    @precondition(lambda self: self._stock)
+    @rule(numbers=NUMBERS)
+    def publish_pages(self, numbers: list[int]) -> None:
+        pages = dict(zip(sorted(self._stock), numbers, strict=False))
+        data = {number: self._bytes(number) for number in pages.values()}
+        for (page, number), status in zip(pages.items(), self._engine.store(list(pages), data), strict=True):
+            assert (status is PutStatus.NO_ROOM) == (page in self._old)
+            self._old.discard(page)
+            if status is PutStatus.STORED:
+                self._there[number] = data[number]
+                self._stock.remove(page)
+            elif status is PutStatus.PRESENT:
+                assert number in self._there or self._is_staged(number)
+
+    @precondition(lambda self: self._stock)
+    @rule(data=st.data())
+    def return_pages(self, data: st.DataObject) -> None:
+        going = data.draw(st.sets(st.sampled_from(sorted(self._stock))))
+        self._engine.leader.return_pages(going, soon())
+        self._stock -= going
+        self._old -= going
+
+    @rule(numbers=NUMBERS)
+    def borrow(self, numbers: list[int]) -> None:
+        for number, found in self._engine.fetch(numbers).items():
+            assert found == self._there[number]
+
+    @rule()
+    def come_back(self) -> None:
+        self._engine.leader.close()
+        arena = self._engine.leader.connect(soon())
+        assert (arena.known, set(arena.taken)) == (True, self._stock)
+
+    @rule()
+    def start_again(self) -> None:
+        self._engine.close()
+        self._engine = Engine(self._path, pages=PAGES)
+        assert not self._engine.open().known
+        self._stock.clear()
+        self._old.clear()
+
     @rule(who=WHO)
     def clear(self, who: int) -> None:
         self._clients[who].clear()
         self._there.clear()
+        self._old = set(self._stock)
         for _, staged, _ in self._staged:
             assert not staged.publish() or not staged.statuses.count(PutStatus.STORED)
         self._staged.clear()
@@ -127,6 +186,8 @@ class DaemonMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for _, staged, _ in self._staged:
             staged.discard()
+        until(lambda: self._daemon.pinned() == len(self._stock))
+        self._engine.close()
         until(lambda: self._daemon.pinned() == 0)
         for client in self._clients:
             client.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.connectors.daemon.conftest import Daemon
+from tests.connectors.daemon.impostor import Impostor, talk
 from tests.connectors.daemon.kit import IDENTITY, PAGES, SIZE, client_of, get, key_of, object_of, put
 from tests.connectors.waiting import until
 from umbp_connectors.daemon import messages, transfers
@@ -34,7 +34,6 @@ from umbp_connectors.daemon.messages import (
     Publish,
     Reserve,
     Return,
-    Welcome,
 )
 from umbp_connectors.pool.checksums import object_checksum
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
@@ -69,22 +68,6 @@ def _request(payload: bytes, sequence: int = 1) -> bytes:
     return encode_frame(FrameType.REQUEST, 0, sequence, payload)
 
 
-def _talk(path: Path, *parts: bytes) -> bytes:
-    """Say ``parts`` and return all that is answered."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(60)
-        sock.connect(str(path))
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            for part in parts:
-                sock.sendall(part)
-            sock.shutdown(socket.SHUT_WR)
-        answer = b""
-        with contextlib.suppress(ConnectionResetError):
-            while more := sock.recv(65536):
-                answer += more
-        return answer
-
-
 def _attach(path: Path, **changes: object) -> Link:
     greeting = msgspec.structs.replace(GREETING, **changes)
     return attach(path, greeting, None, False, time.monotonic() + 30)
@@ -97,7 +80,7 @@ def _later() -> float:
 def test_every_bound_of_a_request_is_kept(start: Start, path: Path, connect: Connect) -> None:
     daemon = start()
     put(connect(), [1])
-    welcome = _talk(path, _hello())
+    welcome = talk(path, _hello())
     many = messages.OBJECTS + 1
     for payload in (
         b"",
@@ -117,7 +100,7 @@ def test_every_bound_of_a_request_is_kept(start: Start, path: Path, connect: Con
         messages.encode(Flush(-1)),
         messages.encode([12, ["text"], 1]),
     ):
-        assert _talk(path, _hello(), _request(payload)) == welcome, payload
+        assert talk(path, _hello(), _request(payload)) == welcome, payload
     for frame in (
         b"GET / HTTP/1.1\r\n\r\n" * 9,
         encode_frame(FrameType.REQUEST, 7, 1, b""),
@@ -125,7 +108,7 @@ def test_every_bound_of_a_request_is_kept(start: Start, path: Path, connect: Con
         encode_frame(FrameType.REQUEST, 0, 1, b"")[:32] + (messages.FRAME_BYTES + 1).to_bytes(4, "little") + bytes(4),
         _hello(),
     ):
-        assert _talk(path, _hello(), frame) == welcome
+        assert talk(path, _hello(), frame) == welcome
     for hello in (
         encode_frame(FrameType.HELLO, 0, 0, bytes(messages.GREETING_BYTES + 1)),
         encode_frame(FrameType.HELLO, 0, 0, b"\x00"),
@@ -135,7 +118,7 @@ def test_every_bound_of_a_request_is_kept(start: Start, path: Path, connect: Con
         _hello(namespace="n" * 2000),
         _hello()[:-1],
     ):
-        assert _talk(path, hello) == b""
+        assert talk(path, hello) == b""
     until(lambda: daemon.server.connections == 2)
     assert get(connect(), [1]) == [GetStatus.DRAM]
     assert len(daemon.keeper.pools()) == 1
@@ -144,22 +127,22 @@ def test_every_bound_of_a_request_is_kept(start: Start, path: Path, connect: Con
 
 def test_another_revision_is_told_why(start: Start, path: Path) -> None:
     start()
-    assert b"run the same version" in _talk(path, _hello(revision=messages.REVISION + 1))
+    assert b"run the same version" in talk(path, _hello(revision=messages.REVISION + 1))
 
 
 def test_a_process_of_another_user_is_not_even_answered(
     start: Start, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start()
-    assert _talk(path, _hello())
+    assert talk(path, _hello())
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    assert _talk(path, _hello()) == b""
+    assert talk(path, _hello()) == b""
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.binary(max_size=120), max_size=4), st.booleans())
 def test_any_bytes_leave_the_daemon_working(once: DaemonPool, path: Path, parts: list[bytes], greets: bool) -> None:
-    _talk(path, *([_hello()] if greets else []), *parts)
+    talk(path, *([_hello()] if greets else []), *parts)
     assert once.exists([key_of(0), b"none"]) == [True, False]
 
 
@@ -235,10 +218,10 @@ def test_numbers_of_loans_and_grants(start: Start, path: Path) -> None:
         _request(messages.encode(Reserve([b"a"], [8], [0])), 3) + _request(messages.encode(Publish(3, [b"", b""])), 4),
         _request(messages.encode(Reserve([b"a"], [8], [0])), 3) + _request(messages.encode(Publish(3, [b"short"])), 4),
     ):
-        first = _talk(path, _hello(), wrong, _request(messages.encode(Lookup([b"a"], True)), 9))
+        first = talk(path, _hello(), wrong, _request(messages.encode(Lookup([b"a"], True)), 9))
         assert messages.encode(Found(0, b"")) not in first[200:], "the connection has ended"
         until(lambda: daemon.pinned() == 0)
-    answered = _talk(path, _hello(), _request(messages.encode(Return(77))), _request(messages.encode(Flush(1)), 2))
+    answered = talk(path, _hello(), _request(messages.encode(Return(77))), _request(messages.encode(Flush(1)), 2))
     assert answered.endswith(messages.encode(Count(1))), "what is over already may be returned"
 
 
@@ -275,55 +258,12 @@ def test_what_is_copied_after_the_lease_does_not_count(
     assert get(pool, [1]) == [GetStatus.DRAM]
 
 
-class _Impostor:
-    """Listens where a daemon should, and answers what a test wants."""
-
-    def __init__(self, path: Path, welcome: bytes, answer: bytes, fd: int) -> None:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(str(path))
-        self._listener.listen()
-        self._talk = (welcome, answer, fd)
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        with contextlib.ExitStack() as kept:
-            while True:
-                try:
-                    sock, _ = self._listener.accept()
-                except OSError:
-                    return
-                kept.enter_context(sock).settimeout(60)
-                threading.Thread(target=self._answer, args=(sock,), daemon=True).start()
-
-    def _answer(self, sock: socket.socket) -> None:
-        welcome, answer, fd = self._talk
-        with contextlib.suppress(OSError):
-            sock.recv(65536)
-            socket.send_fds(sock, [welcome], [fd])
-            sock.recv(65536)
-            sock.sendall(answer)
-            sock.recv(65536)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join(60)
-
-
 @pytest.fixture
-def impostor(path: Path) -> Iterator[Callable[..., _Impostor]]:
+def impostor(path: Path) -> Iterator[Callable[..., Impostor]]:
     with contextlib.ExitStack() as closing:
 
-        def impostor(answer: object, pages: int = 4, size: int = 4 * SIZE, sequence: int = 1) -> _Impostor:
-            fd = os.memfd_create("impostor")
-            closing.callback(os.close, fd)
-            os.ftruncate(fd, size)
-            welcome = messages.encode(Welcome(b"a" * 16, SIZE, pages, 4, 60_000, 1))
-            told = encode_frame(FrameType.REPLY, 0, sequence, messages.encode(answer))
-            made = _Impostor(path, encode_frame(FrameType.HELLO, 0, 0, welcome), told, fd)
+        def impostor(answer: object, pages: int = 4, size: int = 4 * SIZE) -> Impostor:
+            made = Impostor(path, [answer], pages, size)
             closing.callback(made.close)
             return made
 
@@ -344,7 +284,7 @@ def impostor(path: Path) -> Iterator[Callable[..., _Impostor]]:
     ids=str,
 )
 def test_a_daemon_that_answers_nonsense_costs_misses(
-    impostor: Callable[..., _Impostor], path: Path, answer: object
+    impostor: Callable[..., Impostor], path: Path, answer: object
 ) -> None:
     impostor(answer)
     pool = client_of(path, timeout_s=2.0)
@@ -358,7 +298,7 @@ def test_a_daemon_that_answers_nonsense_costs_misses(
 
 @pytest.mark.parametrize("places", [[4], [0, 1], [-4]])
 def test_pages_outside_of_the_arena_are_never_written(
-    impostor: Callable[..., _Impostor], path: Path, places: list[int]
+    impostor: Callable[..., Impostor], path: Path, places: list[int]
 ) -> None:
     impostor(Granted(places))
     link = _attach(path)
@@ -367,13 +307,13 @@ def test_pages_outside_of_the_arena_are_never_written(
     link.close()
 
 
-def test_memory_that_is_too_small_is_not_mapped(impostor: Callable[..., _Impostor], path: Path) -> None:
+def test_memory_that_is_too_small_is_not_mapped(impostor: Callable[..., Impostor], path: Path) -> None:
     impostor(Found(0, b""), size=4 * SIZE - 1)
     with pytest.raises(TierUnavailable, match="instead of"):
         _attach(path)
 
 
-def test_what_the_daemon_says_is_there_has_to_verify(impostor: Callable[..., _Impostor], path: Path) -> None:
+def test_what_the_daemon_says_is_there_has_to_verify(impostor: Callable[..., Impostor], path: Path) -> None:
     zeros = object_checksum(IDENTITY.object_key(key_of(0)), bytes(SIZE))
     impostor(Lent([Place(1, 0, SIZE, zeros)]))
     pool = client_of(path)
