@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 
 from examples.serving import Answer, VllmServer, cpu_environment
+from tests.connectors.waiting import until
 from tests.vllm.engine.local import BLOCK, Ask
 from tests.vllm.engine.oracle import Oracle
 from tests.vllm.models import prompt
@@ -100,11 +103,21 @@ def test_a_dump_of_a_live_server(make_server: MakeServer) -> None:
     """Busy and idle, both halves of an engine say what they are doing; when it has ended, its doors are gone."""
     with tempfile.TemporaryDirectory(prefix="umbp-") as folder, ThreadPoolExecutor(1) as client:
         with make_server("--kv-connector", "umbp", f"{EXTRA}.dram_capacity", "64MiB", TMPDIR=folder) as server:
-            running = client.submit(server.complete, prompt(40, seed=1), max_tokens=900)
-            busy = dumped(folder)
-            while not shows(busy["vllm-leader"], taken="between two steps", life="DECODING"):
-                assert not running.done(), busy
-                busy = dumped(folder)
+            over = threading.Event()
+
+            def keep_busy() -> None:
+                while not over.is_set():
+                    server.complete(prompt(40, seed=1), max_tokens=900)
+
+            running, busy = client.submit(keep_busy), {}
+
+            def is_shown_busy() -> bool:
+                busy.update(dumped(folder))
+                return shows(busy["vllm-leader"], taken="between two steps", life="DECODING")
+
+            with contextlib.ExitStack() as ending:
+                ending.callback(over.set)
+                until(is_shown_busy)
             assert busy["vllm-leader"]["failures"] == {}
             assert busy["vllm-leader"]["tiers"][0]["pages"] == (64 << 20) // (64 << 10)
             assert busy["vllm-rank0"]["rank"] == 0
