@@ -12,8 +12,8 @@ class Intake(Generic[M]):
     """Takes messages with growing numbers.  One thread at a time.
 
     A message that was taken and not carried out, because the call that should have done so never came, is carried out
-    with the next one.  A number that does not grow is a replay, or comes after its gap was seen: it is ignored, so what
-    was missed once never happens.
+    when the next one arrives.  A number that does not grow is a replay, or comes after its gap was seen: it is ignored,
+    so what was missed once never happens.
     """
 
     def __init__(self, number_of: Callable[[M], int]) -> None:
@@ -37,6 +37,11 @@ class Intake(Generic[M]):
     def is_newest(self, message: M) -> bool:
         """Whether no later message was taken."""
         return self._number_of(message) == self._last
+
+    def late(self) -> list[M]:
+        """What was taken before the newest message and is still to be carried out: now, in order, before all else."""
+        late, self._waiting = self._waiting[:-1], self._waiting[-1:]
+        return late
 
     def due(self) -> list[M]:
         """What was taken and is to be carried out now, in order."""

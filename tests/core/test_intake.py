@@ -30,6 +30,17 @@ def test_what_was_not_carried_out_is_carried_to_the_next() -> None:
     assert intake.due() == [1, 2]
 
 
+@pytest.mark.statement("connector", 43)
+def test_what_was_not_carried_out_is_late_when_the_next_one_is_there() -> None:
+    intake = numbers()
+    assert intake.late() == []
+    intake.take(1)
+    assert intake.late() == []
+    intake.take(2)
+    intake.take(3)
+    assert (intake.late(), intake.late(), intake.due()) == ([1, 2], [], [3])
+
+
 @pytest.mark.statement("connector", 28)
 def test_a_gap_is_told_once_and_what_it_held_is_ignored_when_it_comes_late() -> None:
     intake = numbers()

@@ -26,11 +26,12 @@ from umbp_vllm.compat import (
 )
 from umbp_vllm.groups import failures_by_block
 from umbp_vllm.leader import Leader
+from umbp_vllm.load_outcome import LoadOutcome
 from umbp_vllm.metadata import HandshakeHello, StepMetadata, WorkerReport
 from umbp_vllm.reporting import Reporting
 from umbp_vllm.setup import make_leader, make_reporting, make_worker, needs_layers, settings_of
 from umbp_vllm.stats import UmbpPromMetrics, UmbpStats
-from umbp_vllm.worker import LoadOutcome, Worker
+from umbp_vllm.worker import Worker
 
 logger = logging.getLogger("vllm.umbp.connector")
 

@@ -9,10 +9,9 @@ nothing to compute and a load is on its way (see :meth:`Worker.poll`), and layer
 
 from __future__ import annotations
 
-import contextlib
 import logging
+from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -27,6 +26,7 @@ from umbp_core.scheduler import Fate
 from umbp_core.worker_slots import WorkerSlots
 from umbp_vllm.dump import worker_state
 from umbp_vllm.layer_gate import LayerGate
+from umbp_vllm.load_outcome import LoadOutcome
 from umbp_vllm.metadata import RankHello, StepMetadata, WorkerReport
 
 logger = logging.getLogger("vllm.umbp.worker")
@@ -42,18 +42,8 @@ request that arrives meanwhile would not notice beside its own prefill.
 FENCE_S = 30.0
 """How long a forward pass waits for copies that read blocks which it may write: they take milliseconds."""
 
-
-@dataclass(slots=True)
-class LoadOutcome:
-    """What vLLM must hear about loads after one step.
-
-    ``ended`` are request ids whose load ended, well or not; ``failed`` those of them that failed;
-    ``bad_blocks`` the HBM blocks that hold nothing because of it.
-    """
-
-    ended: set[str] = field(default_factory=set)
-    failed: set[str] = field(default_factory=set)
-    bad_blocks: set[int] = field(default_factory=set)
+REPORTED = 4096
+"""Loads that are remembered when vLLM has heard of their end: a question about one may still be on its way."""
 
 
 class Closable(Protocol):
@@ -97,6 +87,7 @@ class Worker:
         self._intake: Intake[StepMetadata] = Intake(lambda metadata: metadata.iteration)
         self._slots = WorkerSlots()
         self._loads: dict[str, LeaderTransferRequest] = {}
+        self._reported: deque[str] = deque(maxlen=REPORTED)
         self._ended: list[OpResult] = []
         self._results: list[OpResult] = []
         self._running: list[str] = []
@@ -123,9 +114,9 @@ class Worker:
         self.gate.lack([block.hbm_block for op in missed for block in op.blocks])
         self.gate.lack(metadata.void_blocks)
         self.gate.finish()
-        results = self.engine.poll()
-        self._results += [result for result in results if result.op_id not in self.gate]
-        self._results += self.gate.settle(results)
+        ended = self._ended + self.engine.poll()
+        self._ended = [result for result in ended if result.op_id not in self.gate]
+        self._results += self.gate.settle(ended)
 
     def store_ahead(self, metadata: StepMetadata) -> None:
         """Take over the step's stores by layer: its forward pass is about to be launched."""
@@ -156,6 +147,8 @@ class Worker:
     def _is_this_step(self, metadata: StepMetadata) -> bool:
         """Take the step's message, whichever hook brings it first; False for one that is not the newest."""
         self._intake.take(metadata)
+        for late in self._intake.late():  # its last hook never ran, and this step may write over what it is to store
+            self._carry_out(late)
         missed = self._intake.missed()
         if missed:
             self._missed += missed
@@ -191,22 +184,27 @@ class Worker:
             fate = fates.get(op.op_id)
             if fate is None:
                 self._results.append(_not_mine(op))
-            elif fate is not Fate.ENDED or op.op_id not in untold:  # else how it ended goes with this very report
-                self._tell(op, fate)
+            else:
+                self._tell(op, fate, untold=op.op_id in untold)
 
-    def _tell(self, op: LeaderTransferRequest, fate: Fate) -> None:
-        """Tell the leader what became of ``op``, of which no result is on its way."""
-        if fate is Fate.REFUSED and op.direction is Direction.LOAD and not op.layerwise:
+    def _tell(self, op: LeaderTransferRequest, fate: Fate, *, untold: bool) -> None:
+        """Tell the leader what became of ``op``; with ``untold``, how it ended goes with this very report anyway."""
+        if fate in (Fate.PENDING, Fate.QUARANTINED):
+            self._running.append(op.op_id)
+        if fate is Fate.REFUSED:
+            self._nobody_said(op)
+        elif fate in (Fate.ENDED, Fate.QUARANTINED) and not untold:
+            self._results.append(msgspec.structs.replace(_failed(op, LOST), quarantined=fate is Fate.QUARANTINED))
+            if fate is Fate.ENDED:
+                self._released.append(op.op_id)
+
+    def _nobody_said(self, op: LeaderTransferRequest) -> None:
+        """The engine never got ``op``.  Where vLLM waits for it on this rank, too, have its end reported, once."""
+        waits = op.direction is Direction.LOAD and not op.layerwise
+        if waits and op.op_id not in self._loads and op.op_id not in self._reported:
             self._expect(op)
             self._slots.open(NewWorkerSlot(op.request_id, (op.op_id,)))
             self._slots.finished([op.request_id])  # which vLLM may have said before: keep nothing of it afterwards
-        elif fate is Fate.ENDED:
-            self._results.append(_failed(op, LOST))
-            self._released.append(op.op_id)
-        elif fate is Fate.QUARANTINED:
-            self._results.append(msgspec.structs.replace(_failed(op, LOST), quarantined=True))
-        if fate in (Fate.PENDING, Fate.QUARANTINED):
-            self._running.append(op.op_id)
 
     def _expect(self, op: LeaderTransferRequest) -> None:
         self._loads[op.op_id] = op
@@ -218,19 +216,20 @@ class Worker:
         within :data:`FENCE_S` counts as failed, whatever it brings: its blocks may have changed while it read them.
         """
         fences = set(metadata.fences)
+        self._torn |= fences
         if not self._is_this_step(metadata):
             return
-        self._torn |= fences
         early = [op for op in metadata.ops if op.op_id in fences]
+        late: set[str] = set()
         if self._writes and early:
-            with contextlib.suppress(
-                UmbpError
-            ):  # it comes again when the same ops are submitted with the step's others
+            try:
                 self.engine.submit(early)
+            except UmbpError:  # they come again with the step's others, when their blocks hold something else
+                late = {op.op_id for op in early}
         if self.engine.wait(fences, FENCE_S):
-            self._torn -= fences
+            self._torn -= fences - late
         else:
-            self._torn -= fences - {str(op["op_id"]) for op in self.engine.dump()}
+            self._torn -= fences - late - {str(op["op_id"]) for op in self.engine.dump()}
             logger.error(
                 "umbp: stores did not end within %.0f s before their blocks were reused; they are void", FENCE_S
             )
@@ -248,8 +247,10 @@ class Worker:
         ]
         try:
             self.engine.submit(mine)
-        except UmbpError as error:
-            self._results += [_failed(op, type(error).__name__) for op in mine]
+        except UmbpError:
+            logger.exception("umbp: ops of step %d could not all be started", metadata.iteration)
+            for op in mine:  # those that were end by themselves; of the others the engine will never hear again
+                self.engine.account_for(op)
         self.engine.cancel(metadata.cancels)
 
     def poll(self, *, idle: bool, finished: Iterable[str] = ()) -> LoadOutcome:
@@ -262,6 +263,7 @@ class Worker:
         outcome = LoadOutcome()
         if idle and self._loads and not self._results and not self._refused:
             self.engine.wait(self._loads, IDLE_WAIT_S, first=True)
+        self._released += self.engine.take_released()  # first: what is released was reported before, or is just now
         results = self._ended + self.engine.poll()
         self._ended = []
         if self.gate.has_late:
@@ -274,12 +276,11 @@ class Worker:
                 self._slots.ended(result)
         for slot in self._slots.take_complete():
             for result in slot.results:
-                _add_load(outcome, self._loads.pop(result.op_id), result)
+                outcome.add(self._loads.pop(result.op_id), result)
+                self._reported.append(result.op_id)
         self._slots.finished(finished)
         for request_id, blocks in self._refused:
-            outcome.ended.add(request_id)
-            outcome.failed.add(request_id)
-            outcome.bad_blocks.update(blocks)
+            outcome.never_came(request_id, blocks)
         self._refused = []
         return outcome
 
@@ -300,10 +301,8 @@ class Worker:
         report = WorkerReport()
         if self._results:
             report.results[rank], self._results = self._results, []
-        released = self._released + self.engine.take_released()
-        self._released = []
-        if released:
-            report.released[rank] = released
+        if self._released:
+            report.released[rank], self._released = self._released, []
         if not self._hello_sent:
             self._hello_sent = True
             report.hellos[rank] = self.hello
@@ -330,15 +329,6 @@ class Worker:
             return
         for resource in self._resources:
             resource.close()
-
-
-def _add_load(outcome: LoadOutcome, op: LeaderTransferRequest, result: OpResult) -> None:
-    outcome.ended.add(op.request_id)
-    if result.status is OpStatus.DONE:
-        return
-    outcome.failed.add(op.request_id)
-    indexes: Iterable[int] = result.failed or range(len(op.blocks))
-    outcome.bad_blocks.update(op.blocks[index].hbm_block for index in indexes)
 
 
 def _failed(op: LeaderTransferRequest, reason: str) -> OpResult:
