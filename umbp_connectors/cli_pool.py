@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import re
 import sys
@@ -19,6 +20,7 @@ from rich.table import Table
 from umbp_core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from umbp_connectors.daemon.listing import ListObjects
     from umbp_connectors.pool.inspection import StoredCatalogue, StoredObject
 
 app = typer.Typer(name="pool", help="Look into an SSD folder, check it, clean it, and measure this machine.")
@@ -39,6 +41,14 @@ OlderOption = Annotated[
 NewerOption = Annotated[str, typer.Option("--newer-than", metavar="TIME", help="Only what was written since.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do it; without, say what would be done.")]
+
+
+class Where(str, enum.Enum):
+    """A tier to look into."""
+
+    DRAM = "dram"
+    SSD = "ssd"
+
 
 _TIME = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -93,12 +103,21 @@ def ls(
     older_than: OlderOption = "",
     newer_than: NewerOption = "",
     limit: Annotated[int, typer.Option("--limit", min=0, help="So many objects at most; 0: all.")] = 100,
+    tier: Annotated[Where, typer.Option("--tier", help="`dram`: what the host's daemon has in memory.")] = Where.SSD,
+    socket: Annotated[Path | None, typer.Option("--socket", metavar="PATH", help="The daemon's; for `dram`.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List objects on SSD, the latest first: key, size, place in its prefix chain, age, slot."""
+    """List objects, the latest first: key, size, place in its prefix chain, age (on SSD), slot or page."""
     from umbp_connectors.cli_views import size_text
 
     wanted = _Wanted(prefix, older_than, newer_than, min_size, max_size)
+    if tier is Where.DRAM:
+        if folder or older_than or newer_than:
+            raise ConfigError("DRAM is the daemon's and knows no ages: leave out --dir, --older-than and --newer-than")
+        from umbp_connectors.cli_pool_dram import show
+
+        show(socket, wanted.in_memory(name, limit), as_json)
+        return
     found = [pair for catalogue in _catalogues(_folder(folder), name) for pair in _matching(catalogue, wanted)]
     found.sort(key=lambda pair: pair[1].written or 0.0, reverse=True)
     shown = found[:limit] if limit else found
@@ -254,6 +273,16 @@ class _Wanted:
         self._since = now - _seconds(newer_than) if newer_than else None
         self._least = _size(min_size) or 0
         self._most = _size(max_size)
+
+    def in_memory(self, name: str, limit: int) -> ListObjects:
+        """The same as a question to the daemon."""
+        from umbp_connectors.daemon.listing import OBJECTS, ListObjects
+        from umbp_connectors.daemon.messages import REVISION
+        from umbp_core.tiers import Tier
+
+        starts = [prefix for prefix in self._prefixes if prefix]
+        most = (1 << 62) - 1 if self._most is None else self._most
+        return ListObjects(REVISION, int(Tier.DRAM), name, starts, self._least, most, min(limit or OBJECTS, OBJECTS))
 
     def __call__(self, stored: StoredObject) -> bool:
         written = stored.written or 0.0

@@ -100,6 +100,11 @@ class Directory:
         state = self._spaces.get(tier)
         return list(state.published) if state else []
 
+    def copies(self, tier: Tier) -> list[tuple[bytes, Copy]]:
+        """The same with the copies, in the order in which they were published."""
+        state = self._spaces.get(tier)
+        return list(state.published.items()) if state else []
+
     def is_present_or_pending(self, key: bytes, tier: Tier) -> bool:
         """Whether ``key`` is published or being written in ``tier``: then ``reserve`` refuses it."""
         state = self._spaces.get(tier)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from umbp_connectors.daemon import messages
+from umbp_connectors.daemon.listing import Listing, ListObjects
 from umbp_connectors.daemon.mapping import MappedArena
 from umbp_connectors.daemon.messages import (
     AskStats,
@@ -21,6 +22,7 @@ from umbp_connectors.daemon.messages import (
     Flush,
     Found,
     Granted,
+    Greeting,
     Inspect,
     KeepPages,
     Lent,
@@ -45,6 +47,7 @@ from umbp_core.errors import TierUnavailable
 from umbp_core.wire.codes import ErrorCode, WireError
 from umbp_core.wire.frames import FrameType
 
+Told = TypeVar("Told", Overview, Listing)
 Reply = TypeVar("Reply", Found, Lent, Granted, Count, PoolStats, TakenPages, Published)
 
 _DAEMONS_PART = 0.8
@@ -194,16 +197,26 @@ def attach(
 
 def inspect(path: Path, deadline: float) -> Overview:
     """What the daemon at ``path`` says about itself.  Raises as a link does."""
+    return _ask(path, Inspect(messages.REVISION), Overview, deadline)
+
+
+def list_objects(path: Path, wanted: ListObjects, deadline: float) -> Listing:
+    """The objects of the daemon at ``path`` that ``wanted`` describes.  Raises as a link does."""
+    return _ask(path, wanted, Listing, deadline)
+
+
+def _ask(path: Path, greeting: Inspect | ListObjects, kind: type[Told], deadline: float) -> Told:
+    """The only answer of a connection to the only question."""
     with contextlib.ExitStack() as undo:
-        sock = _greet(path, Inspect(messages.REVISION), undo, deadline)
+        sock = _greet(path, greeting, undo, deadline)
         sock.allow(messages.FRAME_BYTES)
-        kind, _, payload = sock.receive(deadline)
-        if kind != FrameType.REPLY:
+        answer, _, payload = sock.receive(deadline)
+        if answer != FrameType.REPLY:
             raise _refused(path, payload)
-        return messages.decode_as(Overview, payload)
+        return messages.decode_as(kind, payload)
 
 
-def _greet(path: Path, greeting: Attach | Inspect, undo: contextlib.ExitStack, deadline: float) -> FrameSocket:
+def _greet(path: Path, greeting: Greeting, undo: contextlib.ExitStack, deadline: float) -> FrameSocket:
     raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock = FrameSocket(raw, _KINDS, messages.GREETING_BYTES)
     undo.callback(sock.close)

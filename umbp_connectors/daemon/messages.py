@@ -16,6 +16,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
+from umbp_connectors.daemon.listing import ListObjects
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_connectors.pool.sharing.messages import Found, Key, Lookup, Natural, Refusal, Text
 from umbp_core.ids import IDENTITY_BYTES, Identity, RankScope
@@ -324,7 +325,7 @@ Request = (
     | ReturnPages
     | PublishPages
 )
-Greeting = Attach | Inspect
+Greeting = Attach | Inspect | ListObjects
 M = TypeVar("M")
 
 encode = msgspec.msgpack.Encoder().encode

@@ -8,9 +8,12 @@ from dataclasses import asdict
 
 from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.kept import KeptPool
+from umbp_connectors.daemon.listing import ListedObject, Listing, ListObjects
 from umbp_connectors.daemon.messages import LENT, Overview, PoolStats, PoolView, TierFill
 from umbp_core.errors import StateError
 from umbp_core.tiers import Tier
+
+_TIERS = frozenset((Tier.DRAM, Tier.SSD))
 
 
 def stats_of(kept: KeptPool) -> PoolStats:
@@ -42,6 +45,29 @@ def overview_of(keeper: PoolKeeper) -> Overview:
         with contextlib.suppress(StateError):  # it is being closed
             views.append(_view(kept))
     return Overview(os.getpid(), keeper.dram_bytes, views)
+
+
+def listing_of(keeper: PoolKeeper, wanted: ListObjects) -> Listing:
+    """The objects that ``wanted`` describes, the latest of each pool first."""
+    found, listed = 0, []
+    starts = tuple(wanted.starts) or (b"",)
+    for kept in keeper.pools():
+        if wanted.name not in kept.namespace or wanted.tier not in _TIERS:
+            continue
+        with contextlib.suppress(StateError):  # it is being closed
+            copies = kept.pool.copies(Tier(wanted.tier))
+            fits = [
+                (key, copy)
+                for key, copy in reversed(copies)
+                if wanted.least <= copy.nbytes <= wanted.most and key.startswith(starts)
+            ]
+            found += len(fits)
+            pool = kept.pool.identity.digest.hex()[:12]
+            listed += [
+                ListedObject(key, copy.nbytes, copy.depth, copy.pages[0], pool, kept.namespace)
+                for key, copy in fits[: wanted.limit]
+            ]
+    return Listing(found, listed[: wanted.limit])
 
 
 def _view(kept: KeptPool) -> PoolView:

@@ -13,6 +13,7 @@ from umbp_connectors.daemon import messages
 from umbp_connectors.daemon.holdings import HeldGrant, Holdings
 from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.kept import KeptPool
+from umbp_connectors.daemon.listing import ListObjects
 from umbp_connectors.daemon.messages import (
     AskStats,
     Attach,
@@ -23,6 +24,7 @@ from umbp_connectors.daemon.messages import (
     Flush,
     Found,
     Granted,
+    Greeting,
     Inspect,
     KeepPages,
     Lent,
@@ -40,7 +42,7 @@ from umbp_connectors.daemon.messages import (
     TakePages,
     Welcome,
 )
-from umbp_connectors.daemon.overview import overview_of, stats_of
+from umbp_connectors.daemon.overview import listing_of, overview_of, stats_of
 from umbp_connectors.pool.books import Filled
 from umbp_connectors.pool.lending import LentObject
 from umbp_connectors.pool.outcomes import PutStatus
@@ -111,6 +113,8 @@ class Session:
             self._refuse(sequence, problem)
         elif isinstance(greeting, Inspect):
             self._send(FrameType.REPLY, sequence, messages.encode(overview_of(self._keeper)))
+        elif isinstance(greeting, ListObjects):
+            self._send(FrameType.REPLY, sequence, messages.encode(listing_of(self._keeper, greeting)))
         else:
             self._attached(greeting, sequence)
 
@@ -164,7 +168,7 @@ class Session:
                 if late:
                     logger.warning("umbp: a client keeps what it was lent for too long; its lease has ended")
 
-    def _problem(self, greeting: Attach | Inspect) -> str:
+    def _problem(self, greeting: Greeting) -> str:
         if self._refused:
             return self._refused
         if greeting.revision != messages.REVISION:

@@ -305,6 +305,11 @@ class Books:
         with self._lock:
             return dict(self._holdings())
 
+    def copies(self, tier: Tier) -> list[tuple[bytes, Copy]]:
+        """Everything that is published in ``tier``, the latest last."""
+        with self._lock:
+            return self._directory.copies(tier)
+
     def stats(self, tier: Tier) -> TierStats | None:
         """Counts of ``tier``; ``None`` when the pool has no such tier."""
         with self._lock:

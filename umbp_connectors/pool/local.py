@@ -22,7 +22,7 @@ from umbp_connectors.pool.slab import ALIGNMENT
 from umbp_connectors.pool.ssd import PoolSsd, open_ssd
 from umbp_connectors.pool.staged import StagedPut
 from umbp_connectors.pool.stripes import Stripes
-from umbp_core.directory import TierStats
+from umbp_core.directory import Copy, TierStats
 from umbp_core.errors import ConfigError, StateError
 from umbp_core.ids import Identity
 from umbp_core.ports import Clock
@@ -264,6 +264,10 @@ class LocalPool:
     def holdings(self) -> dict[Tier, list[bytes]]:
         """The keys of all objects that can be read, by tier.  Takes time in proportion to them."""
         return self._opened().books.holdings()
+
+    def copies(self, tier: Tier) -> list[tuple[bytes, Copy]]:
+        """Every object that can be read from ``tier``, the latest last.  Takes time in proportion to them."""
+        return self._opened().books.copies(tier)
 
     def stats(self, tier: Tier) -> TierStats | None:
         """How full ``tier`` is; ``None`` when the pool has no such tier."""
