@@ -212,6 +212,9 @@ class UmbpConfig(BaseModel):
     max_transfer_blocks: Count = Field(
         16, description="Blocks that a device copies at once; smaller loads, stores or demotions make one transfer."
     )
+    copy_threads: Annotated[Count, Field(le=64)] = Field(
+        2, description="SGLang and the client interface: threads that share the copies of one call, the caller among them."
+    )
     io_threads: Annotated[Count, Field(le=256)] = Field(4, description="SSD I/O threads per rank.")
     load_mode: Literal["async", "layerwise"] = Field(
         "async",

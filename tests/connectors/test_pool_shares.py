@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.pool.capacity import catalogue_allowance
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
+from umbp_connectors.pool.settings import local_pool_config
 from umbp_core.errors import ConfigError
+from umbp_core.eviction import LruPolicy
 from umbp_core.ids import Identity, RankScope
 from umbp_core.tiers import Tier
 
@@ -117,3 +120,10 @@ def test_shares_that_change_stay_within_the_capacity(tmp_path: Path) -> None:
 def test_a_share_is_a_part_of_the_whole(tmp_path: Path, share: float) -> None:
     with pytest.raises(ConfigError, match="share"):
         _pool(tmp_path, "kv", share)
+
+
+def test_the_threads_of_a_pool_are_those_that_the_user_asks_for() -> None:
+    config = UmbpConfig(copy_threads=5, io_threads=7, max_concurrent_demotions=3)
+    made = local_pool_config(config, object_bytes=4096, dram_bytes=1 << 20, eviction=LruPolicy)
+    assert (made.copy_threads, made.io_threads, made.demote_threads) == (5, 7, 3)
+    assert local_pool_config(UmbpConfig(), object_bytes=1, dram_bytes=1, eviction=LruPolicy).copy_threads == 2

@@ -88,6 +88,7 @@ def local_pool_config(
         rank=rank,
         ranks=ranks,
         eviction=eviction,
+        copy_threads=config.copy_threads,
         io_threads=config.io_threads,
         demote_threads=config.max_concurrent_demotions,
         huge_pages=config.dram_use_hugepages,
