@@ -213,7 +213,7 @@ class UmbpConfig(BaseModel):
         16, description="Blocks that a device copies at once; smaller loads, stores or demotions make one transfer."
     )
     copy_threads: Annotated[Count, Field(le=64)] = Field(
-        2, description="SGLang and the client interface: threads that share the copies of one call, the caller among them."
+        2, description="SGLang and the client: threads that share the copies of one call, the caller among them."
     )
     io_threads: Annotated[Count, Field(le=256)] = Field(4, description="SSD I/O threads per rank.")
     load_mode: Literal["async", "layerwise"] = Field(
