@@ -4,7 +4,8 @@
 
 Put and get of batches of 128 objects, verification on, through a daemon in a process of its own, against bare copies
 by ``numpy.copyto`` with one thread and with as many threads as the client has, and against the pool in this process.
-Exists of 2048 keys, in microseconds per call.  All ways take turns.
+Exists of 2048 keys, in microseconds per call.  All ways take turns.  Then what the leader of an engine says whose ranks
+copy by themselves, in microseconds per call.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import _report
 from pool import BATCH, SIZES, Keys, Memory, check, copy_all, open_pool
 
 from umbp_connectors.daemon.client import DaemonClientConfig, DaemonPool
+from umbp_connectors.daemon.pages import NewObject, PageClient, WantedPages, engine_token
 from umbp_connectors.pool.local import LocalPool, LocalPoolConfig
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_core.ids import Identity, RankScope
@@ -147,19 +149,69 @@ def exists(count: int) -> list[_report.Row]:
                 found = pool.exists(fresh)
                 times.append((time.perf_counter() - start) * 1e6)
                 check(found, True)
-            ordered = sorted(times)
             rows.append(
                 {
                     "where": name,
                     "keys": ASKED,
                     "p50 us": statistics.median(times),
-                    "p99 us": ordered[len(ordered) * 99 // 100],
+                    "p99 us": _p99(times),
                     "target us": TARGET_EXISTS_US if name == "daemon" else TARGET_EXISTS_US / 2,
                 }
             )
             pool.close()
         daemon.close()
     return rows
+
+
+def pages(count: int) -> list[_report.Row]:
+    """What an engine's leader says, in microseconds per call: for the blocks of one request, and for a single one."""
+    rows: list[_report.Row] = []
+    keys = Keys()
+    with tempfile.TemporaryDirectory() as folder:
+        daemon = Daemon(Path(folder), 4096 * ASKED)
+        wanted = WantedPages(daemon.path, (IDENTITY,), 4096, 4096 * ASKED, engine_token("benchmark"))
+        client = PageClient(wanted)
+        client.connect(_soon())
+        for blocks in (1, 8, 64):
+            times = _talk(client, keys, blocks, 100 * count)
+            rows += [
+                {"call": call, "blocks": blocks, "p50 us": statistics.median(taken), "p99 us": _p99(taken)}
+                for call, taken in times.items()
+            ]
+        client.close()
+        daemon.close()
+    return rows
+
+
+def _talk(client: PageClient, keys: Keys, blocks: int, count: int) -> dict[str, list[float]]:
+    """Microseconds of each call; in turns, as a leader makes them."""
+    fresh = iter([key for _ in range(-(-blocks * count // BATCH)) for key in keys.fresh()])
+    times: dict[str, list[float]] = {"look up": [], "take pages": [], "publish": [], "borrow": [], "give back": []}
+    for _ in range(count):
+        names = [next(fresh) for _ in range(blocks)]
+        taken: list[int] = []
+        loans: list[int] = []
+        times["take pages"].append(_timed(lambda taken=taken: taken.extend(client.take_pages(blocks, _soon()))))
+        new = [NewObject(page, key, 8, at, bytes(16)) for at, (page, key) in enumerate(zip(taken, names, strict=True))]
+        times["publish"].append(_timed(lambda new=new: check(client.publish(new, _soon()), PutStatus.STORED)))
+        times["look up"].append(_timed(lambda names=names: client.look_up(names, True, _soon())))
+        times["borrow"].append(_timed(lambda names=names, loans=loans: loans.append(client.borrow(names, _soon())[0])))
+        times["give back"].append(_timed(lambda loans=loans: client.give_back(loans[0], _soon())))
+    return times
+
+
+def _timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return (time.perf_counter() - start) * 1e6
+
+
+def _p99(times: list[float]) -> float:
+    return sorted(times)[len(times) * 99 // 100]
+
+
+def _soon() -> float:
+    return time.monotonic() + 30
 
 
 def main() -> None:
@@ -173,6 +225,7 @@ def main() -> None:
     sections = {
         "Put and get, batches of 128": [row for nbytes in sizes for row in dram(nbytes, count, threads)],
         "exists": exists(count),
+        "An engine's leader": pages(count),
     }
     notes = [
         f"Targets: {TARGET} of the copy from 256 KiB on, {TARGETS[64 << 10]} at 64 KiB.",

@@ -104,7 +104,7 @@ class PoolKeeper:
         if digest != (prefixes[0] if len(prefixes) == 1 else group_of(wanted.namespace, prefixes).digest):
             raise TierUnavailable("the identity of these objects is not what follows from those of their parts")
         if kept is not None:
-            if kept.pool.stripes.prefixes != prefixes:
+            if kept.stripes.prefixes != prefixes:
                 raise TierUnavailable(f"the objects of pool {digest.hex()[:12]} are divided among other ranks")
             if kept.page_bytes != page_bytes:
                 raise TierUnavailable(

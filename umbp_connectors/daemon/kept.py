@@ -36,6 +36,7 @@ class KeptPool:
     def __init__(self, pool: LocalPool, pages: int, page_bytes: int) -> None:
         self.pool = pool
         self.arena = os.urandom(TOKEN_BYTES)
+        self.stripes = pool.stripes
         self.pages = pages
         self.page_bytes = page_bytes
         self.labels: dict[bytes, str] = {}

@@ -166,7 +166,8 @@ class PageClient:
         half of the arena at most, divided among all engines.
         """
         with _Closing(self) as link:
-            pages = link.take_pages(min(count, messages.OBJECTS), deadline)
+            count = min(count, messages.OBJECTS, messages.PAGES - len(self._taken))
+            pages = link.take_pages(count, deadline)
         self._taken.update(pages)
         return pages
 

@@ -213,7 +213,7 @@ class Session:
         self._holdings.check_number(number)
         if not len(request.keys) == len(request.sizes) == len(request.depths):
             raise WireError(ErrorCode.MALFORMED, "keys, sizes and depths of a request do not match")
-        if kept.pool.stripes.count > 1:
+        if kept.stripes.count > 1:
             raise WireError(ErrorCode.INVALID_REQUEST, "objects of several parts are written to pages without keys")
         allowed = kept.take(self._client, len(request.keys))
         pages = 0
@@ -252,7 +252,7 @@ class Session:
         return TakenPages(pages, self._known)
 
     def _publish_pages(self, kept: KeptPool, number: int, request: PublishPages) -> Published:
-        stripes = kept.pool.stripes
+        stripes = kept.stripes
         if any(len(each.checksums) != stripes.count * CHECKSUM_BYTES for each in request.objects):
             raise WireError(ErrorCode.MALFORMED, f"an object has no checksum for each of its {stripes.count} parts")
         filled = [
