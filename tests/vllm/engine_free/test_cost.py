@@ -24,31 +24,48 @@ FOR_A_QUIET_STEP = 60
 """Calls, of Python and C functions together; each is some 50 ns, and a step has 1 ms."""
 
 
+CHANGES = (
+    "on_new_request",
+    "get_num_new_matched_tokens",
+    "update_state_after_alloc",
+    "build_connector_meta",
+    "update_connector_output",
+    "request_finished_all_groups",
+    "has_pending_push_work",
+)
+"""What vLLM's scheduler calls when something changes."""
+
+
 @contextmanager
-def counted(connector: Any) -> Iterator[list[int]]:
-    """How many calls each ``build_connector_meta`` of the block made."""
-    steps: list[int] = []
-    build: Callable[[Any], Any] = connector.build_connector_meta
+def counted(connector: Any, *methods: str) -> Iterator[list[int]]:
+    """How many calls each call of one of ``methods`` made within the block."""
+    made: list[int] = []
 
-    def counting(output: Any) -> Any:
-        calls = 0
+    def counting(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls = 0
 
-        def count(frame: Any, event: str, argument: Any) -> None:
-            nonlocal calls
-            calls += event in ("call", "c_call")
+            def count(frame: Any, event: str, argument: Any) -> None:
+                nonlocal calls
+                calls += event in ("call", "c_call")
 
-        sys.setprofile(count)
-        try:
-            return build(output)
-        finally:
-            sys.setprofile(None)
-            steps.append(calls)
+            sys.setprofile(count)
+            try:
+                return method(*arguments)
+            finally:
+                sys.setprofile(None)
+                made.append(calls)
 
-    connector.build_connector_meta = counting
+        return call
+
+    originals = {name: getattr(connector, name) for name in methods}
+    for name, method in originals.items():
+        setattr(connector, name, counting(method))
     try:
-        yield steps
+        yield made
     finally:
-        connector.build_connector_meta = build
+        for name, method in originals.items():
+            setattr(connector, name, method)
 
 
 def calls_of_quiet_steps(make_umbp: MakeUmbp, running: int, cached: int) -> list[int]:
@@ -65,7 +82,7 @@ def calls_of_quiet_steps(make_umbp: MakeUmbp, running: int, cached: int) -> list
         engine.add(tokens(2, first=number), max_tokens=QUIET_STEPS + 20)
     for _ in range(6):
         engine.step()
-    with counted(engine.scheduler.connector) as steps:
+    with counted(engine.scheduler.connector, "build_connector_meta") as steps:
         for _ in range(QUIET_STEPS):
             engine.step()
     engine.drain()
@@ -90,3 +107,36 @@ def test_a_step_without_changes_costs_the_same_however_much_runs_and_is_cached(m
     assert sorted(few)[len(few) // 2] == sorted(many)[len(many) // 2] == sorted(full)[len(full) // 2]
     assert max(many) == max(full)
     assert sorted(many)[len(many) // 2] <= FOR_A_QUIET_STEP
+
+
+def calls_of_changes(make_umbp: MakeUmbp, running: int) -> list[int]:
+    """Steps in each of which a request with a hit arrives, the one of the step before runs, and another one ends."""
+    engine = make_umbp(
+        {"dram_capacity": "64MiB", "share_load_timeout_ms": 0},
+        block_size=BLOCK,
+        num_blocks=4 * running + 8 * QUIET_STEPS,
+        max_num_seqs=running + QUIET_STEPS,
+        max_num_batched_tokens=2048,
+    )
+    engine.pace()
+    for number in range(QUIET_STEPS):
+        engine.store(tokens(2 * BLOCK, first=200 * number))
+    names = [engine.add(tokens(2, first=10_000 + number), max_tokens=4 * QUIET_STEPS) for number in range(running)]
+    for _ in range(6):
+        engine.step()
+    steps = []
+    for number in range(QUIET_STEPS):
+        with counted(engine.scheduler.connector, *CHANGES) as made:
+            engine.add(tokens(2 * BLOCK + 3, first=200 * number), max_tokens=4 * QUIET_STEPS)
+            engine.abort(names[number])
+            engine.step()
+        steps.append(sum(made))
+    engine.drain()
+    return steps[2:]
+
+
+@pytest.mark.statement("connector", 95)
+def test_what_changes_costs_the_same_however_much_does_not(make_umbp: MakeUmbp) -> None:
+    few, many = (calls_of_changes(make_umbp, running) for running in (QUIET_STEPS + 4, 256))
+    assert few == many
+    assert min(few) > FOR_A_QUIET_STEP
