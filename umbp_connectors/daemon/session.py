@@ -213,8 +213,6 @@ class Session:
         self._holdings.check_number(number)
         if not len(request.keys) == len(request.sizes) == len(request.depths):
             raise WireError(ErrorCode.MALFORMED, "keys, sizes and depths of a request do not match")
-        if kept.stripes.count > 1:
-            raise WireError(ErrorCode.INVALID_REQUEST, "objects of several parts are written to pages without keys")
         allowed = kept.take(self._client, len(request.keys))
         pages = 0
         try:
@@ -238,7 +236,7 @@ class Session:
                 kept.put_back(self._client, held.grant.pages)
 
     def _take_pages(self, kept: KeptPool, number: int, request: TakePages) -> TakenPages:
-        allowed = 0 if self._draining else kept.take(self._client, min(request.count, messages.OBJECTS))
+        allowed = kept.take(self._client, min(request.count, messages.OBJECTS))
         taken: list[int] = []
         try:
             taken = self._holdings.take(self._turn, allowed)

@@ -14,6 +14,7 @@ from tests.connectors.daemon.conftest import Daemon
 from tests.connectors.daemon.engine import Engine, identities_of, soon, wanted
 from tests.connectors.daemon.kit import PAGES, SIZE, get, key_of, object_of, put
 from tests.connectors.waiting import until
+from umbp_connectors.daemon import messages
 from umbp_connectors.daemon.client import DaemonPool
 from umbp_connectors.daemon.pages import NewObject, PageClient, RankArena, WantedPages, engine_token
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
@@ -157,7 +158,9 @@ def test_an_engine_may_hold_its_part_of_half_of_the_arena(start: Start, run: Run
     assert two.leader.borrow([key_of(1)], soon())[1] == []
     two.close()
     one.close()
-    until(lambda: daemon.pinned() == 0)
+    until(lambda: daemon.pinned() == daemon.server.connections == 0)
+    one.open()
+    assert len(one.take(PAGES)) == PAGES // 2, "nothing of its former life counts"
 
 
 def test_a_clear_refuses_once_what_was_taken_before(start: Start, run: Run) -> None:
@@ -184,6 +187,18 @@ def test_what_was_lent_stays_until_it_is_given_back(start: Start, run: Run) -> N
     engine.leader.give_back(loan, soon())
     engine.leader.give_back(loan, soon())
     until(lambda: daemon.pinned() == 0)
+
+
+def test_many_keys_are_looked_up_in_parts(start: Start, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    start()
+    engine = run()
+    engine.store(engine.take(8), _objects(0, 1, 2, 3, 4, 5, 8, 9))
+    monkeypatch.setattr(messages, "KEYS", 4)
+    keys = [key_of(number) for number in range(11)]
+    found = engine.leader.look_up(keys, False, soon())
+    assert (found.prefix, found.there) == (6, bytes([1] * 6 + [0] * 2 + [1] * 2 + [0]))
+    for first, prefix in ((0, 6), (2, 4), (4, 2), (6, 0), (8, 2)):
+        assert engine.leader.look_up(keys[first:], True, soon()).prefix == prefix
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -153,6 +153,7 @@ def test_what_an_answer_that_was_lost_did_is_found_out(start: Start, engine: Cal
     assert set(mine.leader.connect(soon()).taken) == set(pages[1:])
     until(lambda: daemon.pinned() == 2)
     assert mine.leader.publish(objects[1:], soon()) == [PutStatus.STORED] * 2
+    assert len(mine.take(PAGES)) == PAGES // 2
 
 
 def _daemon(path: Path, folder: Path, closing: contextlib.ExitStack, *more: str) -> Process:

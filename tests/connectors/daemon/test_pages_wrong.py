@@ -12,7 +12,7 @@ import pytest
 from tests.connectors.daemon.conftest import Daemon
 from tests.connectors.daemon.engine import Engine, soon, wanted
 from tests.connectors.daemon.impostor import Impostor, talk
-from tests.connectors.daemon.kit import SIZE, key_of, object_of
+from tests.connectors.daemon.kit import PAGES, SIZE, key_of, object_of
 from tests.connectors.waiting import until
 from umbp_connectors.daemon import messages
 from umbp_connectors.daemon.link import Link, attach
@@ -184,6 +184,9 @@ def test_the_old_connection_of_a_leader_that_came_back_changes_nothing(start: St
     assert set(new.keep_pages(pages, soon()).pages) == set(pages)
     (status,) = new.publish_pages([msgspec.structs.replace(NEW, page=pages[0])], soon())
     assert messages.PUBLISHED[status] is PutStatus.STORED
+    more = new.take_pages(PAGES, soon())
+    assert len(more) == PAGES // 2 - 1, "what the old connection asked for does not count"
+    assert new.keep_pages(pages[1:], soon()).pages == pages[1:]
     assert len(old.borrow([b"k"], soon())[1]) == 1
     assert daemon.pinned() == 1, "its loan has ended already"
     old.close()
