@@ -129,9 +129,9 @@ def test_abort_while_blocks_are_being_stored(make_umbp: MakeUmbp) -> None:
     assert name not in engine.scheduler.requests
     assert len(engine.pool.held)
     # Everything else that the engine has is taken by others meanwhile; none of it may be a block under the store.
-    for first in (100, 200, 300):
-        other = engine.add(tokens(24, first), max_tokens=1, skip_reading=True)
-        engine.run_until_finished(other)
+    # They fill no block, so that no store of theirs is held as well, and take all that is free twice over.
+    for first in range(100, 180):
+        engine.run_until_finished(engine.add(tokens(3, first), max_tokens=1))
     engine.release(Direction.STORE)
     engine.drain()
     assert engine.check_stored() >= 6

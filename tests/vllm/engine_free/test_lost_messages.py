@@ -17,6 +17,7 @@ from tests.vllm.harness.traffic import Traffic, tokens
 from tests.vllm.harness.umbp import UmbpHarness
 from tests.vllm.harness.wires import Fault, Judge, Message, put_wires
 from umbp_connectors.leader import ledger
+from umbp_connectors.transfer.failures import LOST
 from umbp_core.ops import Direction
 
 FAULTS = (Fault.DROP, Fault.DUPLICATE, Fault.DELAY)
@@ -103,6 +104,34 @@ def test_a_question_never_overtakes_the_answer(
     assert [engine.stat("failed_blocks", way, "lost") for way in ("store", "load")] == [0, 0]
     assert engine.finish_reasons[loaded] == "length"
     assert sum(copier.calls[Direction.LOAD] for copier in engine.copiers) == len(engine.copiers)
+    engine.close()
+
+
+@pytest.mark.statement("connector", 47)
+@pytest.mark.parametrize(
+    ("spec", "extra"),
+    [
+        ({"tp": 2}, {}),
+        ({"tp": 2, "async_scheduling": True}, {}),
+        ({"async_scheduling": True}, {"load_mode": "layerwise", "store_granularity": "layer"}),
+        ({"v2_runner": True}, {"load_mode": "layerwise"}),
+    ],
+    ids=str,
+)
+def test_random_traffic_in_which_everything_is_asked_about(
+    make_umbp: MakeUmbp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spec: dict[str, Any], extra: dict[str, Any]
+) -> None:
+    """With every step about every op, with SSD behind: where no message is lost nothing fails."""
+    monkeypatch.setattr(ledger, "HEARTBEAT_S", 0.0)
+    patient = {"load_timeout_s": 60.0, "store_timeout_s": 60.0, "log_level": "error"}
+    disk = {"ssd_dir": str(tmp_path), "ssd_capacity": "4MiB"}
+    engine = make_umbp({**patient, **disk, **extra}, num_blocks=96, max_model_len=96, **spec)
+    Traffic(engine, random.Random(7)).run(steps=100)
+    for way in ("load", "store", "demote"):
+        for reason in (LOST, ledger.RANK_LOST, "internal", "not_started"):
+            assert engine.stat("failed_blocks", way, reason) == 0, (way, reason)
+    assert engine.stat("stored_blocks", "dram") > 0
+    engine.check_stored()
     engine.close()
 
 

@@ -11,16 +11,16 @@ from tests.vllm.harness.played import Story
 from umbp_connectors.leader import ledger
 from umbp_connectors.transfer.failures import LOST
 from umbp_core.ops import Direction, OpStatus
+from umbp_vllm import worker
 
 NEVER = 1e9
 STEPS = 60
 
-pytestmark = pytest.mark.usefixtures("_quiet")
 
-
-@pytest.fixture(name="_quiet")
-def quiet(caplog: pytest.LogCaptureFixture) -> None:
-    """Thousands of errors are played."""
+@pytest.fixture(autouse=True)
+def _impatient_and_quiet(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Some stores outlast a fence; thousands of errors are played."""
+    monkeypatch.setattr(worker, "FENCE_S", 0.5)
     caplog.set_level(logging.CRITICAL, "vllm.umbp")
 
 
@@ -62,8 +62,7 @@ def check_stores(story: Story) -> None:
 
 def check_nothing_left(story: Story) -> None:
     for rank in story.workers:
-        worker = rank.worker
-        left = (worker._loads, worker.gate._late, worker._slots._open, rank.engine.quarantined())
+        left = (rank.worker._loads, rank.worker.gate._late, rank.worker._slots._open, rank.engine.quarantined())
         assert not any(map(len, left)), left
 
 
@@ -121,4 +120,14 @@ def test_ops_that_cannot_be_submitted_beside_questions(
         check_memory(story)
         check_loads(story)
         check_stores(story)
+        check_nothing_left(story)
+
+
+@pytest.mark.statement("connector", 62)
+def test_a_load_is_reported_once_even_if_its_engine_forgot_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question about it may come late."""
+    monkeypatch.setattr(ledger, "HEARTBEAT_S", 0.0)
+    for seed in range(50):
+        story = told(Story(seed, lag=3, remember=6))
+        check_loads(story)
         check_nothing_left(story)
