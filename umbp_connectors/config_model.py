@@ -114,7 +114,7 @@ class UmbpConfig(BaseModel):
     mode: Annotated[str, AfterValidator(_known_mode)] = Field(
         "local",
         description="Who owns the bytes. `local`: the engine's own processes; nothing else to start. `daemon`: the "
-        "host's `umbp daemon` (SGLang and the client interface; not yet vLLM).",
+        "host's `umbp daemon`, which keeps them when an engine ends.",
     )
     config_file: AbsolutePath | None = Field(
         None, description="TOML file with any of these keys; lowest priority above the defaults."
@@ -207,7 +207,7 @@ class UmbpConfig(BaseModel):
         4, description="Transfers of stores (HBM to DRAM) that may run at once per rank."
     )
     max_concurrent_demotions: Count = Field(
-        2, description="Transfers of demotions (DRAM to SSD) that may run at once per rank."
+        2, description="vLLM: transfers of demotions (DRAM to SSD) that may run at once per rank."
     )
     max_transfer_blocks: Count = Field(
         16, description="Blocks that a device copies at once; smaller loads, stores or demotions make one transfer."
@@ -215,7 +215,9 @@ class UmbpConfig(BaseModel):
     copy_threads: Annotated[Count, Field(le=64)] = Field(
         2, description="SGLang and the client: threads that share the copies of one call, the caller among them."
     )
-    io_threads: Annotated[Count, Field(le=256)] = Field(4, description="SSD I/O threads per rank.")
+    io_threads: Annotated[Count, Field(le=256)] = Field(
+        4, description="SSD I/O threads per rank; SGLang and the client: these for reads and as many for writes."
+    )
     load_mode: Literal["async", "layerwise"] = Field(
         "async",
         description="vLLM: `async` loads a hit before its request is scheduled, `layerwise` while its first step runs, "

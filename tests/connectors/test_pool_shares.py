@@ -123,7 +123,7 @@ def test_a_share_is_a_part_of_the_whole(tmp_path: Path, share: float) -> None:
 
 
 def test_the_threads_of_a_pool_are_those_that_the_user_asks_for() -> None:
-    config = UmbpConfig(copy_threads=5, io_threads=7, max_concurrent_demotions=3)
+    config = UmbpConfig(copy_threads=5, io_threads=7)
     made = local_pool_config(config, object_bytes=4096, dram_bytes=1 << 20, eviction=LruPolicy)
-    assert (made.copy_threads, made.io_threads, made.demote_threads) == (5, 7, 3)
+    assert (made.copy_threads, made.io_threads, made.demote_threads) == (5, 7, 7)
     assert local_pool_config(UmbpConfig(), object_bytes=1, dram_bytes=1, eviction=LruPolicy).copy_threads == 2

@@ -341,7 +341,7 @@ def _extra(config: UMBPConfig) -> dict[str, Any]:
         "dram_prefault": config.dram.prefault,
         "eviction_policy": config.eviction.policy,
         "ssd_capacity": config.ssd.capacity_bytes,
-        "max_concurrent_demotions": max(1, config.copy_pipeline.worker_threads),
+        "io_threads": max(4, config.copy_pipeline.worker_threads),
     }
     if config.ssd.enabled:
         strict = config.ssd.durability.mode is UMBPDurabilityMode.Strict

@@ -31,7 +31,6 @@ DAEMON_KEYS = (
     "offload_min_priority",
     "eviction_policy",
     "io_threads",
-    "max_concurrent_demotions",
     "daemon_quota",
     "daemon_idle_exit_s",
     "plugins",

@@ -49,7 +49,7 @@ class LocalPoolConfig:
     block_of: BlockOf | None = block_of_text
     copy_threads: int = 2
     io_threads: int = 4
-    demote_threads: int = 2
+    demote_threads: int = 4
     huge_pages: bool = False
     numa_node: int = -1
     prefault: bool = True
@@ -90,7 +90,7 @@ def local_pool_config(
         eviction=eviction,
         copy_threads=config.copy_threads,
         io_threads=config.io_threads,
-        demote_threads=config.max_concurrent_demotions,
+        demote_threads=config.io_threads,
         huge_pages=config.dram_use_hugepages,
         numa_node=config.dram_numa_node,
         prefault=config.dram_prefault,
