@@ -89,7 +89,7 @@ def _disk(object_bytes: int, objects: int, rounds: int, threads: int, folder: Pa
     source = [buffer[:object_bytes] for buffer in buffers]
     slab = SlabFile(folder / "ceiling.bin", slot, objects)
     slab.open()
-    with contextlib.closing(slab), ThreadPoolExecutor(threads) as executor:
+    with contextlib.closing(slab), ThreadPoolExecutor(_io_threads(threads)) as executor:
         for turn in range(rounds):
             keys = _keys(turn, objects)
             times["write"].append(_timed(lambda: _write_all(executor, slab, buffers)))
@@ -114,12 +114,18 @@ def _pool(
         folder,
         capacity,
         copy_threads=threads,
-        io_threads=max(threads, 4),
+        io_threads=_io_threads(threads),
+        demote_threads=_io_threads(threads),
     )
     pool = LocalPool(Identity("umbp-bench", bytes(32), RankScope()), config)
     pool.open()
     pool.wait_prefaulted(_WAIT_S)
     return contextlib.closing(pool)
+
+
+def _io_threads(threads: int) -> int:
+    """As many transfers are in flight in the pool as in what it is compared with."""
+    return max(threads, 4)
 
 
 def _objects(object_bytes: int, objects: int) -> list[Bytes]:
