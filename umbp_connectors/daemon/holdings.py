@@ -36,8 +36,8 @@ class HeldGrant:
 class Holdings:
     """What one connection holds, or one engine over several connections of which one at a time may change it.
 
-    Every call of a connection carries the turn that :meth:`enter` gave it; when another one has entered since, nobody
-    listens to its answer, and it changes nothing any more.  Any thread.
+    Every call of a connection carries the turn that it entered with; when a later one has entered, nobody listens to
+    its answers, and it changes nothing any more.  Any thread.
     """
 
     def __init__(self, stock: PageStock) -> None:
@@ -63,11 +63,11 @@ class Holdings:
         """Whether something is lent or granted that is about to be read or published."""
         return bool(self._loans or self._grants)
 
-    def enter(self) -> int:
-        """Another connection speaks for it from now on: its turn."""
+    def enter(self, turn: int) -> bool:
+        """Whether the connection with this turn speaks for it from now on: there was no later one."""
         with self._lock:
-            self._turn += 1
-            return self._turn
+            later, self._turn = turn > self._turn, max(turn, self._turn)
+            return later
 
     def check_number(self, number: int) -> None:
         """Raises ``WireError`` when no loan or grant can have this number, or there are too many."""

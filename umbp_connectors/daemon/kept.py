@@ -120,17 +120,17 @@ class KeptPool:
     def holdings(self, number: int, greeting: Attach) -> tuple[Holdings, int, bool]:
         """What this connection speaks for, its turn, and whether it is known from an earlier connection."""
         if not greeting.life:
-            holdings = Holdings(self.pool.stock())
-            return holdings, holdings.enter(), False
+            return Holdings(self.pool.stock()), 0, False
         name = (greeting.client, greeting.life)
         with self._lock:
             engine = self._engines.get(name)
             known = engine is not None
             if engine is None:
                 engine = self._engines[name] = _Engine(Holdings(self.pool.stock()), number)
-            engine.speaker = number
-            engine.witnesses.clear()
-            return engine.holdings, engine.holdings.enter(), known
+            if engine.holdings.enter(greeting.turn):
+                engine.speaker = number
+                engine.witnesses.clear()
+            return engine.holdings, greeting.turn, known
 
     def take(self, client: bytes, pages: int) -> int:
         """How many of ``pages`` more pages ``client`` may hold; they count as held from now on.

@@ -78,7 +78,8 @@ class Attach(msgspec.Struct, array_like=True, frozen=True, tag=25):
     ``client`` is the same for all connections of one client.  ``mapped`` names the arena that it has mapped already, if
     any.  ``rank``, ``ranks`` and ``ssd_share`` are those of ``LocalPoolConfig``.  ``prefixes`` are the digests of the
     identities of an object's parts, where several ranks have one each: ``layout`` and ``scope`` follow from them then.
-    ``life``, where it is not empty, is what holds what this connection takes and borrows.
+    ``life``, where it is not empty, is what holds what this connection takes and borrows; ``turn`` grows with each
+    connection of a life, so that one that was given up while the daemon hung does not speak for it afterwards.
     """
 
     revision: Natural
@@ -95,6 +96,7 @@ class Attach(msgspec.Struct, array_like=True, frozen=True, tag=25):
     label: Text
     prefixes: Annotated[list[Prefix], msgspec.Meta(max_length=STRIPES)] = []
     life: Annotated[bytes, msgspec.Meta(max_length=TOKEN_BYTES)] = b""
+    turn: Natural = 0
 
     @property
     def identity(self) -> Identity:

@@ -89,7 +89,7 @@ class WantedPages:
         """How a page is divided."""
         return Stripes(tuple(identity.digest for identity in self.identities), self.page_bytes)
 
-    def greeting(self, life: bytes, mapped: bytes) -> Attach:
+    def greeting(self, life: bytes = b"", turn: int = 0) -> Attach:
         """What a connection says first."""
         identity, prefixes = self.identity, self.stripes.prefixes
         return Attach(
@@ -103,10 +103,11 @@ class WantedPages:
             0,
             1,
             self.ssd_share,
-            mapped,
+            b"",
             self.label or f"process {os.getpid()}",
             list(prefixes),
             life,
+            turn,
         )
 
 
@@ -128,6 +129,7 @@ class PageClient:
         self._life = os.urandom(messages.TOKEN_BYTES)
         self._link: Link | None = None
         self._sequence = 0
+        self._turn = 0
         self._name = b""
         self._taken: set[int] = set()
 
@@ -135,7 +137,8 @@ class PageClient:
         """Connect, anew if there is a connection.  Which of the pages taken before are still ours, the answer says."""
         self.close()
         wanted = self._wanted
-        greeting = wanted.greeting(self._life, b"")
+        self._turn += 1
+        greeting = wanted.greeting(self._life, self._turn)
         link = attach(wanted.socket, greeting, None, False, deadline, self._sequence)
         self._link = link
         try:
@@ -300,7 +303,7 @@ class RankArena:
         wanted = self._wanted
         if not 0 <= self._stripe < len(wanted.identities):
             raise ConfigError(f"stripe {self._stripe} of objects that have {len(wanted.identities)}")
-        link = attach(wanted.socket, wanted.greeting(b"", b""), None, self._prefault, deadline)
+        link = attach(wanted.socket, wanted.greeting(), None, self._prefault, deadline)
         try:
             _check_pages(wanted, link.welcome.page_bytes)
         except UmbpError:

@@ -237,6 +237,7 @@ def test_a_daemon_that_hangs_costs_the_deadline(
     mine.open()
     pages = mine.take(4)
     os.kill(process.pid, signal.SIGSTOP)
+    until(lambda: all(_state(task) == "T" for task in Path(f"/proc/{process.pid}/task").iterdir()))
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         mine.leader.look_up([key_of(1)], True, soon(0.3))
@@ -248,6 +249,12 @@ def test_a_daemon_that_hangs_costs_the_deadline(
     os.kill(process.pid, signal.SIGCONT)
     arena = mine.leader.connect(soon())
     assert (arena.known, set(arena.taken)) == (True, set(pages))
+    assert mine.store(pages[:1], _objects(1)) == [PutStatus.STORED], "attempts from before do not speak for it"
+
+
+def _state(task: Path) -> str:
+    """Whether a thread runs, sleeps or is stopped."""
+    return (task / "stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
 
 
 def test_quotas_and_the_view_of_an_engine(

@@ -42,7 +42,7 @@ NEW = NewObject(0, b"k", 8, 0, bytes(32))
 
 
 def _link(path: Path, **changes: object) -> Link:
-    greeting = wanted(path, 2).greeting(b"l" * 16, b"")
+    greeting = wanted(path, 2).greeting(b"l" * 16, 1)
     return attach(path, msgspec.structs.replace(greeting, **changes), None, False, soon())
 
 
@@ -74,7 +74,7 @@ def test_every_bound_is_kept(start: Start, path: Path, request_: messages.Reques
     engine = Engine(path, 2)
     engine.open()
     (page,) = engine.take(1)
-    greeting = messages.encode(wanted(path, 2).greeting(b"l" * 16, b""))
+    greeting = messages.encode(wanted(path, 2).greeting(b"l" * 16, 1))
     hello = encode_frame(FrameType.HELLO, 0, 0, greeting)
     request = encode_frame(FrameType.REQUEST, 0, 1, messages.encode(request_))
     later = encode_frame(FrameType.REQUEST, 0, 2, messages.encode(Lookup([b"k"], True)))
@@ -90,13 +90,14 @@ def test_every_bound_is_kept(start: Start, path: Path, request_: messages.Reques
 def test_an_attach_that_contradicts_itself_is_refused(start: Start, path: Path) -> None:
     start()
     _link(path).close()
-    prefixes = wanted(path, 2).greeting(b"", b"").prefixes
+    prefixes = wanted(path, 2).greeting().prefixes
     for changes in (
         {"prefixes": prefixes[::-1]},
         {"prefixes": []},
         {"prefixes": [bytes(32)]},
         {"layout": b"x" * 32, "prefixes": [bytes(32)]},
         {"layout": b"x" * 32},
+        {"object_bytes": 2 * SIZE, "prefixes": []},
     ):
         with pytest.raises(TierUnavailable, match=r"identity|divided|layout"):
             _link(path, **changes)
@@ -174,8 +175,9 @@ def test_a_daemon_with_other_pages_is_none(path: Path, closing: contextlib.ExitS
 
 def test_the_old_connection_of_a_leader_that_came_back_changes_nothing(start: Start, path: Path) -> None:
     daemon = start()
-    old, new = _link(path, life=b"m" * 16), _link(path, life=b"m" * 16)
+    old, new = _link(path, life=b"m" * 16, turn=1), _link(path, life=b"m" * 16, turn=2)
     pages = new.take_pages(2, soon())
+    _link(path, life=b"m" * 16, turn=1).close()  # the daemon comes to it late
     assert old.take_pages(2, soon()) == []
     assert old.keep_pages([], soon()).pages == []
     old.return_pages(pages, soon())
