@@ -22,6 +22,7 @@ from umbp_vllm.compat import ended_by_itself, is_running
 from umbp_vllm.dump import leader_state
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.hbm import BlockTables, HeldBlocks
+from umbp_vllm.host_opening import open_host_pool
 from umbp_vllm.metadata import RankHello, StepMetadata, WorkerReport
 from umbp_vllm.pool import LeaderPool, LeaderSetup, open_pool
 from umbp_vllm.reporting import Reporting
@@ -61,12 +62,14 @@ class Leader:
         if self._pool is None and not self._refused_pool and len(self._hellos) == self._setup.ranks:
             ordered = [self._hellos[rank] for rank in range(self._setup.ranks)]
             try:
-                self._pool = open_pool(
-                    self._setup, ordered, self._clock, self.held, self.tables, self.stats, self._reporting
-                )
+                self._pool = self._open_pool(ordered)
             except UmbpError as error:
                 self._refused_pool = True
                 self.degraded("pool", str(error))
+
+    def _open_pool(self, hellos: Sequence[RankHello]) -> LeaderPool:
+        parts = (self._setup, hellos, self._clock, self.held, self.tables, self.stats, self._reporting)
+        return open_pool(*parts) if self._setup.daemon is None else open_host_pool(self._setup.daemon, *parts)
 
     @property
     def pool(self) -> LeaderPool | None:
@@ -84,7 +87,7 @@ class Leader:
             self._pool.close()
 
     def on_new_request(self, request: Any) -> None:
-        """A request arrived; its lookup needs nothing but memory, so there is nothing to start early.
+        """A request arrived; where the daemon has the pool, it is asked from here on.
 
         Raises ``StateError`` for one without tokens: no block is behind it, and nothing of it can be kept.
         """
@@ -94,7 +97,9 @@ class Leader:
         # Numbered, because an earlier request of this id may be over while its last stores are not.
         self._lives += 1
         slot = self._slots.create(f"{request_id}#{self._lives}")
-        self._requests[request_id] = RequestState.of(request, slot, self._groups)
+        self._requests[request_id] = state = RequestState.of(request, slot, self._groups)
+        if self._pool is not None and self._setup.may_load:
+            self._pool.loads.arrived(state)
 
     def match(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """Answer ``get_num_new_matched_tokens``: tokens beyond ``computed``, and whether they load asynchronously."""
@@ -246,6 +251,8 @@ class Leader:
         """This step's instructions; each op is in exactly one of them."""
         drained, self._unsent = self._unsent, StepMetadata(0)
         drained.iteration = self._iteration
+        if self._pool is not None and self._pool.host is not None:
+            self._pool.host.stamp(drained)
         return drained
 
     def _send(self, op: LeaderTransferRequest) -> None:
@@ -275,6 +282,8 @@ class Leader:
             state = self._requests.get(request_id)
             if state is not None:
                 state.preempted()
+                if self._pool is not None:
+                    self._pool.loads.forget(state)
 
     def _look_at(self, state: RequestState, computed: int) -> None:
         """Advance the request's slot, store the blocks that ``computed`` tokens fill, and set its next appointment."""
@@ -333,6 +342,7 @@ class Leader:
             return
         if self._pool is not None:
             self._pool.loads.give_up(state)
+            self._pool.loads.forget(state)
             if state.loading is not None and state.at_once and ended_by_itself(request):
                 # vLLM hands out no token of a step in which a load failed, so this one did not, on any rank.
                 state.slot.op_ended(state.loading, OpStatus.DONE)

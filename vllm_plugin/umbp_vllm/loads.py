@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import msgspec
 
 from umbp_connectors.leader.ledger import Verdict
-from umbp_core.directory import Directory
 from umbp_core.errors import StateError
 from umbp_core.ops import BlockCopy, Direction, LeaderTransferRequest, OpStatus
 from umbp_core.tiers import Tier
+from umbp_vllm.directories import Read
+from umbp_vllm.enquiries import Enquirer
 from umbp_vllm.events import EventLog
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.matching import Matcher, StagedMatch
@@ -46,17 +47,19 @@ class LoadPlanner:
     """Stages and plans loads.  Scheduler thread only; never waits.
 
     ``used`` is told, where anybody wants to know, how many tokens of a request HBM and the pool have.
+    ``enquirer`` asks the daemon, where that has the pool, before a request is matched.
     """
 
     def __init__(
         self,
-        directory: Directory,
+        directory: Read,
         matcher: Matcher,
         groups: Sequence[KvGroup],
         policy: LoadPolicy,
         events: EventLog,
         stats: UmbpStats,
         used: Callable[[RequestState, int], None] | None = None,
+        enquirer: Enquirer | None = None,
     ) -> None:
         self._directory = directory
         self._matcher = matcher
@@ -65,6 +68,7 @@ class LoadPlanner:
         self._events = events
         self._stats = stats
         self._used = used
+        self._enquirer = enquirer
         self._least_tokens = policy.min_blocks * min(group.block_tokens for group in groups)
         self._staged: dict[str, RequestState] = {}
         self._loading: dict[bytes, str] = {}
@@ -82,14 +86,26 @@ class LoadPlanner:
 
         Asking again for the same ``start`` repeats the answer and renews the promise.
         """
-        request = state.request
         if state.staged is not None:
-            if state.staged.start == start:
+            if state.staged.start == start and not self._is_stale(state):
                 state.staged = msgspec.structs.replace(state.staged, since=now)
                 return state.promised
             self.unstage(state)
         if not state.may_load or not state.slot.may_match:
             return 0
+        if self._enquirer is None:
+            return self._match(state, start, now)
+        if not self._enquirer.ready(state, start, now):
+            self._stats.add("vllm:umbp_lookup_waits", 1, "daemon")
+            return None
+        tokens = self._match(state, start, now)
+        if tokens is not None:
+            self._enquirer.settled(state)
+        return tokens
+
+    def _match(self, state: RequestState, start: int, now: float) -> int | None:
+        """Look for a match and stage it; as :meth:`match`."""
+        request = state.request
         num_tokens = request.num_tokens
         limit = self._matcher.most(num_tokens)
         end = self._matcher.longest(state.keys, start, limit)
@@ -151,6 +167,8 @@ class LoadPlanner:
             self._staged.pop(state.request.request_id, None)
             self._matcher.release(match.op_id)
             state.slot.unstage()
+            if self._enquirer is not None:
+                self._enquirer.reopen(state)
 
     def give_up(self, state: RequestState) -> None:
         """The engine goes on without a load: nothing is promised and nobody needs to wait for this request."""
@@ -163,8 +181,24 @@ class LoadPlanner:
         """Give up promises that nobody asked about for :data:`STAGED_FOR_S`."""
         if not self._staged:
             return
-        for state in [s for s in self._staged.values() if s.staged and now - s.staged.since > STAGED_FOR_S]:
-            self.unstage(state)
+        for state in list(self._staged.values()):
+            if state.staged and (now - state.staged.since > STAGED_FOR_S or self._is_stale(state)):
+                self.unstage(state)
+
+    def arrived(self, state: RequestState) -> None:
+        """A request came that may load."""
+        if self._enquirer is not None and not state.request.skip_reading_prefix_cache:
+            self._enquirer.arrived(state)
+
+    def forget(self, state: RequestState) -> None:
+        """The request is over, or everything about it is decided anew: nobody waits for an answer any more."""
+        if self._enquirer is not None:
+            self._enquirer.forget(state)
+
+    def _is_stale(self, state: RequestState) -> bool:
+        """Whether what is staged was lent too long ago to be loaded."""
+        staged = state.staged
+        return self._enquirer is not None and staged is not None and self._enquirer.is_stale(staged.op_id)
 
     def load(self, state: RequestState, tokens: int, tables: Sequence[Sequence[int]]) -> LeaderTransferRequest:
         """The op that loads ``tokens`` of the staged match.

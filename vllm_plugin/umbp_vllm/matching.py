@@ -12,11 +12,12 @@ from typing import Protocol
 
 import msgspec
 
-from umbp_core.directory import Copy, Directory
+from umbp_core.directory import Copy
 from umbp_core.errors import StateError
 from umbp_core.ids import key_suffix
 from umbp_core.ops import BlockCopy
 from umbp_core.tiers import Tier
+from umbp_vllm.directories import Holds, Read
 from umbp_vllm.groups import KvGroup
 
 
@@ -103,7 +104,7 @@ class Matcher:
 
     def __init__(
         self,
-        directory: Directory,
+        directory: Read,
         groups: Sequence[KvGroup],
         alignment: int,
         object_bytes: Sequence[int],
@@ -124,33 +125,39 @@ class Matcher:
         """
         return num_tokens - 1 if self._windowed else num_tokens
 
-    def longest(self, keys: RequestKeys, start: int, limit: int) -> int:
+    def longest(self, keys: RequestKeys, start: int, limit: int, among: Holds | None = None) -> int:
         """The largest ``end`` <= ``limit`` such that tokens ``start`` to ``end`` can be loaded; ``start`` if none.
 
         Pure.  ``start`` is what vLLM holds itself, in every group, and a multiple of the alignment.
+        ``among`` stands for what is there, if not the directory does.
         """
+        there: Holds = self._directory if among is None else among
         end = limit - limit % self.alignment
         for group in self._groups:
             first = start // group.block_tokens
             known = keys.of(group)
             last = min(end // group.block_tokens, len(known))
             if group.reach is None and group.chunk is None:
-                last = first + self._directory.count_prefix(known[first:last]) if last > first else first
+                last = first + there.count_prefix(known[first:last]) if last > first else first
             end = min(end, last * group.block_tokens)
             end -= end % self.alignment
         windowed = self._windowed
         if not windowed:
             return max(end, start)
-        runs = {group.index: self._runs(keys.of(group), start // group.block_tokens, end, group) for group in windowed}
+        runs = {
+            group.index: self._runs(there, keys.of(group), start // group.block_tokens, end, group)
+            for group in windowed
+        }
         while end > start and not all(self._window_present(group, runs[group.index], start, end) for group in windowed):
             end -= self.alignment
         return max(end, start)
 
-    def _runs(self, known: Sequence[bytes], first: int, end: int, group: KvGroup) -> list[int]:
+    @staticmethod
+    def _runs(there: Holds, known: Sequence[bytes], first: int, end: int, group: KvGroup) -> list[int]:
         """For each block from ``first``: how many present blocks in a row end with it."""
         runs = []
         run = 0
-        for present in self._directory.contains_many(known[first : end // group.block_tokens]):
+        for present in there.contains_many(known[first : end // group.block_tokens]):
             run = run + 1 if present else 0
             runs.append(run)
         return runs

@@ -15,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 from umbp_core.ops import LeaderTransferRequest, NewWorkerSlot, OpResult
 from umbp_vllm.compat import KVConnectorHandshakeMetadata, KVConnectorWorkerMetadata
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 """Raised whenever the meaning of a field below changes; a leader refuses workers of another version."""
 
 
@@ -26,6 +26,7 @@ class RankHello(msgspec.Struct, frozen=True):
     slab this rank uses: its own, or the first TP rank's where all TP ranks hold the same KV.  Pages
     and slots are counted in objects; ``problem`` says why there are none although they were asked for.  ``prefix`` is
     what the rank's object keys begin with: written down for tools that verify what lies on SSD.
+    ``arena`` names the daemon's memory that this rank has mapped; it is empty where there is none.
     """
 
     version: int
@@ -40,6 +41,7 @@ class RankHello(msgspec.Struct, frozen=True):
     object_bytes: tuple[int, ...]
     problem: str = ""
     prefix: bytes = b""
+    arena: bytes = b""
 
 
 @dataclass
@@ -61,6 +63,9 @@ class StepMetadata(KVConnectorMetadata):
     are HBM blocks that this step counts on and that no load fills.  ``new_slots`` are the requests that vLLM has wait
     until their loads have ended on every rank.  ``overdue`` are ops that were sent long ago; the leader has
     not heard how they ended, and asks every rank what it knows of them.  ``who`` asks for the hello (again).
+    ``arena`` is the daemon's memory that the ops mean: a rank that has another one mapped, or none, refuses them and
+    maps it.  ``until`` says, for loads of what was lent, until when (``time.monotonic`` of the host) what they bring
+    counts.
     """
 
     iteration: int
@@ -73,6 +78,8 @@ class StepMetadata(KVConnectorMetadata):
     new_slots: list[NewWorkerSlot] = field(default_factory=list)
     overdue: list[LeaderTransferRequest] = field(default_factory=list)
     who: bool = False
+    arena: bytes = b""
+    until: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -81,6 +88,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
 
     ``running`` are overdue ops that a rank works on or keeps apart; ``missed`` are the steps (first and last number)
     whose instructions never came: the rank carries nothing of them out, also if they come later.
+    ``arenas`` says which of the daemon's arenas a rank has mapped from now on.
     """
 
     results: dict[int, list[OpResult]] = field(default_factory=dict)
@@ -88,17 +96,18 @@ class WorkerReport(KVConnectorWorkerMetadata):
     hellos: dict[int, RankHello] = field(default_factory=dict)
     running: dict[int, list[str]] = field(default_factory=dict)
     missed: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    arenas: dict[int, bytes] = field(default_factory=dict)
 
     @property
     def ranks(self) -> set[int]:
         """The ranks that said something."""
-        return {*self.results, *self.released, *self.hellos, *self.running, *self.missed}
+        return {*self.results, *self.released, *self.hellos, *self.running, *self.missed, *self.arenas}
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """The report of both; called by vLLM once per further rank."""
         if not isinstance(other, WorkerReport):
             return self
-        merged = WorkerReport(hellos={**self.hellos, **other.hellos})
+        merged = WorkerReport(hellos={**self.hellos, **other.hellos}, arenas={**self.arenas, **other.arenas})
         for report in (self, other):
             for rank, results in report.results.items():
                 merged.results.setdefault(rank, []).extend(results)

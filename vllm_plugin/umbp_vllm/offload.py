@@ -13,10 +13,10 @@ from umbp_connectors.hookspecs import OffloadSpec
 from umbp_connectors.leader.demotions import DemotionQueue
 from umbp_connectors.offload import OffloadGate
 from umbp_connectors.plugins import PluginHost
-from umbp_core.directory import Directory
 from umbp_core.errors import ConfigError
 from umbp_core.ports import Clock
 from umbp_core.tiers import Tier, TierSet
+from umbp_vllm.directories import Written
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.priorities import RequestPriorities
 from umbp_vllm.requests import RequestState
@@ -52,7 +52,7 @@ class Priorities:
 class StoreGate:
     """The gate between HBM and DRAM.  Scheduler thread only."""
 
-    def __init__(self, gate: OffloadGate, directory: Directory, priorities: Priorities) -> None:
+    def __init__(self, gate: OffloadGate, directory: Written, priorities: Priorities) -> None:
         self._gate = gate
         self._directory = directory
         self._priorities = priorities
@@ -83,7 +83,7 @@ class DemotionGate:
     def __init__(
         self,
         gate: OffloadGate,
-        directory: Directory,
+        directory: Written,
         groups: Sequence[KvGroup],
         demotions: DemotionQueue,
         priorities: Priorities,
@@ -132,7 +132,7 @@ NO_GATES = Gates()
 
 def make_gates(
     plugins: PluginHost,
-    directory: Directory,
+    directory: Written,
     groups: Sequence[KvGroup],
     demotions: DemotionQueue | None,
     clock: Clock,

@@ -21,9 +21,12 @@ from umbp_core.ops import Direction, LeaderTransferRequest
 from umbp_core.pages import PageAllocator
 from umbp_core.ports import Clock
 from umbp_core.tiers import Tier
+from umbp_vllm.directories import BlockDirectory
 from umbp_vllm.events import EventLog
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.hbm import BlockTables, HeldBlocks
+from umbp_vllm.host_pool import HostPool
+from umbp_vllm.host_talk import Talker
 from umbp_vllm.loads import LoadPlanner, LoadPolicy
 from umbp_vllm.matching import Matcher
 from umbp_vllm.metadata import PROTOCOL_VERSION, RankHello, WorkerReport
@@ -48,7 +51,7 @@ class LeaderSetup:
     hashes would mean something else after a restart.  ``may_load`` and ``may_store`` follow vLLM's ``kv_role``.
     ``tokens_per_step`` is the most tokens that a decoding request takes per step.  ``layerwise`` says that hits in DRAM
     are loaded by the step that schedules their request; ``stores_by_layer`` that stores begin with their step's first
-    layer.
+    layer.  ``daemon`` makes what talks to the host's daemon, where that has the pool.
     """
 
     config: UmbpConfig
@@ -66,6 +69,7 @@ class LeaderSetup:
     tokens_per_step: int = 1
     layerwise: bool = False
     stores_by_layer: bool = False
+    daemon: Callable[[Sequence[RankHello]], Talker] | None = None
 
     @property
     def lookup_timeout_s(self) -> float:
@@ -77,7 +81,7 @@ class LeaderSetup:
 class LeaderPool:
     """The parts of an open pool.  Scheduler thread only."""
 
-    directory: Directory
+    directory: BlockDirectory
     catalogue: SsdCatalogue | None
     ledger: OpLedger
     loads: LoadPlanner
@@ -89,6 +93,8 @@ class LeaderPool:
     plugins: PluginHost
     teller: PoolTeller | None
     """What tells a master, where there is one."""
+    host: HostPool | None = None
+    """The directory, where the daemon has the pool."""
     ended: Mapping[Direction, Callable[[Verdict], Iterable[RequestState]]] = field(init=False)
     """What takes the end of an op on all ranks, by direction; returns the requests it was for."""
 
@@ -131,6 +137,8 @@ class LeaderPool:
         """Take what the workers say happened; returns the requests whose ops ended."""
         ledger = self.ledger
         ledger.heard(report.ranks)
+        if self.host is not None:
+            self.host.follow(report)
         if report.missed:
             ledger.ask_all()
         states: list[RequestState] = []
@@ -192,6 +200,8 @@ class LeaderPool:
     def close(self) -> None:
         """Flush and close the catalogue; idempotent, bounded in time."""
         self.settle()
+        if self.host is not None:
+            self.host.close()
         if self.catalogue is not None:
             self.catalogue.close()
 
@@ -209,7 +219,7 @@ def open_pool(
 
     Raises ``ConfigError`` when the workers cannot work together or have no memory to offer.
     """
-    _check(setup, hellos)
+    check_ranks(setup, hellos)
     pages = min(hello.dram_pages for hello in hellos)
     catalogue = _open_catalogue(setup, hellos)
     directory = _directory(setup, hellos, pages, catalogue)
@@ -224,7 +234,7 @@ def open_pool(
         directory,
         Matcher(directory, setup.groups, setup.alignment, object_bytes, op_ids),
         setup.groups,
-        _load_policy(setup),
+        load_policy(setup),
         events,
         stats,
         None if gates.demotions is None else gates.demotions.used,
@@ -233,7 +243,7 @@ def open_pool(
         directory,
         setup.groups,
         object_bytes,
-        _store_policy(setup),
+        store_policy(setup),
         held,
         tables,
         ledger,
@@ -261,7 +271,8 @@ def _demotions(config: UmbpConfig, directory: Directory, clock: Clock, op_ids: O
     )
 
 
-def _load_policy(setup: LeaderSetup) -> LoadPolicy:
+def load_policy(setup: LeaderSetup) -> LoadPolicy:
+    """What the configuration says about loads."""
     config = setup.config
     return LoadPolicy(
         timeout_s=config.load_timeout_s,
@@ -272,14 +283,16 @@ def _load_policy(setup: LeaderSetup) -> LoadPolicy:
     )
 
 
-def _store_policy(setup: LeaderSetup) -> StorePolicy:
+def store_policy(setup: LeaderSetup) -> StorePolicy:
+    """What the configuration says about stores."""
     config = setup.config
     return StorePolicy(
         config.store_timeout_s, config.max_pending_stores, config.store_decode_blocks, setup.stores_by_layer
     )
 
 
-def _check(setup: LeaderSetup, hellos: Sequence[RankHello]) -> None:
+def check_ranks(setup: LeaderSetup, hellos: Sequence[RankHello]) -> None:
+    """Raises ``ConfigError`` when the workers cannot work together or have no memory to offer."""
     for hello in hellos:
         if hello.version != PROTOCOL_VERSION:
             raise ConfigError(

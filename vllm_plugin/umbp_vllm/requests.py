@@ -8,6 +8,7 @@ from typing import Any
 
 from umbp_core.slot_table import LIFE, LifeEvent
 from umbp_core.slots import Slot
+from umbp_vllm.enquiries import Enquiry
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.matching import RequestKeys, StagedMatch
 from umbp_vllm.priorities import RequestPriorities
@@ -28,7 +29,7 @@ class RequestState:
     when it last asked.  A load ``at_once`` is layer-wise: what the step ``unsure_in`` computes counts only when it is
     known to have ended well.  ``promised`` is the number of tokens that the staged match gives.  ``counted`` says that
     the statistics have its lookup: vLLM asks in every step in which the request finds no room.  ``priorities`` and
-    ``sighted`` (that it was seen to use blocks in DRAM) belong to the offload policies.
+    ``sighted`` (that it was seen to use blocks in DRAM) belong to the offload policies, ``enquiry`` to the daemon's.
     """
 
     request: Any
@@ -50,6 +51,7 @@ class RequestState:
     hit_tokens: dict[str, int] = field(default_factory=dict)
     priorities: RequestPriorities | None = None
     sighted: bool = False
+    enquiry: Enquiry | None = None
 
     @classmethod
     def of(cls, request: Any, slot: Slot, groups: Sequence[KvGroup]) -> RequestState:

@@ -6,9 +6,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from umbp_connectors import logs
 from umbp_connectors.config import UmbpConfig, resolve
@@ -16,19 +16,13 @@ from umbp_connectors.hookspecs import DramTierSpec, SsdTierSpec
 from umbp_connectors.plugins import PluginHost, create_manager
 from umbp_connectors.reporting.opening import open_reporter
 from umbp_connectors.tier_ports import DramTier, SsdTier
-from umbp_connectors.transfer.engine import TransferEngine
 from umbp_core.errors import ConfigError, UmbpError
 from umbp_core.ids import Identity, digest_of
-from umbp_core.scheduler import Limits
 from umbp_vllm import compat
-from umbp_vllm.bands import bands_needed
-from umbp_vllm.copiers import make_copier
-from umbp_vllm.copy_plan import PageArena
 from umbp_vllm.engine_args import SERVING_KEY
-from umbp_vllm.geometry import KvGeometry
 from umbp_vllm.groups import failures_by_block, kv_groups
 from umbp_vllm.hashing import hash_stability
-from umbp_vllm.layer_gate import LayerGate
+from umbp_vllm.host_setup import make_host_worker, talker_maker
 from umbp_vllm.layout import kv_is_replicated, layout_digest
 from umbp_vllm.layout_groups import geometry_of
 from umbp_vllm.leader import Leader
@@ -36,6 +30,7 @@ from umbp_vllm.metadata import PROTOCOL_VERSION, RankHello
 from umbp_vllm.namespace import namespace_of, rank_scope
 from umbp_vllm.node import facts_of
 from umbp_vllm.pool import LeaderSetup
+from umbp_vllm.rank_kit import BY_LAYER, asks_by_layer, kit_maker, warn_of_whole_blocks
 from umbp_vllm.reporting import Reporting
 from umbp_vllm.sharing import SharedSlab, share_arena, share_slab
 from umbp_vllm.worker import Worker
@@ -45,8 +40,8 @@ logger = logging.getLogger("vllm.umbp.setup")
 LAYERWISE = "layerwise"
 """The value of ``load_mode``."""
 
-BY_LAYER = "layer"
-"""The value of ``store_granularity``."""
+DAEMON = "daemon"
+"""The value of ``mode``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +77,8 @@ def needs_layers(extra_config: Mapping[str, Any]) -> bool:
 def _config_of(extra_config: Mapping[str, Any]) -> UmbpConfig:
     """Our configuration; where the engine serves was put beside the user's keys and is none of them."""
     config = resolve(extra={key: value for key, value in extra_config.items() if key != SERVING_KEY}).config
-    if config.mode != "local":
-        raise ConfigError(
-            f"mode {config.mode!r} is not for vLLM yet, whose pool lives in its own processes; set mode 'local'"
-        )
+    if config.mode not in ("local", DAEMON):
+        raise ConfigError(f"mode {config.mode!r} is not for vLLM; set mode 'local' or 'daemon'")
     return config
 
 
@@ -119,6 +112,7 @@ def make_leader(
         tokens_per_step=1 + int(vllm_config.num_speculative_tokens),
         layerwise=_layerwise(vllm_config, kv_cache_config, settings),
         stores_by_layer=_stores_by_layer(vllm_config, settings),
+        daemon=talker_maker(vllm_config, settings.config, namespace) if settings.config.mode == DAEMON else None,
     )
     return Leader(setup, time.monotonic, reporting)
 
@@ -147,6 +141,9 @@ def make_reporting(vllm_config: Any, kv_cache_config: Any, settings: Settings) -
 
 def make_worker(vllm_config: Any, kv_cache_config: Any, settings: Settings, kv_caches: dict[str, Any]) -> Worker:
     """This rank's half, with its arena, slab and transfer engine running."""
+    if settings.config.mode == DAEMON:
+        namespace, _ = namespace_of(vllm_config, kv_cache_config, settings.config.namespace)
+        return make_host_worker(vllm_config, kv_cache_config, settings.config, settings.plugins, kv_caches, namespace)
     parallel = vllm_config.parallel_config
     tp_size, world_rank = parallel.tensor_parallel_size, parallel.rank
     pp_rank, tp_rank = divmod(world_rank, tp_size)
@@ -167,23 +164,8 @@ def make_worker(vllm_config: Any, kv_cache_config: Any, settings: Settings, kv_c
     )
     slab, problem = _rank_slab(settings, spec, shared=shared, writes=writes)
     object_bytes = tuple(geometry.object_bytes(group.index) for group in geometry.groups)
-    copier = make_copier(geometry, cast(PageArena, arena))
-    copier.open()
     identity = Identity(namespace, layout, rank_scope(vllm_config, tp_rank, pp_rank, shared))
-    engine = TransferEngine(
-        copier,
-        arena,
-        slab.slab if slab is not None else None,
-        identity,
-        layers=copier,
-        world_rank=world_rank,
-        object_bytes=dict(enumerate(object_bytes)),
-        clock=time.monotonic,
-        io_threads=settings.config.io_threads,
-        observer=settings.plugins,
-        scheduler=settings.plugins.make_scheduler(_limits(settings.config)),
-    )
-    engine.start()
+    kit = kit_maker(settings.config, settings.plugins, geometry, identity, world_rank)(b"", arena, slab)
     hello = RankHello(
         version=PROTOCOL_VERSION,
         world_rank=world_rank,
@@ -198,22 +180,8 @@ def make_worker(vllm_config: Any, kv_cache_config: Any, settings: Settings, kv_c
         problem=problem,
         prefix=identity.digest,
     )
-    bands = bands_needed(geometry)
-    gate = LayerGate(engine, bands, time.monotonic)
-    silent = compat.layers_that_do_not_ask(vllm_config, list(bands))
-    _look_at_bands(geometry, silent, settings)
-    return Worker(
-        hello, engine, copier, gate, [copier, arena, *([slab] if slab else [])], writes=writes, by_layer=not silent
-    )
-
-
-def _limits(config: UmbpConfig) -> Limits:
-    return Limits(
-        loads=config.max_concurrent_loads,
-        stores=config.max_concurrent_stores,
-        demotions=config.max_concurrent_demotions,
-        blocks=config.max_transfer_blocks,
-    )
+    by_layer = asks_by_layer(vllm_config, geometry, settings.config)
+    return Worker(hello, kit.engine, kit.copier, kit.gate, kit.resources, writes=writes, by_layer=by_layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +291,8 @@ def _layerwise(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> bo
     if settings.config.load_mode != LAYERWISE:
         return False
     reason = compat.why_not_layerwise(vllm_config)
+    if settings.config.mode == DAEMON:
+        reason = "what the daemon lends has to be loaded in time, which a forward pass that waits does not promise"
     if reason is None and not failures_by_block(kv_cache_config):
         reason = "vLLM hears of a failed load in such a model (windows, several KV groups) only before its step"
     if reason is not None:
@@ -336,23 +306,8 @@ def _stores_by_layer(vllm_config: Any, settings: Settings) -> bool:
         return False
     reason = compat.why_not_store_by_layer(vllm_config)
     if reason is not None:
-        _warn_of_whole_blocks(reason)
+        warn_of_whole_blocks(reason)
     return reason is None
-
-
-def _warn_of_whole_blocks(reason: str) -> None:
-    logger.warning("umbp: blocks are stored whole although store_granularity is %s: %s", BY_LAYER, reason)
-
-
-def _look_at_bands(geometry: KvGeometry, silent: Sequence[str], settings: Settings) -> None:
-    """Say where stores by layer change nothing on this rank; they are right all the same."""
-    if settings.config.store_granularity != BY_LAYER:
-        return
-    pages = [page.layers for group in geometry.groups for page in group.layer_pages]
-    if pages and all(len(layers) > 1 for layers in pages):
-        _warn_of_whole_blocks(f"in the KV layout {geometry.layout_name} the layers of a block cannot be told apart")
-    elif silent:
-        logger.warning("umbp: layers %s are stored when their step has ended: they do not say before", silent)
 
 
 def _refuse_context_parallel(parallel: Any) -> None:

@@ -10,9 +10,9 @@ import msgspec
 
 from umbp_connectors.leader.demotions import DemotionQueue
 from umbp_connectors.leader.ledger import OpLedger, Verdict
-from umbp_core.directory import Directory
 from umbp_core.ops import BlockCopy, Direction, LeaderTransferRequest, OpStatus, Requirement, RequirementKind
 from umbp_core.tiers import Tier
+from umbp_vllm.directories import Written
 from umbp_vllm.events import EventLog
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.hbm import NULL_BLOCK, BlockTables, HeldBlocks
@@ -69,7 +69,7 @@ class StorePlanner:
 
     def __init__(
         self,
-        directory: Directory,
+        directory: Written,
         groups: Sequence[KvGroup],
         object_bytes: Sequence[int],
         policy: StorePolicy,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 import msgspec
 
@@ -25,9 +24,11 @@ from umbp_core.ports import DeviceCopier
 from umbp_core.scheduler import Fate
 from umbp_core.worker_slots import WorkerSlots
 from umbp_vllm.dump import worker_state
+from umbp_vllm.host_rank import RankHost
 from umbp_vllm.layer_gate import LayerGate
 from umbp_vllm.load_outcome import LoadOutcome
 from umbp_vllm.metadata import RankHello, StepMetadata, WorkerReport
+from umbp_vllm.rank_kit import Closable, RankKit
 
 logger = logging.getLogger("vllm.umbp.worker")
 
@@ -46,20 +47,13 @@ REPORTED = 4096
 """Loads that are remembered when vLLM has heard of their end: a question about one may still be on its way."""
 
 
-class Closable(Protocol):
-    """What a worker closes when it ends."""
-
-    def close(self) -> None:
-        """Give everything back; idempotent."""
-        ...
-
-
 class Worker:
     """Runs the leader's ops on one rank.
 
     ``resources`` are closed after the engine, in this order.  ``writes`` is False on a rank that shares
     another one's arena and slab: there, stores and demotions are the other rank's work and count as done.
-    ``by_layer`` is False where the forward pass does not ask for every layer that it reads.
+    ``by_layer`` is False where the forward pass does not ask for every layer that it reads.  ``host`` maps the arenas
+    of the host's daemon, where that has the pool; ``engine`` and what comes with it are then of ``hello.arena``.
     """
 
     def __init__(
@@ -72,12 +66,14 @@ class Worker:
         *,
         writes: bool,
         by_layer: bool = True,
+        host: RankHost | None = None,
     ) -> None:
         self.hello = hello
         self.engine = engine
         self.gate = gate
         self._copier = copier
         self._resources = resources
+        self._host = host
         self._writes = writes
         self._by_layer = by_layer
         self.stores_by_layer = False
@@ -124,6 +120,7 @@ class Worker:
         if not self._is_this_step(metadata):
             return
         by_layer = [op for op in metadata.ops if op.requirement.kind is RequirementKind.LAYER_COMPLETE]
+        by_layer = self._admitted(metadata, by_layer)
         self.stores_by_layer = bool(by_layer) and self._writes
         if self.stores_by_layer:
             self.engine.begin_iteration(metadata.iteration)
@@ -164,6 +161,9 @@ class Worker:
         self._torn |= {result.op_id for result in ended if result.direction is Direction.STORE}
 
     def _carry_out(self, metadata: StepMetadata) -> None:
+        host = self._host
+        if host is not None and host.has_new(metadata) and not (self.engine.pending() or self.engine.quarantined()):
+            self._follow(host)
         if metadata.layerwise or metadata.void_blocks:
             self._end_layerwise(metadata)
         self.engine.begin_iteration(metadata.iteration)
@@ -173,6 +173,20 @@ class Worker:
             self._answer(metadata.overdue)
         if metadata.who:
             self._hello_sent = False
+
+    def _admitted(self, metadata: StepMetadata, ops: list[LeaderTransferRequest]) -> list[LeaderTransferRequest]:
+        """Those of the step's ``ops`` whose pages are what the leader means."""
+        if self._host is None:
+            return ops
+        refused = self._host.refused(metadata, ops)
+        return [op for op in ops if op.op_id not in refused]
+
+    def _follow(self, host: RankHost) -> None:
+        """Change to the daemon's new arena: nothing is being copied in the old one."""
+        self._released += self.engine.take_released()
+        self._ended += self.engine.poll()
+        new = host.change(RankKit(b"", self.engine, self._copier, self.gate, self._resources))
+        self.engine, self._copier, self.gate, self._resources = new.engine, new.copier, new.gate, new.resources
 
     def _answer(self, overdue: Iterable[LeaderTransferRequest]) -> None:
         """The leader has not heard how these ops ended: say what is known, and refuse those of which nothing is."""
@@ -220,10 +234,11 @@ class Worker:
         if not self._is_this_step(metadata):
             return
         early = [op for op in metadata.ops if op.op_id in fences]
-        late: set[str] = set()
-        if self._writes and early:
+        admitted = self._admitted(metadata, early)
+        late = {op.op_id for op in early if op not in admitted}
+        if self._writes and admitted:
             try:
-                self.engine.submit(early)
+                self.engine.submit(admitted)
             except UmbpError:  # they come again with the step's others, when their blocks hold something else
                 late = {op.op_id for op in early}
         if self.engine.wait(fences, FENCE_S):
@@ -245,6 +260,10 @@ class Worker:
         self._results += [
             _not_mine(op) for op in metadata.ops if not self._writes and op.direction is not Direction.LOAD
         ]
+        if self._host is not None:
+            refused = self._host.refused(metadata, mine)
+            self._results += [_failed(op, refused[op.op_id]) for op in mine if op.op_id in refused]
+        mine = self._admitted(metadata, mine)
         try:
             self.engine.submit(mine)
         except UmbpError:
@@ -289,7 +308,9 @@ class Worker:
         return self.gate.take_bad_blocks()
 
     def _whole(self, result: OpResult) -> OpResult:
-        """The result, or a failure where the op's blocks were taken away while it read them."""
+        """The result, or a failure where blocks or pages of the op were taken away while it read them."""
+        if self._host is not None:
+            result = self._host.judged(result)
         if result.op_id not in self._torn:
             return result
         self._torn.discard(result.op_id)
@@ -310,6 +331,9 @@ class Worker:
             report.running[rank], self._running = self._running, []
         if self._missed:
             report.missed[rank], self._missed = self._missed, []
+        arena = self._host.news() if self._host is not None else None
+        if arena is not None:
+            report.arenas[rank] = arena
         return report if report.ranks else None
 
     def dump_state(self) -> dict[str, object]:
@@ -329,6 +353,8 @@ class Worker:
             return
         for resource in self._resources:
             resource.close()
+        if self._host is not None:
+            self._host.close()
 
 
 def _failed(op: LeaderTransferRequest, reason: str) -> OpResult:

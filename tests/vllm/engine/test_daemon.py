@@ -1,0 +1,144 @@
+"""Real engines over the host's daemon: what is in DRAM outlives an engine, several share it, and one may be killed."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.connectors.daemon.processes import Process, daemon
+from tests.vllm.engine.local import Ask, Engine, engine, pool
+from tests.vllm.engine.oracle import Oracle
+from tests.vllm.engine.processes import children
+from tests.vllm.models import prompt
+from umbp_connectors.daemon.link import inspect
+
+WHOLE = 192
+_WAIT_S = 30.0
+
+
+def over(socket: Path, **extra: Any) -> dict[str, Any]:
+    """A configuration for the daemon at ``socket``; a busy machine may take its time to answer."""
+    return pool(mode="daemon", daemon_socket=str(socket), lookup_timeout_ms=5000, **extra)
+
+
+@pytest.fixture
+def socket(tmp_path: Path) -> Path:
+    """Where the daemon is."""
+    return tmp_path / "run" / "daemon.sock"
+
+
+@pytest.fixture
+def first(socket: Path) -> Iterator[Process]:
+    """A daemon."""
+    process = daemon(socket, "--dram-capacity", "64MiB")
+    yield process
+    process.kill()
+
+
+def published(opened: Engine) -> None:
+    """Wait until the daemon has everything that the engine has stored."""
+    opened.drain()
+    deadline = time.monotonic() + _WAIT_S
+    while opened.leader.pool.host.stock.pending:
+        opened.llm.llm_engine.step()
+        opened.leader.pool.settle()
+        assert time.monotonic() < deadline, "the daemon does not take what was stored"
+
+
+def clients(socket: Path) -> list[str]:
+    """Who uses the daemon's only pool."""
+    (view,) = inspect(socket, time.monotonic() + _WAIT_S).pools
+    return view.clients
+
+
+def test_an_engine_restart_keeps_what_is_in_dram(llama: Path, oracle: Oracle, first: Process, socket: Path) -> None:
+    asks = [Ask(prompt(200, seed=seed)) for seed in (900, 901)]
+    right = [reply.tokens for reply in oracle.ask(llama, *asks)]
+    with engine(llama, kv_transfer_config=over(socket)) as opened:
+        cold = opened.ask(*asks)
+    with engine(llama, kv_transfer_config=over(socket)) as opened:
+        again = opened.ask(*asks)
+        loaded = opened.metric("vllm:umbp_hit_tokens", tier="dram")
+        stored = opened.metric("vllm:umbp_stored_blocks", tier="dram")
+    assert [reply.tokens for reply in cold] == [reply.tokens for reply in again] == right
+    assert [reply.cached for reply in again] == [WHOLE, WHOLE]
+    assert (loaded, stored) == (2 * WHOLE, 0)
+
+
+def test_two_engines_share_a_pool_one_is_killed_and_the_daemon_too(
+    llama: Path, oracle: Oracle, first: Process, socket: Path
+) -> None:
+    ours, theirs = children().Pipe(duplex=False)
+    other = children().Process(target=_serve_for_ever, args=(llama, socket, theirs))
+    other.start()
+    theirs.close()
+    asks = [Ask(prompt(200, seed=1000 + number)) for number in range(4)]
+    right = [reply.tokens for reply in oracle.ask(llama, *asks)]
+    assert [_next(ours) for _ in asks] == right
+    with engine(llama, kv_transfer_config=over(socket)) as opened:
+        shared = opened.ask(*asks[:2])
+        assert len(clients(socket)) == 2
+        answered = [_next(ours) for _ in range(2)]
+        other.kill()
+        other.join(20)
+        after_the_kill = opened.ask(*asks)
+        assert len(clients(socket)) == 1
+        first.kill()
+        opened.forget()
+        without = opened.ask(*asks)
+        with contextlib.closing(_Daemon(socket)):
+            again = _served_again(opened, asks)
+            held = opened.metric("vllm:umbp_failed_blocks")
+    late = oracle.ask(llama, *[Ask(prompt(200, seed=1004 + number)) for number in range(2)])
+    assert answered == [reply.tokens for reply in late]
+    assert [reply.tokens for reply in shared] == right[:2]
+    assert [reply.tokens for reply in after_the_kill] == right
+    assert [reply.tokens for reply in without] == right
+    assert [reply.tokens for reply in again] == right
+    assert [reply.cached for reply in shared] == [WHOLE] * 2
+    assert [reply.cached for reply in after_the_kill] == [WHOLE] * 4
+    assert [reply.cached for reply in without] == [0] * 4
+    assert held == 0
+
+
+class _Daemon:
+    """Another daemon, until it is closed."""
+
+    def __init__(self, socket: Path) -> None:
+        self._process = daemon(socket, "--dram-capacity", "64MiB")
+
+    def close(self) -> None:
+        self._process.kill()
+
+
+def _served_again(opened: Engine, asks: list[Ask]) -> list[Any]:
+    """Ask until all comes from the new daemon."""
+    deadline = time.monotonic() + _WAIT_S
+    while True:
+        replies = opened.ask(*asks)
+        if all(reply.cached == WHOLE for reply in replies):
+            return replies
+        published(opened)
+        opened.forget()
+        assert time.monotonic() < deadline, "the new daemon is not used"
+
+
+def _next(pipe: Connection) -> tuple[int, ...]:
+    assert pipe.poll(120), "the other engine does not answer"
+    tokens: tuple[int, ...] = pipe.recv()
+    return tokens
+
+
+def _serve_for_ever(model: Path, socket: Path, pipe: Connection) -> None:
+    opened = Engine(model, kv_transfer_config=over(socket))
+    for seed in itertools.count(1000):
+        reply = opened.ask_one(Ask(prompt(200, seed=seed)))
+        published(opened)
+        pipe.send(reply.tokens)

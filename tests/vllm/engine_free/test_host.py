@@ -1,0 +1,233 @@
+"""The engine over a host daemon that answers, late, never, or with another incarnation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.vllm.harness.fake_daemon import FakeClient, FakeDaemon, FakeMapping
+from tests.vllm.harness.host import HostHarness
+from umbp_core.ops import Direction
+from umbp_vllm import host_setup
+
+PROMPT = list(range(1, 97))
+OTHER = list(range(200, 296))
+
+Start = Callable[..., HostHarness]
+
+
+@pytest.fixture
+def daemon(monkeypatch: pytest.MonkeyPatch) -> FakeDaemon:
+    """The daemon of this host."""
+    daemon = FakeDaemon()
+    monkeypatch.setattr(host_setup, "new_client", lambda plan: FakeClient(daemon, plan))
+    monkeypatch.setattr(host_setup, "new_mapping", lambda plan, stripe: FakeMapping(daemon, plan, stripe))
+    return daemon
+
+
+@pytest.fixture
+def start(daemon: FakeDaemon) -> Iterator[Start]:
+    """Starts engines; at the end nothing is left, in them or in the daemon."""
+    engines: list[HostHarness] = []
+
+    def begin(**options: Any) -> HostHarness:
+        engine = HostHarness(daemon, **options)
+        engines.append(engine)
+        return engine
+
+    yield begin
+    daemon.answers.set()
+    for engine in engines:
+        engine.close()
+    assert not daemon.faults
+    assert daemon.down or not (daemon.pinned() or daemon.scribbled())
+
+
+def run(engine: HostHarness, prompt: list[int], tokens: int = 3) -> float:
+    """Run one request to its end (which compares its tokens with a run without a cache); its hit tokens."""
+    before = engine.stat("hit_tokens", "dram")
+    engine.add(prompt, max_tokens=tokens)
+    engine.run_until_finished()
+    return engine.stat("hit_tokens", "dram") - before
+
+
+@pytest.mark.parametrize("options", [{}, {"tp": 2}, {"async_scheduling": True}], ids=["one", "tp2", "async"])
+def test_what_one_engine_stored_another_loads(start: Start, options: dict[str, Any]) -> None:
+    start(**options).store(PROMPT)
+    second = start(**options)
+    assert run(second, PROMPT) >= len(PROMPT) - 16
+    assert second.check_stored() > 0
+
+
+def test_a_prompt_that_is_there_is_not_stored_again(daemon: FakeDaemon, start: Start) -> None:
+    start().store(PROMPT)
+    second = start()
+    run(second, PROMPT, tokens=1)
+    second.drain()
+    assert second.stat("stored_blocks", "dram") == 0
+
+
+def test_two_engines_that_compute_the_same_at_once_keep_one_copy(daemon: FakeDaemon, start: Start) -> None:
+    first, second = start(), start()
+    for engine in (first, second):
+        engine.hold(Direction.STORE)
+        engine.add(PROMPT, max_tokens=1)
+        engine.run_until_finished()
+    for engine in (first, second):
+        engine.release(Direction.STORE)
+        engine.drain()
+    assert first.check_stored() > 0
+    assert second.stat("stored_blocks", "dram") == 0
+    assert second.host.stats(0).reserved == 0  # type: ignore[arg-type]
+
+
+def test_an_engine_without_a_daemon_computes_and_uses_the_one_that_comes(daemon: FakeDaemon, start: Start) -> None:
+    daemon.down = True
+    engine = start()
+    assert run(engine, PROMPT) == 0
+    daemon.down = False
+    engine.step_until(lambda: comes(engine))
+    engine.store(OTHER)
+    assert run(engine, OTHER) > 0
+
+
+def comes(engine: HostHarness) -> bool:
+    """Have steps planned, which is how ranks hear of an arena; whether the pool can be used."""
+    engine.add([7, 8, 9], max_tokens=1)
+    engine.run_until_finished()
+    return engine.host.line.usable
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_daemon_that_comes_back_is_used_again(daemon: FakeDaemon, start: Start, tp: int) -> None:
+    engine = start(tp=tp)
+    engine.store(PROMPT)
+    daemon.kill()
+    assert run(engine, PROMPT) == 0
+    daemon.restart()
+    engine.step_until(lambda: comes(engine))
+    assert run(engine, OTHER) == 0
+    engine.drain()
+    assert engine.reset_prefix_cache()
+    assert run(engine, OTHER) > 0
+    assert engine.stat("degraded", "daemon_gone") == 1
+
+
+def test_copies_under_way_when_the_daemon_dies_harm_nobody(daemon: FakeDaemon, start: Start) -> None:
+    engine = start()
+    engine.store(PROMPT)
+    engine.hold(Direction.LOAD)
+    engine.hold(Direction.STORE)
+    engine.add(PROMPT, max_tokens=2)
+    engine.add(OTHER, max_tokens=2)
+    engine.step_until(lambda: all(copier.entered[Direction.LOAD].is_set() for copier in engine.copiers))
+    daemon.kill()
+    daemon.restart()
+    engine.release(Direction.LOAD)
+    engine.release(Direction.STORE)
+    engine.run_until_finished()
+    engine.step_until(lambda: comes(engine))
+    engine.drain()
+    assert not daemon.scribbled()
+    assert run(engine, PROMPT) == 0
+
+
+def test_a_daemon_that_hangs_costs_hits_and_the_lookup_timeout(daemon: FakeDaemon, start: Start) -> None:
+    engine = start(extra={"lookup_timeout_ms": 20, "call_timeout_ms": 200})
+    engine.store(PROMPT)
+    daemon.answers.clear()
+    assert run(engine, PROMPT) == 0
+    assert engine.stat("lookup_waits", "daemon") > 0
+    daemon.answers.set()
+    engine.step_until(lambda: comes(engine))
+    engine.drain()
+
+
+def test_an_answer_that_comes_too_late_gives_the_loan_back(daemon: FakeDaemon, start: Start) -> None:
+    engine = start(extra={"lookup_timeout_ms": 50, "call_timeout_ms": 5000})
+    engine.store(PROMPT)
+    hold_at(daemon, "borrow")
+    assert run(engine, PROMPT) == 0
+    daemon.answers.set()
+    engine.step_until(lambda: comes(engine) and "give_back" in daemon.calls)
+
+
+def hold_at(daemon: FakeDaemon, what: str) -> None:
+    """Have the daemon answer until the first ``what``."""
+    daemon.holds_at = what
+
+
+def test_a_load_that_outlives_its_lease_does_not_count(daemon: FakeDaemon, start: Start) -> None:
+    daemon.lease_s = 0.5
+    engine = start()
+    engine.store(PROMPT)
+    engine.hold(Direction.LOAD)
+    engine.add(PROMPT, max_tokens=3)
+    engine.step_until(lambda: all(copier.entered[Direction.LOAD].is_set() for copier in engine.copiers))
+    daemon.forget_leases()
+    for _ in range(1200):
+        engine.yield_to_transfers()
+    engine.release(Direction.LOAD)
+    engine.run_until_finished()
+    assert engine.stat("failed_blocks", "load", "lease") > 0
+
+
+def test_an_object_that_does_not_verify_is_a_miss_and_doubted(daemon: FakeDaemon, start: Start) -> None:
+    engine = start()
+    engine.store(PROMPT)
+    page, _, _ = daemon.objects_of[engine.keys(PROMPT)[0][0]]
+    daemon.memory[page, 0, 5] ^= 1
+    engine.rotten.update(daemon.objects_of)
+    run(engine, PROMPT)
+    engine.drain()
+    assert "doubt" in daemon.calls
+    assert engine.stat("failed_blocks", "load", "verify") > 0
+
+
+def test_without_pages_in_stock_stores_are_dropped(daemon: FakeDaemon, start: Start) -> None:
+    daemon.grants_nothing = True
+    engine = start()
+    run(engine, PROMPT)
+    engine.drain()
+    assert engine.stat("dropped_stores", "no_room") > 0
+    assert not daemon.objects_of
+
+
+def test_a_reset_makes_the_daemon_forget(daemon: FakeDaemon, start: Start) -> None:
+    engine = start()
+    engine.store(PROMPT)
+    assert engine.leader.reset_cache()
+    assert run(engine, PROMPT) == 0
+    engine.drain()
+    assert "clear" in daemon.calls
+
+
+def test_a_reset_that_the_daemon_does_not_hear_keeps_everything_away(daemon: FakeDaemon, start: Start) -> None:
+    engine = start(extra={"call_timeout_ms": 100})
+    engine.store(PROMPT)
+    daemon.fails.append("clear")
+    assert engine.leader.reset_cache()
+    assert run(engine, PROMPT) == 0
+    engine.step_until(lambda: comes(engine))
+    assert daemon.calls.count("clear") == 2
+    engine.drain()
+
+
+def test_a_lost_publish_loses_its_pages_and_nothing_else(daemon: FakeDaemon, start: Start) -> None:
+    engine = start(extra={"call_timeout_ms": 200})
+    daemon.fails.append("publish")
+    engine.store(PROMPT)
+    assert engine.stat("dropped_stores", "daemon_gone") > 0
+    engine.step_until(lambda: comes(engine))
+    engine.store(OTHER)
+    assert run(engine, OTHER) > 0
+
+
+def test_a_pool_that_is_full_goes_on(daemon: FakeDaemon, start: Start) -> None:
+    daemon.pages = 24
+    engine = start()
+    for number in range(6):
+        engine.store(list(range(100 * number + 1, 100 * number + 97)))
+    assert run(engine, list(range(501, 597))) > 0

@@ -1,0 +1,181 @@
+"""What both halves of an engine say to the host's daemon at the start, made from the configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from umbp_connectors.config import UmbpConfig
+from umbp_connectors.daemon.launch import Launcher
+from umbp_connectors.daemon.pages import PageClient, RankArena, WantedPages, engine_token
+from umbp_connectors.daemon.settings import check_supported, socket_path
+from umbp_connectors.plugins import PluginHost
+from umbp_core.errors import ConfigError
+from umbp_core.ids import Identity, digest_of
+from umbp_vllm.host_rank import HostPages, Mapping, RankHost
+from umbp_vllm.host_talk import Talker
+from umbp_vllm.host_words import Pages
+from umbp_vllm.layout import kv_is_replicated, layout_digest
+from umbp_vllm.layout_groups import geometry_of
+from umbp_vllm.metadata import PROTOCOL_VERSION, RankHello
+from umbp_vllm.namespace import rank_scope
+from umbp_vllm.rank_kit import RankKit, asks_by_layer, kit_maker
+from umbp_vllm.worker import Worker
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlan:
+    """One engine's pool in the daemon: the same on all its processes.
+
+    ``identities`` are those of the stripes, in order; all have ``page_bytes`` per page.  ``dram_bytes`` is what the
+    engine asks for, all stripes together.
+    """
+
+    config: UmbpConfig
+    engine_id: str
+    identities: tuple[Identity, ...]
+    page_bytes: int
+    dram_bytes: int
+    label: str
+
+    @property
+    def socket(self) -> Path:
+        """Where the daemon is."""
+        return socket_path(self.config)
+
+    @property
+    def wanted(self) -> WantedPages:
+        """The plan in the daemon's words."""
+        token = engine_token(self.engine_id)
+        return WantedPages(self.socket, self.identities, self.page_bytes, self.dram_bytes, token, self.label)
+
+
+def check_host(config: UmbpConfig, parallel: Any) -> None:
+    """Raises ``ConfigError`` for what an engine cannot do over the daemon."""
+    check_supported(config)
+    socket_path(config)
+    if parallel.pipeline_parallel_size > 1:
+        raise ConfigError(
+            "mode 'daemon' is not for pipeline parallelism yet, whose ranks have pages of different kinds; "
+            "set mode 'local'"
+        )
+
+
+def plan_of(
+    vllm_config: Any, config: UmbpConfig, namespace: str, layout: bytes, page_bytes: int, *, replicated: bool
+) -> HostPlan:
+    """The plan, as each of the engine's processes comes to it."""
+    tp_size = vllm_config.parallel_config.tensor_parallel_size
+    stripes = range(1 if replicated else tp_size)
+    identities = tuple(Identity(namespace, layout, rank_scope(vllm_config, rank, 0, replicated)) for rank in stripes)
+    engine_id = str(vllm_config.kv_transfer_config.engine_id)  # the same in all processes, another one at each start
+    label = f"vllm {vllm_config.model_config.model} {os.getpid()}"
+    return HostPlan(config, engine_id, identities, page_bytes, config.dram_capacity, label[:120])
+
+
+def starter_of(config: UmbpConfig) -> Launcher | None:
+    """What starts a daemon, if that is wanted."""
+    return Launcher(socket_path(config), config) if config.daemon_auto_start else None
+
+
+def talker_maker(vllm_config: Any, config: UmbpConfig, namespace: str) -> Callable[[Sequence[RankHello]], Talker]:
+    """Makes what talks for the leader, once the workers have said what their pages are.
+
+    Raises ``ConfigError`` for what cannot be done over the daemon.
+    """
+    check_host(config, vllm_config.parallel_config)
+
+    def make(hellos: Sequence[RankHello]) -> Talker:
+        first = hellos[0]
+        odd = [hello for hello in hellos if _shape(hello) != _shape(first)]
+        if odd:
+            raise ConfigError(
+                f"the pages of rank {odd[0].world_rank} are of another kind than those of rank 0, which mode 'daemon' "
+                "cannot keep together yet; set mode 'local'"
+            )
+        replicated = len(hellos) > 1 and len({hello.writer_rank for hello in hellos}) == 1
+        plan = plan_of(vllm_config, config, namespace, first.layout, first.page_bytes, replicated=replicated)
+        starter = starter_of(config)
+        absent = starter.start_soon if starter is not None else _nothing
+        return Talker(new_client(plan), config.call_timeout_ms / 1000, absent)
+
+    return make
+
+
+def rank_host(plan: HostPlan, stripe: int, make_kit: Callable[[bytes, HostPages], RankKit]) -> tuple[RankHost, RankKit]:
+    """This rank's mapping, and its first kit; starts a daemon and waits for it if that is wanted."""
+    starter = starter_of(plan.config)
+    if starter is not None and not plan.socket.exists():
+        starter.start(plan.config.daemon_start_timeout_s)
+    host = RankHost(lambda: new_mapping(plan, stripe), make_kit, plan.page_bytes)
+    return host, host.open(plan.config.call_timeout_ms / 1000)
+
+
+def make_host_worker(
+    vllm_config: Any,
+    kv_cache_config: Any,
+    config: UmbpConfig,
+    plugins: PluginHost,
+    kv_caches: dict[str, Any],
+    namespace: str,
+) -> Worker:
+    """This rank's half over the host's daemon, which is waited for a little.  Without one it has no pages yet."""
+    parallel = vllm_config.parallel_config
+    rank = parallel.rank
+    geometry = geometry_of(kv_cache_config, kv_caches)
+    layout = layout_digest(kv_cache_config, geometry)
+    replicated = kv_is_replicated(kv_cache_config, geometry, parallel.tensor_parallel_size)
+    check_host(config, parallel)
+    plan = plan_of(vllm_config, config, namespace, layout, geometry.page_bytes, replicated=replicated)
+    if len(plan.identities) > 1 and geometry.device.type != "cpu":
+        raise ConfigError(
+            "mode 'daemon' is not for several GPU ranks with KV of their own yet, as their pages lie between each "
+            "other's; set mode 'local'"
+        )
+    writer = 0 if replicated else rank
+    identity = plan.identities[writer]
+    kit_of = kit_maker(config, plugins, geometry, identity, rank)
+
+    def make_kit(name: bytes, pages: HostPages) -> RankKit:
+        return kit_of(name, pages, None)
+
+    host, kit = rank_host(plan, writer, make_kit)
+    hello = RankHello(
+        version=PROTOCOL_VERSION,
+        world_rank=rank,
+        writer_rank=writer,
+        identity=digest_of({"namespace": namespace}),
+        layout=layout,
+        page_bytes=geometry.page_bytes,
+        dram_pages=1,
+        ssd_slots=0,
+        slot_bytes=0,
+        object_bytes=tuple(geometry.object_bytes(group.index) for group in geometry.groups),
+        prefix=identity.digest,
+        arena=kit.arena,
+    )
+    by_layer = asks_by_layer(vllm_config, geometry, config)
+    return Worker(
+        hello, kit.engine, kit.copier, kit.gate, kit.resources, writes=writer == rank, by_layer=by_layer, host=host
+    )
+
+
+def _shape(hello: RankHello) -> tuple[object, ...]:
+    return hello.layout, hello.page_bytes, hello.object_bytes
+
+
+def _nothing() -> None:
+    """There is no daemon, and none is to be started."""
+
+
+def new_client(plan: HostPlan) -> Pages:
+    """The leader's client, not connected."""
+    return PageClient(plan.wanted)
+
+
+def new_mapping(plan: HostPlan, stripe: int) -> Mapping:
+    """A rank's mapping, not open."""
+    return RankArena(plan.wanted, stripe, plan.config.dram_prefault)
