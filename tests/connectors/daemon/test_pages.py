@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -105,6 +107,39 @@ def test_two_engines_race_to_publish_one_key(start: Start, run: Run) -> None:
     assert one.fetch([5, 7]) == {5: object_of(6, 2 * SIZE), 7: object_of(7, 2 * SIZE)}
     one.leader.return_pages(first[:1], soon())
     until(lambda: daemon.pinned() == 1)
+
+
+def test_engines_race_for_many_keys_at_once(start: Start, run: Run) -> None:
+    """Every key is stored by exactly one of them, and what is read is that one's."""
+    daemon = start()
+    engines = [run(2, f"engine {number}") for number in range(4)]
+    barrier = threading.Barrier(len(engines))
+
+    def race(engine: Engine) -> dict[int, bytes]:
+        mine: dict[int, bytes] = {}
+        pages: list[int] = []
+        for number in range(PAGES // 2):
+            pages += engine.take(1) if not pages else []
+            data = object_of(1000 * engines.index(engine) + number, 2 * SIZE)
+            new = engine.write(pages[0], number, data)
+            barrier.wait(60)
+            (status,) = engine.leader.publish([new], soon())
+            if status is PutStatus.STORED:
+                mine[number] = data
+                pages.clear()
+            else:
+                assert status is PutStatus.PRESENT
+        return mine
+
+    with ThreadPoolExecutor(len(engines)) as threads:
+        stored = list(threads.map(race, engines))
+    assert sorted(number for mine in stored for number in mine) == list(range(PAGES // 2))
+    whole = {number: data for mine in stored for number, data in mine.items()}
+    for number, data in whole.items():
+        assert engines[number % 4].fetch([number]) == {number: data}
+    for engine in engines:
+        engine.close()
+    until(lambda: daemon.pinned() == 0)
 
 
 def test_only_what_is_ones_own_is_published_or_returned(start: Start, run: Run) -> None:
