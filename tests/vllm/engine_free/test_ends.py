@@ -129,9 +129,10 @@ def test_abort_while_blocks_are_being_stored(make_umbp: MakeUmbp) -> None:
     assert name not in engine.scheduler.requests
     assert len(engine.pool.held)
     # Everything else that the engine has is taken by others meanwhile; none of it may be a block under the store.
-    # They fill no block, so that no store of theirs is held as well, and take all that is free twice over.
-    for first in range(100, 180):
-        engine.run_until_finished(engine.add(tokens(3, first), max_tokens=1))
+    others = [engine.add(tokens(1, first), max_tokens=2) for first in range(100, 140)]
+    engine.step()
+    assert engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 0
+    engine.abort(*others)
     engine.release(Direction.STORE)
     engine.drain()
     assert engine.check_stored() >= 6
