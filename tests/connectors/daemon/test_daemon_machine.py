@@ -147,7 +147,8 @@ class DaemonMachine(RuleBasedStateMachine):
     @rule()
     def start_again(self) -> None:
         self._engine.close()
-        self._engine = Engine(self._path, pages=PAGES)
+        self._turn += 1
+        self._engine = Engine(self._path, name=f"engine {self._turn}", pages=PAGES)
         assert not self._engine.open().known
         self._stock.clear()
         self._old.clear()
