@@ -40,6 +40,7 @@ TARGET_EXISTS_US = 30.0
 TARGET_EXISTS_MANY_US = 200.0
 MANY_KEYS = 2048
 TARGET_RESTART_S = 2.0
+TARGET_SSD = 0.8
 RESTART_OBJECTS = 100_000
 
 
@@ -374,6 +375,7 @@ def main() -> None:
     notes = [
         f"Targets: put and get {TARGET_RATIO} of the copy from 256 KiB on, exists {TARGET_EXISTS_US:.0f} us.",
         f"Exists of {MANY_KEYS} keys: {TARGET_EXISTS_MANY_US:.0f} us; a restart: {TARGET_RESTART_S:.0f} s.",
+        f"SSD: {TARGET_SSD} of direct I/O by as many threads.",
         "Medians of interleaved rounds; ratios are medians of each round's ratio.",
         "The pool verifies every object (xxh3-128); the copies and the direct I/O it is compared with do not.",
         "Core seconds count all threads of the process: they say most on a machine that others use too.",
