@@ -49,16 +49,6 @@ class Holdings:
         self._ended = False
 
     @property
-    def pages(self) -> int:
-        """How many pages cannot go to anybody else for it."""
-        with self._lock:
-            return (
-                sum(held.pages for held in self._loans.values())
-                + sum(held.grant.pages for held in self._grants.values())
-                + len(self._stock.pages)
-            )
-
-    @property
     def is_busy(self) -> bool:
         """Whether something is lent or granted that is about to be read or published."""
         return bool(self._loans or self._grants)

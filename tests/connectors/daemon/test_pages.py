@@ -86,6 +86,7 @@ def test_rows_of_a_stripe_lie_where_the_arena_says(start: Start, run: Run) -> No
     (page,) = engine.take(1)
     for stripe, rank in enumerate(engine.ranks):
         rank.pages[page] = stripe + 1
+    assert all(rank.wait_present(30) for rank in engine.ranks)
     flat = engine.ranks[0].whole.reshape(-1)
     for stripe in range(3):
         first = (page * 3 + stripe) * SIZE
