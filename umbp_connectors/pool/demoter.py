@@ -169,7 +169,8 @@ class Demoter:
                     self._failed += refused
                     self._dropped += permit is None
                     self._busy -= 1
-                    self._changed.notify_all()
+                    if not self._queue and not self._busy:  # who waits for less is woken for nothing, each time
+                        self._changed.notify_all()
 
     def _demote(self, key: bytes) -> bool:
         """Write one object; false when there is nothing to write, or no room for it."""
