@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 4096
 _USED = -(1 << 60)
+_UNUSABLE = (sqlite3.Error, OSError, LookupError, TypeError, ValueError)
+"""What a catalogue that is not as it should be raises; it is its reader's matter then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +40,23 @@ def refit(slab: Path, layout: bytes, slot_bytes: int, slots: int, direct_io: boo
     The most recently written objects stay, as many as there are slots.  The caller holds the folder, and nobody has
     the slab open.  What cannot be moved is forgotten; nothing is raised for it.
     """
-    for path in sorted(slab.parent.glob("catalogue-*.sqlite"), key=lambda path: path.stat().st_mtime, reverse=True):
-        with contextlib.suppress(sqlite3.Error, KeyError, ValueError), _opened(path) as connection:
+    for path in _latest_first(slab.parent):
+        with (
+            contextlib.suppress(sqlite3.Error, OSError, LookupError, TypeError, ValueError),
+            _opened(path) as connection,
+        ):
             meta = dict(connection.execute("SELECT name, value FROM meta"))
             old_bytes = int(meta["slot_bytes"])
             # The parts of an object of several ranks lie where the size of its slot says.
             if meta["layouts"] == layout and (meta["ranks"] == b"1" or old_bytes == slot_bytes):
                 _refit(connection, slab, old_bytes, slot_bytes, slots, direct_io)
                 return
+
+
+def _latest_first(folder: Path) -> list[Path]:
+    with contextlib.suppress(OSError):
+        return sorted(folder.glob("catalogue-*.sqlite"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return []
 
 
 def plan_moves(stored: Sequence[tuple[int, int]], old_bytes: int, new_bytes: int, slots: int) -> Iterator[Move]:

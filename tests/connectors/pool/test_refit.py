@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -204,6 +206,22 @@ def test_a_kill_before_the_catalogue_follows_costs_hits_only(make: Maker, tmp_pa
     kept(pool)
     assert pool.clear() >= 0
     fill(pool, KEYS[:4])
+
+
+@pytest.mark.parametrize("spoil", [b"", b"not a database" * 1000, None])
+def test_a_catalogue_that_cannot_be_read_starts_empty(make: Maker, tmp_path: Path, spoil: bytes | None) -> None:
+    pool = make()
+    fill(pool, KEYS)
+    pool.close()
+    (catalogue,) = tmp_path.rglob("catalogue-*.sqlite")
+    if spoil is None:
+        with contextlib.closing(sqlite3.connect(catalogue)) as connection, connection:
+            connection.execute("UPDATE meta SET value = x'' WHERE name = 'slot_bytes'")
+    else:
+        catalogue.write_bytes(spoil)
+    pool = make(LARGE, slots=10)
+    assert kept(pool) == []
+    fill(pool, KEYS[:4], LARGE)
 
 
 @given(
