@@ -60,6 +60,7 @@ def through_get_finished(real: Callable[..., Any]) -> Callable[..., Any]:
     ids=["plain", "v2 runner", "hybrid", "chunked", "async", "drafts"],
 )
 @pytest.mark.statement("connector", 84)
+@pytest.mark.bug("B3")
 def test_the_older_interface(make_umbp: MakeUmbp, spec: dict[str, Any]) -> None:
     """Block tables are then followed through the scheduler's outputs, preemptions included."""
     engine = make_umbp(**{"num_blocks": 30, "max_model_len": 96, **spec})
