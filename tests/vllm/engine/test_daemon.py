@@ -15,7 +15,8 @@ import pytest
 from tests.connectors.daemon.processes import Process, daemon
 from tests.vllm.engine.local import Ask, Engine, engine, pool
 from tests.vllm.engine.oracle import Oracle
-from tests.vllm.engine.processes import children
+from tests.vllm.engine.processes import children, in_child
+from tests.vllm.engine.test_parallel import TP, serve_ranks
 from tests.vllm.models import prompt
 from umbp_connectors.daemon.link import inspect
 
@@ -106,6 +107,18 @@ def test_two_engines_share_a_pool_one_is_killed_and_the_daemon_too(
     assert [reply.cached for reply in after_the_kill] == [WHOLE] * 4
     assert [reply.cached for reply in without] == [0] * 4
     assert held == 0
+
+
+@pytest.mark.slow
+def test_the_ranks_of_an_engine_in_processes_of_their_own(
+    llama: Path, oracle: Oracle, first: Process, socket: Path
+) -> None:
+    asks = [Ask(prompt(300, seed=seed)) for seed in (920, 921)]
+    right = [reply.tokens for reply in oracle.ask(llama, *asks)]
+    (cold,) = in_child(serve_ranks, llama, over(socket), TP, asks, 1, timeout=280)
+    (again,) = in_child(serve_ranks, llama, over(socket), TP, asks, 1, timeout=280)
+    assert [tokens for tokens, _ in cold] == [tokens for tokens, _ in again] == right
+    assert [cached for _, cached in again] == [288] * 2
 
 
 class _Daemon:

@@ -30,8 +30,8 @@ def test_two_tensor_parallel_ranks(llama: Path, oracle: Oracle, tmp_path: Path) 
     asks = [Ask(prompt(300, seed=seed)) for seed in range(3)]
     right = [reply.tokens for reply in oracle.ask(llama, *asks)]
     tiers = pool(tmp_path, dram_capacity="32MiB", ssd_capacity="64MiB")
-    cold, dram = in_child(_serve, llama, tiers, TP, asks, 2, timeout=280)
-    (ssd,) = in_child(_serve, llama, tiers, TP, asks, 1, timeout=280)
+    cold, dram = in_child(serve_ranks, llama, tiers, TP, asks, 2, timeout=280)
+    (ssd,) = in_child(serve_ranks, llama, tiers, TP, asks, 1, timeout=280)
     for phase in (cold, dram, ssd):
         assert [tokens for tokens, _ in phase] == right
     assert [cached for _, cached in dram] == [288] * 3
@@ -43,15 +43,15 @@ def test_two_pipeline_stages(llama: Path, oracle: Oracle, tmp_path: Path) -> Non
     asks = [Ask(prompt(300, seed=seed)) for seed in range(3)]
     right = [reply.tokens for reply in oracle.ask(llama, *asks)]
     tiers = pool(tmp_path, dram_capacity="32MiB", ssd_capacity="64MiB")
-    cold, dram = in_child(_serve, llama, tiers, PP, asks, 2, timeout=280)
-    (ssd,) = in_child(_serve, llama, tiers, PP, asks, 1, timeout=280)
+    cold, dram = in_child(serve_ranks, llama, tiers, PP, asks, 2, timeout=280)
+    (ssd,) = in_child(serve_ranks, llama, tiers, PP, asks, 1, timeout=280)
     for phase in (cold, dram, ssd):
         assert [tokens for tokens, _ in phase] == right
     assert [cached for _, cached in dram] == [288] * 3
     assert [cached for _, cached in ssd] == [288] * 3
 
 
-def _serve(
+def serve_ranks(
     model: Path, tiers: dict[str, Any], sizes: dict[str, Any], asks: Sequence[Ask], phases: int
 ) -> list[list[tuple[tuple[int, ...], int]]]:
     """The replies of every phase, from an engine core and workers in processes of their own."""
