@@ -143,6 +143,23 @@ def test_ill_typed_value_names_key_value_and_source(key: str, value: object) -> 
     assert re.search(rf"^  - {key} = {re.escape(repr(value))} from engine extra-config: \S", text, re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("key", "default"),
+    [
+        ("max_concurrent_loads", 4),
+        ("max_concurrent_stores", 4),
+        ("max_concurrent_demotions", 2),
+        ("max_transfer_blocks", 16),
+    ],
+)
+@pytest.mark.statement("connector", 45)
+def test_limits_of_transfers_have_defaults_and_nonsense_is_refused(key: str, default: int) -> None:
+    assert getattr(resolve({}, {}).config, key) == default
+    assert getattr(resolve({key: 7}, {}).config, key) == 7
+    for value in (0, -1, 1.5, "many", True, float("nan")):
+        assert f"  - {key} = {value!r} from engine extra-config" in problems_of(extra={key: value})
+
+
 def test_a_later_mode_is_named_as_such() -> None:
     assert "comes with a later release" in problems_of(env={"UMBP_MODE": "distributed"})
 
