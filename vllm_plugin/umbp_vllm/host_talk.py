@@ -44,10 +44,9 @@ from umbp_vllm.host_words import (
 logger = logging.getLogger("vllm.umbp.host")
 
 _FIRST_PAUSE_S = 0.1
+"""How long a daemon that did not answer is left alone."""
 _LONGEST_PAUSE_S = 2.0
-"""How long a daemon that did not answer is left alone, growing."""
-
-
+"""The longest, after several in a row."""
 _FAILURES = (OSError, WireError, UmbpError)
 
 
@@ -79,7 +78,6 @@ class Talker:
         self._again_at = 0.0
         self._clears = 0
         self._stopping = False
-        self._closing = threading.Event()
 
     def open(self) -> None:
         """Start the thread, which connects."""
@@ -98,7 +96,6 @@ class Talker:
         self.say(Stop())
         if self._thread.is_alive():
             self._thread.join(timeout)
-        self._closing.set()
         return not self._thread.is_alive()
 
     def _run(self) -> None:
@@ -129,6 +126,9 @@ class Talker:
             return
         try:
             arena = self._client.connect(self._clock() + self._call_s)
+            if not arena.known:
+                self._life += 1  # here, since the next connection knows this one
+            self._arena = arena
             if self._clears:
                 self._client.clear(self._clock() + self._call_s)
         except _FAILURES as error:
@@ -136,9 +136,6 @@ class Talker:
             self._absent()
             return
         self._connected, self._told_gone, self._pause_s = True, False, _FIRST_PAUSE_S
-        if not arena.known or self._arena is None:
-            self._life += 1
-        self._arena = arena
         self._answers.append(Attached(self._life, arena))
         self._tell_cleared()
 

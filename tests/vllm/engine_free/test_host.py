@@ -215,6 +215,19 @@ def test_a_reset_that_the_daemon_does_not_hear_keeps_everything_away(daemon: Fak
     engine.drain()
 
 
+def test_a_new_daemon_that_first_fails_to_forget_is_used_as_the_new_one(daemon: FakeDaemon, start: Start) -> None:
+    engine = start(extra={"call_timeout_ms": 100})
+    engine.store(PROMPT)
+    daemon.kill()
+    assert engine.leader.reset_cache()
+    daemon.fails += ["clear", "clear"]
+    daemon.restart()
+    engine.step_until(lambda: comes(engine))
+    engine.store(OTHER)
+    assert run(engine, OTHER) > 0
+    assert engine.check_stored() > 0
+
+
 def test_a_lost_publish_loses_its_pages_and_nothing_else(daemon: FakeDaemon, start: Start) -> None:
     engine = start(extra={"call_timeout_ms": 200})
     daemon.fails.append("publish")
