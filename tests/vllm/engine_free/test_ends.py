@@ -118,7 +118,7 @@ def test_abort_of_a_request_that_was_never_scheduled(make_umbp: MakeUmbp) -> Non
 @pytest.mark.bug("B5")
 def test_abort_while_blocks_are_being_stored(make_umbp: MakeUmbp) -> None:
     """Statements 60, 61, 68: the request is gone at once, its blocks stay untouched until the store has read them."""
-    engine = make_umbp(num_blocks=40, max_model_len=64)
+    engine = make_umbp(num_blocks=40, max_model_len=64, max_num_seqs=64)
     engine.hold(Direction.STORE)
     name = engine.add(tokens(24), max_tokens=8)
     engine.step()
