@@ -145,6 +145,8 @@ CORRUPTIONS: dict[str, Callable[[Path], object]] = {
     "pages": lambda path: _overwrite(path, 4096, os.urandom(path.stat().st_size - 4096)),
     "tail": lambda path: os.truncate(path, path.stat().st_size // 2),
     "foreign": lambda path: _make_foreign(path),
+    # SQLite quotes what it does not understand, and then its own sentence is no text.
+    "letters": lambda path: path.write_bytes(path.read_bytes().replace(b"WITHOUT ROWID", b"WITHOUT ROW\xceD")),
 }
 
 

@@ -151,7 +151,7 @@ class Catalogue:
             raise self._unavailable(FileNotFoundError(f"{self.path.parent} is not a folder"))
         try:
             rows = self._read()
-        except (sqlite3.Error, _Mismatch) as error:
+        except _UNREADABLE as error:
             self._abandon()
             if not self.path.exists() or "locked" in str(error):
                 raise self._unavailable(error) from error
@@ -243,7 +243,7 @@ class Catalogue:
     def _read_fresh(self) -> list[CatalogueRow]:
         try:
             return self._read()
-        except (sqlite3.Error, _Mismatch) as error:
+        except _UNREADABLE as error:
             self._abandon()
             raise self._unavailable(error) from error
 
@@ -382,3 +382,7 @@ class Catalogue:
 
 class _Mismatch(Exception):
     """A readable catalogue that belongs to something else."""
+
+
+_UNREADABLE = (sqlite3.Error, UnicodeDecodeError, _Mismatch)
+"""What reading a catalogue raises that cannot be used: also text that is none any more."""
