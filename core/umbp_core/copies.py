@@ -304,7 +304,7 @@ class TierCopies:
         if need > total - self.held_pages:
             return None
         missing = need - self.allocator.free_pages
-        pick = self._pick_alone if self.groups is None else self._pick_blocks
+        pick = self._pick_blocks if self.groups else self._pick_alone
         victims, passed = pick(missing, is_leased)
         for key in passed:
             self.policy.touched(key)

@@ -35,6 +35,10 @@ class BlockGroups:
         self._block_of = block_of
         self._parts: dict[bytes, dict[bytes, None]] = {}
 
+    def __len__(self) -> int:
+        """Blocks of which some part is there."""
+        return len(self._parts)
+
     def added(self, keys: Iterable[bytes]) -> None:
         """``keys`` are there now."""
         block_of, parts = self._block_of, self._parts

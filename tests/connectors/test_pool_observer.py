@@ -93,6 +93,7 @@ def test_what_is_read_from_ssd_comes_back_to_dram_in_the_place_of_others(make: M
     put(pool, keys(0, 3))
     assert pool.flush(30)
     put(pool, keys(100, DRAM_PAGES))
+    assert pool.flush(30), "what is being written to SSD keeps its page"
     assert follower.held[Tier.DRAM].isdisjoint(keys(0, 3))
     buffers = [bytearray(SIZE) for _ in range(3)]
     assert all(status.hit for status in pool.get(keys(0, 3), buffers))
