@@ -58,14 +58,14 @@ def test_a_pool_that_nobody_uses_makes_room(start: Start, connect: Connect) -> N
 
 
 def test_a_namespace_has_a_quota(start: Start, connect: Connect) -> None:
-    start(dram_capacity=20 * SIZE, daemon_quota=6 * SIZE)
+    daemon = start(dram_capacity=20 * SIZE, daemon_quota=6 * SIZE)
     one, two = (connect(replace(IDENTITY, layout=bytes([number]) * 32), pages=4) for number in (1, 2))
     assert (_pages(one), _pages(two)) == (4, 2)
     assert _pages(connect(_other("another"), pages=9)) == 6
     two.close()
     one.close()
-    three = connect(replace(IDENTITY, layout=b"\x03" * 32), pages=6)
-    until(lambda: _pages(three) == 6)
+    until(lambda: sum(kept.is_idle for kept in daemon.keeper.pools()) == 2)
+    assert _pages(connect(replace(IDENTITY, layout=b"\x03" * 32), pages=6)) == 6
 
 
 def test_layouts_of_one_identity_have_one_size(start: Start, connect: Connect) -> None:
