@@ -48,12 +48,12 @@ class Deadlines:
         return entry[0] if entry is not None else None
 
     def pop_expired(self, now: float) -> list[str]:
-        """Remove and return the keys whose deadline is at or before ``now``, earliest first."""
+        """Remove and return the keys whose deadline is at or before ``now``: earliest first, then by key."""
         expired = []
         while (entry := self._first()) is not None and entry[0] <= now:
             del self._deadline[entry[1]]
-            expired.append(entry[1])
-        return expired
+            expired.append(entry)
+        return [key for _, key in sorted(expired)]
 
     def _first(self) -> _Entry | None:
         """The entry of the key that expires first; those before it, which stand for nothing any more, are dropped."""
