@@ -73,6 +73,8 @@ format: $(VENV_READY) ## ruff's formatter and its safe fixes
 
 bench: $(VENV_READY) $(VLLM_READY) $(SGLANG_READY) ## the benchmarks; JSON and tables go to bench-results/
 	$(VENV) benchmarks/pool.py
+	$(VENV) benchmarks/daemon.py
+	$(VENV) benchmarks/scheduler.py
 	$(VENV) benchmarks/index.py
 	$(VENV) benchmarks/master.py
 	$(VENV) benchmarks/reporting.py
