@@ -39,7 +39,7 @@ class KeptPool:
         self.stripes = pool.stripes
         self.pages = pages
         self.page_bytes = page_bytes
-        self.labels: dict[bytes, str] = {}
+        self._labels: dict[bytes, str] = {}
         self.left_at = 0.0
         """When its last client left."""
         self.lent: Counter[GetStatus] = Counter()
@@ -69,7 +69,7 @@ class KeptPool:
     def clients(self) -> list[str]:
         """What its clients call themselves."""
         with self._lock:
-            return sorted(self.labels[client] for client in set(self._connections.values()))
+            return sorted(self._labels[client] for client in set(self._connections.values()))
 
     @property
     def is_idle(self) -> bool:
@@ -101,7 +101,7 @@ class KeptPool:
         with self._lock:
             number = next(self._numbers)
             self._connections[number] = client
-            self.labels[client] = label
+            self._labels[client] = label
             return number
 
     def leave(self, number: int) -> None:
@@ -114,7 +114,7 @@ class KeptPool:
         with self._lock:
             del self._connections[number]
             if client not in self._connections.values():
-                del self.labels[client]
+                del self._labels[client]
             self.left_at = time.monotonic()
 
     def holdings(self, number: int, greeting: Attach) -> tuple[Holdings, int, bool]:

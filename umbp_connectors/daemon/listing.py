@@ -10,9 +10,7 @@ from umbp_connectors.pool.sharing.messages import Natural, Text
 
 OBJECTS = 4096
 """Objects of one answer, at most: what a frame has room for."""
-KEY_BYTES = 512
-
-Start = Annotated[bytes, msgspec.Meta(max_length=KEY_BYTES)]
+Start = Annotated[bytes, msgspec.Meta(max_length=512)]
 
 
 class ListObjects(msgspec.Struct, array_like=True, frozen=True, tag=40):

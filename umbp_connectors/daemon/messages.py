@@ -12,18 +12,19 @@ token when its own ended.  Sequences go on over the connections of a life.
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from dataclasses import asdict
+from typing import Annotated
 
 import msgspec
 
 from umbp_connectors.daemon.listing import ListObjects
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
-from umbp_connectors.pool.sharing.messages import Found, Key, Lookup, Natural, Refusal, Text
+from umbp_connectors.pool.sharing.messages import Found, Key, Lookup, Natural, Refusal, Text, decode_as, encode
 from umbp_core.ids import IDENTITY_BYTES, Identity, RankScope
 from umbp_core.ops import CHECKSUM_BYTES
 from umbp_core.wire.codes import ErrorCode, WireError
 
-__all__ = ["Found", "Lookup", "Refusal"]
+__all__ = ["Found", "Lookup", "Refusal", "decode_as", "encode"]
 
 REVISION = 2
 GREETING_BYTES = 8 << 10
@@ -58,7 +59,7 @@ Milliseconds = Annotated[int, msgspec.Meta(ge=0, le=TIMEOUT_MS)]
 
 
 class Scope(msgspec.Struct, array_like=True, frozen=True):
-    """A :class:`~umbp_core.ids.RankScope`."""
+    """A :class:`~umbp_core.ids.RankScope`, field by field."""
 
     tp_rank: Small
     tp_size: Small
@@ -101,23 +102,7 @@ class Attach(msgspec.Struct, array_like=True, frozen=True, tag=25):
     @property
     def identity(self) -> Identity:
         """What all objects of the pool have in common."""
-        scope = self.scope
-        return Identity(
-            self.namespace,
-            self.layout,
-            RankScope(
-                scope.tp_rank,
-                scope.tp_size,
-                scope.pp_rank,
-                scope.pp_size,
-                scope.cp_rank,
-                scope.cp_size,
-                scope.replicated,
-                scope.dcp_rank,
-                scope.dcp_size,
-                scope.heads,
-            ),
-        )
+        return Identity(self.namespace, self.layout, RankScope(**msgspec.structs.asdict(self.scope)))
 
 
 class Inspect(msgspec.Struct, array_like=True, frozen=True, tag=26):
@@ -328,9 +313,6 @@ Request = (
     | PublishPages
 )
 Greeting = Attach | Inspect | ListObjects
-M = TypeVar("M")
-
-encode = msgspec.msgpack.Encoder().encode
 _REQUESTS = msgspec.msgpack.Decoder(Request)
 _GREETINGS = msgspec.msgpack.Decoder(Greeting)
 _BAD = (msgspec.MsgspecError, UnicodeDecodeError)
@@ -338,19 +320,7 @@ _BAD = (msgspec.MsgspecError, UnicodeDecodeError)
 
 def scope_of(identity: Identity) -> Scope:
     """The scope of ``identity`` as a message has it."""
-    rank = identity.rank
-    return Scope(
-        rank.tp_rank,
-        rank.tp_size,
-        rank.pp_rank,
-        rank.pp_size,
-        rank.cp_rank,
-        rank.cp_size,
-        rank.replicated,
-        rank.dcp_rank,
-        rank.dcp_size,
-        rank.heads,
-    )
+    return Scope(**asdict(identity.rank))
 
 
 def decode_greeting(payload: memoryview) -> Greeting:
@@ -369,11 +339,3 @@ def decode_request(payload: memoryview) -> Request:
     except _BAD as error:
         raise WireError(ErrorCode.MALFORMED, f"a request is not what it should look like: {error}") from None
     return request
-
-
-def decode_as(kind: type[M], payload: memoryview) -> M:
-    """The message of type ``kind`` in ``payload``.  Raises ``WireError``."""
-    try:
-        return msgspec.msgpack.decode(payload, type=kind)
-    except _BAD as error:
-        raise WireError(ErrorCode.MALFORMED, f"a message is not what it should look like: {error}") from None

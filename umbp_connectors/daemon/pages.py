@@ -11,9 +11,10 @@ the same identity stores and finds.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -168,7 +169,7 @@ class PageClient:
         Fewer when the daemon has no more to give, or this engine has its part: what is taken and what is borrowed is
         half of the arena at most, divided among all engines.
         """
-        with _Closing(self) as link:
+        with self._calling() as link:
             count = min(count, messages.OBJECTS, messages.PAGES - len(self._taken))
             pages = link.take_pages(count, deadline)
         self._taken.update(pages)
@@ -181,7 +182,7 @@ class PageClient:
         """
         going = sorted(set(pages))
         self._check(going)
-        with _Closing(self) as link:
+        with self._calling() as link:
             for start in range(0, len(going), messages.PAGES):
                 link.return_pages(going[start : start + messages.PAGES], deadline)
         self._taken.difference_update(going)
@@ -195,7 +196,7 @@ class PageClient:
         """
         self._check([each.page for each in objects])
         statuses: list[PutStatus] = []
-        with _Closing(self) as link:
+        with self._calling() as link:
             for start in range(0, len(objects), messages.OBJECTS):
                 part = objects[start : start + messages.OBJECTS]
                 found = [messages.PUBLISHED[number] for number in link.publish_pages(part, deadline)]
@@ -207,7 +208,7 @@ class PageClient:
     def look_up(self, keys: Sequence[bytes], prefix: bool, deadline: float) -> Found:
         """How many of ``keys`` from the first on can be read; unless only this ``prefix`` is asked for, of each."""
         count, there = 0, b""
-        with _Closing(self) as link:
+        with self._calling() as link:
             for start in range(0, len(keys), messages.KEYS):
                 part = keys[start : start + messages.KEYS]
                 found = link.look_up(part, prefix, deadline)
@@ -225,7 +226,7 @@ class PageClient:
         as far as the deadline allows; it takes a little longer than that only when the daemon hangs.
         """
         stripes, most = self._wanted.stripes, self._wanted.page_bytes
-        with _Closing(self) as link:
+        with self._calling() as link:
             number, places = link.borrow(keys[: link.welcome.objects], deadline)
         return number, [
             msgspec.structs.replace(place, nbytes=stripes.part(place.nbytes))
@@ -236,18 +237,18 @@ class PageClient:
 
     def give_back(self, number: int, deadline: float) -> None:
         """End a loan; one that has ended by itself is no mistake.  Does not wait for an answer."""
-        with _Closing(self) as link:
+        with self._calling() as link:
             link.give_back(number, deadline)
 
     def doubt(self, keys: Sequence[bytes], deadline: float) -> None:
         """Have the daemon verify ``keys``, which did not verify in a rank, and forget what is bad."""
-        with _Closing(self) as link:
+        with self._calling() as link:
             for start in range(0, len(keys), messages.OBJECTS):
                 link.doubt(keys[start : start + messages.OBJECTS], deadline)
 
     def clear(self, deadline: float) -> int:
         """Forget every object, those of other engines of this identity too; returns how many copies there were."""
-        with _Closing(self) as link:
+        with self._calling() as link:
             return link.clear(deadline)
 
     def close(self) -> None:
@@ -263,24 +264,19 @@ class PageClient:
             raise StateError("there is no connection to the daemon; call connect() first")
         return self._link
 
+    @contextlib.contextmanager
+    def _calling(self) -> Iterator[Link]:
+        """The connection, which is closed when the call over it fails."""
+        try:
+            yield self.connected()
+        except BaseException:
+            self.close()
+            raise
+
     def _check(self, pages: Sequence[int]) -> None:
         if not self._taken.issuperset(pages) or len(set(pages)) < len(pages):
             self.close()
             raise StateError("pages are published or returned that are not ours, or twice; connect() says which are")
-
-
-class _Closing:
-    """The connection of a client, which is closed when a call over it fails."""
-
-    def __init__(self, client: PageClient) -> None:
-        self._client = client
-
-    def __enter__(self) -> Link:
-        return self._client.connected()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._client.close()
 
 
 class RankArena:

@@ -109,7 +109,7 @@ class DaemonServer:
             session.run()
         except (OSError, WireError, UmbpError) as error:
             logger.debug("umbp: a client is gone: %s", error)
-        except Exception:
+        except Exception:  # thread top: what is wrong with one client must not end the daemon for the others
             logger.exception("umbp: a client cannot be served any more")
         finally:
             session.end()

@@ -138,9 +138,9 @@ class Session:
         self._client = greeting.client
         self._welcome(kept, greeting, sequence)
         self._socket.allow(messages.FRAME_BYTES)
-        while not self._draining or self._holdings.is_busy:
+        while True:
             self._busy = self._holdings.is_busy
-            if self._draining and not self._busy:
+            if self._draining and not self._busy:  # in this order: drain() sets the one and then reads the other
                 return
             kind, sequence, payload = self._next(kept)
             self._busy = True

@@ -1,4 +1,4 @@
-"""Somebody who listens where a daemon should, or says to a daemon what no client says."""
+"""Somebody who listens where a daemon should."""
 
 from __future__ import annotations
 
@@ -16,22 +16,6 @@ from umbp_connectors.daemon.messages import Welcome
 from umbp_connectors.pool.sharing.sockets import FrameSocket
 from umbp_core.wire.codes import WireError
 from umbp_core.wire.frames import FrameType
-
-
-def talk(path: Path, *parts: bytes) -> bytes:
-    """Say ``parts`` and return all that is answered."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(60)
-        sock.connect(str(path))
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            for part in parts:
-                sock.sendall(part)
-            sock.shutdown(socket.SHUT_WR)
-        answer = b""
-        with contextlib.suppress(ConnectionResetError):
-            while more := sock.recv(65536):
-                answer += more
-        return answer
 
 
 class Impostor:

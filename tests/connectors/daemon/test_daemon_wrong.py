@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.connectors.daemon.conftest import Daemon
-from tests.connectors.daemon.impostor import Impostor, talk
+from tests.connectors.daemon.impostor import Impostor
 from tests.connectors.daemon.kit import IDENTITY, PAGES, SIZE, client_of, get, key_of, object_of, put
+from tests.connectors.talking import talk
 from tests.connectors.waiting import until
 from umbp_connectors.daemon import messages, transfers
 from umbp_connectors.daemon.client import DaemonPool

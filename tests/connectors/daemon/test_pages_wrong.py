@@ -11,8 +11,9 @@ import pytest
 
 from tests.connectors.daemon.conftest import Daemon
 from tests.connectors.daemon.engine import Engine, soon, wanted
-from tests.connectors.daemon.impostor import Impostor, talk
+from tests.connectors.daemon.impostor import Impostor
 from tests.connectors.daemon.kit import PAGES, SIZE, key_of, object_of
+from tests.connectors.talking import talk
 from tests.connectors.waiting import until
 from umbp_connectors.daemon import messages
 from umbp_connectors.daemon.link import Link, attach

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from tests.connectors.sharing.conftest import pinned
 from tests.connectors.sharing.processes import IDENTITY, PAGES, SIZE, key_of, object_of
+from tests.connectors.talking import talk
 from tests.connectors.waiting import until
 from umbp_connectors.pool.checksums import object_checksum
 from umbp_connectors.pool.local import GetStatus, LocalPool
@@ -35,25 +36,9 @@ def _request(payload: bytes) -> bytes:
     return encode_frame(FrameType.REQUEST, 0, 1, payload)
 
 
-def _talk(path: Path, *parts: bytes) -> bytes:
-    """Say ``parts`` and return all that is answered."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(60)
-        sock.connect(str(path))
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            for part in parts:
-                sock.sendall(part)
-            sock.shutdown(socket.SHUT_WR)
-        answer = b""
-        with contextlib.suppress(ConnectionResetError):
-            while more := sock.recv(65536):
-                answer += more
-        return answer
-
-
 def test_every_bound_of_a_request_is_kept(share: Share, path: Path, reader: SharedPoolReader) -> None:
     pool, server = share(2)
-    welcome = _talk(path, HELLO)
+    welcome = talk(path, HELLO)
     for payload in (
         b"",
         b"\xc1",
@@ -66,7 +51,7 @@ def test_every_bound_of_a_request_is_kept(share: Share, path: Path, reader: Shar
         messages.encode(Borrow([b"k"], -1)),
         messages.encode([5, ["text"], 1]),
     ):
-        assert _talk(path, HELLO, _request(payload)) == welcome, payload
+        assert talk(path, HELLO, _request(payload)) == welcome, payload
     for frame in (
         b"GET / HTTP/1.1\r\n\r\n" * 9,
         encode_frame(FrameType.REQUEST, 7, 1, b""),
@@ -74,13 +59,13 @@ def test_every_bound_of_a_request_is_kept(share: Share, path: Path, reader: Shar
         encode_frame(FrameType.REQUEST, 0, 1, b"")[:32] + (messages.FRAME_BYTES + 1).to_bytes(4, "little") + bytes(4),
         HELLO,
     ):
-        assert _talk(path, HELLO, frame) == welcome
+        assert talk(path, HELLO, frame) == welcome
     for hello in (
         encode_frame(FrameType.HELLO, 0, 0, bytes(messages.GREETING_BYTES + 1)),
         encode_frame(FrameType.HELLO, 0, 0, b"\x00"),
         HELLO[:-1],
     ):
-        assert _talk(path, hello) == b""
+        assert talk(path, hello) == b""
     until(lambda: server.readers == 0)
     assert reader.exists([key_of(1)]) == [True]
     assert pinned(pool) == 0
@@ -89,22 +74,22 @@ def test_every_bound_of_a_request_is_kept(share: Share, path: Path, reader: Shar
 def test_another_revision_is_told_why(share: Share, path: Path) -> None:
     share(1)
     greeting = messages.encode(Greeting(messages.REVISION + 1, IDENTITY.digest, wants_arena=False))
-    assert b"run the same version" in _talk(path, encode_frame(FrameType.HELLO, 0, 0, greeting))
+    assert b"run the same version" in talk(path, encode_frame(FrameType.HELLO, 0, 0, greeting))
 
 
 def test_a_process_of_another_user_is_not_even_answered(
     share: Share, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     share(1)
-    assert _talk(path, HELLO)
+    assert talk(path, HELLO)
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    assert _talk(path, HELLO) == b""
+    assert talk(path, HELLO) == b""
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.binary(max_size=120), max_size=4), st.booleans())
 def test_any_bytes_leave_the_server_working(share_once: Path, parts: list[bytes], greets: bool) -> None:
-    _talk(share_once, *([HELLO] if greets else []), *parts)
+    talk(share_once, *([HELLO] if greets else []), *parts)
     reader = SharedPoolReader(share_once, IDENTITY, timeout_s=30)
     assert reader.exists([key_of(0), b"none"]) == [True, False]
     reader.close()
@@ -260,9 +245,9 @@ def test_a_reader_that_gets_no_thread_costs_no_other_reader(
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", without_threads)
-        assert _talk(path, HELLO) == b""
+        assert talk(path, HELLO) == b""
         until(lambda: server.readers == 0)
-    assert _talk(path, HELLO) != b""
+    assert talk(path, HELLO) != b""
 
 
 def test_descriptors_that_nobody_asked_for_are_not_kept(share: Share, path: Path) -> None:
