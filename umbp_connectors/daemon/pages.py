@@ -267,11 +267,10 @@ class PageClient:
     @contextlib.contextmanager
     def _calling(self) -> Iterator[Link]:
         """The connection, which is closed when the call over it fails."""
-        try:
+        with contextlib.ExitStack() as failed:
+            failed.callback(self.close)
             yield self.connected()
-        except BaseException:
-            self.close()
-            raise
+            failed.pop_all()
 
     def _check(self, pages: Sequence[int]) -> None:
         if not self._taken.issuperset(pages) or len(set(pages)) < len(pages):
