@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from examples.random_model import prompt
 from examples.serving_sglang import PAGE_TOKENS, SglangServer, cpu_arguments, cpu_only
 
@@ -17,6 +19,16 @@ ADMIN_KEY = "for the tests"
 PAGES = 15
 MAX_TOKENS = 8
 DRIVERS = Path(__file__).parent / "drivers"
+VLLM_PYTHON = os.environ.get("TEST_VLLM_PYTHON", "")
+"""A Python with a vLLM, for the tests of both engines; empty where there is none."""
+needs_vllm = pytest.mark.skipif(
+    not VLLM_PYTHON, reason="TEST_VLLM_PYTHON names no Python with a vLLM; `make test-sglang` makes one"
+)
+
+
+def vllm_environment() -> dict[str, str]:
+    """What :data:`VLLM_PYTHON` is started with: our packages, and not the stand-ins that SGLang needs here."""
+    return {"PYTHONPATH": os.environ.get("TEST_VLLM_PYTHONPATH", ""), "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 def prompts(first: int, count: int) -> list[list[int]]:

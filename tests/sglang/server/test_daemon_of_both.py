@@ -16,7 +16,16 @@ import pytest
 from examples.serving_sglang import PAGE_TOKENS, SglangServer, extra_config
 from tests.connectors.daemon.processes import daemon
 from tests.connectors.waiting import until
-from tests.sglang.server.servers import DRIVERS, MAX_TOKENS, PAGES, prompts, server
+from tests.sglang.server.servers import (
+    DRIVERS,
+    MAX_TOKENS,
+    PAGES,
+    VLLM_PYTHON,
+    needs_vllm,
+    prompts,
+    server,
+    vllm_environment,
+)
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -31,13 +40,9 @@ Round = tuple[list[list[int]], list[int]]
 class Vllm:
     """vLLM in a process and a Python of its own."""
 
-    def __init__(self, python: str, model: Path, pool: dict[str, object]) -> None:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.environ.get("TEST_VLLM_PYTHONPATH", ""),
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-        }
-        command = [python, str(DRIVERS / "vllm_over_daemon.py")]
+    def __init__(self, model: Path, pool: dict[str, object]) -> None:
+        command = [VLLM_PYTHON, str(DRIVERS / "vllm_over_daemon.py")]
+        environment = {**os.environ, **vllm_environment()}
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -106,20 +111,14 @@ def _asked(running: SglangServer) -> Round:
     return [answer.tokens for answer in answers], [answer.storage for answer in answers]
 
 
-def _python() -> str:
-    python = os.environ.get("TEST_VLLM_PYTHON", "")
-    if not python:
-        pytest.skip("TEST_VLLM_PYTHON names no Python with a vLLM; `make test-sglang` makes one")
-    return python
-
-
+@needs_vllm
 def test_both_engines_on_one_daemon_that_is_killed_and_started_again_under_load(model: Path, tmp_path: Path) -> None:
     socket = tmp_path / "run" / "daemon.sock"
     ours = {"mode": "daemon", "daemon_socket": str(socket), "dram_capacity": "32MiB"}
     with contextlib.ExitStack() as ending:
         first = daemon(socket, "--dram-capacity", "64MiB")
         ending.callback(first.kill)
-        vllm = Vllm(_python(), model, {**ours, "dram_prefault": False, "lookup_timeout_ms": 5000})
+        vllm = Vllm(model, {**ours, "dram_prefault": False, "lookup_timeout_ms": 5000})
         ending.callback(vllm.close)
         sglang = ending.enter_context(server(model, tmp_path, *extra_config(**ours)))
         right = {"vllm": vllm.ask()[0], "sglang": _asked(sglang)[0]}

@@ -7,7 +7,6 @@ tests look at these.  What the engine computes from nothing is the measure for e
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,17 @@ import psutil
 import pytest
 
 from examples.serving_sglang import PAGE_TOKENS, ServerFailed, SglangAnswer, SglangServer, extra_config
-from tests.sglang.server.servers import MAX_TOKENS, PAGES, drive, engine_arguments, prompts, server
+from tests.sglang.server.servers import (
+    MAX_TOKENS,
+    PAGES,
+    VLLM_PYTHON,
+    drive,
+    engine_arguments,
+    needs_vllm,
+    prompts,
+    server,
+    vllm_environment,
+)
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -96,16 +105,8 @@ def first(model: Path, pool: dict[str, object], tmp_path_factory: pytest.TempPat
 @pytest.fixture(scope="module")
 def between(model: Path, pool: dict[str, object], first: Stage) -> dict[str, list[dict[str, Any]]]:
     """vLLM with the same model in the same folder."""
-    python = os.environ.get("TEST_VLLM_PYTHON", "")
-    if not python:
-        pytest.skip("TEST_VLLM_PYTHON names no Python with a vLLM; `make test-sglang` makes one")
-    if not Path(python).is_file():
-        pytest.fail(f"TEST_VLLM_PYTHON={python!r} is not there; `make venv-vllm` makes one")
     task = {"model": str(model), "pool": pool, "prompts": FIRST, "max_tokens": MAX_TOKENS}
-    paths = [os.environ.get("TEST_VLLM_PYTHONPATH", "")]
-    answer: dict[str, list[dict[str, Any]]] = drive(
-        "vllm_on_pool", task, python, PYTHONPATH=os.pathsep.join(filter(None, paths)), VLLM_CPU_KVCACHE_SPACE="1"
-    )
+    answer: dict[str, list[dict[str, Any]]] = drive("vllm_on_pool", task, VLLM_PYTHON, **vllm_environment())
     return answer
 
 
@@ -118,7 +119,7 @@ def second(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Stage:
     """``sglang serve`` after a restart; killed while it writes."""
-    if os.environ.get("TEST_VLLM_PYTHON"):
+    if VLLM_PYTHON:
         request.getfixturevalue("between")
     stage = Stage()
     with server(model, tmp_path_factory.mktemp("second"), *extra_config(**pool), launcher=SERVE) as running:
@@ -182,6 +183,7 @@ def test_after_a_kill_what_was_on_the_disk_is_found(third: list[dict[str, Any]])
     assert [answer["storage"] for answer in third[: len(FIRST)]] == [WHOLE] * 3
 
 
+@needs_vllm
 def test_vllm_in_the_same_folder_finds_its_own_only(between: dict[str, list[dict[str, Any]]], first: Stage) -> None:
     """vLLM computes every prompt first, then finds it; SGLang's later stages are tested as if it had not been there."""
     assert [answer["cached"] for answer in between["cold"]] == [0, 0, 0]

@@ -25,7 +25,7 @@ from examples.serving import VllmServer, cpu_environment
 from examples.serving_sglang import PAGE_TOKENS, SglangAnswer, SglangServer, extra_config
 from tests.connectors.waiting import eventually
 from tests.master.app.test_cli_ask import in_process
-from tests.sglang.server.servers import PAGES, server
+from tests.sglang.server.servers import PAGES, VLLM_PYTHON, needs_vllm, server, vllm_environment
 from umbp_connectors.client.reader import MasterReader
 from umbp_connectors.client.settings import ClientSettings
 from umbp_connectors.prompt_hashes.tags import hasher_of, tag_values
@@ -100,10 +100,9 @@ class Cluster:
         pool["master_address"] = self.master.address
         return server(self.model, folder, *extra_config(**pool), "--max-total-tokens", "4096")
 
-    def vllm(self, python: str) -> VllmServer:
-        paths = os.environ.get("TEST_VLLM_PYTHONPATH", "")
-        known = {**cpu_environment(), "PYTHONPATH": paths, "UMBP_MASTER_ADDRESS": self.master.address}
-        return VllmServer(self.model, self.folder / "vllm.log", VLLM, known, python)
+    def vllm(self) -> VllmServer:
+        known = {**cpu_environment(), **vllm_environment(), "UMBP_MASTER_ADDRESS": self.master.address}
+        return VllmServer(self.model, self.folder / "vllm.log", VLLM, known, VLLM_PYTHON)
 
     def ask(self, stage: str, prompts: Sequence[Sequence[int] | str], **settings: Any) -> None:
         self.scene.routed[stage] = [self.router.complete(each, **settings) for each in prompts]
@@ -171,8 +170,7 @@ def start(stack: ExitStack, *servers: EngineServer) -> None:
 
 def restarted(cluster: Cluster, stack: ExitStack, one: SglangServer) -> VllmServer | None:
     """The first server is back on its port; a vLLM beside it, where there is one."""
-    python = os.environ.get("TEST_VLLM_PYTHON", "")
-    third = cluster.vllm(python) if python else None
+    third = cluster.vllm() if VLLM_PYTHON else None
     with (
         mock.patch.object(server_process, "free_port", side_effect=[one.port, server_process.free_port()]),
         ThreadPoolExecutor(1) as starter,
@@ -237,10 +235,8 @@ def test_first_turns_are_shared_out(scene: Scene) -> None:
     assert all(answer.why.startswith("load; ") and answer.cached_tokens == 0 for answer in first)
 
 
-@pytest.mark.parametrize("engines", ["two SGLangs", "an SGLang and a vLLM"])
+@pytest.mark.parametrize("engines", ["two SGLangs", pytest.param("an SGLang and a vLLM", marks=needs_vllm)])
 def test_second_turns_go_where_their_kv_is(scene: Scene, engines: str) -> None:
-    if f"{engines}, second" not in scene.routed:
-        pytest.skip("TEST_VLLM_PYTHON names no Python with a vLLM; `make test-sglang` makes one")
     first, second = scene.routed[f"{engines}, first"], scene.routed[f"{engines}, second"]
     assert len({answer.worker for answer in first}) == 2
     assert [answer.worker for answer in second] == [answer.worker for answer in first]
