@@ -56,9 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     serving_sglang.restart_without_gpu()  # SGLang's Python has no transformers without the shim
     counts = (12, 24) if options.quick else (120, 240)
+    from examples.random_model import tiny_llama
+
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="umbp-visible-") as name:
-        model = tiny(Path(name) / "model")
+        model = tiny_llama(Path(name) / "model")
         for engine, python, serve in (("SGLang", options.sglang, sglang), ("vLLM", options.vllm, vllm)):
             if python:
                 folder = Path(name) / engine
@@ -181,8 +183,8 @@ def watching(running: MasterServer) -> Iterator[Watch]:
 
     thread = threading.Thread(target=run)
     thread.start()
-    watch.wait()
     try:
+        watch.wait()
         yield watch
     finally:
         loop.call_soon_threadsafe(task.cancel)
@@ -224,25 +226,6 @@ def _environment(folder: Path, more: dict[str, str] | None = None) -> dict[str, 
     inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path != shim]
     paths = os.pathsep.join(filter(None, [str(STAMPS), given.get("PYTHONPATH", ""), *inherited]))
     return {**given, "BENCHMARK_STAMPS": str(folder / "stamps"), "PYTHONPATH": paths}
-
-
-def tiny(folder: Path) -> Path:
-    """2 KiB of KV per token: what is measured is not how fast a model is."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from examples.random_model import TOKEN_SETTINGS, write_model
-
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=4096,
-        **TOKEN_SETTINGS,
-    )
-    return write_model(LlamaForCausalLM, config, folder, seed=0)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

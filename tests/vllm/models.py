@@ -1,7 +1,7 @@
 """Tiny random-weight models of every kind of KV that the connector meets, made on the spot and offline.
 
-How the weights are drawn, and why so, is said in ``examples/random_model.py``; ``medium_llama`` and ``prompt`` are
-its, and named here for the tests' convenience.
+How the weights are drawn, and why so, is said in ``examples/random_model.py``; ``medium_llama``, ``tiny_llama`` and
+``prompt`` are its, and named here for the tests' convenience.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
 )
 
-from examples.random_model import TOKEN_SETTINGS, medium_llama, prompt, write_model
+from examples.random_model import TOKEN_SETTINGS, medium_llama, prompt, tiny_llama, write_model
 
 __all__ = [
     "medium_llama",
@@ -35,21 +34,6 @@ __all__ = [
     "tiny_mla",
     "tiny_sliding_window",
 ]
-
-
-def tiny_llama(folder: Path, *, seed: int = 0, layers: int = 4) -> Path:
-    """A Llama of about 0.6 M parameters: 2 KiB of float32 KV per token, one KV group.  Returns ``folder``."""
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=4096,
-        **TOKEN_SETTINGS,
-    )
-    return write_model(LlamaForCausalLM, config, folder, seed=seed)
 
 
 def tiny_mla(folder: Path, *, seed: int = 0) -> Path:
