@@ -8,7 +8,6 @@ object in the first put.
 
 from __future__ import annotations
 
-import enum
 import importlib.util
 import sys
 import threading
@@ -38,15 +37,15 @@ from umbp_connectors.compat.mori_config import (
     UMBPStandaloneProcessConfig,
     UMBPTierType,
 )
+from umbp_connectors.compat.mori_memory import UMBPHostBufferBacking, UMBPHostMemAllocator
 from umbp_connectors.config import resolve
 from umbp_connectors.create import create_client, open_external
-from umbp_connectors.pool.arena import Arena
 from umbp_connectors.pool.buffers import memory_at, round_up
 from umbp_connectors.pool.inspection import find_catalogues
 from umbp_connectors.pool.rows import ObjectRows
 from umbp_connectors.pool.slab import ALIGNMENT
 from umbp_connectors.pool.umbp_client import Client
-from umbp_core.errors import ConfigError, UmbpError
+from umbp_core.errors import ConfigError
 from umbp_core.ids import Identity, RankScope, digest_of
 
 __all__ = [
@@ -251,70 +250,13 @@ class UMBPClient:
             if self._client is None and not self._closed:
                 page = round_up(object_bytes, ALIGNMENT)
                 layout = digest_of({"compat": NAMESPACE, "page_bytes": page})
-                identity = Identity(_namespace(self._settings.namespace), layout, RankScope())
-                settings, external = self._settings, self._external
-                self._client = create_client(settings, identity=identity, object_bytes=page, external=external)
+                self._client = create_client(
+                    self._settings,
+                    identity=Identity(NAMESPACE, layout, RankScope()),
+                    object_bytes=page,
+                    external=self._external,
+                )
             return self._client
-
-
-class UMBPHostBufferBacking(enum.IntEnum):
-    """What host memory is made of."""
-
-    Anonymous = 0
-    AnonymousHugetlb = 1
-    AnonymousShm = 2
-    AnonymousShmHugetlb = 3
-
-
-_DEMOTED = {
-    UMBPHostBufferBacking.AnonymousHugetlb: UMBPHostBufferBacking.Anonymous,
-    UMBPHostBufferBacking.AnonymousShmHugetlb: UMBPHostBufferBacking.AnonymousShm,
-}
-"""What huge pages become where there are none."""
-
-
-@dataclass
-class UMBPHostBufferHandle:
-    """Memory that was allocated; false when there is none."""
-
-    ptr: int
-    mapped_size: int
-    actual_backing: UMBPHostBufferBacking
-    actual_alignment: int
-    arena: Arena | None
-
-    def __bool__(self) -> bool:
-        """Whether there is memory."""
-        return self.arena is not None
-
-
-class UMBPHostMemAllocator:
-    """Host memory for an engine's own pool: a memfd, with huge pages where they are wanted and there are any."""
-
-    def alloc(
-        self,
-        size: int,
-        backing: UMBPHostBufferBacking = UMBPHostBufferBacking.Anonymous,
-        hugepage_size: int = 2 << 20,
-        numa_node: int = -1,
-        prefault: bool = True,
-    ) -> UMBPHostBufferHandle:
-        """``size`` bytes; the handle is false when the system refuses them."""
-        del hugepage_size
-        mapped = round_up(size, ALIGNMENT)
-        arena = Arena(mapped, 1, 0, backing in _DEMOTED, numa_node, prefault)
-        try:
-            arena.open()
-        except UmbpError:
-            return UMBPHostBufferHandle(0, 0, backing, 0, None)
-        actual = backing if arena.huge else _DEMOTED.get(backing, backing)
-        return UMBPHostBufferHandle(arena.address, mapped, actual, ALIGNMENT, arena)
-
-    def free(self, handle: UMBPHostBufferHandle) -> None:
-        """Give the memory back; idempotent."""
-        arena, handle.arena = handle.arena, None
-        if arena is not None:
-            arena.close()
 
 
 def install() -> ModuleType:
@@ -345,7 +287,7 @@ def _extra(config: UMBPConfig) -> dict[str, Any]:
     }
     if config.ssd.enabled:
         strict = config.ssd.durability.mode is UMBPDurabilityMode.Strict
-        extra |= {"ssd_dir": config.ssd.storage_dir, "ssd_durability": "batched" if not strict else "strict"}
+        extra |= {"ssd_dir": config.ssd.storage_dir, "ssd_durability": "strict" if strict else "batched"}
     if config.standalone_process is not None:
         extra |= _daemon(config.standalone_process)
     if config.distributed is not None:
@@ -369,10 +311,6 @@ def _daemon(process: UMBPStandaloneProcessConfig) -> dict[str, Any]:
         "node_address": process.worker_node_address,
         "node_tags": list(process.tags),
     }
-
-
-def _namespace(configured: str) -> str:
-    return f"{configured}/{NAMESPACE}" if configured else NAMESPACE
 
 
 def _stored_bytes(config: UMBPConfig) -> int:

@@ -6,8 +6,9 @@ Every field may be set, as in the original; what has no meaning here (SPDK, io_u
 from __future__ import annotations
 
 import enum
+import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from umbp_connectors.config_model import parse_size
@@ -205,11 +206,13 @@ class UMBPConfig:
         """What ``UMBP_*`` says, ours and the original's names; the rest are the defaults.  Raises ``ConfigError``."""
         found = os.environ if env is None else env
         config = cls()
-        for names, apply in _VARIABLES.items():
+        for names, (path, read) in _VARIABLES.items():
+            *parts, last = path.split(".")
+            part = operator.attrgetter(".".join(parts))(config)
             for name in names.split():
                 value = found.get(name, "").strip()
                 if value:
-                    apply(config, name, value)
+                    setattr(part, last, _read(name, value, read))
         return config
 
     def validate(self) -> None:
@@ -222,59 +225,37 @@ class UMBPConfig:
             raise ConfigError("ssd.capacity_bytes has to be more than 0; or set ssd.enabled to False")
 
 
-def _bytes(name: str, value: str) -> int:
+def _read(name: str, value: str, read: Callable[[str], object]) -> object:
     try:
-        return parse_size(int(value) if value.isdigit() else value)
+        return read(value)
     except ValueError as error:
         raise ConfigError(f"{name} = {value!r}: {error}") from None
 
 
-def _flag(name: str, value: str) -> bool:
-    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    if value.lower() not in words:
-        raise ConfigError(f"{name} = {value!r} is neither true nor false")
-    return words[value.lower()]
+def _bytes(value: str) -> int:
+    return parse_size(int(value) if value.isdigit() else value)
 
 
-def _dram_capacity(config: UMBPConfig, name: str, value: str) -> None:
-    config.dram.capacity_bytes = _bytes(name, value)
+def _flag(value: str) -> bool:
+    try:
+        return _FLAGS[value.lower()]
+    except KeyError:
+        raise ValueError("neither true nor false") from None
 
 
-def _ssd_capacity(config: UMBPConfig, name: str, value: str) -> None:
-    config.ssd.capacity_bytes = _bytes(name, value)
-
-
-def _ssd_dir(config: UMBPConfig, name: str, value: str) -> None:
-    del name
-    config.ssd.storage_dir = value
-
-
-def _ssd_enabled(config: UMBPConfig, name: str, value: str) -> None:
-    config.ssd.enabled = _flag(name, value)
-
-
-def _policy(config: UMBPConfig, name: str, value: str) -> None:
-    del name
-    config.eviction.policy = value
-
-
-def _hugepages(config: UMBPConfig, name: str, value: str) -> None:
-    config.dram.use_hugepages = _flag(name, value)
-
-
-def _durability(config: UMBPConfig, name: str, value: str) -> None:
-    del name
+def _durability(value: str) -> UMBPDurabilityMode:
     strict = value.lower() in ("strict", "sync")
-    config.ssd.durability.mode = UMBPDurabilityMode.Strict if strict else UMBPDurabilityMode.Relaxed
+    return UMBPDurabilityMode.Strict if strict else UMBPDurabilityMode.Relaxed
 
 
-_VARIABLES = {
-    "UMBP_DRAM_CAPACITY_BYTES UMBP_DRAM_CAPACITY": _dram_capacity,
-    "UMBP_SSD_CAPACITY_BYTES UMBP_SSD_CAPACITY": _ssd_capacity,
-    "UMBP_SSD_STORAGE_DIR UMBP_SSD_DIR": _ssd_dir,
-    "UMBP_SSD_ENABLED": _ssd_enabled,
-    "UMBP_EVICTION_POLICY": _policy,
-    "UMBP_DRAM_USE_HUGEPAGES": _hugepages,
-    "UMBP_SSD_DURABILITY_MODE UMBP_SSD_DURABILITY": _durability,
+_FLAGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+_VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
+    "UMBP_DRAM_CAPACITY_BYTES UMBP_DRAM_CAPACITY": ("dram.capacity_bytes", _bytes),
+    "UMBP_SSD_CAPACITY_BYTES UMBP_SSD_CAPACITY": ("ssd.capacity_bytes", _bytes),
+    "UMBP_SSD_STORAGE_DIR UMBP_SSD_DIR": ("ssd.storage_dir", str),
+    "UMBP_SSD_ENABLED": ("ssd.enabled", _flag),
+    "UMBP_EVICTION_POLICY": ("eviction.policy", str),
+    "UMBP_DRAM_USE_HUGEPAGES": ("dram.use_hugepages", _flag),
+    "UMBP_SSD_DURABILITY_MODE UMBP_SSD_DURABILITY": ("ssd.durability.mode", _durability),
 }
-"""Names of one thing, the later ones (ours) counting more."""
+"""Names of one thing, the later ones (ours) counting more; the field, and how its value is read."""
