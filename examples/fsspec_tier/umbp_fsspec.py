@@ -149,7 +149,7 @@ class ObjectTier:
         """Make a call of fsspec; whatever it raises becomes an error of ours."""
         try:
             return call()
-        except Exception as error:
+        except Exception as error:  # drivers of stores raise errors of their own kinds
             kind = TierUnavailable if isinstance(error, OSError) and error.errno in _UNUSABLE else TransferError
             raise kind(f"{self._url}: {type(error).__name__}: {error}") from error
 
