@@ -304,8 +304,10 @@ class TierCopies:
         if need > total - self.held_pages:
             return None
         missing = need - self.allocator.free_pages
-        pick = self._pick_blocks if self.groups else self._pick_alone
-        victims, passed = pick(missing, is_leased)
+        if self.groups:
+            victims, passed = self._pick_blocks(self.groups, missing, is_leased)
+        else:
+            victims, passed = self._pick_alone(missing, is_leased)
         for key in passed:
             self.policy.touched(key)
         return victims
@@ -328,17 +330,16 @@ class TierCopies:
         return victims if missing <= 0 else None, passed
 
     def _pick_blocks(
-        self, missing: int, is_leased: Callable[[bytes], bool]
+        self, groups: BlockGroups, missing: int, is_leased: Callable[[bytes], bool]
     ) -> tuple[list[bytes] | None, Iterable[bytes]]:
         """The same for whole blocks, then for what can go of those that somebody holds a part of."""
-        groups = self.groups
         victims: list[bytes] = []
         seen: dict[bytes, None] = {}
         spared: list[bytes] = []
         for key in self.policy.victims():
             if key in seen:
                 continue
-            parts = (key,) if groups is None else groups.together(key)
+            parts = groups.together(key)
             seen.update(dict.fromkeys(parts))
             free = [part for part in parts if self.published[part].pages[0] not in self.pins and not is_leased(part)]
             if len(free) < len(parts):

@@ -325,7 +325,7 @@ class Catalogue:
         """Thread: commit what is pending in batches, until closed."""
         try:
             self._write_until_closed()
-        except Exception:
+        except Exception:  # thread top: whoever waits for a flush is told, and the pool goes on without a catalogue
             logger.exception("%s is not written any more; what is stored now is not found after a restart", self.path)
             with self._changed:
                 self._broken = True

@@ -160,7 +160,7 @@ class Demoter:
             except (TierUnavailable, TransferError) as error:
                 refused = True
                 self._refuse(key, permit or 0, error)
-            except Exception:
+            except Exception:  # thread top: what is wrong with one object must not end the writing of the others
                 refused = True
                 logger.exception("object %s stays in DRAM only", key.hex())
             finally:

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from umbp_connectors.pool.buffers import round_up
+from umbp_connectors.pool.slab import ALIGNMENT
 
 logger = logging.getLogger(__name__)
 
-_ALIGNMENT = 4096
 _USED = -(1 << 60)
+"""How many objects lie in a slot that has got its own: never none again, nor one."""
 _UNUSABLE = (sqlite3.Error, OSError, LookupError, TypeError, ValueError)
 """What a catalogue that is not as it should be raises; it is its reader's matter then."""
 
@@ -42,7 +43,7 @@ def refit(slab: Path, layout: bytes, slot_bytes: int, slots: int, direct_io: boo
     """
     for path in _latest_first(slab.parent):
         with (
-            contextlib.suppress(sqlite3.Error, OSError, LookupError, TypeError, ValueError),
+            contextlib.suppress(*_UNUSABLE),
             _opened(path) as connection,
         ):
             meta = dict(connection.execute("SELECT name, value FROM meta"))
@@ -126,7 +127,7 @@ def _refit(
     connection: sqlite3.Connection, slab: Path, old_bytes: int, new_bytes: int, slots: int, direct: bool
 ) -> None:
     size = slab.stat().st_size if slab.exists() else 0
-    if not size or old_bytes < _ALIGNMENT or (old_bytes == new_bytes and size <= slots * new_bytes):
+    if not size or old_bytes < ALIGNMENT or (old_bytes == new_bytes and size <= slots * new_bytes):
         return
     (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     if verdict != "ok":
@@ -136,7 +137,7 @@ def _refit(
         "typeof(nbytes) = 'integer' AND slot BETWEEN 0 AND ? AND nbytes BETWEEN 1 AND ? ORDER BY last_used DESC",
         (size // old_bytes - 1, new_bytes),
     ).fetchall()
-    stored = {slot: round_up(nbytes, _ALIGNMENT) for _, slot, nbytes, *_ in found[:slots]}
+    stored = {slot: round_up(nbytes, ALIGNMENT) for _, slot, nbytes, *_ in found[:slots]}
     places = {slot: slot for slot in stored if old_bytes == new_bytes and slot < slots}
     moves = plan_moves(list(stored.items()), old_bytes, new_bytes, slots)
     for move in _moved(slab, moves, old_bytes, new_bytes, direct):

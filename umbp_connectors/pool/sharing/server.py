@@ -109,7 +109,7 @@ class SharedPoolServer:
             session.run()
         except (OSError, WireError, AccessDenied, StateError) as error:
             logger.debug("a reader of the shared pool is gone: %s", error)
-        except Exception:
+        except Exception:  # thread top: what is wrong with one reader must not end the sharing with the others
             logger.exception("a reader of the shared pool cannot be served any more")
         finally:
             session.end()
