@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.connectors.gate import Gate
+from tests.connectors.pool_memory import memory_of
 from umbp_connectors.pool import batches
 from umbp_connectors.pool.checksums import copy_checksummed
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
@@ -219,7 +220,7 @@ def test_a_flipped_bit_in_dram_is_a_miss_and_the_ssd_copy_helps(make: Callable[.
     objects = _objects(2)
     pool.put(_keys(1), objects[:1])
     assert pool.flush(10)
-    pool._opened().arena.array[:] ^= 1
+    memory_of(pool)[:] ^= 1
     statuses, found = _read(pool, _keys(1))
     assert statuses == [GetStatus.SSD]
     assert _same(found, objects[:1])
@@ -230,7 +231,7 @@ def test_a_flipped_bit_in_dram_alone_is_a_miss(make: Callable[..., LocalPool]) -
     pool = make()
     objects = _objects(1)
     pool.put([b"key"], objects)
-    pool._opened().arena.array[0, 77] ^= 4
+    memory_of(pool)[0, 77] ^= 4
     assert _read(pool, [b"key"])[0] == [GetStatus.CORRUPT]
     assert pool.exists([b"key"]) == [False]
     assert pool.put([b"key"], objects) == [PutStatus.STORED]

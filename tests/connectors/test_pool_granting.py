@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
+from tests.connectors.pool_memory import memory_of
 from umbp_connectors.pool.checksums import object_checksum
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
 from umbp_core.errors import StateError
@@ -28,8 +30,7 @@ def pool() -> Iterator[LocalPool]:
 def _write(pool: LocalPool, page: int | PutStatus, key: bytes, data: bytes) -> bytes:
     """Put ``data`` into a page as another process would; its checksum."""
     assert isinstance(page, int)
-    view = pool._opened().arena.array[page, : len(data)]
-    view.data[:] = data
+    memory_of(pool)[page, : len(data)] = np.frombuffer(data, np.uint8)
     return object_checksum(IDENTITY.object_key(key), data)
 
 

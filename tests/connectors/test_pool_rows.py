@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.connectors.pool_memory import memory_of
 from umbp_connectors.pool import batches, rows
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
 from umbp_connectors.pool.rows import TOGETHER_BYTES, ObjectRows
@@ -166,8 +166,6 @@ def test_rows_that_do_not_exist_or_do_not_lie_in_place_are_refused(make: Maker) 
 
 def _damage(pool: LocalPool, key: bytes) -> None:
     """Flip a bit of the copy in DRAM, through the memory that the pool offers to other processes."""
-    offer = pool.arena_offer()
     loan = pool.lend([key])
-    with mmap.mmap(offer.fd, offer.pages * offer.page_bytes) as memory:
-        memory[loan.objects[0].page * offer.page_bytes + 100] ^= 1
+    memory_of(pool)[loan.objects[0].page, 100] ^= 1
     loan.release()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.connectors.pool_memory import memory_of
 from umbp_connectors.pool.books import Filled
 from umbp_connectors.pool.checksums import object_checksum
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
@@ -36,9 +36,7 @@ class Writer:
         config = LocalPoolConfig(whole, PAGES * whole, prefault=False, prefixes=prefixes, **ssd)  # type: ignore[arg-type]
         self.pool = LocalPool(group_identity(identities), config)
         self.pool.open()
-        offer = self.pool.arena_offer()
-        mapping = mmap.mmap(offer.fd, offer.pages * offer.page_bytes)
-        self.pages = np.frombuffer(mapping, np.uint8).reshape(offer.pages, offer.page_bytes)
+        self.pages = memory_of(self.pool)
 
     def write(self, page: int, number: int, nbytes: int = SIZE) -> Filled:
         """Object ``number``, in that page."""
