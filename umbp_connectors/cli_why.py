@@ -70,6 +70,7 @@ def why(
     """
     from umbp_connectors.engine_http import EngineHttp
     from umbp_connectors.prompt_hashes.tags import hasher_of, tag_values
+    from umbp_connectors.reporting.node import TAILS_UNKNOWN
     from umbp_connectors.why import judge
 
     server = EngineHttp(engine, access.timeout, os.environ.get("OPENAI_API_KEY", ""))
@@ -84,9 +85,11 @@ def why(
         keys = hasher.hashes(prompt.tokens, prompt.namespace)
         held = _held(client, keys, access.timeout)
         chosen = max(candidates, key=lambda info: _leading(keys, held.get(info.node_id, {})))
-        facts = _facts(client, chosen.node_id, keys, held, access.timeout)
+        ranks = _other_ranks(infos, chosen)
+        facts = _facts(client, chosen.node_id, ranks, keys, held, access.timeout)
     least = min_load_blocks or _least(tags)
-    judgement = judge(facts, len(prompt.tokens), hasher.block_tokens, tags.get("engine", ""), least)
+    at_most = tags.get("tails") == TAILS_UNKNOWN
+    judgement = judge(facts, len(prompt.tokens), hasher.block_tokens, tags.get("engine", ""), least, at_most)
     if access.as_json:
         typer.echo(json.dumps(_values(chosen, judgement), indent=2))
     else:
@@ -138,19 +141,34 @@ def _prompt_of(server: Any, body: Mapping[str, Any]) -> _Prompt:
 
 def _nodes_of(infos: Sequence[NodeInfo], url: str, name: str) -> list[NodeInfo]:
     """The node of this name; else those of the engine at ``url``, without ranks that the first stands for."""
-    from umbp_connectors.prompt_hashes.tags import tag_values
+    from umbp_connectors.prompt_hashes.tags import is_first_rank, tag_values
 
     if name:
         found = [info for info in infos if info.node_id == name]
     else:
         tagged = [(info, tag_values(info.tags)) for info in infos]
-        first = [(info, tags) for info, tags in tagged if {tags.get("tp", "0"), tags.get("pp", "0")} == {"0"}]
-        found = [info for info, tags in first if _place(tags.get("http", "")) == url]
+        found = [info for info, tags in tagged if is_first_rank(tags) and _place(tags.get("http", "")) == url]
     if not found:
         wanted = f"is called {name!r}" if name else f"has the tag http={url.partition('://')[2]}"
         names = ", ".join(info.node_id for info in infos) or "none"
         raise ConfigError(f"no node of the master {wanted}; there are: {names}. Give one by --node")
     return found
+
+
+def _other_ranks(infos: Sequence[NodeInfo], first: NodeInfo) -> list[str]:
+    """The nodes of the other tensor and pipeline parallel ranks that answer together with ``first``."""
+    from umbp_connectors.prompt_hashes.tags import is_first_rank, tag_values
+
+    own = tag_values(first.tags)
+    if "http" not in own or not is_first_rank(own):
+        return []
+    same = ("http", "dp", "role")
+    others = [(info.node_id, tag_values(info.tags)) for info in infos]
+    return [
+        name
+        for name, tags in others
+        if not is_first_rank(tags) and all(tags.get(each) == own.get(each) for each in same)
+    ]
 
 
 def _least(tags: Mapping[str, str]) -> int:
@@ -188,6 +206,7 @@ def _leading(keys: Sequence[bytes], held: Mapping[bytes, object]) -> int:
 def _facts(
     client: NativeTransport,
     node: str,
+    ranks: Sequence[str],
     keys: Sequence[bytes],
     held: Mapping[str, Mapping[bytes, tuple[int, ...]]],
     timeout: float,
@@ -195,6 +214,7 @@ def _facts(
     from umbp_connectors.why import BlockFacts
 
     here = held.get(node, {})
+    others = {name: blocks for name, blocks in held.items() if name != node and name not in ranks}
     missing = [key for key in keys if key not in here][:EXPLAINED]
     changes = {key: client.explain(node, key, timeout).changes for key in missing}
     return [
@@ -202,7 +222,8 @@ def _facts(
             key,
             here.get(key, ()),
             changes.get(key, ()),
-            tuple(sorted(name for name, blocks in held.items() if name != node and key in blocks)),
+            tuple(sorted(name for name, blocks in others.items() if key in blocks)),
+            tuple(name for name in ranks if key not in held.get(name, {})),
         )
         for key in keys
     ]
@@ -217,6 +238,7 @@ def _values(node: NodeInfo, judgement: Judgement) -> dict[str, Any]:
         "prompt_tokens": judgement.prompt_tokens,
         "block_tokens": judgement.block_tokens,
         "reused_tokens": judgement.reused_tokens,
+        "at_most": judgement.at_most,
         "summary": judgement.summary(),
         "blocks": [
             {
@@ -224,6 +246,7 @@ def _values(node: NodeInfo, judgement: Judgement) -> dict[str, Any]:
                 "hash": text_of(block.facts.key),
                 "tiers": [tier_name(tier) for tier in block.facts.tiers],
                 "elsewhere": list(block.facts.elsewhere),
+                "lacking": list(block.facts.lacking),
                 "verdict": block.verdict.value,
                 "source": None if block.source is None else tier_name(block.source),
                 "reason": block.reason,

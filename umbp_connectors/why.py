@@ -5,6 +5,7 @@ on what its pool has in DRAM or on SSD, up to the first block that it does not h
 
 SGLang has two of these: the host pool beside its device (L2), which gives back whatever it has, and behind it the
 storage (L3), from which few blocks are not worth a read.  Both are DRAM for a master, so that some answers stay open.
+Its ranks have a storage each, and a block counts as far as all of them have their part.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Verdict(enum.Enum):
 
     USED = "used"
     MISSING = "missing"
-    """It is nowhere on this node: the prompt is computed from here on."""
+    """It is nowhere on this node, or not on all of its ranks: the prompt is computed from here on."""
     BEHIND_A_HOLE = "behind a hole"
     """It is there, but one before it is not."""
     TOO_FEW = "too few"
@@ -44,13 +45,17 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class BlockFacts:
-    """What a master knows of one block: its tiers on the node, what changed last there, and who else has it."""
+    """What a master knows of one block: its tiers on the node, what changed last there, and who else has it.
+
+    ``lacking`` are the engine's other ranks, nodes of their own, that have no part of it in their storage.
+    """
 
     key: bytes
     tiers: tuple[int, ...] = ()
     changes: tuple[HashChange, ...] = ()
     """The latest first; only of blocks without tiers."""
     elsewhere: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +76,12 @@ class Judgement:
     prompt_tokens: int
     block_tokens: int
     blocks: tuple[JudgedBlock, ...]
+    at_most: bool = False
+    """The model has layers with windows or states, whose KV has to be there too, and a master is not told of it."""
 
     @property
     def reused_tokens(self) -> int:
-        """Tokens that are surely not computed."""
+        """Tokens that are not computed; with ``at_most``, as far as the layers go that a master is told of."""
         used = sum(block.verdict is Verdict.USED for block in self.blocks) * self.block_tokens
         return min(used, self.prompt_tokens - 1) if self.prompt_tokens else 0
 
@@ -89,25 +96,33 @@ class Judgement:
         reused, computed = self.reused_tokens, self.prompt_tokens - self.reused_tokens
         sources = [block.source for block in self.blocks if block.source is not None]
         where = ", ".join(f"{sources.count(tier)} from {Tier(tier).name}" for tier in sorted(set(sources)))
-        text = f"{reused} of {self.prompt_tokens} tokens would be reused"
+        most, least = ("at most ", "at least ") if self.at_most and reused else ("", "")
+        text = f"{most}{reused} of {self.prompt_tokens} tokens would be reused"
         text += f" ({where} of {len(self.blocks)} blocks)" if where else ""
+        text += ", if the windows or states of its other layers are there too" if most else ""
         unknown = sum(block.verdict is Verdict.OPEN for block in self.blocks) * self.block_tokens
         text += f", perhaps {unknown} more" if unknown else ""
         first = next((block for block in self.blocks if block.verdict is not Verdict.USED), None)
         if first is not None:
-            return f"{text}; {computed} are computed, from block {first.index} on: {first.reason}"
+            return f"{text}; {least}{computed} are computed, from block {first.index} on: {first.reason}"
         if not self.blocks:
             return f"{text}: a prompt of less than {self.block_tokens} tokens has no full block"
         tail = self.prompt_tokens - len(self.blocks) * self.block_tokens
-        return f"{text}; {computed} are computed: {'they fill no block' if tail else 'the last token always is'}"
+        return f"{text}; {least}{computed} are computed: {'they fill no block' if tail else 'the last token always is'}"
 
 
 def judge(
-    blocks: Sequence[BlockFacts], prompt_tokens: int, block_tokens: int, engine: str = _VLLM, min_load_blocks: int = 1
+    blocks: Sequence[BlockFacts],
+    prompt_tokens: int,
+    block_tokens: int,
+    engine: str = _VLLM,
+    min_load_blocks: int = 1,
+    at_most: bool = False,
 ) -> Judgement:
     """What becomes of each of ``blocks``, the full blocks of a prompt of ``prompt_tokens`` tokens on one node.
 
-    ``min_load_blocks`` is how many blocks the engine loads at least (of SGLang: from its storage).
+    ``min_load_blocks`` is how many blocks the engine loads at least (of SGLang: from its storage); ``at_most`` that its
+    model has layers of which a master is not told.
     """
     from_hbm = _leading(blocks, 0, (Tier.HBM,))
     loaded = _leading(blocks, from_hbm, _POOL)
@@ -128,7 +143,7 @@ def judge(
         last = judged[-1]
         reason = "the last token is always computed, and the engine reuses whole blocks"
         judged[-1] = JudgedBlock(last.index, last.facts, Verdict.LAST_TOKEN, reason)
-    return Judgement(prompt_tokens, block_tokens, tuple(judged))
+    return Judgement(prompt_tokens, block_tokens, tuple(judged), at_most)
 
 
 def _of_the_pool(loaded: Sequence[BlockFacts], first: int, index: int, least: int) -> JudgedBlock:
@@ -146,6 +161,10 @@ def _of_two_levels(loaded: Sequence[BlockFacts], first: int, index: int, least: 
     facts = loaded[index - first]
     in_dram = _leading(loaded, 0, (Tier.DRAM,))
     from_ssd = len(loaded) - in_dram
+    partial = next((place for place, each in enumerate(loaded[: index - first + 1]) if each.lacking), None)
+    if partial is not None:
+        reason = f"used if block {first + partial} is in SGLang's host pool: {_without(loaded[partial].lacking)}"
+        return JudgedBlock(index, facts, Verdict.OPEN, reason)
     reason = f"SGLang reads no less than {least} blocks from its storage"
     if len(loaded) < least and index - first >= in_dram:
         return JudgedBlock(index, facts, Verdict.TOO_FEW, f"only {from_ssd} of these are on SSD: {reason}")
@@ -159,11 +178,17 @@ def _of_two_levels(loaded: Sequence[BlockFacts], first: int, index: int, least: 
 def _unused(index: int, facts: BlockFacts, hole: int, too_few: bool) -> JudgedBlock:
     if not facts.tiers:
         return JudgedBlock(index, facts, Verdict.MISSING, _missing(facts))
+    if index == hole and facts.lacking and Tier.SSD in facts.tiers:
+        return JudgedBlock(index, facts, Verdict.MISSING, f"on SSD here, but {_without(facts.lacking)}")
     what = "a load that is too short" if too_few else "a hole"
     reason = f"there, but behind {what} at block {hole}"
     if index == hole:  # not in the pool, so it is in HBM, behind the first block that is not
         reason = "in HBM only, behind a block that is not: HBM counts from the beginning on"
     return JudgedBlock(index, facts, Verdict.BEHIND_A_HOLE, reason)
+
+
+def _without(ranks: Sequence[str]) -> str:
+    return f"{', '.join(ranks)} {'has' if len(ranks) == 1 else 'have'} no part of it, and every rank reads its own"
 
 
 def _missing(facts: BlockFacts) -> str:
@@ -190,14 +215,15 @@ def _leading(blocks: Sequence[BlockFacts], start: int, tiers: Sequence[Tier]) ->
 
 
 def _source(facts: BlockFacts, tiers: Sequence[Tier]) -> Tier | None:
-    return next((tier for tier in tiers if tier in facts.tiers), None)
+    """The first of ``tiers`` that the block can come from; what is on SSD has to be so on all ranks."""
+    return next((tier for tier in tiers if tier in facts.tiers and not (tier is Tier.SSD and facts.lacking)), None)
 
 
 def _lot(block: JudgedBlock) -> tuple[object, ...]:
     """What blocks in a row have in common to be shown as one; ages differ by as little as their reports did."""
     kinds = [(change.tier, change.kind) for change in block.facts.changes[:1]]
     reason = "" if kinds else block.reason
-    return block.verdict, reason, block.facts.tiers, kinds, block.facts.elsewhere
+    return block.verdict, reason, block.facts.tiers, kinds, block.facts.elsewhere, block.facts.lacking
 
 
 def _name(tier: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from examples.router.costs import Speeds
 from umbp_connectors.prompt_hashes.hasher import Namespace
@@ -24,17 +25,27 @@ class Ticket:
     """Whether its first bytes came: it no longer holds up who comes next, but shares the machine."""
 
 
+class RankNodes(NamedTuple):
+    """The nodes of an engine, or of one data-parallel rank of it: the first one, its tags, and the others."""
+
+    name: str
+    tags: Mapping[str, str]
+    others: tuple[str, ...] = ()
+
+
 @dataclass(eq=False)
 class Seat:
     """Where a request can be served: an engine, or one data-parallel rank of it.
 
-    ``node`` is its name at the master, empty when it has none; ``tags`` are what it registered with.
+    ``node`` is its name at the master, empty when it has none; ``tags`` are what it registered with, and ``others`` the
+    nodes of the engine's other tensor and pipeline parallel ranks.
     """
 
     url: str
     rank: int | None = None
     node: str = ""
     tags: Mapping[str, str] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
     tickets: set[Ticket] = field(default_factory=set)
     used: int = -1
     """When it was last chosen, on a scale of its own; the smallest has waited longest."""
@@ -117,8 +128,8 @@ class Books:
             worker = self.workers[url] = Worker(url, listed, seats={None: Seat(url)})
         return worker
 
-    def seat_nodes(self, worker: Worker, nodes: Mapping[int, tuple[str, Mapping[str, str]]]) -> None:
-        """The ranks of ``worker`` are these nodes (name and tags by rank); a single one needs no number.
+    def seat_nodes(self, worker: Worker, nodes: Mapping[int, RankNodes]) -> None:
+        """The data-parallel ranks of ``worker`` have these nodes; a single one needs no number.
 
         Seats that stay keep their tickets; without nodes the last seats stay, whose KV nobody knows any more.
         """
@@ -128,10 +139,10 @@ class Books:
             return
         several = len(nodes) > 1
         seats: dict[int | None, Seat] = {}
-        for rank, (node, tags) in sorted(nodes.items()):
+        for rank, found in sorted(nodes.items()):
             number = rank if several else None
             seat = worker.seats.get(number) or Seat(worker.url, number)
-            seat.node, seat.tags = node, tags
+            seat.node, seat.tags, seat.others = found
             seats[number] = seat
         worker.seats = seats
 

@@ -122,6 +122,24 @@ def estimate(offer: Offer, prompt_tokens: int, held_elsewhere: int = 0) -> Estim
     return Estimate(offer, prompt_tokens, load, (missing - remote) * speeds.prefill, remote)
 
 
+def on_all_ranks(runs: Sequence[TierRun], others: Sequence[int]) -> Sequence[TierRun]:
+    """What all ranks of an engine can use of the first rank's ``runs``; the others hold ``others`` blocks each.
+
+    What is on SSD lies in a storage of each rank's own.  What is in HBM or DRAM may lie in caches that the ranks have
+    alike, of which only the first one tells; it counts.
+    """
+    if not others:
+        return runs
+    least, before, usable = min(others), 0, list[TierRun]()
+    for run in runs:
+        length = max(0, min(run.length, least - before)) if run.tier == Tier.SSD else run.length
+        usable += [run._replace(length=length)] if length else []
+        if length < run.length:
+            break
+        before += length
+    return usable
+
+
 def decide(offers: Sequence[Offer], prompt_tokens: int, note: str = "") -> Decision:
     """Rank ``offers``, of which there is at least one: by seconds, then by requests under way, then in their order.
 

@@ -5,24 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import aiohttp
 
-from examples.router.books import Books, Worker
+from examples.router.books import Books, RankNodes, Worker
 from examples.router.settings import RouterSettings
 from examples.router.speeds import Totals, measured, totals_of
 from umbp_connectors.client.reader import MasterReader
 from umbp_connectors.engine_http import place_of
 from umbp_connectors.prompt_hashes.requests import adapters_of
-from umbp_connectors.prompt_hashes.tags import tag_values
+from umbp_connectors.prompt_hashes.tags import is_first_rank, tag_values
 from umbp_core.errors import ConfigError
 from umbp_core.master.model import NodeInfo, NodeStatus
 
 logger = logging.getLogger(__name__)
 
-Nodes = dict[str, dict[int, tuple[str, Mapping[str, str]]]]
-"""URL to data-parallel rank to name and tags."""
+Nodes = dict[str, dict[int, RankNodes]]
+"""URL to data-parallel rank to its nodes."""
 
 _UNHEALTHY = (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError)
 """What a worker that is ill, or is none, brings about."""
@@ -112,16 +112,21 @@ def nodes_by_url(infos: Iterable[NodeInfo]) -> Nodes:
     The first rank stands for its engine's tensor and pipeline parallel ranks.  Nodes that only prefill are not asked.
     """
     found: Nodes = {}
+    others: dict[tuple[str, int], list[str]] = {}
     for info in infos:
         tags = tag_values(info.tags)
         if info.status is not NodeStatus.ALIVE or "http" not in tags or tags.get("role") == "prefill":
-            continue
-        if tags.get("tp", "0") != "0" or tags.get("pp", "0") != "0":
             continue
         try:
             url, rank = place_of(tags["http"]), int(tags.get("dp", "0"))
         except (ConfigError, ValueError):
             logger.debug("node %s has tags that name no worker: %s", info.node_id, info.tags)
             continue
-        found.setdefault(url, {})[rank] = (info.node_id, tags)
-    return found
+        if is_first_rank(tags):
+            found.setdefault(url, {})[rank] = RankNodes(info.node_id, tags)
+        else:
+            others.setdefault((url, rank), []).append(info.node_id)
+    return {
+        url: {rank: nodes._replace(others=tuple(others.get((url, rank), ()))) for rank, nodes in ranks.items()}
+        for url, ranks in found.items()
+    }

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from examples.router.books import Books, Seat, Worker
-from examples.router.costs import Decision, Offer, decide
+from examples.router.costs import Decision, Offer, decide, on_all_ranks
 from examples.router.settings import Policy, RouterSettings
 from umbp_connectors.client.reader import MasterReader
 from umbp_connectors.prompt_hashes.hasher import NO_NAMESPACE, CannotHash, Namespace, PromptHasher
@@ -119,12 +119,13 @@ class Planner:
         if self._settings.policy is Policy.TURN:
             return Offer(seat.name, speeds)
         runs, block_tokens = held.get(seat.node, ((), 0)) if seat.node else ((), 0)
+        others = [sum(run.length for run in held.get(node, ((), 0))[0]) for node in seat.others]
         return Offer(
             seat.name,
             speeds,
             queue_seconds=worker.queue_seconds(seat, speeds),
             outstanding=seat.outstanding,
-            runs=runs,
+            runs=on_all_ranks(runs, others),
             block_tokens=block_tokens,
         )
 

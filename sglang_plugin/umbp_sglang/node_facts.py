@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any, Literal
 
-from umbp_connectors.reporting.node import EVERY_INTERFACE, NodeFacts
+from umbp_connectors.reporting.node import EVERY_INTERFACE, TAILS_UNKNOWN, NodeFacts
 from umbp_sglang import compat
 
 _CONTEXT = "sglang.srt.runtime_context"
@@ -29,6 +29,8 @@ def node_facts(model: str, page_tokens: int) -> NodeFacts:
         tags["min_load"] = str(least)
     if _has_bigrams():
         tags["hash_unit"] = "bigram"
+    if _has_tails():
+        tags["tails"] = TAILS_UNKNOWN
     sizes = ("dp_size", "pp_size", "tp_size")
     return NodeFacts(
         engine="sglang",
@@ -74,6 +76,16 @@ def _has_bigrams() -> bool:
         kind = compat.find("sglang.srt.speculative.spec_info:SpeculativeAlgorithm")
         return bool(name) and bool(kind.from_string(str(name)).is_eagle())
     except (LookupError, ValueError):
+        return False
+
+
+def _has_tails() -> bool:
+    """Whether the model has layers with windows or states, of which a hit needs the last ones and nothing is told."""
+    try:
+        model = compat.find(f"{_CONTEXT}:process_model_config")()
+        has_states = compat.find("sglang.srt.mem_cache.kv_cache_builder:uses_ssm_state")
+        return bool(compat.optional(model, "is_hybrid_swa")) or bool(has_states(model))
+    except (AttributeError, LookupError, RuntimeError, ValueError):  # SGLang's answers where no model is served
         return False
 
 

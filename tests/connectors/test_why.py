@@ -118,14 +118,46 @@ def test_all_used_but_a_tail() -> None:
     )
 
 
+def test_a_storage_of_each_rank_counts_as_far_as_all_have_it() -> None:
+    blocks = [
+        *facts((HBM, DRAM, SSD), (SSD,), (SSD,)),
+        BlockFacts(b"3", (DRAM, SSD), lacking=("tp1",)),
+        *facts((SSD,)),
+        BlockFacts(b"5", (SSD,), lacking=("tp1", "tp2")),
+        *facts((DRAM,)),
+    ]
+    found = judge(blocks, 75, BLOCK, "sglang")
+    verdicts = [block.verdict.value for block in found.blocks]
+    assert verdicts == ["used", "used", "used", "open", "open", "missing", "behind a hole"]
+    assert found.blocks[3].reason == found.blocks[4].reason
+    assert found.blocks[3].reason == (
+        "used if block 3 is in SGLang's host pool: tp1 has no part of it, and every rank reads its own"
+    )
+    assert found.blocks[5].reason == "on SSD here, but tp1, tp2 have no part of it, and every rank reads its own"
+    assert judge([BlockFacts(b"0", (HBM,), lacking=("tp1",))], 15, BLOCK, "sglang").reused_tokens == 10
+
+
+def test_of_layers_that_nobody_tells_of_the_answer_is_a_bound() -> None:
+    found = judge(facts((HBM,), (DRAM,), ()), 35, BLOCK, at_most=True)
+    assert found.reused_tokens == 20
+    assert found.summary() == (
+        "at most 20 of 35 tokens would be reused (1 from HBM, 1 from DRAM of 3 blocks), if the windows or states of "
+        "its other layers are there too; at least 15 are computed, from block 2 on: never stored here, or longer ago "
+        "than the master remembers"
+    )
+    assert judge(facts(()), 15, BLOCK, at_most=True).summary().startswith("0 of 15 tokens would be reused; 15 are")
+
+
 @given(
-    st.lists(st.sets(st.sampled_from([HBM, DRAM, SSD])), max_size=8),
+    st.lists(st.tuples(st.sets(st.sampled_from([HBM, DRAM, SSD])), st.booleans()), max_size=8),
     st.integers(0, BLOCK - 1),
     st.integers(1, 4),
     st.sampled_from(["vllm", "sglang"]),
 )
-def test_what_is_used_is_a_beginning_and_there(tiers: list[set[Tier]], tail: int, least: int, engine: str) -> None:
-    blocks = facts(*(tuple(sorted(each)) for each in tiers))
+def test_what_is_used_is_a_beginning_and_there(
+    places: list[tuple[set[Tier], bool]], tail: int, least: int, engine: str
+) -> None:
+    blocks = [BlockFacts(b"%d" % n, tuple(sorted(on)), lacking=("tp1",) * bad) for n, (on, bad) in enumerate(places)]
     tokens = len(blocks) * BLOCK + tail
     found = judge(blocks, tokens, BLOCK, engine, least)
     used = [block.verdict is Verdict.USED for block in found.blocks]
@@ -134,3 +166,4 @@ def test_what_is_used_is_a_beginning_and_there(tiers: list[set[Tier]], tail: int
     assert found.reused_tokens < tokens or tokens == 0
     assert all(block.reason for block in found.blocks)
     assert sum(last.index - first.index + 1 for first, last in found.runs()) == len(blocks)
+    assert not any(block.facts.lacking for block in found.blocks if block.source is SSD)

@@ -130,7 +130,8 @@ class Node:
     def __init__(self, master: str, worker: FakeWorker, rank: int = 0, **tags: str) -> None:
         self._tags = worker.tags | {"dp": str(rank)} | tags
         told = {"http": worker.url.removeprefix("http://"), **self._tags}
-        registration = Registration(f"{worker.name}:dp{rank}", tags=tuple(f"{k}={v}" for k, v in told.items()))
+        name = f"{worker.name}:dp{rank}:tp{tags.get('tp', 0)}"
+        registration = Registration(name, tags=tuple(f"{k}={v}" for k, v in told.items()))
         self._held: dict[int, list[bytes]] = {}
         self._client = MasterClient(master, registration, snapshot=lambda: list(self._held.items()))
         self._client.start()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.router.costs import Offer, Reason, Speeds, decide, estimate
+from examples.router.costs import Offer, Reason, Speeds, decide, estimate, on_all_ranks
 from umbp_core.index_match import TierRun
 from umbp_core.tiers import Tier
 
@@ -97,6 +97,28 @@ def test_nobody_would_have_been_cheaper(seats: list[tuple[int, Tier, float]], to
     best = min(queue + blocks * 10 * SPEEDS.tiers[tier] + max(1, tokens - blocks * 10) for blocks, tier, queue in seats)
     assert decision.ranking[0].seconds == pytest.approx(best)
     assert {each.offer.seat for each in decision.ranking} == {each.seat for each in offers}
+
+
+@pytest.mark.parametrize(
+    ("others", "usable"),
+    [
+        ([], [(Tier.HBM, 2), (Tier.DRAM, 3), (Tier.SSD, 4)]),
+        ([9, 12], [(Tier.HBM, 2), (Tier.DRAM, 3), (Tier.SSD, 4)]),
+        ([9, 7], [(Tier.HBM, 2), (Tier.DRAM, 3), (Tier.SSD, 2)]),
+        ([5], [(Tier.HBM, 2), (Tier.DRAM, 3)]),
+        ([0], [(Tier.HBM, 2), (Tier.DRAM, 3)]),
+    ],
+)
+def test_what_is_on_ssd_counts_as_far_as_every_rank_has_its_part(
+    others: list[int], usable: list[tuple[Tier, int]]
+) -> None:
+    """What is in HBM or DRAM may be in caches, which all ranks have alike and only the first one tells of."""
+    runs = [TierRun(Tier.HBM, 2), TierRun(Tier.DRAM, 3), TierRun(Tier.SSD, 4)]
+    assert list(on_all_ranks(runs, others)) == usable
+
+
+def test_behind_what_not_all_ranks_have_nothing_counts() -> None:
+    assert list(on_all_ranks([TierRun(Tier.SSD, 2), TierRun(Tier.HBM, 1)], [1])) == [(Tier.SSD, 1)]
 
 
 def test_weights_for_the_master_are_per_block() -> None:

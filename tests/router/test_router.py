@@ -212,6 +212,29 @@ def test_a_rank_of_a_server_is_asked_for_as_its_engine_wants_it(master: str, eng
     run(test())
 
 
+def test_what_not_every_rank_has_in_its_storage_counts_for_nothing(master: str) -> None:
+    """The first rank's caches are like the others'; their storages are their own."""
+
+    async def test() -> None:
+        async with with_nodes(master) as (s, a, b):
+            rank = await asyncio.to_thread(Node, master, s.a, tp="1")
+            try:
+                await asyncio.to_thread(a.hold, PROMPT, Tier.SSD)
+                await asyncio.to_thread(rank.hold, PROMPT[:20], Tier.SSD)
+                await asyncio.to_thread(b.hold, PROMPT[:28], Tier.SSD)
+                await until(lambda: any(seat.others for seat in s.router.router.books.workers[s.a.url].seats.values()))
+                reply = await s.call.complete(PROMPT)
+                assert reply.worker == s.b.url
+                assert reply.why.startswith("prefix; holds 28 of 41 tokens (blocks: 7 SSD)")
+                await asyncio.to_thread(rank.hold, PROMPT, Tier.DRAM)
+                reply = await s.call.complete(PROMPT)
+                assert (reply.worker, "10 SSD" in reply.why) == (s.a.url, True)
+            finally:
+                await asyncio.to_thread(rank.close)
+
+    run(test())
+
+
 def test_nodes_that_cannot_take_requests_are_not_asked(master: str) -> None:
     async def test() -> None:
         async with AsyncExitStack() as stack:

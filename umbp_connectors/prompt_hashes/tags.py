@@ -27,6 +27,11 @@ def tag_values(tags: Iterable[str]) -> dict[str, str]:
     return {name: value for name, separator, value in (tag.partition("=") for tag in tags) if separator}
 
 
+def is_first_rank(tags: Mapping[str, str]) -> bool:
+    """Whether the node is an engine's first tensor and pipeline parallel rank, or stands for all of them."""
+    return {tags.get("tp", "0"), tags.get("pp", "0")} == {"0"}
+
+
 def hasher_of(tags: Mapping[str, str], seed: str | None = None) -> PromptHasher:
     """What computes the hashes of a node with these tags.  ``seed`` is the engines' ``PYTHONHASHSEED``, where known.
 

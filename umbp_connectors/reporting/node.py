@@ -17,6 +17,9 @@ Role = Literal["prefill", "decode", "both"]
 EVERY_INTERFACE = frozenset({"", "*", "0.0.0.0", "::"})
 """What an engine's ``--host`` says when it listens on every interface."""
 
+TAILS_UNKNOWN = "unknown"
+"""Of the tag ``tails``: a hit needs windows or states of some layers too, of which nobody is told."""
+
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:

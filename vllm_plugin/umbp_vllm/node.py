@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from umbp_connectors.reporting.node import EVERY_INTERFACE, NodeFacts, Role
+from umbp_connectors.reporting.node import EVERY_INTERFACE, TAILS_UNKNOWN, NodeFacts, Role
 from umbp_vllm import compat
 from umbp_vllm.engine_args import SERVING_KEY
 from umbp_vllm.groups import KvGroup
@@ -44,7 +44,7 @@ def hash_tags(
     """What a router has to know to compute the hashes that this engine reports.
 
     ``block`` is the number of tokens per hash of the chain; where only every n-th of these names a block, a tag
-    ``hash_every`` says so.
+    ``hash_every`` says so.  ``tails`` are ``unknown`` where a hit needs windows too, of which nobody is told.
     """
     described = describe_hashing(vllm_config, env, version)
     start = str(described["start"])
@@ -56,7 +56,11 @@ def hash_tags(
         "hash_keys": str(described["extra_keys"]),
     }
     every = math.lcm(*(group.hashes_per_block for group in counting_groups(groups)))
-    return tags if every == 1 else {**tags, "hash_every": str(every)}
+    if every > 1:
+        tags["hash_every"] = str(every)
+    if any(group.reach is not None or group.chunk is not None for group in groups):
+        tags["tails"] = TAILS_UNKNOWN
+    return tags
 
 
 def _door(serving: str) -> tuple[str, int | None]:

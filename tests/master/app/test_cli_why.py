@@ -74,6 +74,8 @@ def master(tmp_path_factory: pytest.TempPathFactory, engine: str) -> Iterator[st
             "rank": TAGS | http_tag | {"tp": "1"},
             "other": TAGS | {"http": "127.0.0.1:1"},
             "elsewhere": {"http": "nobody knows"},
+            "two": TAGS | {"engine": "sglang", "http": "127.0.0.1:4", "tails": "unknown"},
+            "two:tp1": TAGS | {"engine": "sglang", "http": "127.0.0.1:4", "tp": "1"},
             "random": TAGS | {"http": "127.0.0.1:2", "hash": "xxhash", "hash_start": "random"},
         }
         for name, tags in registrations.items():
@@ -82,6 +84,9 @@ def master(tmp_path_factory: pytest.TempPathFactory, engine: str) -> Iterator[st
         client.report("mine", [first, second, third, fourth], Tier.DRAM, CALL)
         client.revoke("mine", [third], Tier.DRAM, CALL)
         client.report("other", [third], Tier.SSD, CALL)
+        of_two = hashes(PROMPT, cache_salt="of two ranks")
+        client.report("two", of_two, Tier.SSD, CALL)
+        client.report("two:tp1", of_two[:2], Tier.SSD, CALL)
         client.report("mine", hashes(PROMPT, lora_name="poet", lora_path="/poet"), Tier.HBM, CALL)
         client.report("mine", hashes(PROMPT, cache_salt="tenant"), Tier.HBM, CALL)
         client.close()
@@ -163,6 +168,22 @@ def test_short_loads(master: str, engine: str, file: Path) -> None:
 def test_another_node_by_name(master: str, engine: str, file: Path) -> None:
     found = values(master, engine, file, "--node", "other")
     assert (found["node"], found["blocks"][0]["elsewhere"]) == ("other", ["mine"])
+
+
+def test_ranks_with_a_storage_of_their_own_and_layers_that_nobody_tells_of(
+    master: str, engine: str, file: Path
+) -> None:
+    found = values(master, engine, file, "--node", "two", "--cache-salt", "of two ranks")
+    assert (found["reused_tokens"], found["at_most"]) == (8, True)
+    assert found["summary"].startswith("at most 8 of 17 tokens would be reused")
+    assert [(block["verdict"], block["lacking"], block["elsewhere"]) for block in found["blocks"]] == [
+        ("used", [], []),
+        ("used", [], []),
+        ("missing", ["two:tp1"], []),
+        ("behind a hole", ["two:tp1"], []),
+    ]
+    one = values(master, engine, file, "--node", "two:tp1", "--cache-salt", "of two ranks")
+    assert (one["reused_tokens"], one["at_most"], one["blocks"][0]["elsewhere"]) == (8, False, ["two"])
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.configs.model_config import ModelConfig
+from transformers import LlamaConfig, Qwen3NextConfig
 
 from umbp_connectors.config import resolve
 from umbp_connectors.reporting.node import node_id_of
@@ -105,6 +108,26 @@ def test_a_disaggregated_server_says_its_role(published: dict[str, Any], role: s
 def test_pairs_of_tokens_are_said(published: dict[str, Any]) -> None:
     published["spec"].speculative_algorithm = "EAGLE"
     assert node_facts("model", 64).tags["hash_unit"] == "bigram"
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "tails"),
+    [
+        (LlamaConfig, {}, None),
+        (LlamaConfig, {"is_hybrid_swa": True, "sliding_window": 64}, "unknown"),
+        (Qwen3NextConfig, {}, "unknown"),
+    ],
+    ids=["full attention", "windows", "states"],
+)
+def test_layers_of_which_nothing_is_told_are_said(
+    published: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: Any, more: Any, tails: str | None
+) -> None:
+    sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    architecture = kind.__name__.replace("Config", "ForCausalLM")
+    kind(architectures=[architecture], head_dim=32, **sizes, **more).save_pretrained(tmp_path)
+    model = ModelConfig(model_path=str(tmp_path), dtype="float32")
+    monkeypatch.setattr("sglang.srt.runtime_context.process_model_config", lambda: model)
+    assert node_facts("model", 64).tags.get("tails") == tails
 
 
 def test_outside_of_a_server_the_rank_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:

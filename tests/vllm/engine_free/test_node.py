@@ -107,5 +107,16 @@ def test_a_tag_says_that_not_every_hash_names_a_block() -> None:
     assert "hash_every" not in hash_tags(config, [*FULL, *longer[1:]], 16, {})
 
 
+def test_a_tag_says_that_a_hit_needs_more_than_is_told() -> None:
+    config = make_vllm_config(EngineSpec("umbp"))
+    assert "tails" not in hash_tags(config, FULL, 16, {})
+    for other in (KvGroup(1, 16, 1, 63, None, False), KvGroup(1, 16, 1, None, 512, False)):
+        assert (
+            hash_tags(config, [*FULL, other], 16, {})["tails"]
+            == hash_tags(config, [other], 16, {})["tails"]
+            == "unknown"
+        )
+
+
 def test_the_version_is_vllms() -> None:
     assert facts().version == compat.vllm_version()
