@@ -33,6 +33,11 @@ class BlockOutbox:
         """Whether nothing is left to tell."""
         return self._muted or self.journal.settled
 
+    @property
+    def full_sync_due(self) -> bool:
+        """Whether the next heartbeat begins to tell everything anew."""
+        return not self._muted and self.journal.full_sync_due
+
     def set_capacities(self, capacities: tuple[TierCapacity, ...], counts: Mapping[int, int] | None) -> None:
         """What every heartbeat says from now on."""
         self.capacities = capacities
@@ -41,7 +46,7 @@ class BlockOutbox:
     def compose(self) -> Heartbeat:
         """The heartbeat to send now.  May read from the snapshot, and raises what that raises."""
         journal = self.journal
-        full_sync = not self._muted and (journal.full_sync_due or journal.full_sync_pending)
+        full_sync = self.full_sync_due or (journal.full_sync_pending and not self._muted)
         baseline = 0
         if full_sync:
             deltas = iter(self._snapshot())

@@ -181,8 +181,11 @@ class Session:
             self._register(dialect)
         if self._clock() >= self._heartbeat_due:
             self._heartbeat(dialect)
-        due = self._deliver(dialect) if self.registered else self._registering.until
-        return min(due, self._heartbeat_due)
+        if not self.registered:
+            return min(self._registering.until, self._heartbeat_due)
+        if self._blocks.full_sync_due and not dialect.says_what_it_forgot:
+            return self._heartbeat_due  # see _ask_whether_known: what is told before it would be told again
+        return min(self._deliver(dialect), self._heartbeat_due)
 
     def _connected(self) -> Dialect:
         """The way to talk; another connection begins with a heartbeat, another master with a registration."""
@@ -260,14 +263,17 @@ class Session:
         self._answered = sent
         acked = self._blocks.journal.acked_seq
         self._blocks.receive(reply)
-        self._ask_whether_known(dialect, reply.request_full_sync, silent)
-        journal = self._blocks.journal
-        told = journal.acked_seq > acked and not self._blocks.settled
-        if told or (journal.full_sync_due and not message.full_sync):
+        self._ask_whether_known(dialect, reply.request_full_sync or message.full_sync, silent)
+        told = self._blocks.journal.acked_seq > acked and not self._blocks.settled
+        if told or (self._blocks.full_sync_due and not message.full_sync):
             self._heartbeat_due = sent
 
     def _ask_whether_known(self, dialect: Dialect, forgot: bool, silent: bool) -> None:
-        """Find out whether the master still knows our reports; where it cannot say, believe the worst."""
+        """Find out whether the master still knows our reports; where it cannot say, believe the worst.
+
+        A master of the plain kind that was told all our blocks anew does not say that it had forgotten them, and with
+        them our reports.
+        """
         if dialect.says_what_it_forgot:
             reports = self._reports
             answer = dialect.probe(self._registration.node_id, reports.incarnation, reports.acked_seq, self._timeout())
