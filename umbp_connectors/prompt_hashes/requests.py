@@ -69,12 +69,13 @@ def tokens_of(answer: object) -> list[int]:
 def adapters_of(models: object) -> dict[str, Namespace]:
     """What ``/v1/models`` says: the names of all models, and what the blocks of adapters are kept apart by.
 
-    Raises ``ValueError`` when it is no list of models.
+    SGLang wants an adapter as ``MODEL:ADAPTER``; its name alone is the model's without an adapter there.  Raises
+    ``ValueError`` when it is no list of models.
     """
     cards = models.get("data") if isinstance(models, dict) else None
     if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
         raise ValueError("/v1/models answered with no models")
-    return {str(card["id"]): _adapter(card) for card in cards}
+    return {name: namespace for card in cards for name, namespace in _served(card).items()}
 
 
 def namespace_of(body: Mapping[str, Any], adapter: Namespace) -> Namespace:
@@ -82,16 +83,22 @@ def namespace_of(body: Mapping[str, Any], adapter: Namespace) -> Namespace:
 
     Raises ``Unreadable``.
     """
+    if body.get("lora_path"):
+        raise Unreadable("an adapter by lora_path; name it with the model, as MODEL:ADAPTER")
     salt = body.get("cache_salt") or ""
     if not isinstance(salt, str) or any(map(_is_surrogate, salt)):
         raise Unreadable("the cache salt is no text")
     return Namespace(salt, adapter.lora_name, adapter.lora_path)
 
 
-def _adapter(card: Mapping[str, Any]) -> Namespace:
-    if card.get("parent") is None:
-        return Namespace()
-    return Namespace(lora_name=str(card["id"]), lora_path=str(card.get("root") or ""))
+def _served(card: Mapping[str, Any]) -> dict[str, Namespace]:
+    name, parent = str(card["id"]), card.get("parent")
+    if parent is None:
+        return {name: Namespace()}
+    adapter = Namespace(lora_name=name, lora_path=str(card.get("root") or ""))
+    if card.get("owned_by") == "sglang":
+        return {name: Namespace(), f"{parent}:{name}": adapter}
+    return {name: adapter}
 
 
 def _chat(body: Mapping[str, Any]) -> dict[str, Any]:

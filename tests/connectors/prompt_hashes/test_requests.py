@@ -94,6 +94,8 @@ def test_namespaces() -> None:
     adapter = Namespace(lora_name="poet", lora_path="/poet")
     assert namespace_of({"cache_salt": "s"}, adapter) == Namespace("s", "poet", "/poet")
     assert namespace_of({"cache_salt": None}, NO_NAMESPACE) == NO_NAMESPACE
+    with pytest.raises(Unreadable, match="MODEL:ADAPTER"):
+        namespace_of({"lora_path": "poet"}, NO_NAMESPACE)
     for salt in (["a"], 7, "\ud800"):
         with pytest.raises(Unreadable, match="salt"):
             namespace_of({"cache_salt": salt}, NO_NAMESPACE)
@@ -103,6 +105,8 @@ def test_adapters_are_models_with_a_parent() -> None:
     cards = [{"id": "m"}, {"id": "n", "parent": None, "root": "/n"}, {"id": "poet", "parent": "m", "root": "/poet"}]
     found = adapters_of({"data": cards})
     assert found == {"m": NO_NAMESPACE, "n": NO_NAMESPACE, "poet": Namespace(lora_name="poet", lora_path="/poet")}
+    theirs = [{**card, "owned_by": "sglang"} for card in cards]
+    assert adapters_of({"data": theirs}) == {**found, "poet": NO_NAMESPACE, "m:poet": found["poet"]}
     for wrong in (None, [], {}, {"data": None}, {"data": ["m"]}, {"data": [{"name": "m"}]}):
         with pytest.raises(ValueError, match="no models"):
             adapters_of(wrong)
