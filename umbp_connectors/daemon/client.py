@@ -15,12 +15,14 @@ import msgspec
 import numpy as np
 
 from umbp_connectors.daemon import messages
+from umbp_connectors.daemon.follower import PoolFollower
 from umbp_connectors.daemon.link import Link, attach
 from umbp_connectors.daemon.links import Links, Way
 from umbp_connectors.daemon.mapping import MappedArena
 from umbp_connectors.daemon.messages import Attach, PoolStats
 from umbp_connectors.daemon.transfers import Transfers, Written
 from umbp_connectors.pool.batches import PutBatch
+from umbp_connectors.pool.books import PoolObserver
 from umbp_connectors.pool.buffers import ScatteredSource, ScatteredTarget
 from umbp_connectors.pool.outcomes import GetStatus, PoolCounters, PutStatus
 from umbp_connectors.pool.rows import targets_of, views_of
@@ -89,6 +91,7 @@ class DaemonPool:
         self._arena: MappedArena | None = None
         self._links: Links | None = None
         self._closed = False
+        self._follower: PoolFollower | None = None
         self._shares = CopyShares(config.copy_threads)
         self._transfers = Transfers(identity.digest, self._shares)
         self._greeting = Attach(
@@ -116,6 +119,20 @@ class DaemonPool:
         """Calls that the daemon did not answer, or not in time."""
         return self._opened().failed
 
+    def observe(self, observer: PoolObserver) -> None:
+        """See ``LocalPool.observe``: whatever the daemon has of this pool is told, in a thread of its own.
+
+        While there is no daemon, nothing of it is there.  Raises ``StateError`` when the pool is open.
+        """
+        if self._links is not None:
+            raise StateError("this pool is open already; name its observer before")
+        self._follower = PoolFollower(self._config.socket, self._identity.digest, observer, self._attach)
+
+    def call_observer(self) -> None:
+        """See ``LocalPool.call_observer``."""
+        if self._follower is not None:
+            self._follower.call_observer()
+
     def open(self) -> None:
         """Connect, starting a daemon if that is wanted.  When there is none, the log says so, and calls are misses."""
         if self._links is not None:
@@ -126,6 +143,8 @@ class DaemonPool:
             self._starter.start(self._config.start_timeout_s)
             wait = self._config.start_timeout_s
         self._links.call(Way.ASK, time.monotonic() + wait, lambda link: None)
+        if self._follower is not None:
+            self._follower.open()
 
     def put(
         self,
@@ -261,6 +280,8 @@ class DaemonPool:
     def close(self) -> None:
         """Leave the daemon, which keeps what it has; idempotent."""
         links = self._links
+        if self._follower is not None:
+            self._follower.close()
         if links is not None:
             links.close()
         with self._lock:
@@ -290,6 +311,10 @@ class DaemonPool:
         if old is not None and old is not link.arena:
             old.close()
         return link
+
+    def _attach(self, deadline: float) -> None:
+        """Be a client of the daemon, so that it has the pool."""
+        self._opened().call(Way.ASK, deadline, lambda link: link.look_up([], True, deadline))
 
     def _absent(self) -> None:
         if self._starter is not None:

@@ -74,6 +74,12 @@ class PoolKeeper:
         with self._lock:
             return [kept for kept in self._pools.values() if kept.is_open]
 
+    def find(self, digest: bytes) -> KeptPool | None:
+        """The pool with this digest of an identity, if it can be used."""
+        with self._lock:
+            kept = self._pools.get(digest)
+        return kept if kept is not None and kept.is_open else None
+
     def close(self, timeout: float) -> None:
         """Close all of them at once, each within its own ``timeout`` and a little; idempotent."""
         with self._lock:
@@ -82,7 +88,7 @@ class PoolKeeper:
         if pools:
             with ThreadPoolExecutor(len(pools), "umbp-close") as threads:
                 for kept in pools:
-                    threads.submit(kept.pool.close, timeout)
+                    threads.submit(kept.close, timeout)
 
     def _open(self, kept: KeptPool) -> None:
         try:
@@ -93,7 +99,7 @@ class PoolKeeper:
                     del self._pools[kept.pool.identity.digest]
             raise
 
-    def _find(self, wanted: Attach) -> tuple[KeptPool, list[LocalPool]]:
+    def _find(self, wanted: Attach) -> tuple[KeptPool, list[KeptPool]]:
         """The pool, which may be new, and those that have to be closed before it is opened.  With the lock held."""
         if self._closed:
             raise TierUnavailable("the daemon is stopping")
@@ -130,7 +136,7 @@ class PoolKeeper:
             )
         for name in going:
             logger.info("umbp: pool %s, which nobody uses, makes room", name.hex()[:12])
-        closing = [self._pools.pop(name).pool for name in going]
+        closing = [self._pools.pop(name) for name in going]
         pool = LocalPool(wanted.identity, self._pool_config(wanted, pages * page_bytes))
         kept = self._pools[digest] = KeptPool(pool, pages, page_bytes)
         return kept, closing

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from umbp_connectors.daemon.holdings import Holdings
 from umbp_connectors.daemon.messages import TOKEN_BYTES, Attach
-from umbp_connectors.pool.local import LocalPool
+from umbp_connectors.daemon.watches import Watches
+from umbp_connectors.pool.local import CLOSE_TIMEOUT_S, LocalPool
 from umbp_connectors.pool.outcomes import GetStatus
 from umbp_core.errors import TierUnavailable, UmbpError
 
@@ -37,6 +38,7 @@ class KeptPool:
         self.pool = pool
         self.arena = os.urandom(TOKEN_BYTES)
         self.stripes = pool.stripes
+        self.watches = Watches()
         self.pages = pages
         self.page_bytes = page_bytes
         self._labels: dict[bytes, str] = {}
@@ -90,11 +92,17 @@ class KeptPool:
             if self._is_open:
                 return
             try:
+                self.pool.observe(self.watches)
                 self.pool.open()
             except UmbpError as error:
                 self._failed = str(error)
                 raise
             self._is_open = True
+
+    def close(self, timeout: float = CLOSE_TIMEOUT_S) -> None:
+        """Close the pool, see ``LocalPool.close``; who follows it is told no more."""
+        self.watches.end()
+        self.pool.close(timeout)
 
     def join(self, client: bytes, label: str) -> int:
         """``client`` has one more connection: its number."""

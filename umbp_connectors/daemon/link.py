@@ -42,6 +42,7 @@ from umbp_connectors.daemon.messages import (
     TakePages,
     Welcome,
 )
+from umbp_connectors.daemon.news import Follow, News
 from umbp_connectors.pool.sharing.sockets import FrameSocket, check_peer
 from umbp_core.errors import TierUnavailable
 from umbp_core.wire.codes import ErrorCode, WireError
@@ -52,7 +53,7 @@ Reply = TypeVar("Reply", Found, Lent, Granted, Count, PoolStats, TakenPages, Pub
 
 _DAEMONS_PART = 0.8
 """How much of a call's time the daemon gets to bring objects to DRAM: its answer must come while somebody listens."""
-_KINDS = (FrameType.HELLO, FrameType.REPLY, FrameType.ERROR)
+_KINDS = (FrameType.HELLO, FrameType.REPLY, FrameType.EVENT, FrameType.ERROR)
 
 
 class Link:
@@ -193,6 +194,37 @@ def attach(
         sock.allow(messages.FRAME_BYTES)
         undo.pop_all()
     return Link(sock, welcome, arena, sequence)
+
+
+class NewsLink:
+    """An open connection over which a daemon tells what a pool holds.  One thread at a time, except :meth:`shut`."""
+
+    def __init__(self, sock: FrameSocket) -> None:
+        self._socket = sock
+
+    def receive(self, deadline: float) -> News:
+        """What it says next.  Raises as a :class:`Link` does, and ``TierUnavailable`` when it has no such pool."""
+        kind, _, payload = self._socket.receive(deadline)
+        if kind != FrameType.EVENT:
+            raise TierUnavailable(f"the daemon refuses: {messages.decode_as(Refusal, payload).message}")
+        return messages.decode_news(payload)
+
+    def shut(self) -> None:
+        """Wake whoever waits for news, from another thread."""
+        self._socket.shut()
+
+    def close(self) -> None:
+        """End the connection."""
+        self._socket.close()
+
+
+def follow(path: Path, digest: bytes, deadline: float) -> NewsLink:
+    """Ask the daemon at ``path`` for news of the pool with this digest of an identity.  Raises as a link does."""
+    with contextlib.ExitStack() as undo:
+        sock = _greet(path, Follow(messages.REVISION, digest), undo, deadline)
+        sock.allow(messages.FRAME_BYTES)
+        undo.pop_all()
+    return NewsLink(sock)
 
 
 def inspect(path: Path, deadline: float) -> Overview:

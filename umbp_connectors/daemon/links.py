@@ -55,7 +55,7 @@ class Links:
         self._warned = ""
         self.failed = 0
 
-    def call(self, way: Way, deadline: float, work: Callable[[Link], None]) -> bool:
+    def call(self, way: Way, deadline: float, work: Callable[[Link], object]) -> bool:
         """``work`` with a connection, if there is one to be had in time; whether it was done to its end.
 
         It may be called twice, the second time with another connection.
@@ -89,7 +89,7 @@ class Links:
         for link in free:
             link.close()
 
-    def _attempt(self, way: Way, deadline: float, work: Callable[[Link], None]) -> None:
+    def _attempt(self, way: Way, deadline: float, work: Callable[[Link], object]) -> None:
         """``work``; once more, with a new connection, when the one that lay idle turns out to be dead."""
         with self._changed:
             idle = bool(self._free[way])

@@ -18,6 +18,7 @@ from typing import Annotated
 import msgspec
 
 from umbp_connectors.daemon.listing import ListObjects
+from umbp_connectors.daemon.news import Follow, News
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_connectors.pool.sharing.messages import Found, Key, Lookup, Natural, Refusal, Text, decode_as, encode
 from umbp_core.ids import IDENTITY_BYTES, Identity, RankScope
@@ -312,9 +313,10 @@ Request = (
     | ReturnPages
     | PublishPages
 )
-Greeting = Attach | Inspect | ListObjects
+Greeting = Attach | Inspect | ListObjects | Follow
 _REQUESTS = msgspec.msgpack.Decoder(Request)
 _GREETINGS = msgspec.msgpack.Decoder(Greeting)
+_NEWS = msgspec.msgpack.Decoder(News)
 _BAD = (msgspec.MsgspecError, UnicodeDecodeError)
 
 
@@ -330,6 +332,15 @@ def decode_greeting(payload: memoryview) -> Greeting:
     except _BAD as error:
         raise WireError(ErrorCode.MALFORMED, f"a greeting is not what it should look like: {error}") from None
     return greeting
+
+
+def decode_news(payload: memoryview) -> News:
+    """What a daemon says to one who follows.  Raises ``WireError``."""
+    try:
+        news: News = _NEWS.decode(payload)
+    except _BAD as error:
+        raise WireError(ErrorCode.MALFORMED, f"news are not what they should look like: {error}") from None
+    return news
 
 
 def decode_request(payload: memoryview) -> Request:

@@ -42,7 +42,9 @@ from umbp_connectors.daemon.messages import (
     TakePages,
     Welcome,
 )
+from umbp_connectors.daemon.news import Follow
 from umbp_connectors.daemon.overview import listing_of, overview_of, stats_of
+from umbp_connectors.daemon.watches import GATHER_S, QUIET_S, Watch, news_of
 from umbp_connectors.pool.books import Filled
 from umbp_connectors.pool.lending import LentObject
 from umbp_connectors.pool.outcomes import PutStatus
@@ -83,6 +85,7 @@ class Session:
         self._client = b""
         self._busy = True
         self._draining = False
+        self._watch: Watch | None = None
 
     @property
     def is_attached(self) -> bool:
@@ -92,11 +95,14 @@ class Session:
     def drain(self) -> None:
         """End it as soon as the client holds nothing.  Any thread."""
         self._draining = True
+        self._end_watch()
         if not self._busy:
             self._socket.shut()
 
     def stop(self) -> None:
         """End it now.  Any thread."""
+        self._draining = True
+        self._end_watch()
         self._socket.shut()
 
     def end(self) -> None:
@@ -115,8 +121,29 @@ class Session:
             self._send(FrameType.REPLY, sequence, messages.encode(overview_of(self._keeper)))
         elif isinstance(greeting, ListObjects):
             self._send(FrameType.REPLY, sequence, messages.encode(listing_of(self._keeper, greeting)))
+        elif isinstance(greeting, Follow):
+            self._tell_news(greeting, sequence)
         else:
             self._attached(greeting, sequence)
+
+    def _tell_news(self, greeting: Follow, sequence: int) -> None:
+        """Tell what happens in a pool, until the client is gone, or the pool."""
+        kept = self._keeper.find(greeting.identity)
+        if kept is None:
+            self._refuse(sequence, "there is no such pool yet; a client of it has to come first")
+            return
+        with kept.watches.watching() as watch:
+            self._watch = watch
+            if self._draining:
+                return
+            for news in news_of(watch, kept.pool.holdings, QUIET_S):
+                self._send(FrameType.EVENT, sequence, messages.encode(news))
+                watch.rest(GATHER_S)
+
+    def _end_watch(self) -> None:
+        watch = self._watch
+        if watch is not None:
+            watch.end()
 
     def _attached(self, greeting: Attach, sequence: int) -> None:
         try:

@@ -14,6 +14,7 @@ from umbp_connectors.daemon.client import DaemonPool
 from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.server import DaemonServer
 from umbp_connectors.plugins import create_manager
+from umbp_connectors.pool.books import PoolObserver
 from umbp_core.eviction import LruPolicy
 from umbp_core.ids import Identity
 from umbp_core.tiers import Tier
@@ -68,8 +69,10 @@ def start(path: Path, closing: contextlib.ExitStack) -> Callable[..., Daemon]:
 def connect(path: Path, closing: contextlib.ExitStack) -> Callable[..., DaemonPool]:
     """Opens a client."""
 
-    def connect(*identity: Identity, **options: object) -> DaemonPool:
+    def connect(*identity: Identity, observer: PoolObserver | None = None, **options: object) -> DaemonPool:
         pool = client_of(path, *identity, **options)  # type: ignore[arg-type]
+        if observer is not None:
+            pool.observe(observer)
         pool.open()
         closing.callback(pool.close)
         return pool

@@ -1,6 +1,6 @@
 """Several clients of one daemon in any order, against a plain dict: no wrong byte, nothing held for ever.
 
-One of them is an engine, which takes its pages before it knows the keys.
+One of them is an engine, which takes its pages before it knows the keys.  Somebody follows what the pool holds.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.connectors.daemon.conftest import Daemon
 from tests.connectors.daemon.engine import Engine, soon
-from tests.connectors.daemon.kit import SIZE, client_of, key_of
+from tests.connectors.daemon.kit import IDENTITY, SIZE, client_of, key_of
+from tests.connectors.daemon.told import Told, truth
 from tests.connectors.waiting import until
+from umbp_connectors.daemon.follower import PoolFollower
 from umbp_connectors.pool.outcomes import PutStatus
 from umbp_connectors.pool.staged import StagedPut
 from umbp_core.tiers import Tier
@@ -51,6 +53,9 @@ class DaemonMachine(RuleBasedStateMachine):
         self._clients = [self._client() for _ in range(CLIENTS)]
         self._engine = Engine(self._path, pages=PAGES)
         self._engine.open()
+        self._told = Told()
+        self._follower = PoolFollower(self._path, IDENTITY.digest, self._told)
+        self._follower.open()
 
     def _client(self) -> object:
         pool = client_of(self._path, pages=PAGES)
@@ -139,6 +144,10 @@ class DaemonMachine(RuleBasedStateMachine):
             assert found == self._there[number]
 
     @rule()
+    def what_is_there_is_told(self) -> None:
+        until(lambda: self._told.held == truth(self._daemon))
+
+    @rule()
     def come_back(self) -> None:
         self._engine.leader.close()
         arena = self._engine.leader.connect(soon())
@@ -188,10 +197,12 @@ class DaemonMachine(RuleBasedStateMachine):
         until(lambda: self._daemon.pinned() == len(self._stock))
         self._engine.close()
         until(lambda: self._daemon.pinned() == 0)
+        self.what_is_there_is_told()
         for client in self._clients:
             client.close()
-        until(lambda: self._daemon.server.connections == 0)
+        until(lambda: self._daemon.server.connections == 1)
         self._daemon.close()
+        self._follower.close()
         self._folder.cleanup()
 
 
