@@ -22,9 +22,6 @@ from umbp_core.ids import Identity, RankScope
 from umbp_core.tiers import Tier
 
 SIZE = 8192
-DRAM_PAGES = 3
-SLOTS = 5
-CAPACITY = (1 << 20) + SLOTS * (SIZE + 768)
 
 SHORT = 0.02
 """Seconds: for what is to run out of time."""
@@ -37,6 +34,10 @@ class PoolMachine(RuleBasedStateMachine):
 
     While the disk hangs or fails, every call ends in its time and buffers that were given back stay as they are.
     """
+
+    DRAM_PAGES = 3
+    SLOTS = 5
+    DEMOTE_THREADS = 4
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,14 +52,19 @@ class PoolMachine(RuleBasedStateMachine):
         self.follower = Follower()
         self.pool = self._open()
 
+    @property
+    def capacity(self) -> int:
+        return (1 << 20) + self.SLOTS * (SIZE + 768)
+
     def _open(self) -> LocalPool:
         config = LocalPoolConfig(
             SIZE,
-            DRAM_PAGES * SIZE,
+            self.DRAM_PAGES * SIZE,
             self.folder,
-            CAPACITY,
+            self.capacity,
             copy_threads=2,
             io_threads=2,
+            demote_threads=self.DEMOTE_THREADS,
             prefault=False,
             patience_s=0,
             ssd_failures=1 << 30,
@@ -80,7 +86,7 @@ class PoolMachine(RuleBasedStateMachine):
         dram, ssd = self.pool.stats(Tier.DRAM), self.pool.stats(Tier.SSD)
         assert dram is not None
         assert ssd is not None
-        assert (dram.total_pages, ssd.total_pages) == (DRAM_PAGES, SLOTS)
+        assert (dram.total_pages, ssd.total_pages) == (self.DRAM_PAGES, self.SLOTS)
 
     def _note_gone(self) -> None:
         """What cannot be read any more may be put anew with other bytes."""
@@ -253,8 +259,8 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def bounds(self) -> None:
         used = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-        assert used <= CAPACITY + 4096, "locks and identity.json are the rest"
-        assert sum(self.pool.exists(list(self.truth))) <= DRAM_PAGES + SLOTS
+        assert used <= self.capacity + 4096, "locks and identity.json are the rest"
+        assert sum(self.pool.exists(list(self.truth))) <= self.DRAM_PAGES + self.SLOTS
 
     @invariant()
     def an_observer_knows_all_of_it(self) -> None:
@@ -265,5 +271,15 @@ class PoolMachine(RuleBasedStateMachine):
         assert all(np.all(buffer == 0xA5) for buffer in self.given_back)
 
 
+class RoomyPoolMachine(PoolMachine):
+    """With one thread that writes several objects to SSD together."""
+
+    DRAM_PAGES = 9
+    SLOTS = 12
+    DEMOTE_THREADS = 1
+
+
 TestPool = PoolMachine.TestCase
 TestPool.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestRoomyPool = RoomyPoolMachine.TestCase
+TestRoomyPool.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)

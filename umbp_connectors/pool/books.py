@@ -18,14 +18,6 @@ from umbp_core.pages import PageAllocator
 from umbp_core.tiers import Tier
 
 
-class Wanted(NamedTuple):
-    """An object that somebody wants to write: its key, size and place in its prefix chain."""
-
-    key: bytes
-    nbytes: int
-    depth: int
-
-
 class Filled(NamedTuple):
     """What somebody wrote to a page that it had before it knew the key: all parts of ``nbytes`` bytes together."""
 
@@ -170,15 +162,6 @@ class Books:
             self._follow()
         return places
 
-    def reserve(self, owner: str, wanted: Wanted, tier: Tier) -> int | None:
-        """A page of ``tier`` for one more copy; ``None`` when there is no room or a copy already; evicts."""
-        with self._lock:
-            pages = self._directory.reserve(owner, wanted.key, tier, wanted.nbytes, wanted.depth)
-            if pages:
-                self._writing.add(owner)
-            self._follow()
-        return pages[0] if pages else None
-
     def settle(self, owner: str, written: Mapping[bytes, bytes], tier: Tier) -> bool:
         """Publish what ``owner`` wrote, given its checksums; all that it reserved besides is given up.
 
@@ -231,6 +214,29 @@ class Books:
         with self._lock:
             self._blank.pop(owner, None)
             self._directory.abort_owner(owner)
+
+    def begin_demotions(self, owner: str, keys: Sequence[bytes]) -> dict[bytes, Copy]:
+        """Pin what of ``keys`` is in DRAM and neither on SSD nor on its way there, until :meth:`end_demotions`."""
+        with self._lock:
+            directory = self._directory
+            there = [key for key in keys if directory.copy(key, Tier.DRAM) is not None]
+            going = [key for key in there if not directory.is_present_or_pending(key, Tier.SSD)]
+            self._writing.add(owner)
+            return dict(zip(going, directory.pin(owner, going, Tier.DRAM), strict=True))
+
+    def reserve_slots(self, owner: str, copies: Mapping[bytes, Copy]) -> dict[bytes, int]:
+        """A slot of SSD for each of ``copies`` for which there is room; evicts."""
+        with self._lock:
+            wanted = [(key, copy.nbytes, copy.depth) for key, copy in copies.items()]
+            places = self._directory.reserve_many(owner, wanted, Tier.SSD)
+            self._follow()
+        return {key: pages[0] for key, pages in zip(copies, places, strict=True) if pages is not None}
+
+    def end_demotions(self, owner: str, written: Mapping[bytes, bytes]) -> None:
+        """Publish what ``owner`` wrote to its slots, and end its pins.  Nothing is published that was cleared."""
+        with self._lock:
+            self._settle(owner, written, Tier.SSD)
+            self._directory.unpin(owner)
 
     def begin_load(self, owner: str, key: bytes, copy: Copy) -> tuple[Copy, int | None] | None:
         """Pin ``copy`` (on SSD) of ``key`` and reserve a page of DRAM for it; returns it and the page, if there is one.

@@ -190,12 +190,21 @@ class Catalogue:
         True when it is; false when time ran out, the catalogue is closed, or something was dropped since the last
         flush.
         """
+        return self.wait_written(self.seal(), timeout)
+
+    def seal(self) -> int:
+        """Begin what :meth:`flush` does; the barrier to :meth:`wait_written` for."""
         with self._changed:
-            target = self._sealed = self._pending.seal()
+            self._sealed = self._pending.seal()
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._written >= target or self._broken or self._thread is None, timeout)
+            return self._sealed
+
+    def wait_written(self, barrier: int, timeout: float) -> bool:
+        """Wait until everything before ``barrier`` is committed; as :meth:`flush`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._written >= barrier or self._broken or self._thread is None, timeout)
             lost, self._lost = self._lost, False
-            return self._written >= target and not lost
+            return self._written >= barrier and not lost
 
     def close(self, timeout: float = 10.0) -> None:
         """Write what is pending (for at most ``timeout`` seconds) and close; idempotent."""

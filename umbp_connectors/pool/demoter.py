@@ -7,15 +7,17 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from umbp_connectors.offload import GateMaker, OffloadGate
 from umbp_connectors.pool.arena import Arena
-from umbp_connectors.pool.books import Books, Wanted
+from umbp_connectors.pool.books import Books
 from umbp_connectors.pool.buffers import round_up
 from umbp_connectors.pool.fence import WriteFence
 from umbp_connectors.pool.slab import ALIGNMENT
 from umbp_connectors.tier_ports import Slots
+from umbp_core.directory import Copy
 from umbp_core.errors import TierUnavailable, TransferError
 from umbp_core.ports import Clock
 from umbp_core.tiers import Tier
@@ -23,21 +25,38 @@ from umbp_core.tiers import Tier
 _LAST_WRITE_S = 5.0
 """How long the threads get together for the writes that they are in."""
 
+_TOGETHER = 16
+"""Objects per visit to the books, at most."""
+_TOGETHER_BYTES = 4 << 20
+"""The same in bytes: what is written can be found only when the last of them is."""
+
 logger = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
+class _Outcome:
+    """What became of the objects that a thread took from the queue: the checksums of those that it wrote."""
+
+    written: dict[bytes, bytes] = field(default_factory=dict)
+    failed: int = 0
+    dropped: int = 0
+
+
 class Demoter:
-    """Threads that write a copy of every object of a queue from its arena page into a slab slot.
+    """Threads that write a copy of every object of a queue from its arena page into one of ``slots`` slab slots.
 
     The page is pinned meanwhile.  The copy keeps the checksum that the object got when it was stored, so that bytes
     that change on the way are found out when they are read.  What is gone from DRAM before its turn is skipped: it
     costs a hit, not correctness.  While ``fence`` lets nothing pass, what comes is dropped and counted.
     """
 
-    def __init__(self, books: Books, arena: Arena, slab: Slots, threads: int, fence: WriteFence) -> None:
+    def __init__(self, books: Books, arena: Arena, slab: Slots, slots: int, threads: int, fence: WriteFence) -> None:
         self._books = books
         self._arena = arena
         self._slab = slab
+        # What is being written cannot be evicted: all threads together take a quarter of either tier at most for it.
+        few = min(arena.pages, slots) // (4 * max(1, threads))
+        self._together = max(1, min(_TOGETHER, _TOGETHER_BYTES // arena.page_bytes, few))
         self._threads = [
             threading.Thread(target=self._work, name=f"umbp-demote-{number}", daemon=True) for number in range(threads)
         ]
@@ -143,55 +162,72 @@ class Demoter:
                 thread.join(max(0.0, deadline - time.monotonic()))
 
     def _work(self) -> None:
-        """Thread: one object at a time until closed."""
+        """Thread: some objects at a time until closed."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._closing)
                 if self._closing:
                     return
-                key = self._queue.popleft()
+                keys = self._take()
                 self._busy += 1
-            permit = self._fence.enter()
-            written = refused = False
+            outcome = _Outcome()
             try:
-                if permit is not None:
-                    written = self._demote(key)
-                    self._fence.written(permit)
-            except (TierUnavailable, TransferError) as error:
-                refused = True
-                self._refuse(key, permit or 0, error)
-            except Exception:  # thread top: what is wrong with one object must not end the writing of the others
-                refused = True
-                logger.exception("object %s stays in DRAM only", key.hex())
+                self._demote(keys, outcome)
+            except Exception:  # thread top: what is wrong with these must not end the writing of the others
+                outcome.failed += 1
+                logger.exception("%d objects from %s on stay in DRAM only", len(keys), keys[0].hex())
             finally:
                 with self._changed:
-                    self._done += written
-                    self._failed += refused
-                    self._dropped += permit is None
+                    self._done += len(outcome.written)
+                    self._failed += outcome.failed
+                    self._dropped += outcome.dropped
                     self._busy -= 1
                     if not self._queue and not self._busy:  # who waits for less is woken for nothing, each time
                         self._changed.notify_all()
 
-    def _demote(self, key: bytes) -> bool:
-        """Write one object; false when there is nothing to write, or no room for it."""
+    def _take(self) -> list[bytes]:
+        """What a thread writes next: less when little is left, so that all end at about the same time."""
+        share = -(-len(self._queue) // (2 * len(self._threads)))
+        # A write that tries whether the disk works again may fail: then no more than one object was evicted for it.
+        count = 1 if self._fence.doubtful else min(self._together, share)
+        return [self._queue.popleft() for _ in range(count)]
+
+    def _demote(self, keys: Sequence[bytes], outcome: _Outcome) -> None:
+        """Write what of ``keys`` is still to be written, as far as there is room and the fence lets it pass."""
         owner = self._books.new_owner()
-        (copy,) = self._books.pin(owner, [key], Tier.DRAM, use=False)
-        if copy is None:
-            return False
         try:
-            slot = self._books.reserve(owner, Wanted(key, copy.nbytes, copy.depth), Tier.SSD)
-            if slot is None:
-                return False
-            written: dict[bytes, bytes] = {}
+            copies = self._books.begin_demotions(owner, keys)
+            # First of all, so that nothing is evicted for what is not tried.
+            permit = self._fence.enter() if copies else None
+            if permit is None:
+                outcome.dropped += len(copies)
+            else:
+                self._write(copies, self._books.reserve_slots(owner, copies), permit, outcome)
+        finally:
+            self._books.end_demotions(owner, outcome.written)
+
+    def _write(
+        self, copies: Mapping[bytes, Copy], slots: Mapping[bytes, int], permit: int | None, outcome: _Outcome
+    ) -> None:
+        """Write ``copies`` to their ``slots``; ``permit`` is for the first."""
+        for number, (key, slot) in enumerate(slots.items()):
+            permit = self._fence.enter() if number else permit
+            if permit is None or self._closing:
+                outcome.dropped += len(slots) - number
+                return
+            copy = copies[key]
             try:
                 # Whole sectors go without a copy; what lies behind the object in its page does no harm.
                 self._slab.write_from(slot, self._arena.page_array(copy.pages[0], round_up(copy.nbytes, ALIGNMENT)))
-                written[key] = copy.checksum
-            finally:
-                self._books.settle(owner, written, Tier.SSD)
-        finally:
-            self._books.unpin(owner)
-        return True
+            except (TierUnavailable, TransferError) as error:
+                outcome.failed += 1
+                self._refuse(key, permit, error)
+            except Exception:  # op boundary: a mistake with one object must not keep the others in DRAM
+                outcome.failed += 1
+                logger.exception("object %s stays in DRAM only", key.hex())
+            else:
+                self._fence.written(permit)
+                outcome.written[key] = copy.checksum
 
     def _refuse(self, key: bytes, permit: int, error: TierUnavailable | TransferError) -> None:
         fenced = self._fence.failed(permit, isinstance(error, TierUnavailable))

@@ -80,6 +80,11 @@ class WriteFence:
         breaker = self._breaker
         return breaker.state is not BreakerState.OPEN or self._clock() >= breaker.due
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether a write that begins now would be a trial, or none may begin."""
+        return self._breaker.state is not BreakerState.CLOSED
+
     def enter(self) -> int | None:
         """A permit to write one object, or ``None``."""
         with self._lock:

@@ -45,9 +45,19 @@ class Order:
         return json.dumps(asdict(self)).encode() + b"\n"
 
 
-def open_pool(folder: Path, durability: Durability, follower: Follower | None = None) -> LocalPool:
+def open_pool(
+    folder: Path, durability: Durability, follower: Follower | None = None, demote_threads: int = 1
+) -> LocalPool:
     config = LocalPoolConfig(
-        SIZE, PAGES * SIZE, folder, CAPACITY, prefault=False, patience_s=0, durability=durability, copy_threads=1
+        SIZE,
+        PAGES * SIZE,
+        folder,
+        CAPACITY,
+        prefault=False,
+        patience_s=0,
+        durability=durability,
+        copy_threads=1,
+        demote_threads=demote_threads,
     )
     pool = LocalPool(Identity("model", b"\x11" * 32, RankScope()), config)
     if follower is not None:
@@ -88,7 +98,8 @@ def write(order: Order) -> None:
     chance = random.Random(order.seed)
     if order.fuse:
         _light(order.fuse)
-    pool = open_pool(Path(order.folder), order.durability, Follower())
+    # One thread writes several objects together, several of them one each.
+    pool = open_pool(Path(order.folder), order.durability, Follower(), chance.choice((1, 4)))
     version = order.version
     while True:
         number = chance.randint(1, 4)
