@@ -196,7 +196,8 @@ def test_a_kill_before_the_catalogue_follows_costs_hits_only(make: Maker, tmp_pa
     make(size).close()
     shutil.copyfile(tmp_path / "before", catalogue)
     pool = make(size)
-    kept(pool)
+    found = kept(pool)
+    assert [key for key in KEYS if pool.exists([key])[0]] == found, "what did not verify is gone"
     pool.clear()
     fill(pool, KEYS[:4])
 
