@@ -222,7 +222,7 @@ class Demoter:
             except (TierUnavailable, TransferError) as error:
                 outcome.failed += 1
                 self._refuse(key, permit, error)
-            except Exception:  # op boundary: a mistake with one object must not keep the others in DRAM
+            except Exception:  # op boundary: what a tier raises for one object must not keep the others in DRAM
                 outcome.failed += 1
                 logger.exception("object %s stays in DRAM only", key.hex())
             else:
