@@ -85,7 +85,7 @@ def _has_tails() -> bool:
         model = compat.find(f"{_CONTEXT}:process_model_config")()
         has_states = compat.find("sglang.srt.mem_cache.kv_cache_builder:uses_ssm_state")
         return bool(compat.optional(model, "is_hybrid_swa")) or bool(has_states(model))
-    except (AttributeError, LookupError, RuntimeError, ValueError):  # SGLang's answers where no model is served
+    except (AttributeError, LookupError, OSError, RuntimeError, ValueError):  # SGLang's answers without a model
         return False
 
 
