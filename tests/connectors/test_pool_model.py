@@ -46,7 +46,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.sound = True
         self.folder = Path(tempfile.mkdtemp(prefix="umbp-pool-"))
         self.truth: dict[bytes, bytes] = {}
-        self.staged: dict[StagedPut, dict[bytes, bytes]] = {}
+        self.staged: dict[StagedPut, dict[bytes, bytes | None]] = {}
+        """What was copied; nothing where it was evicted since."""
         self.given_back: list[np.ndarray] = []
         self.number = 0
         self.follower = Follower()
@@ -124,7 +125,7 @@ class PoolMachine(RuleBasedStateMachine):
         self._settle()
         objects = self._objects(keys, nbytes)
         staged = self.pool.stage(keys, objects)
-        copied = {
+        copied: dict[bytes, bytes | None] = {
             key: data
             for key, data, status in zip(keys, objects, staged.statuses, strict=True)
             if status is PutStatus.STORED
@@ -137,7 +138,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(publish=st.booleans(), data=st.data())
     def end_stage(self, publish: bool, data: st.DataObject) -> None:
         staged = data.draw(st.sampled_from(list(self.staged)))
-        copied = self.staged.pop(staged)
+        copied = {key: data for key, data in self.staged.pop(staged).items() if data is not None}
         self._settle()
         if publish:
             assert staged.publish()
@@ -216,6 +217,18 @@ class PoolMachine(RuleBasedStateMachine):
         for staged in self.staged:
             assert not staged.publish()
         self.staged.clear()
+
+    @rule(keys=KEYS)
+    def evict(self, keys: list[bytes]) -> None:
+        """By name, also what is being written."""
+        before = self.pool.exists(keys)
+        assert self.pool.evict(keys) >= sum(before)
+        assert not any(self.pool.exists(keys))
+        for key in keys:
+            self.truth.pop(key, None)
+            for objects in self.staged.values():
+                if key in objects:
+                    objects[key] = None
 
     @precondition(lambda self: self.sound)
     @rule(

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from umbp_connectors.pool.catalogue import Catalogue, CatalogueRow
+from umbp_connectors.pool.changes import record, together
 from umbp_connectors.pool.fence import ReadFence
 from umbp_connectors.pool.outcomes import PutStatus
-from umbp_core.directory import Change, Copy, Directory, EventKind, TierSpace, TierStats
+from umbp_core.directory import Change, Copy, Directory, TierSpace, TierStats
 from umbp_core.errors import StateError
 from umbp_core.eviction import EvictionPolicy
 from umbp_core.grouping import BlockOf
@@ -79,8 +80,8 @@ class Books:
         self._catalogue: Catalogue | None = None
         self._fence: ReadFence | None = None
         self._numbers = itertools.count()
-        self._writing: set[str] = set()
-        """Owners that have reserved something."""
+        self._writing: dict[str, set[bytes]] = {}
+        """Owners that have reserved something, and what was evicted by name since."""
         self._void: set[str] = set()
         """Those of them that began before a clear: what they write is not published."""
         self._blank: dict[str, dict[int, _Blank]] = {}
@@ -107,7 +108,7 @@ class Books:
         catalogue.forget(bad)
         with self._lock:
             found = self._directory.drain_changes()
-            self._tell([_together(found)] if found else [])
+            self._tell([together(found)] if found else [])
         return restored
 
     def call_observer(self) -> None:
@@ -142,7 +143,7 @@ class Books:
         with self._lock:
             directory = self._directory
             there = self._readable(keys)
-            self._writing.add(owner)
+            self._writing.setdefault(owner, set())
             new = [
                 each
                 for each, fit, present in zip(zip(keys, sizes, depths, strict=True), fits, there, strict=True)
@@ -221,7 +222,7 @@ class Books:
             directory = self._directory
             there = [key for key in keys if directory.copy(key, Tier.DRAM) is not None]
             going = [key for key in there if not directory.is_present_or_pending(key, Tier.SSD)]
-            self._writing.add(owner)
+            self._writing.setdefault(owner, set())
             return dict(zip(going, directory.pin(owner, going, Tier.DRAM), strict=True))
 
     def reserve_slots(self, owner: str, copies: Mapping[bytes, Copy]) -> dict[bytes, int]:
@@ -252,7 +253,7 @@ class Books:
             if directory.copy(key, Tier.SSD) != copy:
                 return None
             directory.pin(owner, [key], Tier.SSD)
-            self._writing.add(owner)
+            self._writing.setdefault(owner, set())
             pages = directory.reserve(owner, key, Tier.DRAM, copy.nbytes, copy.depth)
             self._follow()
         return copy, pages[0] if pages else None
@@ -294,10 +295,19 @@ class Books:
     def clear(self) -> int:
         """Forget everything that is published or being written; returns how many copies were published."""
         with self._lock:
-            self._void |= self._writing
+            self._void |= self._writing.keys()
             self._clears += 1
-            tiers = (Tier.DRAM, Tier.SSD) if self._catalogue is not None else (Tier.DRAM,)
-            gone = sum(self._directory.clear(tier) for tier in tiers)
+            gone = sum(self._directory.clear(tier) for tier in self._tiers)
+            self._follow()
+        return gone
+
+    def evict(self, keys: Iterable[bytes]) -> int:
+        """Forget ``keys``, published or being written, in every tier; returns how many copies were published."""
+        going = set(keys)
+        with self._lock:
+            for unwanted in self._writing.values():
+                unwanted.update(going)
+            gone = sum(self._directory.drop(key, tier) for tier in self._tiers for key in going)
             self._follow()
         return gone
 
@@ -323,6 +333,10 @@ class Books:
                 return None
             return self._directory.stats(tier)
 
+    @property
+    def _tiers(self) -> tuple[Tier, ...]:
+        return (Tier.DRAM,) if self._catalogue is None else (Tier.DRAM, Tier.SSD)
+
     def _space(self, tier: Tier, pages: int) -> TierSpace:
         allocator = PageAllocator(self._page_bytes, [pages * self._page_bytes])
         told = tier is Tier.SSD or self._observer is not None
@@ -337,9 +351,11 @@ class Books:
         return [self._directory.copy(key, Tier.DRAM) is not None for key in keys]
 
     def _settle(self, owner: str, written: Mapping[bytes, bytes], tier: Tier) -> bool:
-        self._writing.discard(owner)
+        unwanted = self._writing.pop(owner, None)
         valid = owner not in self._void
         if valid:
+            if unwanted:
+                written = {key: checksum for key, checksum in written.items() if key not in unwanted}
             self._directory.commit_many(owner, written, tier)
         else:
             self._void.remove(owner)
@@ -367,11 +383,8 @@ class Books:
         changes = self._directory.drain_changes()
         if not changes:
             return
-        catalogue = self._catalogue
-        if catalogue is not None:
-            for change in changes:
-                if change.tier is Tier.SSD:
-                    _record(catalogue, change)
+        if self._catalogue is not None:
+            record(self._catalogue, changes)
         self._tell(changes)
 
     def _tell(self, changes: Sequence[Change]) -> None:
@@ -380,18 +393,3 @@ class Books:
 
     def _holdings(self) -> list[tuple[Tier, list[bytes]]]:
         return [(tier, self._directory.keys(tier)) for tier in (Tier.DRAM, Tier.SSD)]
-
-
-def _record(catalogue: Catalogue, change: Change) -> None:
-    for kind, key, _, pages, nbytes, checksum, depth in change.events():
-        if kind is EventKind.ADDED:
-            catalogue.record([CatalogueRow(key, pages[0], nbytes, checksum, depth)])
-        else:
-            catalogue.forget([key])
-
-
-def _together(added: Sequence[Change]) -> Change:
-    """The same additions to one tier as one."""
-    keys = [key for change in added for key in change.keys]
-    copies = [copy for change in added for copy in change.copies]
-    return Change(EventKind.ADDED, added[0].tier, keys, copies)

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from umbp_connectors.pool.arena import Arena
@@ -231,6 +231,14 @@ class LocalPool:
         """
         with self._using() as parts:
             return parts.books.clear()
+
+    def evict(self, keys: Iterable[bytes]) -> int:
+        """Forget the objects under ``keys`` in every tier; returns how many copies could be read.
+
+        What other calls, staged puts included, are writing under them now is not published.
+        """
+        with self._using() as parts:
+            return parts.books.evict(keys)
 
     def flush(self, timeout: float) -> bool:
         """Wait until what was stored is on SSD and would be found after a restart, for at most ``timeout`` seconds.

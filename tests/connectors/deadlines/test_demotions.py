@@ -75,6 +75,19 @@ def test_what_is_cleared_in_the_middle_does_not_come_back(pool: LocalPool, disk:
     assert (held(pool, Tier.DRAM), held(pool, Tier.SSD)) == ((0, 0), (0, 0))
 
 
+def test_what_is_evicted_by_name_in_the_middle_does_not_come_back(pool: LocalPool, disk: Disk) -> None:
+    put_held(pool, disk)
+    going = [KEYS[0], KEYS[7], b"unknown"]
+    assert pool.evict(going) == 2
+    put(pool, KEYS[7:])
+    disk.work()
+    assert pool.flush(30)
+    assert on_ssd(pool, KEYS) == KEYS[1:]
+    assert pool.exists(KEYS[:1]) == [False]
+    assert pool.evict(KEYS) == 14, "in both tiers"
+    assert (held(pool, Tier.DRAM), held(pool, Tier.SSD)) == ((0, 0), (0, 0))
+
+
 def test_a_write_that_tries_the_disk_evicts_for_itself_alone(pool: LocalPool, disk: Disk, clock: FakeClock) -> None:
     for start in range(0, 40, 8):
         put(pool, MORE[start : start + 8])
