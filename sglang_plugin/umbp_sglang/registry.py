@@ -160,7 +160,7 @@ class PoolRegistry:
         """Have the pages of KV told that were not, though nothing changed."""
         pool = self._open.get(KV)
         for shard in pool.shards if pool is not None else ():
-            if isinstance(shard, LocalPool):
+            if isinstance(shard, LocalPool | DaemonPool):
                 shard.call_observer()
 
     def clear(self) -> None:
@@ -185,15 +185,12 @@ class PoolRegistry:
         """Void what was told of earlier pools; which parts of which of these are to tell what they hold."""
         if self._teller is None:
             return []
-        here = () if self._in_daemon else members
-        if self._in_daemon and members:
-            logger.warning("umbp: pages of L3 are in the daemon, of which a master is not told yet; L1 and L2 are told")
-        return self._teller.begin({each.name: each.access.parts for each in here if not self._is_read_only(each)})
+        return self._teller.begin({each.name: each.access.parts for each in members if not self._is_read_only(each)})
 
     def _observe(self, pool: StorePool, told: Sequence[tuple[str, int]]) -> None:
         for number, (name, part) in enumerate(told):
             shard = pool.shards[part] if name == pool.name else None
-            if self._teller is not None and isinstance(shard, LocalPool):
+            if self._teller is not None and isinstance(shard, LocalPool | DaemonPool):
                 shard.observe(self._teller.observer(number))
 
     def _is_read_only(self, member: _Member) -> bool:
