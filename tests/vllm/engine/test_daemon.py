@@ -94,7 +94,8 @@ def test_two_engines_share_a_pool_one_is_killed_and_the_daemon_too(
         first.kill()
         opened.forget()
         without = opened.ask(*asks)
-        with contextlib.closing(_Daemon(socket)):
+        with contextlib.ExitStack() as ending:
+            ending.callback(daemon(socket, "--dram-capacity", "64MiB").kill)
             again = _served_again(opened, asks)
             held = opened.metric("vllm:umbp_failed_blocks")
     late = oracle.ask(llama, *[Ask(prompt(200, seed=1004 + number)) for number in range(2)])
@@ -119,16 +120,6 @@ def test_the_ranks_of_an_engine_in_processes_of_their_own(
     (again,) = in_child(serve_ranks, llama, over(socket), TP, asks, 1, timeout=280)
     assert [tokens for tokens, _ in cold] == [tokens for tokens, _ in again] == right
     assert [cached for _, cached in again] == [288] * 2
-
-
-class _Daemon:
-    """Another daemon, until it is closed."""
-
-    def __init__(self, socket: Path) -> None:
-        self._process = daemon(socket, "--dram-capacity", "64MiB")
-
-    def close(self) -> None:
-        self._process.kill()
 
 
 def _served_again(opened: Engine, asks: list[Ask]) -> list[Any]:

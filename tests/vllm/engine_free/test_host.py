@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.harness.fake_daemon import FakeClient, FakeDaemon, FakeMapping
+from tests.vllm.harness.fake_daemon import FakeDaemon
 from tests.vllm.harness.host import HostHarness
 from umbp_core.ops import Direction
-from umbp_vllm import host_setup
+from umbp_core.tiers import Tier
 
 PROMPT = list(range(1, 97))
 OTHER = list(range(200, 296))
@@ -22,8 +22,7 @@ Start = Callable[..., HostHarness]
 def daemon(monkeypatch: pytest.MonkeyPatch) -> FakeDaemon:
     """The daemon of this host."""
     daemon = FakeDaemon()
-    monkeypatch.setattr(host_setup, "new_client", lambda plan: FakeClient(daemon, plan))
-    monkeypatch.setattr(host_setup, "new_mapping", lambda plan, stripe: FakeMapping(daemon, plan, stripe))
+    daemon.serve(monkeypatch)
     return daemon
 
 
@@ -45,26 +44,18 @@ def start(daemon: FakeDaemon) -> Iterator[Start]:
     assert daemon.down or not (daemon.pinned() or daemon.scribbled())
 
 
-def run(engine: HostHarness, prompt: list[int], tokens: int = 3) -> float:
-    """Run one request to its end (which compares its tokens with a run without a cache); its hit tokens."""
-    before = engine.stat("hit_tokens", "dram")
-    engine.add(prompt, max_tokens=tokens)
-    engine.run_until_finished()
-    return engine.stat("hit_tokens", "dram") - before
-
-
 @pytest.mark.parametrize("options", [{}, {"tp": 2}, {"async_scheduling": True}], ids=["one", "tp2", "async"])
 def test_what_one_engine_stored_another_loads(start: Start, options: dict[str, Any]) -> None:
     start(**options).store(PROMPT)
     second = start(**options)
-    assert run(second, PROMPT) >= len(PROMPT) - 16
+    assert second.hits(PROMPT) >= len(PROMPT) - 16
     assert second.check_stored() > 0
 
 
 def test_a_prompt_that_is_there_is_not_stored_again(daemon: FakeDaemon, start: Start) -> None:
     start().store(PROMPT)
     second = start()
-    run(second, PROMPT, tokens=1)
+    second.hits(PROMPT, max_tokens=1)
     second.drain()
     assert second.stat("stored_blocks", "dram") == 0
 
@@ -80,24 +71,17 @@ def test_two_engines_that_compute_the_same_at_once_keep_one_copy(daemon: FakeDae
         engine.drain()
     assert first.check_stored() > 0
     assert second.stat("stored_blocks", "dram") == 0
-    assert second.host.stats(0).reserved == 0  # type: ignore[arg-type]
+    assert second.host.stats(Tier.DRAM).reserved == 0
 
 
 def test_an_engine_without_a_daemon_computes_and_uses_the_one_that_comes(daemon: FakeDaemon, start: Start) -> None:
     daemon.down = True
     engine = start()
-    assert run(engine, PROMPT) == 0
+    assert engine.hits(PROMPT) == 0
     daemon.down = False
-    engine.step_until(lambda: comes(engine))
+    engine.step_until(engine.is_attached)
     engine.store(OTHER)
-    assert run(engine, OTHER) > 0
-
-
-def comes(engine: HostHarness) -> bool:
-    """Have steps planned, which is how ranks hear of an arena; whether the pool can be used."""
-    engine.add([7, 8, 9], max_tokens=1)
-    engine.run_until_finished()
-    return engine.host.line.usable
+    assert engine.hits(OTHER) > 0
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -105,13 +89,13 @@ def test_a_daemon_that_comes_back_is_used_again(daemon: FakeDaemon, start: Start
     engine = start(tp=tp)
     engine.store(PROMPT)
     daemon.kill()
-    assert run(engine, PROMPT) == 0
+    assert engine.hits(PROMPT) == 0
     daemon.restart()
-    engine.step_until(lambda: comes(engine))
-    assert run(engine, OTHER) == 0
+    engine.step_until(engine.is_attached)
+    assert engine.hits(OTHER) == 0
     engine.drain()
     assert engine.reset_prefix_cache()
-    assert run(engine, OTHER) > 0
+    assert engine.hits(OTHER) > 0
     assert engine.stat("degraded", "daemon_gone") == 1
 
 
@@ -128,35 +112,30 @@ def test_copies_under_way_when_the_daemon_dies_harm_nobody(daemon: FakeDaemon, s
     engine.release(Direction.LOAD)
     engine.release(Direction.STORE)
     engine.run_until_finished()
-    engine.step_until(lambda: comes(engine))
+    engine.step_until(engine.is_attached)
     engine.drain()
     assert not daemon.scribbled()
-    assert run(engine, PROMPT) == 0
+    assert engine.hits(PROMPT) == 0
 
 
 def test_a_daemon_that_hangs_costs_hits_and_the_lookup_timeout(daemon: FakeDaemon, start: Start) -> None:
     engine = start(extra={"lookup_timeout_ms": 20, "call_timeout_ms": 200})
     engine.store(PROMPT)
     daemon.answers.clear()
-    assert run(engine, PROMPT) == 0
+    assert engine.hits(PROMPT) == 0
     assert engine.stat("lookup_waits", "daemon") > 0
     daemon.answers.set()
-    engine.step_until(lambda: comes(engine))
+    engine.step_until(engine.is_attached)
     engine.drain()
 
 
 def test_an_answer_that_comes_too_late_gives_the_loan_back(daemon: FakeDaemon, start: Start) -> None:
     engine = start(extra={"lookup_timeout_ms": 50, "call_timeout_ms": 5000})
     engine.store(PROMPT)
-    hold_at(daemon, "borrow")
-    assert run(engine, PROMPT) == 0
+    daemon.holds_at = "borrow"
+    assert engine.hits(PROMPT) == 0
     daemon.answers.set()
-    engine.step_until(lambda: comes(engine) and "give_back" in daemon.calls)
-
-
-def hold_at(daemon: FakeDaemon, what: str) -> None:
-    """Have the daemon answer until the first ``what``."""
-    daemon.holds_at = what
+    engine.step_until(lambda: engine.is_attached() and "give_back" in daemon.calls)
 
 
 def test_a_load_that_outlives_its_lease_does_not_count(daemon: FakeDaemon, start: Start) -> None:
@@ -180,7 +159,7 @@ def test_an_object_that_does_not_verify_is_a_miss_and_doubted(daemon: FakeDaemon
     page, _, _ = daemon.objects_of[engine.keys(PROMPT)[0][0]]
     daemon.memory[page, 0, 5] ^= 1
     engine.rotten.update(daemon.objects_of)
-    run(engine, PROMPT)
+    engine.hits(PROMPT)
     engine.drain()
     assert "doubt" in daemon.calls
     assert engine.stat("failed_blocks", "load", "verify") > 0
@@ -189,7 +168,7 @@ def test_an_object_that_does_not_verify_is_a_miss_and_doubted(daemon: FakeDaemon
 def test_without_pages_in_stock_stores_are_dropped(daemon: FakeDaemon, start: Start) -> None:
     daemon.grants_nothing = True
     engine = start()
-    run(engine, PROMPT)
+    engine.hits(PROMPT)
     engine.drain()
     assert engine.stat("dropped_stores", "no_room") > 0
     assert not daemon.objects_of
@@ -199,7 +178,7 @@ def test_a_reset_makes_the_daemon_forget(daemon: FakeDaemon, start: Start) -> No
     engine = start()
     engine.store(PROMPT)
     assert engine.leader.reset_cache()
-    assert run(engine, PROMPT) == 0
+    assert engine.hits(PROMPT) == 0
     engine.drain()
     assert "clear" in daemon.calls
 
@@ -209,8 +188,8 @@ def test_a_reset_that_the_daemon_does_not_hear_keeps_everything_away(daemon: Fak
     engine.store(PROMPT)
     daemon.fails.append("clear")
     assert engine.leader.reset_cache()
-    assert run(engine, PROMPT) == 0
-    engine.step_until(lambda: comes(engine))
+    assert engine.hits(PROMPT) == 0
+    engine.step_until(engine.is_attached)
     assert daemon.calls.count("clear") == 2
     engine.drain()
 
@@ -222,9 +201,9 @@ def test_a_new_daemon_that_first_fails_to_forget_is_used_as_the_new_one(daemon: 
     assert engine.leader.reset_cache()
     daemon.fails += ["clear", "clear"]
     daemon.restart()
-    engine.step_until(lambda: comes(engine))
+    engine.step_until(engine.is_attached)
     engine.store(OTHER)
-    assert run(engine, OTHER) > 0
+    assert engine.hits(OTHER) > 0
     assert engine.check_stored() > 0
 
 
@@ -233,9 +212,9 @@ def test_a_lost_publish_loses_its_pages_and_nothing_else(daemon: FakeDaemon, sta
     daemon.fails.append("publish")
     engine.store(PROMPT)
     assert engine.stat("dropped_stores", "daemon_gone") > 0
-    engine.step_until(lambda: comes(engine))
+    engine.step_until(engine.is_attached)
     engine.store(OTHER)
-    assert run(engine, OTHER) > 0
+    assert engine.hits(OTHER) > 0
 
 
 def test_a_pool_that_is_full_goes_on(daemon: FakeDaemon, start: Start) -> None:
@@ -243,4 +222,4 @@ def test_a_pool_that_is_full_goes_on(daemon: FakeDaemon, start: Start) -> None:
     engine = start()
     for number in range(6):
         engine.store(list(range(100 * number + 1, 100 * number + 97)))
-    assert run(engine, list(range(501, 597))) > 0
+    assert engine.hits(list(range(501, 597))) > 0

@@ -52,14 +52,6 @@ def host(tmp_path: Path) -> Iterator[Host]:
     host.close()
 
 
-def run(engine: HostHarness, prompt: list[int], tokens: int = 3) -> float:
-    """Run one request to its end (which compares its tokens with a run without a cache); its hit tokens."""
-    before = engine.stat("hit_tokens", "dram")
-    engine.add(prompt, max_tokens=tokens)
-    engine.run_until_finished()
-    return engine.stat("hit_tokens", "dram") - before
-
-
 @pytest.mark.parametrize("tp", [1, 2])
 def test_what_an_engine_that_is_gone_stored_the_next_one_loads(host: Host, tp: int) -> None:
     daemon = host.daemon()
@@ -68,7 +60,7 @@ def test_what_an_engine_that_is_gone_stored_the_next_one_loads(host: Host, tp: i
     first.close()
     host.engines.clear()
     until(lambda: daemon.pinned() == 0)
-    assert run(host.engine(tp=tp), PROMPT) >= len(PROMPT) - 4
+    assert host.engine(tp=tp).hits(PROMPT) >= len(PROMPT) - 4
 
 
 def test_another_daemon_finds_on_ssd_what_the_first_one_had(host: Host, tmp_path: Path) -> None:
@@ -77,14 +69,9 @@ def test_another_daemon_finds_on_ssd_what_the_first_one_had(host: Host, tmp_path
     engine = host.engine(tp=2)
     engine.store(PROMPT)
     host.daemons.pop().close()
-    assert run(engine, PROMPT) == 0
+    assert engine.hits(PROMPT) == 0
     host.daemon()
-
-    def comes() -> bool:
-        run(engine, [5, 6, 7], tokens=1)
-        return engine.host.line.usable
-
-    engine.step_until(comes)
+    engine.step_until(engine.is_attached)
     engine.drain()
     assert engine.reset_prefix_cache()
-    assert run(engine, PROMPT) >= len(PROMPT) - 4
+    assert engine.hits(PROMPT) >= len(PROMPT) - 4

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.vllm.harness.fake_daemon import FakeClient, FakeDaemon, FakeMapping
+from tests.vllm.harness.fake_daemon import FakeDaemon
 from tests.vllm.harness.host import HostHarness
 from tests.vllm.harness.traffic import Traffic
-from umbp_vllm import host_setup
 
 STEPS = 120
 PROMPT = list(range(1, 98))
@@ -20,8 +19,7 @@ PROMPT = list(range(1, 98))
 def daemon(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
     """The daemon of this host; nobody wrote to or published a page that was not granted."""
     daemon = FakeDaemon(pages=160)
-    monkeypatch.setattr(host_setup, "new_client", lambda plan: FakeClient(daemon, plan))
-    monkeypatch.setattr(host_setup, "new_mapping", lambda plan, stripe: FakeMapping(daemon, plan, stripe))
+    daemon.serve(monkeypatch)
     yield daemon
     assert not daemon.faults
     assert not daemon.scribbled()

@@ -14,10 +14,12 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pytest
 
 from umbp_connectors.daemon.messages import LENT
 from umbp_connectors.daemon.pages import DaemonArena, Found, NewObject, Place
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
+from umbp_vllm import host_setup
 from umbp_vllm.host_setup import HostPlan
 
 GATE_SECONDS = 20.0
@@ -45,6 +47,11 @@ class FakeDaemon:
         """The call at which it stops to answer."""
         self.fails: list[str] = []
         """Calls of which the next one fails, each."""
+
+    def serve(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Be the daemon of this host, for every engine that starts."""
+        monkeypatch.setattr(host_setup, "new_client", lambda plan: FakeClient(self, plan))
+        monkeypatch.setattr(host_setup, "new_mapping", lambda plan, stripe: FakeMapping(self, plan, stripe))
 
     def attach(self, plan: HostPlan) -> DaemonArena:
         """A client comes."""
@@ -175,14 +182,6 @@ class FakeClient:
         pages = self._daemon.take(count)
         self._mine.update(pages)
         return pages
-
-    def return_pages(self, pages: Sequence[int], deadline: float) -> None:
-        self._pass("return_pages", deadline)
-        with self._daemon.lock:
-            assert set(pages) <= self._daemon.granted
-            self._daemon.granted.difference_update(pages)
-            self._daemon.memory[list(pages)] = DEAD
-            self._daemon.free.extend(pages)
 
     def publish(self, objects: Sequence[NewObject], deadline: float) -> list[PutStatus]:
         self._pass("publish", deadline)

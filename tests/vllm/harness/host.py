@@ -9,8 +9,9 @@ import numpy as np
 
 from tests.vllm.harness.errors import ConnectorFault, StuckTransfer
 from tests.vllm.harness.fake_daemon import FakeDaemon
-from tests.vllm.harness.rank import make_layers
+from tests.vllm.harness.rank import make_layers, object_of
 from tests.vllm.harness.umbp import UmbpHarness
+from umbp_core.tiers import Tier
 from umbp_vllm.host_pool import HostPool
 
 HOST = {"mode": "daemon", "lookup_timeout_ms": 5000, "call_timeout_ms": 5000}
@@ -31,6 +32,18 @@ class HostHarness(UmbpHarness):
         assert host is not None
         return host
 
+    def hits(self, prompt: Sequence[int], max_tokens: int = 3) -> float:
+        """Run one request to its end (which compares its tokens with a run without a cache); its hit tokens."""
+        before = self.stat("hit_tokens", "dram")
+        self.add(prompt, max_tokens=max_tokens)
+        self.run_until_finished()
+        return self.stat("hit_tokens", "dram") - before
+
+    def is_attached(self) -> bool:
+        """Have steps planned, which is how ranks hear of an arena; whether the daemon's pool can be used."""
+        self.hits([7, 8, 9], max_tokens=1)
+        return self.host.line.usable
+
     def settle(self) -> None:
         """Wait until the daemon has answered everything that was said."""
         for _ in range(_MOST_WAITS):
@@ -38,7 +51,7 @@ class HostHarness(UmbpHarness):
             if not (self.host.stock.pending or self.host.stock._taking or self.host.line.clearing):
                 return
             self.yield_to_transfers()
-        raise StuckTransfer(f"the daemon leaves {self.host.stats(0)} unanswered")  # type: ignore[arg-type]
+        raise StuckTransfer(f"the daemon leaves {self.host.stats(Tier.DRAM)} unanswered")
 
     def store(self, prompt: Sequence[int]) -> None:
         """As any engine's, until the daemon has it."""
@@ -64,13 +77,9 @@ class HostHarness(UmbpHarness):
                 for key, (group, states) in self._truths():
                     if key in self.rotten or key not in held:
                         continue
-                    own = [layer for layer in layers if layer.group == group]
-                    offsets = np.arange(len(states))
-                    for layer in own:
-                        layer.write(np.full_like(offsets, 1), offsets, states)
-                    truth = np.concatenate([layer.cells[1].reshape(-1) for layer in own])
                     page, nbytes, _ = held[key]
-                    if not np.array_equal(self.daemon.memory[page, stripe, :nbytes], truth):
+                    stored = self.daemon.memory[page, stripe, :nbytes]
+                    if not np.array_equal(stored, object_of(layers, group, states)):
                         raise ConnectorFault(f"rank {rank.rank}: object {key.hex()} in the daemon is not the model's")
                     checked += 1
         return checked

@@ -74,6 +74,15 @@ def make_layers(config: KVCacheConfig, tp_rank: int) -> tuple[dict[str, torch.Te
     return views, layers
 
 
+def object_of(layers: Sequence[Layer], group: int, states: States) -> npt.NDArray[np.uint8]:
+    """The bytes of a rank's object of a block of ``group`` with these states; writes over block 1 of ``layers``."""
+    own = [layer for layer in layers if layer.group == group]
+    offsets = np.arange(len(states))
+    for layer in own:
+        layer.write(np.full_like(offsets, 1), offsets, states)
+    return np.concatenate([layer.cells[1].reshape(-1) for layer in own])
+
+
 class SimulatedRank:
     """One rank of the engine.
 

@@ -17,7 +17,7 @@ import umbp_vllm
 from tests.vllm.harness.engine import Harness
 from tests.vllm.harness.errors import ConnectorFault, LeakDetected, StuckTransfer
 from tests.vllm.harness.model import Prefix, start_state
-from tests.vllm.harness.rank import make_layers
+from tests.vllm.harness.rank import make_layers, object_of
 from tests.vllm.harness.spec import EngineSpec
 from umbp_core.errors import TransferError
 from umbp_core.ids import block_key
@@ -292,13 +292,7 @@ class UmbpHarness(Harness):
                 for key, (group, states) in wanted.items():
                     if key in self.rotten or self.pool.directory.copy(key, tier) is None:
                         continue
-                    own = [layer for layer in layers if layer.group == group]
-                    offsets = np.arange(len(states))
-                    for layer in own:
-                        layer.write(np.full_like(offsets, 1), offsets, states)
-                    truth = np.concatenate([layer.cells[1].reshape(-1) for layer in own])
-                    stored = self.object_bytes(rank.rank, key, tier)
-                    if not np.array_equal(stored, truth):
+                    if not np.array_equal(self.object_bytes(rank.rank, key, tier), object_of(layers, group, states)):
                         raise ConnectorFault(f"rank {rank.rank}: object {key.hex()} in {tier.name} is not the model's")
                     checked += 1
         return checked
