@@ -18,7 +18,7 @@ logger = logging.getLogger("vllm.umbp.host")
 
 
 @dataclass(frozen=True, slots=True)
-class Stripes:
+class RankStripes:
     """How one page is divided among the ranks: ``of[rank]`` is the stripe that a world rank reads.
 
     ``writers`` are the world ranks that write, in the order of the stripes.

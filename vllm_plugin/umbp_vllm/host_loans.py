@@ -11,7 +11,7 @@ from umbp_core.directory import Copy
 from umbp_core.errors import UnknownOwner
 from umbp_core.ops import CHECKSUM_BYTES
 from umbp_core.tiers import Tier, TierSet
-from umbp_vllm.host_line import HostLine, Stripes
+from umbp_vllm.host_line import HostLine, RankStripes
 from umbp_vllm.host_words import GiveBack, Lent
 
 FRESH_PART = 0.3
@@ -39,7 +39,7 @@ class Loan:
 class HostLoans:
     """All loans of one engine.  Scheduler thread only."""
 
-    def __init__(self, line: HostLine, stripes: Stripes) -> None:
+    def __init__(self, line: HostLine, stripes: RankStripes) -> None:
         self._line = line
         self._stripes = stripes
         self._lent: dict[bytes, Loan] = {}
@@ -67,7 +67,7 @@ class HostLoans:
 
     def install(self, answer: Lent) -> Loan:
         """What was lent, held by the caller, who has to :meth:`let_go` of it."""
-        arena, now = self._line.arena, self._line.clock()
+        arena = self._line.arena
         copies: dict[bytes, Copy] = {}
         if arena is not None and answer.life == self._line.life:
             width = arena.stripes * CHECKSUM_BYTES
@@ -78,10 +78,9 @@ class HostLoans:
                     self._line.known.add(key)
                 else:
                     self._line.known.discard(key)
-        lease = max(0.0, answer.until - now)
-        fresh = answer.until - (1 - FRESH_PART) * (arena.lease_s if arena is not None else lease)
-        last = answer.until - (1 - LAST_PART) * (arena.lease_s if arena is not None else lease)
-        loan = Loan(answer.life, answer.loans, copies, fresh, last, holders=1)
+        lease = arena.lease_s if arena is not None else 0.0
+        fresh_until, until = answer.until - (1 - FRESH_PART) * lease, answer.until - (1 - LAST_PART) * lease
+        loan = Loan(answer.life, answer.loans, copies, fresh_until, until, holders=1)
         self._lent.update(dict.fromkeys(copies, loan))
         self._fresh.append(loan)
         return loan

@@ -15,7 +15,7 @@ from umbp_core.copies import TierStats
 from umbp_core.directory import Change, EventKind
 from umbp_core.ops import Direction
 from umbp_core.tiers import Tier
-from umbp_vllm.host_line import HostLine, Stripes
+from umbp_vllm.host_line import HostLine, RankStripes
 from umbp_vllm.host_loans import NEVER, HostLoans
 from umbp_vllm.host_stock import HostStock
 from umbp_vllm.host_words import Attached, Cleared, Doubt, Gone, Lent, Published, Taken, There
@@ -31,7 +31,7 @@ class HostPool:
     ``most_stock`` bounds the pages that are granted in advance.
     """
 
-    def __init__(self, line: HostLine, stripes: Stripes, most_stock: int) -> None:
+    def __init__(self, line: HostLine, stripes: RankStripes, most_stock: int) -> None:
         self.line = line
         self.loans = HostLoans(line, stripes)
         self.stock = HostStock(line, stripes, most_stock)

@@ -14,14 +14,14 @@ from umbp_connectors.daemon.pages import PageClient, RankArena, WantedPages, eng
 from umbp_connectors.daemon.settings import check_supported, socket_path
 from umbp_connectors.plugins import PluginHost
 from umbp_core.errors import ConfigError
-from umbp_core.ids import Identity, digest_of
+from umbp_core.ids import Identity
 from umbp_vllm.host_rank import HostPages, Mapping, RankHost
 from umbp_vllm.host_talk import Talker
 from umbp_vllm.host_words import Pages
 from umbp_vllm.layout import kv_is_replicated, layout_digest
 from umbp_vllm.layout_groups import geometry_of
 from umbp_vllm.metadata import PROTOCOL_VERSION, RankHello
-from umbp_vllm.namespace import rank_scope
+from umbp_vllm.namespace import namespace_digest, rank_scope
 from umbp_vllm.rank_kit import RankKit, asks_by_layer, kit_maker
 from umbp_vllm.worker import Worker
 
@@ -99,7 +99,7 @@ def talker_maker(vllm_config: Any, config: UmbpConfig, namespace: str) -> Callab
         replicated = len(hellos) > 1 and len({hello.writer_rank for hello in hellos}) == 1
         plan = plan_of(vllm_config, config, namespace, first.layout, first.page_bytes, replicated=replicated)
         starter = starter_of(config)
-        absent = starter.start_soon if starter is not None else _nothing
+        absent = None if starter is None else starter.start_soon
         return Talker(new_client(plan), config.call_timeout_ms / 1000, absent)
 
     return make
@@ -137,20 +137,15 @@ def make_host_worker(
         )
     writer = 0 if replicated else rank
     identity = plan.identities[writer]
-    kit_of = kit_maker(config, plugins, geometry, identity, rank)
-
-    def make_kit(name: bytes, pages: HostPages) -> RankKit:
-        return kit_of(name, pages, None)
-
-    host, kit = rank_host(plan, writer, make_kit)
+    host, kit = rank_host(plan, writer, kit_maker(config, plugins, geometry, identity, rank))
     hello = RankHello(
         version=PROTOCOL_VERSION,
         world_rank=rank,
         writer_rank=writer,
-        identity=digest_of({"namespace": namespace}),
+        identity=namespace_digest(namespace),
         layout=layout,
         page_bytes=geometry.page_bytes,
-        dram_pages=1,
+        dram_pages=1,  # some; how many there are, the daemon says
         ssd_slots=0,
         slot_bytes=0,
         object_bytes=tuple(geometry.object_bytes(group.index) for group in geometry.groups),
@@ -158,17 +153,11 @@ def make_host_worker(
         arena=kit.arena,
     )
     by_layer = asks_by_layer(vllm_config, geometry, config)
-    return Worker(
-        hello, kit.engine, kit.copier, kit.gate, kit.resources, writes=writer == rank, by_layer=by_layer, host=host
-    )
+    return Worker(hello, kit, writes=writer == rank, by_layer=by_layer, host=host)
 
 
 def _shape(hello: RankHello) -> tuple[object, ...]:
     return hello.layout, hello.page_bytes, hello.object_bytes
-
-
-def _nothing() -> None:
-    """There is no daemon, and none is to be started."""
 
 
 def new_client(plan: HostPlan) -> Pages:

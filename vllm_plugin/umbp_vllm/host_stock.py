@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from umbp_connectors.daemon.pages import NewObject
 from umbp_connectors.pool.outcomes import PutStatus
 from umbp_core.tiers import Tier
-from umbp_vllm.host_line import HostLine, Stripes
+from umbp_vllm.host_line import HostLine, RankStripes
 from umbp_vllm.host_words import PublishAll, Published, Take, Taken
 
 FIRST_STOCK = 64
@@ -30,7 +30,7 @@ class _Writing:
 class HostStock:
     """The pages of one engine.  Scheduler thread only.  ``most`` bounds those granted in advance."""
 
-    def __init__(self, line: HostLine, stripes: Stripes, most: int) -> None:
+    def __init__(self, line: HostLine, stripes: RankStripes, most: int) -> None:
         self._line = line
         self._stripes = stripes
         self._most = most

@@ -6,6 +6,7 @@ order that asks for something gets exactly one answer, also when the daemon is g
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
@@ -14,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from umbp_connectors.daemon.messages import KEYS
 from umbp_connectors.daemon.pages import DaemonArena, NewObject, Place
 from umbp_connectors.pool.outcomes import PutStatus
 from umbp_core.errors import UmbpError
@@ -53,14 +53,14 @@ _FAILURES = (OSError, WireError, UmbpError)
 class Talker:
     """Talks to the daemon.  :meth:`say` and :meth:`take` are for one thread and never wait.
 
-    ``call_s`` bounds every call.  ``absent`` is told when there is no daemon, in the thread.
+    ``call_s`` bounds every call.  ``absent`` is told, in the thread, when there is no daemon.
     """
 
     def __init__(
         self,
         client: Pages,
         call_s: float,
-        absent: Callable[[], None] = lambda: None,
+        absent: Callable[[], None] | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         self._client = client
@@ -106,7 +106,7 @@ class Talker:
                 order = self._next()
                 if order is not None:
                     self._carry_out(order)
-        except Exception:
+        except Exception:  # thread top: whoever waits for an answer must hear that none comes
             logger.exception("umbp: the thread that talks to the daemon ended; nothing is loaded or stored any more")
             self._answers.append(Gone("the thread that talks to the daemon ended"))
         finally:
@@ -133,7 +133,8 @@ class Talker:
                 self._client.clear(self._clock() + self._call_s)
         except _FAILURES as error:
             self._failed(error)
-            self._absent()
+            if self._absent is not None:
+                self._absent()
             return
         self._connected, self._told_gone, self._pause_s = True, False, _FIRST_PAUSE_S
         self._answers.append(Attached(self._life, arena))
@@ -157,7 +158,7 @@ class Talker:
     def _carry_out(self, order: Order) -> None:
         _HANDLERS[type(order)](self, order)
 
-    def _try(self, call: Callable[[float], None]) -> bool:
+    def _try(self, call: Callable[[float], object]) -> bool:
         """Make one call; false when it could not be made or failed, after which there is no connection."""
         if not self._connected:
             return False
@@ -173,15 +174,8 @@ class Talker:
 
         def ask(deadline: float) -> None:
             for keys, prefix in order.runs:
-                for start in range(0, len(keys), KEYS):
-                    part = keys[start : start + KEYS]
-                    found = self._client.look_up(part, prefix, deadline)
-                    if not prefix:
-                        there.update(key for key, is_there in zip(part, found.there, strict=True) if is_there)
-                        continue
-                    there.update(part[: found.prefix])
-                    if found.prefix < len(part):
-                        break
+                found = self._client.look_up(keys, prefix, deadline)
+                there.update(keys[: found.prefix] if prefix else itertools.compress(keys, found.there))
 
         asked = self._clock() < order.until and self._try(ask)
         self._answers.append(There(order.number, frozenset(there), asked))
@@ -246,11 +240,7 @@ class Talker:
 
     def _clear(self, order: Clear) -> None:
         self._clears += 1
-
-        def clear(deadline: float) -> None:
-            self._client.clear(deadline)
-
-        if self._try(clear):
+        if self._try(self._client.clear):
             self._tell_cleared()
 
     def _stop(self, order: Stop) -> None:

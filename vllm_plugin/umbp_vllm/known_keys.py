@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 MOST = 1 << 18
 
 
@@ -26,11 +24,6 @@ class KnownKeys:
         self._keys[key] = None
         if len(self._keys) > self._most:
             del self._keys[next(iter(self._keys))]
-
-    def update(self, keys: Iterable[bytes]) -> None:
-        """All of ``keys`` were there just now."""
-        for key in keys:
-            self.add(key)
 
     def discard(self, key: bytes) -> None:
         """``key`` is not there."""

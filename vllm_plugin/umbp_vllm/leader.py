@@ -22,9 +22,9 @@ from umbp_vllm.compat import ended_by_itself, is_running
 from umbp_vllm.dump import leader_state
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.hbm import BlockTables, HeldBlocks
-from umbp_vllm.host_opening import open_host_pool
 from umbp_vllm.metadata import RankHello, StepMetadata, WorkerReport
-from umbp_vllm.pool import LeaderPool, LeaderSetup, open_pool
+from umbp_vllm.opening import LeaderSetup, Opening
+from umbp_vllm.pool import LeaderPool
 from umbp_vllm.reporting import Reporting
 from umbp_vllm.requests import AT_ONCE, NEVER, RequestState
 from umbp_vllm.stats import UmbpStats
@@ -61,15 +61,12 @@ class Leader:
             self._hellos[hello.world_rank] = hello
         if self._pool is None and not self._refused_pool and len(self._hellos) == self._setup.ranks:
             ordered = [self._hellos[rank] for rank in range(self._setup.ranks)]
+            opening = Opening(self._setup, ordered, self._clock, self.held, self.tables, self.stats)
             try:
-                self._pool = self._open_pool(ordered)
+                self._pool = self._setup.open_pool(opening, self._reporting)
             except UmbpError as error:
                 self._refused_pool = True
                 self.degraded("pool", str(error))
-
-    def _open_pool(self, hellos: Sequence[RankHello]) -> LeaderPool:
-        parts = (self._setup, hellos, self._clock, self.held, self.tables, self.stats, self._reporting)
-        return open_pool(*parts) if self._setup.daemon is None else open_host_pool(self._setup.daemon, *parts)
 
     @property
     def pool(self) -> LeaderPool | None:

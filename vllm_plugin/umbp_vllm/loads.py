@@ -36,7 +36,8 @@ class LoadPolicy:
 
     timeout_s: float
     share_timeout_s: float
-    min_blocks: int
+    least_tokens: int
+    """A match of fewer is not worth a load."""
     share: bool
     """Whether a second request may wait for another's load; useless without vLLM's own prefix cache."""
     layerwise: bool = False
@@ -69,7 +70,6 @@ class LoadPlanner:
         self._stats = stats
         self._used = used
         self._enquirer = enquirer
-        self._least_tokens = policy.min_blocks * min(group.block_tokens for group in groups)
         self._staged: dict[str, RequestState] = {}
         self._loading: dict[bytes, str] = {}
         self._in_flight: dict[str, RequestState] = {}
@@ -120,7 +120,7 @@ class LoadPlanner:
         self._matcher.touch(state.keys, end)
         if self._used is not None:
             self._used(state, end)
-        if end - start < self._least_tokens:
+        if end - start < self._policy.least_tokens:
             return 0
         match = self._matcher.stage(state.keys, start, end, now)
         if match is None:

@@ -53,6 +53,11 @@ def namespace_of(
     return f"{_slug(str(model['name']))}-{digest_of(description).hex()[:32]}", description
 
 
+def namespace_digest(namespace: str) -> bytes:
+    """What leader and workers compare: 32 bytes that stand for ``namespace``."""
+    return digest_of({"namespace": namespace})
+
+
 def rank_scope(vllm_config: Any, tp_rank: int, pp_rank: int, replicated: bool, pcp_rank: int = 0) -> RankScope:
     """The part of the model's KV that one worker holds.
 

@@ -39,7 +39,11 @@ class Closable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RankKit:
-    """What copies between HBM and one arena, running.  ``arena`` is its name, empty for :func:`no_pages`."""
+    """What copies between HBM and one arena, running.
+
+    ``arena`` is the name of the daemon's; it is empty where there is none.  ``resources`` are closed after the engine,
+    in this order.
+    """
 
     arena: bytes
     engine: TransferEngine
@@ -57,11 +61,16 @@ class RankKit:
 
 
 def kit_maker(
-    config: UmbpConfig, plugins: PluginHost, geometry: KvGeometry, identity: Identity, world_rank: int
-) -> Callable[[bytes, DramTier, SsdTier | SharedSlab | None], RankKit]:
-    """Makes what copies between HBM and an arena, running."""
+    config: UmbpConfig,
+    plugins: PluginHost,
+    geometry: KvGeometry,
+    identity: Identity,
+    world_rank: int,
+    slab: SsdTier | SharedSlab | None = None,
+) -> Callable[[bytes, DramTier], RankKit]:
+    """Makes what copies between HBM and an arena of a given name, running.  ``slab`` is the SSD tier behind it."""
 
-    def make(name: bytes, arena: DramTier, slab: SsdTier | SharedSlab | None) -> RankKit:
+    def make(name: bytes, arena: DramTier) -> RankKit:
         copier = make_copier(geometry, cast(PageArena, arena))
         copier.open()
         engine = TransferEngine(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -17,19 +18,21 @@ from umbp_connectors.plugins import PluginHost, create_manager
 from umbp_connectors.reporting.opening import open_reporter
 from umbp_connectors.tier_ports import DramTier, SsdTier
 from umbp_core.errors import ConfigError, UmbpError
-from umbp_core.ids import Identity, digest_of
+from umbp_core.ids import Identity
 from umbp_vllm import compat
 from umbp_vllm.engine_args import SERVING_KEY
 from umbp_vllm.groups import failures_by_block, kv_groups
 from umbp_vllm.hashing import hash_stability
+from umbp_vllm.host_opening import open_host_pool
 from umbp_vllm.host_setup import make_host_worker, talker_maker
 from umbp_vllm.layout import kv_is_replicated, layout_digest
 from umbp_vllm.layout_groups import geometry_of
 from umbp_vllm.leader import Leader
+from umbp_vllm.local_opening import open_local_pool
 from umbp_vllm.metadata import PROTOCOL_VERSION, RankHello
-from umbp_vllm.namespace import namespace_of, rank_scope
+from umbp_vllm.namespace import namespace_digest, namespace_of, rank_scope
 from umbp_vllm.node import facts_of
-from umbp_vllm.pool import LeaderSetup
+from umbp_vllm.opening import LeaderSetup, OpenPool
 from umbp_vllm.rank_kit import BY_LAYER, asks_by_layer, kit_maker, warn_of_whole_blocks
 from umbp_vllm.reporting import Reporting
 from umbp_vllm.sharing import SharedSlab, share_arena, share_slab
@@ -96,23 +99,26 @@ def make_leader(
     settings.plugins.check_offload_policies()
     _warn_of_mla_on_cpu(vllm_config)
     namespace, _ = namespace_of(vllm_config, kv_cache_config, settings.config.namespace)
+    open_pool: OpenPool = open_local_pool
+    if settings.config.mode == DAEMON:
+        open_pool = functools.partial(open_host_pool, talker_maker(vllm_config, settings.config, namespace))
     setup = LeaderSetup(
         config=settings.config,
         plugins=settings.plugins,
         groups=groups,
         alignment=math.lcm(*(group.block_tokens for group in groups)),
         ranks=parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
-        identity=_identity(namespace),
+        identity=namespace_digest(namespace),
         folder=_folder(namespace, parallel, settings),
         share_loads=bool(vllm_config.cache_config.enable_prefix_caching),
         persistent=stability.stable,
         kv_events=_kv_events(vllm_config),
+        open_pool=open_pool,
         may_load=_may_load(vllm_config, kv_cache_config),
         may_store=bool(vllm_config.kv_transfer_config.is_kv_producer),
         tokens_per_step=1 + int(vllm_config.num_speculative_tokens),
         layerwise=_layerwise(vllm_config, kv_cache_config, settings),
         stores_by_layer=_stores_by_layer(vllm_config, settings),
-        daemon=talker_maker(vllm_config, settings.config, namespace) if settings.config.mode == DAEMON else None,
     )
     return Leader(setup, time.monotonic, reporting)
 
@@ -165,12 +171,12 @@ def make_worker(vllm_config: Any, kv_cache_config: Any, settings: Settings, kv_c
     slab, problem = _rank_slab(settings, spec, shared=shared, writes=writes)
     object_bytes = tuple(geometry.object_bytes(group.index) for group in geometry.groups)
     identity = Identity(namespace, layout, rank_scope(vllm_config, tp_rank, pp_rank, shared))
-    kit = kit_maker(settings.config, settings.plugins, geometry, identity, world_rank)(b"", arena, slab)
+    kit = kit_maker(settings.config, settings.plugins, geometry, identity, world_rank, slab)(b"", arena)
     hello = RankHello(
         version=PROTOCOL_VERSION,
         world_rank=world_rank,
         writer_rank=writer_rank,
-        identity=_identity(namespace),
+        identity=namespace_digest(namespace),
         layout=layout,
         page_bytes=arena.page_bytes,
         dram_pages=arena.pages,
@@ -181,7 +187,7 @@ def make_worker(vllm_config: Any, kv_cache_config: Any, settings: Settings, kv_c
         prefix=identity.digest,
     )
     by_layer = asks_by_layer(vllm_config, geometry, settings.config)
-    return Worker(hello, kit.engine, kit.copier, kit.gate, kit.resources, writes=writes, by_layer=by_layer)
+    return Worker(hello, kit, writes=writes, by_layer=by_layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,10 +239,6 @@ def _rank_slab(
         except UmbpError as error:
             problem = str(error)
     return share_slab(owned, problem) if shared else (owned, problem)
-
-
-def _identity(namespace: str) -> bytes:
-    return digest_of({"namespace": namespace})
 
 
 def _engines(parallel: Any, settings: Settings) -> int:

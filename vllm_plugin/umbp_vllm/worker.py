@@ -11,24 +11,21 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import msgspec
 
-from umbp_connectors.transfer.engine import TransferEngine
 from umbp_connectors.transfer.failures import LOST
 from umbp_core.errors import UmbpError
 from umbp_core.intake import Intake
 from umbp_core.ops import Direction, LeaderTransferRequest, NewWorkerSlot, OpResult, OpStatus, RequirementKind
-from umbp_core.ports import DeviceCopier
 from umbp_core.scheduler import Fate
 from umbp_core.worker_slots import WorkerSlots
 from umbp_vllm.dump import worker_state
 from umbp_vllm.host_rank import RankHost
-from umbp_vllm.layer_gate import LayerGate
 from umbp_vllm.load_outcome import LoadOutcome
 from umbp_vllm.metadata import RankHello, StepMetadata, WorkerReport
-from umbp_vllm.rank_kit import Closable, RankKit
+from umbp_vllm.rank_kit import RankKit
 
 logger = logging.getLogger("vllm.umbp.worker")
 
@@ -50,29 +47,23 @@ REPORTED = 4096
 class Worker:
     """Runs the leader's ops on one rank.
 
-    ``resources`` are closed after the engine, in this order.  ``writes`` is False on a rank that shares
-    another one's arena and slab: there, stores and demotions are the other rank's work and count as done.
-    ``by_layer`` is False where the forward pass does not ask for every layer that it reads.  ``host`` maps the arenas
-    of the host's daemon, where that has the pool; ``engine`` and what comes with it are then of ``hello.arena``.
+    ``kit`` is this object's, which closes it.  ``writes`` is False on a rank that shares another one's arena and slab:
+    there, stores and demotions are the other rank's work and count as done.  ``by_layer`` is False where the forward
+    pass does not ask for every layer that it reads.  ``host`` maps the arenas of the host's daemon, where that has the
+    pool; ``kit`` is then of ``hello.arena``, and changes with the arena.
     """
 
     def __init__(
         self,
         hello: RankHello,
-        engine: TransferEngine,
-        copier: DeviceCopier,
-        gate: LayerGate,
-        resources: Sequence[Closable] = (),
+        kit: RankKit,
         *,
         writes: bool,
         by_layer: bool = True,
         host: RankHost | None = None,
     ) -> None:
         self.hello = hello
-        self.engine = engine
-        self.gate = gate
-        self._copier = copier
-        self._resources = resources
+        self._use(kit)
         self._host = host
         self._writes = writes
         self._by_layer = by_layer
@@ -91,6 +82,10 @@ class Worker:
         self._torn: set[str] = set()
         self._refused: list[tuple[str, tuple[int, ...]]] = []
         self._released: list[str] = []
+
+    def _use(self, kit: RankKit) -> None:
+        self._kit = kit
+        self.engine, self.gate, self._copier = kit.engine, kit.gate, kit.copier
 
     def load_ahead(self, metadata: StepMetadata, *, by_layer: bool) -> None:
         """Start the layer-wise loads of the step, whose forward pass is about to be launched.
@@ -185,8 +180,7 @@ class Worker:
         """Change to the daemon's new arena: nothing is being copied in the old one."""
         self._released += self.engine.take_released()
         self._ended += self.engine.poll()
-        new = host.change(RankKit(b"", self.engine, self._copier, self.gate, self._resources))
-        self.engine, self._copier, self.gate, self._resources = new.engine, new.copier, new.gate, new.resources
+        self._use(host.change(self._kit))
 
     def _answer(self, overdue: Iterable[LeaderTransferRequest]) -> None:
         """The leader has not heard how these ops ended: say what is known, and refuse those of which nothing is."""
@@ -216,12 +210,9 @@ class Worker:
         """The engine never got ``op``.  Where vLLM waits for it on this rank, too, have its end reported, once."""
         waits = op.direction is Direction.LOAD and not op.layerwise
         if waits and op.op_id not in self._loads and op.op_id not in self._reported:
-            self._expect(op)
+            self._loads[op.op_id] = op
             self._slots.open(NewWorkerSlot(op.request_id, (op.op_id,)))
             self._slots.finished([op.request_id])  # which vLLM may have said before: keep nothing of it afterwards
-
-    def _expect(self, op: LeaderTransferRequest) -> None:
-        self._loads[op.op_id] = op
 
     def fence(self, metadata: StepMetadata) -> None:
         """End the stores in ``metadata.fences`` before the forward pass writes HBM again (law L3).
@@ -251,9 +242,7 @@ class Worker:
 
     def _submit(self, metadata: StepMetadata) -> None:
         self._refused += metadata.refused_loads
-        for op in metadata.ops:
-            if op.direction is Direction.LOAD:
-                self._expect(op)
+        self._loads.update({op.op_id: op for op in metadata.ops if op.direction is Direction.LOAD})
         for slot in metadata.new_slots:
             self._slots.open(slot)
         mine = [op for op in metadata.ops if self._writes or op.direction is Direction.LOAD]
@@ -348,11 +337,9 @@ class Worker:
 
     def close(self, timeout_s: float) -> None:
         """End everything within ``timeout_s``; idempotent."""
-        if not self.engine.close(timeout_s):
+        if not self._kit.close(timeout_s):
             logger.warning("umbp: a copy or a disk hangs; its memory stays mapped until the process ends")
             return
-        for resource in self._resources:
-            resource.close()
         if self._host is not None:
             self._host.close()
 

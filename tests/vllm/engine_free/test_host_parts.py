@@ -10,7 +10,7 @@ from umbp_connectors.daemon.pages import DaemonArena, NewObject, Place
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_core.ops import BlockCopy, Direction, LeaderTransferRequest
 from umbp_core.tiers import Tier
-from umbp_vllm.host_line import HostLine, Stripes
+from umbp_vllm.host_line import HostLine, RankStripes
 from umbp_vllm.host_pool import HostPool
 from umbp_vllm.host_words import Attached, Lent, PublishAll, Published, Taken
 from umbp_vllm.known_keys import KnownKeys
@@ -45,7 +45,7 @@ def arena(name: bytes, **known: Any) -> DaemonArena:
 def pool_of(script: Script, now: list[float]) -> HostPool:
     """A pool whose only rank has the arena ``a`` mapped."""
     line = HostLine(script, [b"a" * 16], lambda: now[0], UmbpStats(data={}))  # type: ignore[arg-type]
-    pool = HostPool(line, Stripes((0,), (0,)), 4096)
+    pool = HostPool(line, RankStripes((0,), (0,)), 4096)
     script.answers.append(Attached(1, arena(b"a")))
     script.answers.append(Taken(1, [1, 2, 3]))
     pool.take_answers()
@@ -121,16 +121,17 @@ def test_what_was_written_for_an_arena_that_is_gone_is_not_published() -> None:
 
 
 def test_checksums_of_ranks_and_stripes() -> None:
-    mla = Stripes((0, 0), (0,))
+    mla = RankStripes((0, 0), (0,))
     assert mla.stored(b"a" * 16 + b"a" * 16) == b"a" * 16
     assert mla.expected(b"a" * 16) == b"a" * 32
-    two = Stripes((0, 1), (0, 1))
+    two = RankStripes((0, 1), (0, 1))
     assert two.stored(b"x" * 32) == two.expected(b"x" * 32) == b"x" * 32
 
 
 def test_known_keys_are_bounded() -> None:
     known = KnownKeys(2)
-    known.update([b"1", b"2", b"1", b"3"])
+    for key in (b"1", b"2", b"1", b"3"):
+        known.add(key)
     assert [key in known for key in (b"1", b"2", b"3")] == [True, False, True]
     known.discard(b"1")
     assert len(known) == 1

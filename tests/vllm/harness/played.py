@@ -30,6 +30,7 @@ from umbp_core.scheduler import Fate, Limits, TransferScheduler
 from umbp_core.testing.fakes import FakeClock
 from umbp_vllm.layer_gate import LayerGate
 from umbp_vllm.metadata import PROTOCOL_VERSION, RankHello, StepMetadata, WorkerReport
+from umbp_vllm.rank_kit import RankKit
 from umbp_vllm.worker import Worker
 
 TICK_S = 0.05
@@ -193,7 +194,7 @@ class PlayedRank:
         self.engine = engine
         gate = LayerGate(engine, {}, engine.clock)  # type: ignore[arg-type]
         hello = RankHello(PROTOCOL_VERSION, number, number, b"", b"", 1, 1, 1, 1, (1,))
-        self.worker = Worker(hello, engine, NoDevice(), gate, writes=True)  # type: ignore[arg-type]
+        self.worker = Worker(hello, RankKit(b"", engine, NoDevice(), gate), writes=True)  # type: ignore[arg-type]
         self.reported: Counter[str] = Counter()
         """How often each request was reported as loaded, well or not."""
         self.failed: set[str] = set()
