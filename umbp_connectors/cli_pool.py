@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,10 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from umbp_connectors.cli_pool_wanted import Wanted, age_text, key_of, size_of
 from umbp_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from umbp_connectors.daemon.listing import ListObjects
     from umbp_connectors.pool.inspection import StoredCatalogue, StoredObject
 
 app = typer.Typer(name="pool", help="Look into an SSD folder, check it, clean it, and measure this machine.")
@@ -40,6 +39,9 @@ OlderOption = Annotated[
 ]
 NewerOption = Annotated[str, typer.Option("--newer-than", metavar="TIME", help="Only what was written since.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+SocketOption = Annotated[
+    Path | None, typer.Option("--socket", metavar="PATH", help="The daemon's, where one uses the folder.")
+]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do it; without, say what would be done.")]
 
 
@@ -50,16 +52,12 @@ class Where(str, enum.Enum):
     SSD = "ssd"
 
 
-_TIME = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
-_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
-_HEX = re.compile(r"(?:[0-9a-fA-F]{2})+")
-
-
 @app.callback()
 def pool() -> None:
     """Look into an SSD folder, check it, clean it, and measure this machine.
 
-    What only reads may be used while an engine runs; what changes something is refused then.
+    What only reads may be used while an engine runs. What changes something asks the host's daemon where that uses the
+    folder, and is refused where an engine does by itself.
     """
 
 
@@ -110,11 +108,11 @@ def ls(
     """List objects, the latest first: key, size, place in its prefix chain, age (on SSD), slot or page."""
     from umbp_connectors.cli_views import size_text
 
-    wanted = _Wanted(prefix, older_than, newer_than, min_size, max_size)
+    wanted = Wanted(prefix, older_than, newer_than, min_size, max_size)
     if tier is Where.DRAM:
         if folder or older_than or newer_than:
             raise ConfigError("DRAM is the daemon's and knows no ages: leave out --dir, --older-than and --newer-than")
-        from umbp_connectors.cli_pool_dram import show
+        from umbp_connectors.cli_pool_daemon import show
 
         show(socket, wanted.in_memory(name, limit), as_json)
         return
@@ -126,7 +124,7 @@ def ls(
         return
     table = Table("key", "size", "depth", "age", "slot", "catalogue", box=box.SIMPLE, pad_edge=False)
     for catalogue, stored in shown:
-        age = "-" if stored.written is None else _age(time.time() - stored.written)
+        age = "-" if stored.written is None else age_text(time.time() - stored.written)
         sizes = size_text(stored.nbytes), str(stored.depth), age, str(stored.slot)
         table.add_row(stored.key.hex(), *sizes, escape(catalogue.name))
     console = Console(soft_wrap=True)
@@ -148,7 +146,7 @@ def get(
     """Write the verified bytes of one object to a file."""
     from umbp_connectors.pool.maintenance import load
 
-    wanted = _key(key)
+    wanted = key_of(key)
     for catalogue in _catalogues(_folder(folder), name):
         for stored in catalogue.objects():
             if stored.key == wanted:
@@ -200,36 +198,53 @@ def evict(
     name: NameOption = "",
     prefix: PrefixOption = "",
     older_than: OlderOption = "",
+    socket: SocketOption = None,
     yes: YesOption = False,
 ) -> None:
-    """Take objects off the SSD: those that are named, or that begin so, or that are old. No engine may use it."""
+    """Take objects off the SSD: those that are named, or that begin so, or that are old.
+
+    The daemon, where one uses the folder, forgets them in memory too. No other engine may use it.
+    """
+    from umbp_connectors import cli_pool_daemon
     from umbp_connectors.pool import maintenance
 
     if not keys and not prefix and not older_than:
         raise ConfigError("say what is to go: keys, --prefix or --older-than; `umbp pool clear` takes everything")
-    named = {_key(key) for key in keys or ()}
-    wanted = _Wanted(prefix, older_than)
-    for catalogue in _catalogues(_folder(folder), name):
+    named = {key_of(key) for key in keys or ()}
+    wanted, where = Wanted(prefix, older_than), _folder(folder)
+    for catalogue in _catalogues(where, name):
         gone = [stored.key for _, stored in _matching(catalogue, wanted) if not named or stored.key in named]
         if not yes:
             print(f"{catalogue.name}: {len(gone):,} objects would go; say --yes")
+        elif gone and catalogue.in_use:
+            print(f"{catalogue.name}: {cli_pool_daemon.evict(socket, where, catalogue, gone):,} objects are gone")
         elif gone:
             print(f"{catalogue.name}: {maintenance.evict(catalogue, gone):,} objects are gone")
 
 
 @app.command()
-def clear(folder: DirOption = None, name: NameOption = "", yes: YesOption = False) -> None:
-    """Remove everything from the SSD folder, files included. No engine may use it."""
+def clear(folder: DirOption = None, name: NameOption = "", socket: SocketOption = None, yes: YesOption = False) -> None:
+    """Remove everything from the SSD folder, files included.
+
+    The daemon, where one uses them, forgets what is in its pools and keeps its files. No other engine may use it.
+    """
+    from umbp_connectors import cli_pool_daemon
     from umbp_connectors.cli_views import size_text
     from umbp_connectors.pool import maintenance
 
-    catalogues = _catalogues(_folder(folder), name)
+    where = _folder(folder)
+    catalogues = _catalogues(where, name)
     if not yes:
         for catalogue in catalogues:
             row = _stats_of(catalogue)
             print(f"{catalogue.name}: {row['objects']:,} objects would go; say --yes")
         return
-    print(f"{size_text(maintenance.clear(catalogues))} are free again")
+    for catalogue in catalogues:
+        if catalogue.in_use:
+            cli_pool_daemon.clear(socket, where, catalogue)
+            print(f"{catalogue.name}: all objects are gone; its files are the daemon's")
+    unused = [catalogue for catalogue in catalogues if not catalogue.in_use]
+    print(f"{size_text(maintenance.clear(unused))} are free again")
 
 
 @app.command()
@@ -246,7 +261,7 @@ def bench(
     """Measure put, get and exists beside what memory and disk give in the same minute."""
     from umbp_connectors.pool.bench import measure
 
-    figures = measure(_size(size) or 1, objects, rounds, threads, folder)
+    figures = measure(size_of(size) or 1, objects, rounds, threads, folder)
     if as_json:
         rows = [
             {"what": f.what, "value": f.value, "unit": f.unit, "ceiling": f.ceiling, "ratio": f.ratio} for f in figures
@@ -259,40 +274,6 @@ def bench(
         ratio = "-" if figure.ratio is None else f"{figure.ratio:.2f}"
         table.add_row(figure.what, f"{figure.value:.2f} {figure.unit}", ceiling, ratio)
     Console(soft_wrap=True).print(table)
-
-
-class _Wanted:
-    """Which objects a command is about."""
-
-    def __init__(
-        self, prefix: str = "", older_than: str = "", newer_than: str = "", min_size: str = "", max_size: str = ""
-    ) -> None:
-        now = time.time()
-        self._prefixes = {prefix.encode(), bytes.fromhex(prefix)} if _HEX.fullmatch(prefix) else {prefix.encode()}
-        self._before = now - _seconds(older_than) if older_than else None
-        self._since = now - _seconds(newer_than) if newer_than else None
-        self._least = _size(min_size) or 0
-        self._most = _size(max_size)
-
-    def in_memory(self, name: str, limit: int) -> ListObjects:
-        """The same as a question to the daemon."""
-        from umbp_connectors.daemon.listing import OBJECTS, ListObjects
-        from umbp_connectors.daemon.messages import REVISION
-        from umbp_core.tiers import Tier
-
-        starts = [prefix for prefix in self._prefixes if prefix]
-        most = (1 << 62) - 1 if self._most is None else self._most
-        return ListObjects(REVISION, int(Tier.DRAM), name, starts, self._least, most, min(limit or OBJECTS, OBJECTS))
-
-    def __call__(self, stored: StoredObject) -> bool:
-        written = stored.written or 0.0
-        return (
-            any(stored.key.startswith(prefix) for prefix in self._prefixes)
-            and (self._before is None or written <= self._before)
-            and (self._since is None or written >= self._since)
-            and stored.nbytes >= self._least
-            and (self._most is None or stored.nbytes <= self._most)
-        )
 
 
 def _folder(given: Path | None) -> Path:
@@ -313,8 +294,8 @@ def _catalogues(folder: Path, name: str) -> list[StoredCatalogue]:
     return catalogues_below(find_catalogues(folder), name)
 
 
-def _matching(catalogue: StoredCatalogue, wanted: _Wanted) -> Iterator[tuple[StoredCatalogue, StoredObject]]:
-    return ((catalogue, stored) for stored in catalogue.objects() if wanted(stored))
+def _matching(catalogue: StoredCatalogue, wanted: Wanted) -> Iterator[tuple[StoredCatalogue, StoredObject]]:
+    return ((catalogue, stored) for stored in catalogue.objects() if wanted.matches(stored))
 
 
 def _stats_of(catalogue: StoredCatalogue) -> dict[str, Any]:
@@ -355,34 +336,3 @@ def _values(catalogue: StoredCatalogue, stored: StoredObject) -> dict[str, Any]:
         "catalogue": catalogue.name,
         "namespace": catalogue.namespace,
     }
-
-
-def _key(text: str) -> bytes:
-    if not _HEX.fullmatch(text):
-        raise ConfigError(f"{text!r} is no key; give it hexadecimal, as `umbp pool ls` shows it")
-    return bytes.fromhex(text)
-
-
-def _size(text: str) -> int | None:
-    from umbp_connectors.config_model import parse_size
-
-    if not text:
-        return None
-    try:
-        return parse_size(int(text) if text.isdigit() else text)
-    except ValueError as error:
-        raise ConfigError(f"{text!r}: {error}") from None
-
-
-def _seconds(text: str) -> float:
-    match = _TIME.fullmatch(text)
-    if match is None:
-        raise ConfigError(f"{text!r} is no time; give a number with s, m, h or d")
-    return float(match[1]) * _SECONDS[match[2]]
-
-
-def _age(seconds: float) -> str:
-    for unit, name in ((86_400, "d"), (3600, "h"), (60, "m")):
-        if seconds >= unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{max(0.0, seconds):.0f} s"

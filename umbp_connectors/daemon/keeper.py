@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.daemon.kept import KeptPool
@@ -79,6 +80,11 @@ class PoolKeeper:
         with self._lock:
             kept = self._pools.get(digest)
         return kept if kept is not None and kept.is_open else None
+
+    def keeps_in(self, folder: Path) -> bool:
+        """Whether the SSD tier of its pools lies in ``folder``."""
+        config = self._config
+        return config.ssd_active and config.ssd_dir is not None and config.ssd_dir.resolve() == folder
 
     def close(self, timeout: float) -> None:
         """Close all of them at once, each within its own ``timeout`` and a little; idempotent."""

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from umbp_connectors.daemon import messages
 from umbp_connectors.daemon.listing import Listing, ListObjects
+from umbp_connectors.daemon.managing import KEYS, Evict, Manage
 from umbp_connectors.daemon.mapping import MappedArena
 from umbp_connectors.daemon.messages import (
     AskStats,
@@ -225,6 +226,51 @@ def follow(path: Path, digest: bytes, deadline: float) -> NewsLink:
         sock.allow(messages.FRAME_BYTES)
         undo.pop_all()
     return NewsLink(sock)
+
+
+class ManagingLink:
+    """An open connection over which somebody manages a pool.  One thread.  Calls raise as those of a link do."""
+
+    def __init__(self, sock: FrameSocket) -> None:
+        self._socket = sock
+
+    def evict(self, keys: Sequence[bytes], deadline: float) -> int:
+        """Have these forgotten; how many of them there were."""
+        parts = (list(keys[start : start + KEYS]) for start in range(0, len(keys), KEYS))
+        return sum(self._order(Evict(part), deadline) for part in parts)
+
+    def clear(self, deadline: float) -> int:
+        """Have everything forgotten; how many copies there were."""
+        return self._order(Clear(), deadline)
+
+    def flush(self, timeout: float, deadline: float) -> bool:
+        """Have it written down within ``timeout`` seconds; whether it is."""
+        return bool(self._order(Flush(int(1000 * timeout)), deadline))
+
+    def close(self) -> None:
+        """End the connection."""
+        self._socket.close()
+
+    def _order(self, order: messages.Order, deadline: float) -> int:
+        self._socket.send(FrameType.REQUEST, 0, messages.encode(order), deadline)
+        kind, _, payload = self._socket.receive(deadline)
+        if kind != FrameType.REPLY:
+            raise WireError(ErrorCode.PROTOCOL, "an answer to nothing that was asked")
+        return messages.decode_as(Count, payload).count
+
+
+def manage(path: Path, digest: bytes, folder: Path, deadline: float) -> ManagingLink:
+    """A connection to manage the pool with this digest of an identity, whose SSD tier lies in ``folder``.
+
+    Raises as a link does, and ``TierUnavailable`` when the daemon at ``path`` has no such pool.
+    """
+    with contextlib.ExitStack() as undo:
+        sock = _greet(path, Manage(messages.REVISION, digest, str(folder.resolve())), undo, deadline)
+        kind, _, payload = sock.receive(deadline)
+        if kind != FrameType.REPLY:
+            raise _refused(path, payload)
+        undo.pop_all()
+    return ManagingLink(sock)
 
 
 def inspect(path: Path, deadline: float) -> Overview:

@@ -18,6 +18,7 @@ from typing import Annotated
 import msgspec
 
 from umbp_connectors.daemon.listing import ListObjects
+from umbp_connectors.daemon.managing import Evict, Manage
 from umbp_connectors.daemon.news import Follow, News
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_connectors.pool.sharing.messages import Found, Key, Lookup, Natural, Refusal, Text, decode_as, encode
@@ -313,10 +314,12 @@ Request = (
     | ReturnPages
     | PublishPages
 )
-Greeting = Attach | Inspect | ListObjects | Follow
+Order = Evict | Clear | Flush
+Greeting = Attach | Inspect | ListObjects | Follow | Manage
 _REQUESTS = msgspec.msgpack.Decoder(Request)
 _GREETINGS = msgspec.msgpack.Decoder(Greeting)
 _NEWS = msgspec.msgpack.Decoder(News)
+_ORDERS = msgspec.msgpack.Decoder(Order)
 _BAD = (msgspec.MsgspecError, UnicodeDecodeError)
 
 
@@ -341,6 +344,15 @@ def decode_news(payload: memoryview) -> News:
     except _BAD as error:
         raise WireError(ErrorCode.MALFORMED, f"news are not what they should look like: {error}") from None
     return news
+
+
+def decode_order(payload: memoryview) -> Order:
+    """What somebody says who manages a pool.  Raises ``WireError``."""
+    try:
+        order: Order = _ORDERS.decode(payload)
+    except _BAD as error:
+        raise WireError(ErrorCode.MALFORMED, f"an order is not what it should look like: {error}") from None
+    return order
 
 
 def decode_request(payload: memoryview) -> Request:

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from umbp_connectors.daemon import messages
@@ -14,6 +15,7 @@ from umbp_connectors.daemon.holdings import HeldGrant, Holdings
 from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.kept import KeptPool
 from umbp_connectors.daemon.listing import ListObjects
+from umbp_connectors.daemon.managing import Evict, Manage
 from umbp_connectors.daemon.messages import (
     AskStats,
     Attach,
@@ -123,6 +125,8 @@ class Session:
             self._send(FrameType.REPLY, sequence, messages.encode(listing_of(self._keeper, greeting)))
         elif isinstance(greeting, Follow):
             self._tell_news(greeting, sequence)
+        elif isinstance(greeting, Manage):
+            self._manage(greeting, sequence)
         else:
             self._attached(greeting, sequence)
 
@@ -139,6 +143,29 @@ class Session:
             for news in news_of(watch, kept.pool.holdings, QUIET_S):
                 self._send(FrameType.EVENT, sequence, messages.encode(news))
                 watch.rest(GATHER_S)
+
+    def _manage(self, greeting: Manage, sequence: int) -> None:
+        """Do what somebody at the command line orders who says it in time."""
+        kept = self._keeper.find(greeting.identity)
+        if kept is None or not self._keeper.keeps_in(Path(greeting.folder)):
+            self._refuse(sequence, f"there is no such pool with its SSD tier in {greeting.folder}")
+            return
+        self._send(FrameType.REPLY, sequence, messages.encode(Count(0)))
+        self._socket.allow(messages.FRAME_BYTES)
+        while not self._draining:
+            kind, sequence, payload = self._socket.receive(time.monotonic() + TALK_S)
+            if kind != FrameType.REQUEST:
+                raise WireError(ErrorCode.PROTOCOL, "a second greeting")
+            answer = self._carry_out(kept, messages.decode_order(payload))
+            self._send(FrameType.REPLY, sequence, messages.encode(answer))
+
+    @staticmethod
+    def _carry_out(kept: KeptPool, order: messages.Order) -> Count:
+        if isinstance(order, Evict):
+            return Count(kept.pool.evict(order.keys))
+        if isinstance(order, Clear):
+            return Count(kept.pool.clear())
+        return Count(int(kept.pool.flush(order.timeout_ms / 1000)))
 
     def _end_watch(self) -> None:
         watch = self._watch

@@ -302,14 +302,14 @@ class Books:
         return gone
 
     def evict(self, keys: Iterable[bytes]) -> int:
-        """Forget ``keys``, published or being written, in every tier; returns how many copies were published."""
+        """Forget ``keys``, published or being written, in every tier; returns how many of them were published."""
         going = set(keys)
         with self._lock:
             for unwanted in self._writing.values():
                 unwanted.update(going)
-            gone = sum(self._directory.drop(key, tier) for tier in self._tiers for key in going)
+            gone = {key for tier in self._tiers for key in going if self._directory.drop(key, tier)}
             self._follow()
-        return gone
+        return len(gone)
 
     def held(self, keys: Sequence[bytes], tier: Tier) -> list[bytes]:
         """Those of ``keys`` that can be read from ``tier``."""

@@ -41,7 +41,7 @@ class StoredObject:
 
 @dataclass(frozen=True, slots=True)
 class StoredCatalogue:
-    """One catalogue of a folder and what it says about itself.
+    """One catalogue of a folder and what it says about itself: whose ``identity`` (a digest) its objects have.
 
     ``ranks`` share it; each has its ``layouts`` and ``prefixes`` entry (32 bytes), where the file says so.  ``folders``
     are the ranks', with a slab each, unless it is ``striped``: then a slot has the parts of all of them side by side.
@@ -49,6 +49,7 @@ class StoredCatalogue:
     """
 
     path: Path
+    identity: bytes
     namespace: str
     ranks: int
     slot_bytes: int
@@ -166,8 +167,9 @@ def _described(path: Path, namespace: str) -> Iterator[StoredCatalogue]:
     folders = (path.parent,) if own else tuple(home / f"rank{rank}" for rank in writers or range(ranks))
     locks = (folder / name for folder in {path.parent, *folders} for name in LOCKS)
     in_use = any(is_locked(lock) for lock in locks)
+    (whose, *_) = *_split(meta.get("identity", b"")), b""
     yield StoredCatalogue(
-        path, namespace, ranks, slot_bytes, layouts, _split(meta.get("prefixes", b"")), folders, in_use
+        path, whose, namespace, ranks, slot_bytes, layouts, _split(meta.get("prefixes", b"")), folders, in_use
     )
 
 

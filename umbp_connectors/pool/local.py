@@ -233,7 +233,7 @@ class LocalPool:
             return parts.books.clear()
 
     def evict(self, keys: Iterable[bytes]) -> int:
-        """Forget the objects under ``keys`` in every tier; returns how many copies could be read.
+        """Forget the objects under ``keys`` in every tier; returns how many of them could be read.
 
         What other calls, staged puts included, are writing under them now is not published.
         """

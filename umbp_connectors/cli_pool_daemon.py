@@ -1,0 +1,94 @@
+"""What ``umbp pool`` asks the host's daemon: what it has in memory, and to forget what it uses."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from umbp_connectors.cli_views import size_text
+from umbp_connectors.config import resolve
+from umbp_connectors.daemon.link import ManagingLink, list_objects, manage
+from umbp_connectors.daemon.listing import ListObjects
+from umbp_connectors.daemon.settings import socket_path
+from umbp_connectors.pool.inspection import StoredCatalogue
+from umbp_core.errors import StateError, TierUnavailable
+from umbp_core.wire.codes import WireError
+
+_ANSWER_S = 10.0
+_FLUSH_S = 20.0
+"""How long the daemon's disk may take."""
+
+
+def show(socket: Path | None, wanted: ListObjects, as_json: bool) -> None:
+    """Print the objects that ``wanted`` describes.  Raises ``TierUnavailable`` when no daemon answers."""
+    path = _path(socket)
+    try:
+        listing = list_objects(path, wanted, time.monotonic() + _ANSWER_S)
+    except OSError as error:
+        raise TierUnavailable(f"no daemon answers at {path} ({error}); name another one with --socket") from error
+    if as_json:
+        told = [
+            {
+                "key": each.key.hex(),
+                "bytes": each.nbytes,
+                "depth": each.depth,
+                "page": each.page,
+                "tier": "DRAM",
+                "pool": each.pool,
+                "namespace": each.namespace,
+            }
+            for each in listing.objects
+        ]
+        print(json.dumps(told, indent=2))
+        return
+    table = Table("key", "size", "depth", "page", "pool", "namespace", box=box.SIMPLE, pad_edge=False)
+    for each in listing.objects:
+        row = each.key.hex(), size_text(each.nbytes), str(each.depth), str(each.page), each.pool
+        table.add_row(*row, escape(each.namespace))
+    console = Console(soft_wrap=True)
+    console.print(table)
+    if listing.found > len(listing.objects):
+        console.print(f"{listing.found - len(listing.objects):,} more; see --limit")
+
+
+def evict(socket: Path | None, folder: Path, catalogue: StoredCatalogue, keys: Sequence[bytes]) -> int:
+    """Have the daemon forget ``keys`` of a catalogue in ``folder`` that is in use; how many of them there were.
+
+    Raises ``StateError`` when no daemon uses it, ``TierUnavailable`` when its disk takes nothing.
+    """
+    return _ordered(socket, folder, catalogue, lambda link, deadline: link.evict(keys, deadline))
+
+
+def clear(socket: Path | None, folder: Path, catalogue: StoredCatalogue) -> int:
+    """The same for everything; how many copies there were, in memory and on SSD."""
+    return _ordered(socket, folder, catalogue, lambda link, deadline: link.clear(deadline))
+
+
+def _ordered(
+    socket: Path | None, folder: Path, catalogue: StoredCatalogue, order: Callable[[ManagingLink, float], int]
+) -> int:
+    path, deadline = _path(socket), time.monotonic() + _ANSWER_S
+    try:
+        with closing(manage(path, catalogue.identity, folder, deadline)) as link:
+            gone = order(link, deadline)
+            written = link.flush(_FLUSH_S, time.monotonic() + _FLUSH_S + _ANSWER_S)
+    except (OSError, WireError, TierUnavailable) as error:
+        raise StateError(
+            f"{catalogue.name} is in use, and not by a daemon that answers at {path} ({error}): end the engine first, "
+            "or name the daemon with --socket"
+        ) from error
+    if not written:
+        raise TierUnavailable(f"{gone} objects are gone from the daemon; its disk has not taken note of it yet")
+    return gone
+
+
+def _path(socket: Path | None) -> Path:
+    return socket_path(resolve({"daemon_socket": str(socket)} if socket else {}).config)
