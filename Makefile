@@ -54,8 +54,8 @@ test-vllm: $(VLLM_READY) ## the tests that need a vLLM
 test-sglang: $(SGLANG_READY) $(VLLM_READY) ## the tests that need an SGLang; one of them starts a vLLM too
 	$(SGLANG) -m pytest tests/sglang
 
-soak: $(VENV_READY) ## use the pool under pressure for five minutes: no wrong byte, nothing that grows
-	SOAK_SECONDS=300 $(VENV) -m pytest tests/connectors/pool/test_soak.py --timeout 600
+soak: $(VENV_READY) ## use a pool and a daemon under pressure for five minutes each: no wrong byte, nothing that grows
+	SOAK_SECONDS=300 $(VENV) -m pytest tests/connectors/pool/test_soak.py tests/connectors/daemon/test_daemon_soak.py --timeout 900
 
 crash: $(VENV_READY) ## kill a writer to the SSD tier a thousand times in each durability mode (some minutes)
 	CRASH_KILLS=1000 $(VENV) -m pytest tests/connectors/pool/test_crash.py --timeout 3600
