@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from umbp_connectors.config_model import UmbpConfig
+from umbp_connectors.daemon.follower import SILENT_S
 from umbp_connectors.daemon.messages import REVISION
 from umbp_connectors.daemon.metrics import FAMILIES, Family
 from umbp_connectors.daemon.server import DRAIN_S, LEASE_S
 from umbp_connectors.daemon.settings import STARTED_BY_ENGINE_IDLE_S
+from umbp_connectors.daemon.watches import MOST_WAITING
 from umbp_connectors.pool.local import CLOSE_TIMEOUT_S
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "daemon.md").read_text(encoding="utf-8")
@@ -34,3 +36,5 @@ def test_times_are_those_of_the_code() -> None:
     assert f"for up to {CLOSE_TIMEOUT_S:.0f} s" in PAGE
     assert f"or {STARTED_BY_ENGINE_IDLE_S:.0f} for one that an engine started" in PAGE
     assert REVISION == 2
+    assert f"says nothing for {SILENT_S:.0f} s" in PAGE
+    assert f"({MOST_WAITING} changed blocks wait)" in PAGE

@@ -17,7 +17,7 @@ from umbp_core.errors import UmbpError
 logger = logging.getLogger(__name__)
 
 _CONNECT_S = 2.0
-_SILENT_S = 5.0
+SILENT_S = 5.0
 """A daemon that says nothing for so long does not answer."""
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 1.0
@@ -88,7 +88,7 @@ class PoolFollower:
             self._link = link
         try:
             while not self._ending.is_set():
-                news = link.receive(time.monotonic() + _SILENT_S)
+                news = link.receive(time.monotonic() + SILENT_S)
                 self._pause_s = _FIRST_PAUSE_S
                 with self._lock:
                     self._tell(self._heard.take(news))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from umbp_vllm.enquiries import Enquirer
 from umbp_vllm.host_line import HostLine, RankStripes
 from umbp_vllm.host_pool import HostPool, StoreView
-from umbp_vllm.host_talk import Talker
+from umbp_vllm.host_setup import HostDoor
 from umbp_vllm.metadata import RankHello
 from umbp_vllm.opening import Opening
 from umbp_vllm.pool import LeaderPool
@@ -18,20 +18,20 @@ logger = logging.getLogger("vllm.umbp.host")
 
 
 def open_host_pool(
-    make_talker: Callable[[Sequence[RankHello]], Talker], opening: Opening, reporting: Reporting | None
+    make_door: Callable[[Sequence[RankHello]], HostDoor], opening: Opening, reporting: Reporting | None
 ) -> LeaderPool:
-    """The pool in the host's daemon.  KV events and a master hear nothing of it: what it evicts is not told.
+    """The pool in the host's daemon.  A master hears of all that is in it, KV events of nothing.
 
     Raises ``ConfigError`` when the workers cannot work together.
     """
     opening.check()
-    if reporting is not None:
-        logger.warning("umbp: blocks in the daemon are not told to the master yet; those in HBM are")
     setup, hellos, clock, stats = opening.setup, opening.hellos, opening.clock, opening.stats
     writers = sorted({hello.writer_rank for hello in hellos})
     stripes = RankStripes(tuple(writers.index(hello.writer_rank) for hello in hellos), tuple(writers))
-    line = HostLine(make_talker(hellos), [hello.arena for hello in hellos], clock, stats)
-    host = HostPool(line, stripes, setup.config.max_pending_stores)
+    door = make_door(hellos)
+    line = HostLine(door.talker, [hello.arena for hello in hellos], clock, stats)
+    follower = None if reporting is None else door.follow(reporting.follow_host())
+    host = HostPool(line, stripes, setup.config.max_pending_stores, follower)
     matcher = opening.matcher(host)
     least_tokens = opening.load_policy.least_tokens
     enquirer = Enquirer(host, matcher, setup.groups, least_tokens, setup.lookup_timeout_s, clock, stats)

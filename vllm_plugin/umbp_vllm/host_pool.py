@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from umbp_connectors.daemon.follower import PoolFollower
 from umbp_core.copies import TierStats
 from umbp_core.directory import Change, EventKind
 from umbp_core.ops import Direction
@@ -28,11 +29,14 @@ CLOSE_S = 3.0
 class HostPool:
     """See above.  Scheduler thread only; nothing here waits or raises because of the daemon.
 
-    ``most_stock`` bounds the pages that are granted in advance.
+    ``most_stock`` bounds the pages that are granted in advance.  ``follower`` tells others what the daemon holds.
     """
 
-    def __init__(self, line: HostLine, stripes: RankStripes, most_stock: int) -> None:
+    def __init__(
+        self, line: HostLine, stripes: RankStripes, most_stock: int, follower: PoolFollower | None = None
+    ) -> None:
         self.line = line
+        self._follower = follower
         self.loans = HostLoans(line, stripes)
         self.stock = HostStock(line, stripes, most_stock)
         self.on_answer: Callable[[There | Lent], None] = _nobody
@@ -46,13 +50,17 @@ class HostPool:
         self.abort_owner = stock.abort_owner
 
     def open(self) -> None:
-        """Start talking."""
+        """Start talking, and following."""
         self.line.open()
+        if self._follower is not None:
+            self._follower.open()
 
     def close(self, timeout: float = CLOSE_S) -> None:
         """Publish what is written, and leave; bounded in time.  Idempotent."""
         if not self._closed:
             self._closed = True
+            if self._follower is not None:
+                self._follower.close()
             self.line.close(timeout)
 
     def stamp(self, metadata: StepMetadata) -> None:

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from umbp_connectors.config import UmbpConfig
+from umbp_connectors.daemon.follower import PoolFollower
 from umbp_connectors.daemon.launch import Launcher
 from umbp_connectors.daemon.pages import PageClient, RankArena, WantedPages, engine_token
 from umbp_connectors.daemon.settings import check_supported, socket_path
 from umbp_connectors.plugins import PluginHost
+from umbp_connectors.pool.books import PoolObserver
 from umbp_core.errors import ConfigError
 from umbp_core.ids import Identity
 from umbp_vllm.host_rank import HostPages, Mapping, RankHost
 from umbp_vllm.host_talk import Talker
-from umbp_vllm.host_words import Pages
+from umbp_vllm.host_words import Pages, Visit
 from umbp_vllm.layout import kv_is_replicated, layout_digest
 from umbp_vllm.layout_groups import geometry_of
 from umbp_vllm.metadata import PROTOCOL_VERSION, RankHello
@@ -81,14 +83,22 @@ def starter_of(config: UmbpConfig) -> Launcher | None:
     return Launcher(socket_path(config), config) if config.daemon_auto_start else None
 
 
-def talker_maker(vllm_config: Any, config: UmbpConfig, namespace: str) -> Callable[[Sequence[RankHello]], Talker]:
-    """Makes what talks for the leader, once the workers have said what their pages are.
+@dataclass(frozen=True, slots=True)
+class HostDoor:
+    """The leader's ways to the daemon: what talks for it, and what tells an observer all that its pool there holds."""
+
+    talker: Talker
+    follow: Callable[[PoolObserver], PoolFollower]
+
+
+def door_maker(vllm_config: Any, config: UmbpConfig, namespace: str) -> Callable[[Sequence[RankHello]], HostDoor]:
+    """Makes the leader's ways to the daemon, not open yet, once the workers have said what their pages are.
 
     Raises ``ConfigError`` for what cannot be done over the daemon.
     """
     check_host(config, vllm_config.parallel_config)
 
-    def make(hellos: Sequence[RankHello]) -> Talker:
+    def make(hellos: Sequence[RankHello]) -> HostDoor:
         first = hellos[0]
         odd = [hello for hello in hellos if _shape(hello) != _shape(first)]
         if odd:
@@ -100,7 +110,13 @@ def talker_maker(vllm_config: Any, config: UmbpConfig, namespace: str) -> Callab
         plan = plan_of(vllm_config, config, namespace, first.layout, first.page_bytes, replicated=replicated)
         starter = starter_of(config)
         absent = None if starter is None else starter.start_soon
-        return Talker(new_client(plan), config.call_timeout_ms / 1000, absent)
+        talker = Talker(new_client(plan), config.call_timeout_ms / 1000, absent)
+        digest = plan.wanted.identity.digest
+
+        def follow(observer: PoolObserver) -> PoolFollower:
+            return PoolFollower(plan.socket, digest, observer, lambda deadline: talker.say(Visit()))
+
+        return HostDoor(talker, follow)
 
     return make
 

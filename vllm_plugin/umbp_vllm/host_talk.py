@@ -39,6 +39,7 @@ from umbp_vllm.host_words import (
     Take,
     Taken,
     There,
+    Visit,
 )
 
 logger = logging.getLogger("vllm.umbp.host")
@@ -51,7 +52,7 @@ _FAILURES = (OSError, WireError, UmbpError)
 
 
 class Talker:
-    """Talks to the daemon.  :meth:`say` and :meth:`take` are for one thread and never wait.
+    """Talks to the daemon.  Any thread may :meth:`say` something, one may :meth:`take`; neither waits.
 
     ``call_s`` bounds every call.  ``absent`` is told, in the thread, when there is no daemon.
     """
@@ -243,6 +244,9 @@ class Talker:
         if self._try(self._client.clear):
             self._tell_cleared()
 
+    def _visit(self, order: Visit) -> None:
+        self._try(lambda deadline: self._client.take_pages(0, deadline))
+
     def _stop(self, order: Stop) -> None:
         self._stopping = True
 
@@ -255,5 +259,6 @@ _HANDLERS: Mapping[type[Any], Callable[[Talker, Any], None]] = {
     PublishAll: Talker._publish,
     Doubt: Talker._doubt,
     Clear: Talker._clear,
+    Visit: Talker._visit,
     Stop: Talker._stop,
 }

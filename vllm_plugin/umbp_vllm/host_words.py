@@ -98,11 +98,15 @@ class Clear(msgspec.Struct, frozen=True):
     """Forget everything.  Is tried until a daemon has done it; nothing else is said before."""
 
 
+class Visit(msgspec.Struct, frozen=True):
+    """See whether the daemon is there still; if not, the next one is attached to.  There is no answer."""
+
+
 class Stop(msgspec.Struct, frozen=True):
     """The last order."""
 
 
-Order = LookUp | Borrow | GiveBack | Take | PublishAll | Doubt | Clear | Stop
+Order = LookUp | Borrow | GiveBack | Take | PublishAll | Doubt | Clear | Visit | Stop
 
 
 class Attached(msgspec.Struct, frozen=True):

@@ -1,7 +1,8 @@
 """Tells a master what this engine holds: HBM as vLLM's block pool has it, DRAM and SSD as our directory has them.
 
-Everything here that the scheduler's thread calls appends a reference to a feed and returns; words are made of it in the
-reporter's thread.  Nothing waits for a master, and nothing is lost for good while it is away (``docs/reporting.md``).
+Where the host's daemon has the pool, that is followed instead, in a thread of its own.  Everything here that the
+scheduler's thread calls appends a reference to a feed and returns; words are made of it in the reporter's thread.
+Nothing waits for a master, and nothing is lost for good while it is away (``docs/reporting.md``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from umbp_connectors.pool.books import Holdings
 from umbp_connectors.reporting.feed import Feed
 from umbp_connectors.reporting.reporter import Reporter
 from umbp_connectors.reporting.stats import Reading, ReportMeter
@@ -79,6 +81,20 @@ class PoolTeller:
 
     def _listing(self) -> PoolListing:
         return PoolListing({tier: self._directory.keys(tier) for tier in self._tiers})
+
+
+class HostTeller:
+    """What the host's daemon holds of this model; a ``PoolObserver`` in the thread that follows the daemon."""
+
+    def __init__(self, reporter: Reporter, decode: Decode) -> None:
+        self._now: Holdings = list
+        self._feed: Feed[PoolNews] = reporter.feed("pool", decode, lambda: PoolListing(dict(self._now())))
+
+    def changed(self, changes: Sequence[Change], holdings: Holdings) -> None:
+        """See ``PoolObserver``."""
+        self._now = holdings
+        if changes:
+            self._feed.tell(sum([len(change.keys) for change in changes]), changes)
 
 
 class Gauge:
@@ -151,6 +167,10 @@ class Reporting:
         teller = PoolTeller(directory, tuple(page_bytes), self.reporter, decode)
         self._capacities.append(lambda: [_capacity(directory, tier, nbytes) for tier, nbytes in page_bytes.items()])
         return teller
+
+    def follow_host(self) -> HostTeller:
+        """The pool is in the host's daemon: what is to be told of whatever that holds."""
+        return HostTeller(self.reporter, self._gauge.beside(PoolMirror(self._words()).decode))
 
     def step(self) -> None:
         """A moment between two changes: tell what was noted of HBM.  At least once per engine step."""

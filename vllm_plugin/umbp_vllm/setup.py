@@ -24,7 +24,7 @@ from umbp_vllm.engine_args import SERVING_KEY
 from umbp_vllm.groups import failures_by_block, kv_groups
 from umbp_vllm.hashing import hash_stability
 from umbp_vllm.host_opening import open_host_pool
-from umbp_vllm.host_setup import make_host_worker, talker_maker
+from umbp_vllm.host_setup import door_maker, make_host_worker
 from umbp_vllm.layout import kv_is_replicated, layout_digest
 from umbp_vllm.layout_groups import geometry_of
 from umbp_vllm.leader import Leader
@@ -101,7 +101,7 @@ def make_leader(
     namespace, _ = namespace_of(vllm_config, kv_cache_config, settings.config.namespace)
     open_pool: OpenPool = open_local_pool
     if settings.config.mode == DAEMON:
-        open_pool = functools.partial(open_host_pool, talker_maker(vllm_config, settings.config, namespace))
+        open_pool = functools.partial(open_host_pool, door_maker(vllm_config, settings.config, namespace))
     setup = LeaderSetup(
         config=settings.config,
         plugins=settings.plugins,

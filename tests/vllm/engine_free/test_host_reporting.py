@@ -1,0 +1,88 @@
+"""A real master knows what the host's daemon holds: at the node of every engine that uses it, hash by hash."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.connectors.daemon.conftest import Daemon
+from tests.connectors.waiting import until
+from tests.master.app.master_process import CALL, MasterProcess
+from tests.vllm.engine_free.test_host_daemon import Host
+from tests.vllm.harness import GroupSpec
+from tests.vllm.harness.host import HostHarness
+from tests.vllm.harness.reported import Held, counting, in_all_groups
+from umbp_connectors.client.native_blocking import NativeBlockingClient
+from umbp_core.tiers import Tier
+
+FULL = (GroupSpec("full"),)
+HYBRID = (GroupSpec("full"), GroupSpec("window", window=10))
+NOTHING: Held = {Tier.DRAM: set(), Tier.SSD: set()}
+
+
+def tokens(seed: int) -> list[int]:
+    """A prompt that shares no block with one of another seed."""
+    return [(17 * index + 29 * seed) % 900 for index in range(40)]
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MasterProcess]:
+    with MasterProcess(tmp_path_factory.mktemp("master")) as process:
+        yield process
+
+
+@pytest.fixture
+def master(process: MasterProcess) -> Iterator[NativeBlockingClient]:
+    client = process.native()
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def host(tmp_path: Path, process: MasterProcess) -> Iterator[Host]:
+    """A host whose daemons have an SSD, and whose engines report."""
+    host = Host(tmp_path)
+    host.config.update(dram_capacity="192KiB", ssd_dir=tmp_path / "ssd", ssd_capacity="16MiB")
+    yield host
+    host.close()
+
+
+def in_daemon(daemon: Daemon, engine: HostHarness) -> Held:
+    """What its only pool holds, as ``engine`` publishes it."""
+    (kept,) = daemon.keeper.pools()
+    groups = counting(engine.scheduler.kv_cache_manager.kv_cache_config)
+    return {tier: in_all_groups(keys, groups) for tier, keys in kept.pool.holdings().items()}
+
+
+@pytest.mark.parametrize(("tp", "groups"), [(1, FULL), (2, FULL), (1, HYBRID)], ids=["one", "ranks", "groups"])
+def test_every_engine_tells_what_the_daemon_holds(
+    host: Host, process: MasterProcess, master: NativeBlockingClient, tp: int, groups: tuple[GroupSpec, ...]
+) -> None:
+    address = f"umbp://{process.doors['native']}"
+
+    def engine(name: str) -> HostHarness:
+        return host.engine(extra={"master_address": address, "node_id": name}, tp=tp, groups=groups)
+
+    def known(name: str) -> Held:
+        return {tier: set(master.list_blocks(name, tier, 0, 1000, CALL).hashes) for tier in NOTHING}
+
+    daemon = host.daemon()
+    one = engine("one")
+    for seed in range(12):
+        one.store(tokens(seed))
+    until(lambda: known("one") == in_daemon(daemon, one))
+    full = known("one")
+    assert len(full[Tier.SSD]) > len(full[Tier.DRAM]) > 0, "demoted, and evicted from DRAM"
+    two = engine("two")
+    until(lambda: known("two") == full)
+    two.store(tokens(99))
+    until(lambda: known("one") == known("two") == in_daemon(daemon, one) != full)
+    daemon.close()
+    until(lambda: known("one") == NOTHING == known("two"))
+    again = host.daemon()
+    until(lambda: known("one")[Tier.SSD] >= full[Tier.SSD])  # before any request: the engines came back for this alone
+    assert known("one") == in_daemon(again, one)
+    assert one.scheduler.reset_connector_cache()
+    until(lambda: known("one") == NOTHING == known("two"))
