@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,15 @@ from tests.vllm.harness import GroupSpec
 from tests.vllm.harness.host import HostHarness
 from tests.vllm.harness.reported import Held, counting, in_all_groups
 from umbp_connectors.client.native_blocking import NativeBlockingClient
+from umbp_connectors.daemon.heard import HeardPool
+from umbp_connectors.daemon.news import Listed
+from umbp_connectors.reporting.feed import Feed
+from umbp_connectors.reporting.words import Word, WordKind
+from umbp_core.ids import block_key
 from umbp_core.tiers import Tier
+from umbp_vllm.groups import KvGroup
+from umbp_vllm.published import HEX, GroupWords
+from umbp_vllm.reporting import HostTeller, PoolMirror
 
 FULL = (GroupSpec("full"),)
 HYBRID = (GroupSpec("full"), GroupSpec("window", window=10))
@@ -86,3 +96,26 @@ def test_every_engine_tells_what_the_daemon_holds(
     assert known("one") == in_daemon(again, one)
     assert one.scheduler.reset_connector_cache()
     until(lambda: known("one") == NOTHING == known("two"))
+
+
+def test_when_too_much_waits_everything_that_was_heard_is_told() -> None:
+    feeds: list[Feed[Any]] = []
+
+    class Reporter:
+        def feed(self, source: str, decode: Callable[[Any], Iterable[Word]], resync: Callable[[], Any]) -> Feed[Any]:
+            feeds.append(Feed(source, decode, resync, threading.Event(), max_waiting=2))
+            return feeds[-1]
+
+    words = GroupWords([KvGroup(0, 4, 1, reach=None, chunk=None, volatile_tail=False)], HEX)
+    teller = HostTeller(Reporter(), PoolMirror(words).decode)  # type: ignore[arg-type]
+    heard = HeardPool()
+    for number in range(3):
+        changes = heard.take(Listed(Tier.SSD, [block_key(bytes([part]) * 32, 0) for part in range(number + 1)], True))
+        teller.changed(changes, heard.holdings)
+    (feed,) = feeds
+    told = [word for item in feed.take().items for word in feed.decode(item)]
+    everything = [bytes([part]).hex().encode() * 32 for part in range(3)]
+    assert [(word.kind, word.tier, sorted(word.hashes)) for word in told] == [
+        (WordKind.REPLACE, Tier.DRAM, []),
+        (WordKind.REPLACE, Tier.SSD, everything),
+    ]
