@@ -5,6 +5,6 @@ The built-in ones are in ``umbp_connectors.pool``; ``umbp_core.testing.suite_tie
 
 from __future__ import annotations
 
-from umbp_core.ports import DramTier, PoolClient, Slots, SsdTier
+from umbp_core.ports import DramTier, PoolClient, SlotRuns, Slots, SsdTier
 
-__all__ = ["DramTier", "PoolClient", "Slots", "SsdTier"]
+__all__ = ["DramTier", "PoolClient", "SlotRuns", "Slots", "SsdTier"]

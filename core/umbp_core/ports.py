@@ -153,6 +153,18 @@ class Slots(Protocol):
         ...
 
 
+@runtime_checkable
+class SlotRuns(Slots, Protocol):
+    """Slots that neighbours can be written to in one go."""
+
+    def write_run(self, slot: int, views: Sequence[Any], /) -> None:
+        """As :meth:`write_from` for each of ``views``, which are as long as a slot, from ``slot`` on.
+
+        When it raises, each of these slots holds what it held, what was to be written, or garbage.
+        """
+        ...
+
+
 class SsdTier(Protocol):
     """One rank's share of the tier below DRAM, open, and kept from a second owner."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import subprocess
 import sys
@@ -250,6 +251,48 @@ def test_short_transfers_are_continued(slab: SlabFile, arena: Arena, monkeypatch
     slab.read_into(2, arena.page(1))
     assert bytes(arena.page(1)) == _random(SLOT)
     assert len(calls) == 2 * -(-SLOT // step)
+
+
+@pytest.mark.parametrize("most", [1 << 30, 3 * SLOT, 2 * SLOT + 4096, 4096])
+def test_neighbours_are_written_in_one_go(
+    slab: SlabFile, arena: Arena, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Also when the disk takes less of it at once."""
+    calls: list[int] = []
+    real = os.pwritev
+
+    def short(fd: int, views: list[memoryview], offset: int, flags: int) -> int:
+        calls.append(len(views))
+        whole = b"".join(views)[:most]
+        buffer = mmap.mmap(-1, len(whole))
+        buffer[:] = whole
+        return real(fd, [memoryview(buffer)], offset, flags)
+
+    for page, number in enumerate((3, 1, 0, 2)):
+        arena.page(page)[:] = _random(SLOT, number)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", short)
+        slab.write_run(12, [arena.page(2), arena.page(1), arena.page(3), arena.page(0)])
+    assert calls[0] == 4
+    assert len(calls) == 1 or most < 4 * SLOT
+    found = bytearray(SLOT)
+    for number in range(4):
+        slab.read_into(12 + number, found)
+        assert found == _random(SLOT, number)
+
+
+def test_a_run_of_slots_is_full_and_exists(slab: SlabFile) -> None:
+    whole = bytes(SLOT)
+    slab.write_run(3, [whole])
+    slab.write_run(14, [_random(SLOT, 1), _random(SLOT, 2)])
+    found = bytearray(SLOT)
+    slab.read_into(15, found)
+    assert found == _random(SLOT, 2), "memory that lies anywhere"
+    for slot, views in ((13, [whole] * 4), (-1, [whole] * 2), (0, [whole, whole[1:]]), (0, [whole, whole + b"x"])):
+        with pytest.raises(StateError):
+            slab.write_run(slot, views)
+    slab.read_into(15, found)
+    assert found == _random(SLOT, 2)
 
 
 def test_direct_io_that_stops_in_the_middle_of_a_sector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ BROAD_EXCEPTS = {
     "umbp_connectors/master/native_connection.py": (2, "a call of the native door: it fails, the master serves on"),
     "umbp_connectors/plugins.py": (4, "hook call sites: a plug-in may raise anything"),
     "umbp_connectors/pool/catalogue.py": (1, "top of the catalogue's writer thread"),
-    "umbp_connectors/pool/demoter.py": (2, "top of a demotion thread; the write of one object, to any tier"),
+    "umbp_connectors/pool/demoter.py": (2, "top of a demotion thread; a write to any tier"),
     "umbp_connectors/pool/io.py": (1, "boundary of a job for the disk: who waits for it is told, the thread lives"),
     "umbp_connectors/pool/sharing/server.py": (1, "top of a reader's thread: the others are served on"),
     "umbp_connectors/reporting/feed.py": (1, "producer boundary: a list that cannot be had must not reach the engine"),

@@ -16,7 +16,7 @@ from umbp_connectors.pool.books import Books
 from umbp_connectors.pool.buffers import round_up
 from umbp_connectors.pool.fence import WriteFence
 from umbp_connectors.pool.slab import ALIGNMENT
-from umbp_connectors.tier_ports import Slots
+from umbp_connectors.tier_ports import SlotRuns, Slots
 from umbp_core.directory import Copy
 from umbp_core.errors import TierUnavailable, TransferError
 from umbp_core.ports import Clock
@@ -25,10 +25,10 @@ from umbp_core.tiers import Tier
 _LAST_WRITE_S = 5.0
 """How long the threads get together for the writes that they are in."""
 
-_TOGETHER = 16
+_TOGETHER = 32
 """Objects per visit to the books, at most."""
-_TOGETHER_BYTES = 4 << 20
-"""The same in bytes: what is written can be found only when the last of them is."""
+_TOGETHER_BYTES = 8 << 20
+"""The same in bytes: what is written counts as being on SSD only when the last of them is."""
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class Demoter:
         self._books = books
         self._arena = arena
         self._slab = slab
+        self._runs = slab if isinstance(slab, SlotRuns) else None
         # What is being written cannot be evicted: all threads together take a quarter of either tier at most for it.
         few = min(arena.pages, slots) // (4 * max(1, threads))
         self._together = max(1, min(_TOGETHER, _TOGETHER_BYTES // arena.page_bytes, few))
@@ -187,7 +188,7 @@ class Demoter:
 
     def _take(self) -> list[bytes]:
         """What a thread writes next: less when little is left, so that all end at about the same time."""
-        share = -(-len(self._queue) // (2 * len(self._threads)))
+        share = -(-len(self._queue) // len(self._threads))
         # A write that tries whether the disk works again may fail: then no more than one object was evicted for it.
         count = 1 if self._fence.doubtful else min(self._together, share)
         return [self._queue.popleft() for _ in range(count)]
@@ -210,28 +211,51 @@ class Demoter:
         self, copies: Mapping[bytes, Copy], slots: Mapping[bytes, int], permit: int | None, outcome: _Outcome
     ) -> None:
         """Write ``copies`` to their ``slots``; ``permit`` is for the first."""
-        for number, (key, slot) in enumerate(slots.items()):
-            permit = self._fence.enter() if number else permit
+        left = deque(self._neighbours(copies, slots))
+        while left:
+            run = left.popleft()
             if permit is None or self._closing:
-                outcome.dropped += len(slots) - number
+                outcome.dropped += len(run) + sum(map(len, left))
                 return
-            copy = copies[key]
             try:
-                # Whole sectors go without a copy; what lies behind the object in its page does no harm.
-                self._slab.write_from(slot, self._arena.page_array(copy.pages[0], round_up(copy.nbytes, ALIGNMENT)))
-            except (TierUnavailable, TransferError) as error:
+                self._store([copies[key] for key in run], slots[run[0]])
+            except Exception as error:  # noqa: BLE001 - op boundary: one object must not keep the others in DRAM
+                if len(run) > 1:
+                    left.extendleft([key] for key in reversed(run))  # which of them is it?
+                    continue
                 outcome.failed += 1
-                self._refuse(key, permit, error)
-            except Exception:  # op boundary: what a tier raises for one object must not keep the others in DRAM
-                outcome.failed += 1
-                logger.exception("object %s stays in DRAM only", key.hex())
+                self._refuse(run[0], permit, error)
             else:
                 self._fence.written(permit)
-                outcome.written[key] = copy.checksum
+                outcome.written.update((key, copies[key].checksum) for key in run)
+            permit = self._fence.enter() if left else None
 
-    def _refuse(self, key: bytes, permit: int, error: TierUnavailable | TransferError) -> None:
-        fenced = self._fence.failed(permit, isinstance(error, TierUnavailable))
-        if fenced:
+    def _neighbours(self, copies: Mapping[bytes, Copy], slots: Mapping[bytes, int]) -> list[list[bytes]]:
+        """The keys of ``slots`` in runs that can be written in one go: their slots follow each other and are full."""
+        runs: list[list[bytes]] = []
+        end = -1
+        for key, slot in sorted(slots.items(), key=lambda item: item[1]):
+            full = self._runs is not None and round_up(copies[key].nbytes, ALIGNMENT) == self._slab.slot_bytes
+            if full and slot == end:
+                runs[-1].append(key)
+            else:
+                runs.append([key])
+            end = slot + 1 if full else -1
+        return runs
+
+    def _store(self, copies: Sequence[Copy], slot: int) -> None:
+        """Write ``copies`` to the slots from ``slot`` on."""
+        # Whole sectors go without a copy; what lies behind an object in its page does no harm.
+        pages = [self._arena.page_array(copy.pages[0], round_up(copy.nbytes, ALIGNMENT)) for copy in copies]
+        if self._runs is not None and len(pages) > 1:
+            self._runs.write_run(slot, pages)
+        else:
+            self._slab.write_from(slot, pages[0])
+
+    def _refuse(self, key: bytes, permit: int, error: Exception) -> None:
+        if not isinstance(error, TierUnavailable | TransferError):
+            logger.error("object %s stays in DRAM only", key.hex(), exc_info=error)
+        elif self._fence.failed(permit, isinstance(error, TierUnavailable)):
             logger.warning("nothing is written to SSD for a while: %s", error)
         elif isinstance(error, TransferError):
             logger.warning("object %s stays in DRAM only: %s", key.hex(), error)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -54,13 +55,35 @@ def test_several_are_pinned_and_reserved_at_once(pool: LocalPool, disk: Disk) ->
 
 def test_what_was_written_before_the_disk_refused_counts(pool: LocalPool, disk: Disk) -> None:
     put_held(pool, disk)
-    disk.fail_after(2, "write")
+    disk.fail_after(1, "write")
     disk.work()
     assert pool.flush(30)
-    assert on_ssd(pool, KEYS) == KEYS[:2]
+    assert on_ssd(pool, KEYS) == KEYS[:4], "the first four go in one write; the others are tried one by one"
     counters = pool.counters()
-    assert (counters.demotions_failed, counters.demotions_dropped) == (3, 3)
+    assert (counters.demotions_failed, counters.demotions_dropped) == (3, 1)
     assert (held(pool, Tier.DRAM), held(pool, Tier.SSD)) == ((0, 0), (0, 0))
+    check_hits(pool, KEYS)
+
+
+def test_an_object_that_the_disk_refuses_costs_no_neighbour(
+    pool: LocalPool, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.pwritev
+    bad = object_of(KEYS[1])
+
+    def picky(fd: int, views: Sequence[memoryview], *rest: int) -> int:
+        if any(bytes(view) == bad for view in views):
+            raise OSError(errno.EIO, "a bad sector")
+        return write(fd, views, *rest)
+
+    disk.hang("write")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", picky)
+        put(pool, KEYS)
+        disk.work()
+        assert pool.flush(30)
+    assert on_ssd(pool, KEYS) == [KEYS[0], *KEYS[2:]]
+    assert pool.counters().demotions_failed == 1
     check_hits(pool, KEYS)
 
 

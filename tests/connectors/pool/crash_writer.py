@@ -126,7 +126,7 @@ def _light(fuse: int) -> None:
     def burning(fd: int, views: Sequence[memoryview], offset: int, flags: int = 0) -> int:
         left[0] -= 1
         if left[0] == 0:
-            real(fd, [views[0][:4096]], offset, flags)
+            real(fd, [*views[:-1], views[-1][:4096]], offset, flags)
             os.kill(os.getpid(), signal.SIGKILL)
         return real(fd, views, offset, flags)
 
