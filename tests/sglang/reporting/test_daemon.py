@@ -79,4 +79,5 @@ def test_each_engine_tells_what_the_daemon_holds(
     until(lambda: knows(one, NODE, {SSD: both | ids(SECOND)}))
     two.engine.backend.clear()
     until(lambda: knows(one, NODE, {}))
-    assert SSD not in known_at(two.master, OTHER)
+    until(lambda: SSD not in known_at(two.master, OTHER))
+    assert one.assert_equal() == {}
