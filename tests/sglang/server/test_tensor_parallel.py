@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from examples.serving_sglang import PAGE_TOKENS, cpu_only, extra_config
+from examples.serving_sglang import PAGE_TOKENS, SglangServer, cpu_only, extra_config
 from tests.connectors.reporting.at_master import DRAM, HBM, SSD, Held, known_at
 from tests.connectors.waiting import eventually
 from tests.master.app.master_process import CALL, MasterProcess
+from tests.master.app.test_cli_ask import in_process
 from tests.sglang.server import truths
 from tests.sglang.server.servers import MAX_TOKENS, PAGES, prompts, server
 from tests.sglang.server.truths import Document
@@ -36,6 +39,7 @@ def test_two_ranks_find_what_both_stored(model: Path, tmp_path: Path) -> None:
             truth = [truths.ask(doors, documents, SGLangHasher(PAGE_TOKENS), rank) for rank in (0, 1)]
             running.flush_cache()
             flushed = by_rank(master, [{DRAM: pages, SSD: pages}] * 2)
+            why = foretold(running, master, tmp_path, questions[0])
             found = [running.complete(each, MAX_TOKENS) for each in questions]
         master.end(signal.SIGTERM)
     assert [answer.cached_tokens for answer in cold] == [0, 0]
@@ -48,6 +52,20 @@ def test_two_ranks_find_what_both_stored(model: Path, tmp_path: Path) -> None:
     assert truth[1].pool == {"DRAM": told[1][DRAM], "SSD": told[1][SSD]}
     assert truth[1].device == truth[1].host == pages, "what the other ranks have in L1 and L2 is not told"
     assert flushed == [{DRAM: pages, SSD: pages}] * 2
+    assert why["reused_tokens"] == found[0].storage
+    assert {(block["verdict"], block["source"]) for block in why["blocks"]} == {("used", "DRAM")}
+    assert [block["lacking"] for block in why["blocks"]] == [[]] * PAGES, "the other rank was looked at, and has all"
+
+
+def foretold(running: SglangServer, master: MasterProcess, folder: Path, prompt: list[int]) -> dict[str, Any]:
+    """What ``umbp why`` says of a prompt."""
+    file = folder / "prompt.json"
+    file.write_text(json.dumps(prompt))
+    command = ("why", "--json", "--prompt-file", str(file), "--engine", f"http://127.0.0.1:{running.port}")
+    address = f"umbp://{master.doors['native']}"
+    code, out, err = in_process(*command, "--timeout", "20", "--master", address)
+    assert (code, err) == (0, "")
+    return dict(json.loads(out))
 
 
 def by_rank(master: MasterProcess, wanted: list[Held]) -> list[Held]:

@@ -1,4 +1,7 @@
-"""A vLLM without our connector, followed by its ZMQ stream: the master knows what its prefix cache could serve."""
+"""A vLLM without our connector, followed by its ZMQ stream: the master knows what its prefix cache could serve.
+
+Every third batch is lost on the way, and repeated by the engine.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.connectors.reporting_zmq.lossy import LossyStream
 from tests.master.app.master_process import MasterProcess
 from tests.vllm.engine.local import Ask, Engine, engine
 from tests.vllm.harness.reported import FLUSH, Held, held_by, known_at
@@ -19,7 +23,7 @@ from umbp_connectors.reporting.node import NodeFacts
 from umbp_connectors.reporting.opening import open_reporter
 from umbp_connectors.reporting.reporter import Reporter
 from umbp_connectors.reporting.zmq_follower import Follower, Patience
-from umbp_connectors.reporting.zmq_sockets import EngineStream, StreamSettings
+from umbp_connectors.reporting.zmq_sockets import StreamSettings
 from umbp_core.tiers import Tier
 
 DEADLINE = 60.0
@@ -32,11 +36,11 @@ def free_ports() -> tuple[int, int]:
 
 
 @contextmanager
-def following(master: MasterProcess, stream: StreamSettings) -> Iterator[tuple[Follower, Reporter]]:
+def following(master: MasterProcess, stream: LossyStream) -> Iterator[tuple[Follower, Reporter]]:
     config = resolve({"master_address": f"umbp://{master.doors['native']}", "node_id": NODE}, {}).config
     reporter = open_reporter(config, NodeFacts("vllm", "tiny", "1", "both", "127.0.0.1", 8000))
     assert reporter is not None
-    follower = Follower(EngineStream(stream), reporter, Patience(grace=0.5, idle=0.5))
+    follower = Follower(stream, reporter, Patience(grace=0.5, idle=0.5))
     thread = threading.Thread(target=follower.run, name="follower")
     reporter.start()
     thread.start()
@@ -89,7 +93,7 @@ def test_the_master_knows_what_the_engine_could_serve(llama: Path, tmp_path: Pat
         "endpoint": f"tcp://*:{port}",
         "replay_endpoint": f"tcp://127.0.0.1:{replay}",
     }
-    stream = StreamSettings(f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.1:{replay}")
+    stream = LossyStream(StreamSettings(f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.1:{replay}"))
     rng = random.Random(3)
     with MasterProcess(tmp_path) as master:
         with engine(llama, kv_events_config=events) as opened:
@@ -113,6 +117,8 @@ def test_the_master_knows_what_the_engine_could_serve(llama: Path, tmp_path: Pat
                 until(follower, published.count)
                 assert known(master, reporter) == held_by(opened.core.scheduler, None)
                 assert (follower.stats().missed, follower.stats().elsewhere) == (0, 0)
+                assert stream.lost > 0
+                assert follower.stats().replays > 1
                 opened.core.scheduler.shutdown()
                 until(follower, None, "away")
                 assert follower.stats().cleared == {"gone": 1}

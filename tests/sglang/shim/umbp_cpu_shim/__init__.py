@@ -1,13 +1,14 @@
 """TEST-ONLY plug-in of SGLang: HiCache on a machine without a GPU.
 
 On such a machine SGLang's "device" pool is ordinary memory, and four things are missing that HiCache needs: the kernels
-that copy between the device and the host pool, page-locking, a schema that torchvision's CUDA build wants to see, and,
-where there is no compiler, the page hash.  They are filled in here; what is tested (tree, controller, factory, host
-pools, events, HTTP) stays SGLang's own, and nothing of it is changed on disk.
+that copy between the device and the host pool, page-locking (of the host pool and of adapters), a schema that
+torchvision's CUDA build wants to see, and, where there is no compiler, the page hash.  They are filled in here; what is
+tested (tree, controller, factory, host pools, events, HTTP) stays SGLang's own, and nothing of it is changed on disk.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,7 @@ def register() -> None:
 
     common.ALLOC_MEMORY_FUNCS["cpu"] = _allocate
     HookRegistry.register("sglang.srt.mem_cache.pool_host.base.HostKVCache.__init__", _without_lock, HookType.AROUND)
+    HookRegistry.register("sglang.srt.lora.lora_manager.LoRAManager.__init__", _pageable_adapters, HookType.BEFORE)
     for name in _WITH_COPIES:
         module = importlib.import_module(f"sglang.srt.mem_cache.pool_host.{name}")
         for kernel, function in copies.KERNELS.items():
@@ -44,3 +46,21 @@ def _allocate(
 
 def _without_lock(original: Callable[..., None], pool: object, *args: object, **kwargs: object) -> None:
     original(pool, *args, **{**kwargs, "pin_memory": False})
+
+
+def _pageable_adapters(*_args: object, **_kwargs: object) -> None:
+    """Before adapters are loaded: what they want to be page-locked is ordinary memory."""
+    import torch
+
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor
+    for name in ("tensor", "zeros"):
+        setattr(torch, name, _pageable(vars(torch)[name]))
+
+
+def _pageable(make: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(make)
+    def made(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("pin_memory", None)
+        return make(*args, **kwargs)
+
+    return made
