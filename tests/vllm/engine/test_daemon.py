@@ -13,12 +13,18 @@ from typing import Any
 import pytest
 
 from tests.connectors.daemon.processes import Process, daemon
+from tests.connectors.waiting import until
+from tests.master.app.master_process import CALL, MasterProcess
 from tests.vllm.engine.local import Ask, Engine, engine, pool
 from tests.vllm.engine.oracle import Oracle
 from tests.vllm.engine.processes import children, in_child
 from tests.vllm.engine.test_parallel import TP, serve_ranks
+from tests.vllm.harness.reported import published as hash_of
 from tests.vllm.models import prompt
-from umbp_connectors.daemon.link import inspect
+from umbp_connectors.daemon.link import inspect, list_objects
+from umbp_connectors.daemon.listing import ListObjects
+from umbp_connectors.daemon.messages import REVISION
+from umbp_core.tiers import Tier
 
 WHOLE = 192
 _WAIT_S = 30.0
@@ -59,12 +65,26 @@ def clients(socket: Path) -> list[str]:
     return view.clients
 
 
-def test_an_engine_restart_keeps_what_is_in_dram(llama: Path, oracle: Oracle, first: Process, socket: Path) -> None:
+def in_dram(socket: Path) -> set[bytes]:
+    """What the daemon has in memory, as vLLM publishes it."""
+    listing = list_objects(socket, ListObjects(REVISION, Tier.DRAM), time.monotonic() + _WAIT_S)
+    return {hash_of(each.key[:-4]) for each in listing.objects}
+
+
+def test_an_engine_restart_keeps_what_is_in_dram(
+    llama: Path, oracle: Oracle, first: Process, socket: Path, tmp_path: Path
+) -> None:
+    """And a master is told of it, before the first request."""
     asks = [Ask(prompt(200, seed=seed)) for seed in (900, 901)]
     right = [reply.tokens for reply in oracle.ask(llama, *asks)]
     with engine(llama, kv_transfer_config=over(socket)) as opened:
         cold = opened.ask(*asks)
-    with engine(llama, kv_transfer_config=over(socket)) as opened:
+    with contextlib.ExitStack() as ending:
+        master = ending.enter_context(MasterProcess(tmp_path))
+        asking = ending.enter_context(contextlib.closing(master.native()))
+        told = {"master_address": f"umbp://{master.doors['native']}", "node_id": "n"}
+        opened = ending.enter_context(engine(llama, kv_transfer_config=over(socket, **told)))
+        until(lambda: set(asking.list_blocks("n", Tier.DRAM, 0, 1000, CALL).hashes) == in_dram(socket) != set())
         again = opened.ask(*asks)
         loaded = opened.metric("vllm:umbp_hit_tokens", tier="dram")
         stored = opened.metric("vllm:umbp_stored_blocks", tier="dram")
