@@ -43,7 +43,7 @@ def _request(slot: Slot, state: RequestState | None, ops: Mapping[str, Row], now
         return row
     request, staged, loading = state.request, state.staged, ops.get(state.loading or "")
     row["computed_tokens"], row["tokens"] = request.num_computed_tokens, request.num_tokens
-    row["pins"] = len(staged.blocks) if staged is not None else loading["blocks"] if loading is not None else 0
+    row["pins"] = staged.blocks if staged is not None else loading["blocks"] if loading is not None else 0
     row["waits_for"] = _waits(state, now)
     return row
 

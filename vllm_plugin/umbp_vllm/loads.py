@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,13 @@ _LOOKUPS = counter("vllm:umbp_lookups")
 _LOOKUP_TOKENS = counter("vllm:umbp_lookup_tokens")
 _LOADED_BLOCKS = {tier: counter("vllm:umbp_loaded_blocks", tier) for tier in ("dram", "ssd")}
 _HIT_TOKENS = {tier: counter("vllm:umbp_hit_tokens", tier) for tier in ("dram", "ssd")}
+
+
+class _Load(msgspec.Struct, frozen=True, gc=False):
+    """A load in flight, and whether no block of it comes from SSD."""
+
+    state: RequestState
+    in_dram: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +79,11 @@ class LoadPlanner:
         self._used = used
         self._enquirer = enquirer
         self._staged: dict[str, RequestState] = {}
-        self._loading: dict[bytes, str] = {}
-        self._in_flight: dict[str, RequestState] = {}
+        self._loading: set[bytes] = set()
+        """What requests may wait for."""
+        self._loading_again: Counter[bytes] = Counter()
+        """How many more loads than one bring it."""
+        self._in_flight: dict[str, _Load] = {}
         self._void: set[str] = set()
         self._filling: set[bytes] = set()
 
@@ -154,7 +165,7 @@ class LoadPlanner:
     def _must_wait(self, state: RequestState, start: int, end: int, now: float) -> bool:
         if not self._policy.share or not self._loading:
             return False
-        if self._loading.keys().isdisjoint(self._matcher.keys_needed(state.keys, start, end)):
+        if self._loading.isdisjoint(self._matcher.keys_needed(state.keys, start, end)):
             return False
         if state.asked_since is None:
             state.asked_since = now
@@ -218,16 +229,21 @@ class LoadPlanner:
         state.staged = None
         self._staged.pop(state.request.request_id, None)
         state.loading = match.op_id
-        self.promoted(state)  # the engine may not have said that it took over an earlier load
+        if state.shared_keys:  # the engine may not have said that it took over an earlier load
+            self.promoted(state)
         state.shared_keys = tuple([block.key for block in blocks])
         if self._policy.share:
-            self._loading.update(dict.fromkeys(state.shared_keys, state.request.request_id))
+            again = self._loading.intersection(state.shared_keys)
+            if again:
+                self._loading_again.update(again)
+            self._loading.update(state.shared_keys)
         if state.at_once:
             self._filling.update(state.shared_keys)
-        self._in_flight[match.op_id] = state
+        self._in_flight[match.op_id] = _Load(state, match.in_dram)
         if self._events.enabled:
-            for staged in match.blocks:
-                self._events.remember(state.request, self._groups[staged.group], staged.index, staged.key)
+            for run in match.runs:
+                for index, key in enumerate(run.keys, run.first):
+                    self._events.remember(state.request, run.group, index, key)
         state.hit_tokens = self._by_tier(match, tokens)
         for tier, count in state.hit_tokens.items():
             self._stats.count(_HIT_TOKENS[tier], count)
@@ -241,18 +257,26 @@ class LoadPlanner:
         )
 
     def _by_tier(self, match: StagedMatch, tokens: int) -> dict[str, int]:
-        from_ssd = min(tokens, match.tokens_from_ssd(self._groups))
+        from_ssd = min(tokens, match.tokens_from_ssd)
         if not from_ssd:
             return {"dram": tokens}
         return {"dram": tokens - from_ssd, "ssd": from_ssd} if from_ssd < tokens else {"ssd": from_ssd}
 
     def promoted(self, state: RequestState) -> None:
         """The engine has taken the loaded blocks over (or the request is gone): nobody needs to wait any more."""
-        loading, request_id = self._loading, state.request.request_id
-        for key in state.shared_keys:
-            if loading.get(key) == request_id:
-                del loading[key]
-        state.shared_keys = ()
+        keys, state.shared_keys = state.shared_keys, ()
+        self._loading.difference_update(self._loaded_by_no_other(keys) if self._loading_again else keys)
+
+    def _loaded_by_no_other(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Those of ``keys``, which one load brings no more, that no other load brings either."""
+        again = self._loading_again
+        others = [key for key in keys if key in again]
+        last = [key for key in keys if key not in again]
+        again.subtract(others)
+        for key in others:
+            if not again[key]:
+                del again[key]
+        return last
 
     def ended(self, verdict: Verdict) -> Iterable[RequestState]:
         """Take the end of a load: publishes what SSD gave to DRAM, drops what did not verify.
@@ -262,21 +286,18 @@ class LoadPlanner:
         What the op still owns afterwards (pins, pages not published) is for the caller to release.
         """
         op = verdict.op
-        state = self._in_flight.pop(op.op_id, None)
+        load = self._in_flight.pop(op.op_id, None)
         void = op.op_id in self._void
         self._void.discard(op.op_id)
         for index in sorted(verdict.failed):
             self._bad_block(op.blocks[index], verdict)
-        self._count_loaded(verdict)
-        promoted = {
-            block.key: block.checksums
-            for index, block in enumerate(op.blocks)
-            if block.ssd_slot >= 0 and index not in verdict.failed
-        }
+        promoted = {} if load is not None and load.in_dram else _brought_from_ssd(verdict)
+        self._count_loaded(len(op.blocks) - len(verdict.failed), len(promoted))
         if promoted and not void:
             self._directory.commit_many(op.op_id, promoted, Tier.DRAM)
-        if state is None:
+        if load is None:
             return ()
+        state = load.state
         state.loading = None
         state.slot.op_ended(op.op_id, verdict.status)
         if verdict.status is not OpStatus.DONE:
@@ -289,16 +310,24 @@ class LoadPlanner:
         """What is being loaded belongs to the time before a cache reset and must not be published in DRAM."""
         self._void.update(self._in_flight)
 
-    def _count_loaded(self, verdict: Verdict) -> None:
+    def _count_loaded(self, blocks: int, from_ssd: int) -> None:
         """What arrived on every rank; that it was asked for is counted elsewhere."""
-        good = [block for index, block in enumerate(verdict.op.blocks) if index not in verdict.failed]
-        from_ssd = sum(block.ssd_slot >= 0 for block in good)
-        for tier, blocks in (("dram", len(good) - from_ssd), ("ssd", from_ssd)):
-            if blocks:
-                self._stats.count(_LOADED_BLOCKS[tier], blocks)
+        if blocks > from_ssd:
+            self._stats.count(_LOADED_BLOCKS["dram"], blocks - from_ssd)
+        if from_ssd:
+            self._stats.count(_LOADED_BLOCKS["ssd"], from_ssd)
 
     def _bad_block(self, block: BlockCopy, verdict: Verdict) -> None:
         for reason in verdict.reasons or ("unknown",):
             self._stats.add("vllm:umbp_failed_blocks", 1, "load", reason)
         if VERIFY_FAILED in verdict.reasons:
             self._directory.drop(block.key, Tier.SSD if block.ssd_slot >= 0 else Tier.DRAM)
+
+
+def _brought_from_ssd(verdict: Verdict) -> dict[bytes, bytes]:
+    """What is in DRAM now because it came through it: the checksums by key."""
+    return {
+        block.key: block.checksums
+        for index, block in enumerate(verdict.op.blocks)
+        if block.ssd_slot >= 0 and index not in verdict.failed
+    }

@@ -7,8 +7,9 @@ loaded, replaced, given up or too old.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeAlias
 
 import msgspec
 
@@ -19,6 +20,9 @@ from umbp_core.ops import BlockCopy
 from umbp_core.tiers import Tier
 from umbp_vllm.directories import Holds, Read
 from umbp_vllm.groups import KvGroup
+
+_Run: TypeAlias = "tuple[KvGroup, int, list[bytes]]"
+"""Neighbouring blocks: their group, the index of the first, and their keys."""
 
 
 class BlockHashes(Protocol):
@@ -56,24 +60,35 @@ class RequestKeys:
         return keys
 
 
-class StagedBlock(msgspec.Struct, frozen=True):
-    """One block of a staged match: where its bytes are and the DRAM page they come through."""
+class StagedRun(msgspec.Struct, frozen=True, gc=False):
+    """Neighbouring blocks of ``group``, the index of the first one ``first``.
 
-    key: bytes
-    group: int
-    index: int
-    source: Copy
-    dram_page: int
+    ``copies`` say where their bytes are, ``pages`` the DRAM pages that they come through.
+    """
+
+    group: KvGroup
+    first: int
+    keys: Sequence[bytes]
+    copies: Sequence[Copy]
+    pages: list[int]
+
+    def last(self, end: int) -> int:
+        """The index behind the last of its blocks that is full at ``end`` tokens."""
+        return max(self.first, min(end // self.group.block_tokens, self.first + len(self.keys)))
 
 
-class StagedMatch(msgspec.Struct, frozen=True):
-    """A pinned match of tokens ``start`` (included) to ``end`` (excluded) under owner ``op_id``."""
+class StagedMatch(msgspec.Struct, frozen=True, gc=False):
+    """A pinned match of tokens ``start`` (included) to ``end`` (excluded) under owner ``op_id``.
+
+    ``in_dram`` says that no block has to be read from SSD.
+    """
 
     op_id: str
     start: int
     end: int
-    blocks: tuple[StagedBlock, ...]
+    runs: Sequence[StagedRun]
     since: float
+    in_dram: bool
 
     @property
     def tokens(self) -> int:
@@ -81,19 +96,17 @@ class StagedMatch(msgspec.Struct, frozen=True):
         return self.end - self.start
 
     @property
-    def in_dram(self) -> bool:
-        """Whether no block has to be read from SSD."""
-        return all(block.source.tier is Tier.DRAM for block in self.blocks)
+    def blocks(self) -> int:
+        """How many blocks it has."""
+        return sum(len(run.keys) for run in self.runs)
 
-    def tokens_from_ssd(self, groups: Sequence[KvGroup]) -> int:
+    @property
+    def tokens_from_ssd(self) -> int:
         """Tokens whose KV comes from SSD, judged by the group that needs the most blocks from there."""
-        counts = [0] * len(groups)
-        for block in self.blocks:
-            if block.source.tier is Tier.SSD:
-                counts[block.group] += 1
-        if not any(counts):
+        if self.in_dram:
             return 0
-        return min(self.tokens, max(count * group.block_tokens for count, group in zip(counts, groups, strict=True)))
+        most = max(sum(copy.tier is Tier.SSD for copy in run.copies) * run.group.block_tokens for run in self.runs)
+        return min(self.tokens, most)
 
 
 class Matcher:
@@ -173,7 +186,7 @@ class Matcher:
         """The keys of the blocks that a load of ``start`` to ``end`` must bring."""
         return [key for _, _, run in self._runs_needed(keys, start, end) for key in run]
 
-    def _runs_needed(self, keys: RequestKeys, start: int, end: int) -> list[tuple[KvGroup, int, list[bytes]]]:
+    def _runs_needed(self, keys: RequestKeys, start: int, end: int) -> list[_Run]:
         """The blocks that a load must bring, per group: the first one's index, and all keys from there on."""
         needed = []
         for group in self._groups:
@@ -188,25 +201,26 @@ class Matcher:
         """
         while end > start:
             op_id = self._new_op_id()
-            staged: list[StagedBlock] = []
-            short = self._pin(op_id, self._runs_needed(keys, start, end), staged)
+            needed = self._runs_needed(keys, start, end)
+            copies = self._directory.pin(op_id, itertools.chain.from_iterable([keys for _, _, keys in needed]))
+            in_dram = [copy.tier for copy in copies].count(Tier.DRAM) == len(copies)
+            match = StagedMatch(op_id, start, end, _staged(needed, copies), now, in_dram)
+            short = None if in_dram else self._find_pages(match)
             if short is None:
-                return StagedMatch(op_id, start, end, tuple(staged), now)
+                return match
             self.release(op_id)
             end = self.longest(keys, start, min(short, end - 1))
         return None
 
-    def _pin(
-        self, op_id: str, needed: Sequence[tuple[KvGroup, int, list[bytes]]], staged: list[StagedBlock]
-    ) -> int | None:
-        """Pin ``needed`` into ``staged``; the token where it had to stop, or ``None`` if all went in."""
-        copies = iter(self._directory.pin(op_id, [key for _, _, run in needed for key in run]))
-        for group, first, run in needed:
-            for block, (key, copy) in enumerate(zip(run, copies, strict=False), first):
-                page = copy.pages[0] if copy.tier is Tier.DRAM else self._page_for(op_id, key, group, block)
-                if page is None:
-                    return block * group.block_tokens
-                staged.append(StagedBlock(key, group.index, block, copy, page))
+    def _find_pages(self, match: StagedMatch) -> int | None:
+        """Give what comes from SSD its page to come through; the token where there is none, or ``None``."""
+        for run in match.runs:
+            for number, copy in enumerate(run.copies):
+                if copy.tier is not Tier.DRAM:
+                    page = self._page_for(match.op_id, run.keys[number], run.group, run.first + number)
+                    if page is None:
+                        return (run.first + number) * run.group.block_tokens
+                    run.pages[number] = page
         return None
 
     def _page_for(self, op_id: str, key: bytes, group: KvGroup, block: int) -> int | None:
@@ -237,21 +251,27 @@ class Matcher:
         if tokens > match.tokens or (tokens < match.tokens and self._windowed):
             raise StateError(f"op {match.op_id}: vLLM wants {tokens} external tokens, {match.tokens} were promised")
         end = match.start + tokens
-        copies = []
-        for block in match.blocks:
-            if (block.index + 1) * self._groups[block.group].block_tokens > end:
-                continue
-            table = hbm_blocks[block.group]
-            if block.index >= len(table):
+        blocks: list[BlockCopy] = []
+        for run in match.runs:
+            group, last, table = run.group.index, run.last(end), hbm_blocks[run.group.index]
+            if last > len(table):
                 raise StateError(
-                    f"op {match.op_id}: block {block.index} of group {block.group} lies beyond its table of "
-                    f"{len(table)} blocks"
+                    f"op {match.op_id}: block {last - 1} of group {group} lies beyond its table of {len(table)} blocks"
                 )
-            source = block.source
-            ssd_slot = source.pages[0] if source.tier is Tier.SSD else -1
-            copies.append(
-                BlockCopy(
-                    block.key, block.group, table[block.index], block.dram_page, ssd_slot, checksums=source.checksum
-                )
-            )
-        return tuple(copies)
+            places = zip(run.keys, table[run.first : last], run.pages, run.copies, strict=False)
+            blocks += [
+                BlockCopy(key, group, block, page, copy.pages[0] if copy.tier is Tier.SSD else -1, copy.checksum)
+                for key, block, page, copy in places
+            ]
+        return tuple(blocks)
+
+
+def _staged(needed: Iterable[_Run], copies: Sequence[Copy]) -> list[StagedRun]:
+    """The runs with their ``copies``, each at the page where it is."""
+    runs = []
+    done = 0
+    for group, first, keys in needed:
+        mine = copies[done : done + len(keys)]
+        done += len(keys)
+        runs.append(StagedRun(group, first, keys, mine, [copy.pages[0] for copy in mine]))
+    return runs

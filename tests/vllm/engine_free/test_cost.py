@@ -23,6 +23,9 @@ QUIET_STEPS = 20
 FOR_A_QUIET_STEP = 60
 """Calls, of Python and C functions together; each is some 50 ns, and a step has 1 ms."""
 
+FOR_A_BLOCK_OF_A_HIT = 8
+"""Calls, counted the same way."""
+
 
 CHANGES = (
     "on_new_request",
@@ -140,3 +143,23 @@ def test_what_changes_costs_the_same_however_much_does_not(make_umbp: MakeUmbp) 
     few, many = (calls_of_changes(make_umbp, running) for running in (QUIET_STEPS + 4, 256))
     assert few == many
     assert min(few) > FOR_A_QUIET_STEP
+
+
+def calls_of_a_hit(make_umbp: MakeUmbp, blocks: int) -> int:
+    """From the arrival of a request with a hit of so many blocks to the end of its load."""
+    engine = make_umbp({"dram_capacity": "64MiB"}, block_size=16, num_blocks=512, max_model_len=2048)
+    engine.pace()
+    prompt = tokens(16 * blocks)
+    engine.store(prompt)
+    with counted(engine.scheduler.connector, *CHANGES) as made:
+        name = engine.add([*prompt, 7], max_tokens=1)
+        engine.drain()
+    assert engine.external_tokens(name) == len(prompt)
+    return sum(made)
+
+
+@pytest.mark.statement("connector", 95)
+def test_a_block_of_a_hit_costs_a_few_calls(make_umbp: MakeUmbp) -> None:
+    """Hits may have thousands of blocks; what can be done for all at once is."""
+    few, many = calls_of_a_hit(make_umbp, 4), calls_of_a_hit(make_umbp, 68)
+    assert (many - few) / 64 <= FOR_A_BLOCK_OF_A_HIT

@@ -365,7 +365,7 @@ class UmbpHarness(Harness):
             "ops": len(self.pool.ledger),
             "held": len(self.pool.held),
             "staged": self.pool.loads.staged,
-            "shared loads": len(self.pool.loads._loading),
+            "shared loads": len(self.pool.loads._loading) + len(self.pool.loads._loading_again),
             "quarantined": self.pool.ledger.quarantined,
             "worker ops": sum(worker.engine.pending() for worker in self.workers),
             "worker loads": sum(len(worker._loads) for worker in self.workers),
