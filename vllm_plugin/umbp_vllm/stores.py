@@ -152,12 +152,16 @@ class StorePlanner:
         decided = self._left_out(full)
         if all(decided):
             return new
-        left_out = iter(decided)
+        end = 0
         for state, group, first, keys in full:
+            left_out = decided[end : end + len(keys)]
+            end += len(keys)
+            if all(left_out):  # such as the prefix that a request has just loaded
+                continue
             table = iter(self._tables.blocks(state.request.request_id, group.index, first, first + len(keys)))
             for index, key in enumerate(keys, first):
                 hbm_block = next(table, NULL_BLOCK)
-                if not next(left_out) and hbm_block != NULL_BLOCK:
+                if not left_out[index - first] and hbm_block != NULL_BLOCK:
                     new.append(_NewBlock(state, group, index, key, hbm_block))
         return new
 
