@@ -52,7 +52,6 @@ from umbp_vllm import block_hooks
 from umbp_vllm.hbm_watch import BlockLog
 from umbp_vllm.metadata import PROTOCOL_VERSION, HandshakeHello, RankHello, WorkerReport
 
-HIT_BLOCKS = 4
 TARGET_P50_US = 80.0
 TARGET_P99_US = 1000.0
 TIMED = (
@@ -79,6 +78,13 @@ class Load:
     """Requests that fill a block, per step, on average."""
     arrivals: int = 0
     """Requests that arrive with a hit, and as many that end, per step."""
+    hit_blocks: int = 4
+    """Of each hit."""
+
+    @property
+    def tokens(self) -> int:
+        """The longest prompt."""
+        return self.block_size * (self.hit_blocks + 2)
 
     @property
     def block_size(self) -> int:
@@ -93,7 +99,7 @@ class Engine:
         umbp_vllm.register()
         self.load = load
         size = load.block_size
-        longest = size * (HIT_BLOCKS + 2) + steps
+        longest = load.tokens + steps
         spec = EngineSpec(
             connector="umbp",
             extra={"dram_capacity": "1GiB", "log_level": "error", "master_address": master},
@@ -101,7 +107,7 @@ class Engine:
             num_blocks=(load.running + 64) * (longest // size + 2),
             max_model_len=longest,
             max_num_seqs=load.running + 64,
-            max_num_batched_tokens=size * (HIT_BLOCKS + 2) * (load.running + 64),
+            max_num_batched_tokens=load.tokens * (load.running + 64),
         )
         config = make_vllm_config(spec)
         geometry = make_geometry(spec, config)
@@ -213,7 +219,7 @@ class Batch:
 
     def _document(self, index: int) -> list[int]:
         """Whole blocks that no other request has."""
-        return [index] + [1] * (HIT_BLOCKS * self.size - 1)
+        return [index] + [1] * (self.engine.load.hit_blocks * self.size - 1)
 
     def _next(self) -> list[int]:
         """The next document, and a tail so that blocks fill up at different steps."""
@@ -253,6 +259,7 @@ def measure(load: Load, steps: int, master: str = "") -> _report.Row:
         "arrive": engine.seen["loads"] / steps,
         "end": engine.seen["ends"] / steps,
         "fill a block": engine.seen["fills"] / steps,
+        "blocks per hit": load.hit_blocks,
         "p10 us": times[steps // 10],
         "p50 us": statistics.median(times),
         "p99 us": times[int(steps * 0.99)],
@@ -334,7 +341,13 @@ def main() -> None:
     arguments = parser.parse_args()
     steps = 100 if arguments.quick else 1000
     mixed = [Load(running, filled=2, arrivals=1) for running in (1, 64, 256, 1024)]
-    others = [Load(256, filled=0), Load(256, filled=4), Load(256, filled=16), Load(256, filled=2, arrivals=8)]
+    others = [
+        Load(256, filled=0),
+        Load(256, filled=4),
+        Load(256, filled=16),
+        Load(256, filled=2, arrivals=8),
+        Load(64, filled=4, arrivals=1, hit_blocks=128),
+    ]
     sections = {
         "Four changes per step": [measure(load, steps) for load in mixed],
         "Other loads": [measure(load, steps) for load in others],
