@@ -1,4 +1,4 @@
-"""Some hundred requests at random on a real server whose every level is too small; the master knows the truth."""
+"""Some hundred requests at random on a real server whose every level is too small; the master knows the truth.
 
 Requests come several at once, with salts and extra keys, share beginnings, are broken off; caches are flushed, the
 storage is cleared and attached anew, the master is killed.  What the server holds is asked through a door in its
