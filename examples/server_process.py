@@ -107,11 +107,10 @@ class EngineServer(ABC):
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # one group of processes, so that none is left behind
             )
-        try:
+        with contextlib.ExitStack() as failed:
+            failed.callback(self.kill)
             self._wait_until_ready()
-        except BaseException:
-            self.kill()
-            raise
+            failed.pop_all()
 
     def stop(self) -> None:
         """Ask the server to end, as an operator would, and wait; what does not end in time is killed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -143,9 +144,8 @@ class Forwarder:
     async def _open(self, url: str, headers: Mapping[str, str], body: bytes) -> Answer:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._settings.connect_timeout)
         response = await self._http.post(url, data=body, headers=headers, timeout=timeout)
-        try:
+        with contextlib.ExitStack() as failed:
+            failed.callback(response.close)
             first = await response.content.readany()
-        except BaseException:
-            response.close()
-            raise
+            failed.pop_all()
         return Answer(response, first, self._settings.idle_timeout)

@@ -20,5 +20,5 @@ def register() -> None:
         from umbp_sglang import registration
 
         registration.register()
-    except Exception:  # the border to the engine: it starts also where nothing of ours works
+    except Exception:  # engine boundary: it starts also where nothing of ours works
         _logger.warning("umbp could not be registered; SGLang goes on without it", exc_info=True)

@@ -60,7 +60,7 @@ class Door:
         """What ``work`` returns, or ``miss`` when it fails."""
         try:
             return work()
-        except Exception as error:  # noqa: BLE001 - the border to the engine
+        except Exception as error:  # noqa: BLE001 - engine boundary: a storage call is a miss
             self._degraded(f"{self.name}_error")
             self._log(error)
             return miss

@@ -42,7 +42,7 @@ def quiet(hook: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             hook(*args, **kwargs)
-        except Exception as error:  # the border to the engine: its own threads run this
+        except Exception as error:  # engine boundary: its own threads run this
             if not logged:
                 logged.append(error)
                 _logger.exception("umbp: %s failed; the master may be told less than there is", hook.__name__)

@@ -45,6 +45,11 @@ BROAD_EXCEPTS = {
 }
 """Where ``except Exception`` may stand, how often, and why.  Everything else names what it catches."""
 
+BOUNDARY = re.compile(
+    r"# (noqa: BLE001 - )?(engine boundary|hook call site|op boundary|thread top|producer boundary): "
+)
+"""How the comment beside each of them begins, as CONTRIBUTING.md has it."""
+
 # Put together here, so that this file does not name them either.
 FORBIDDEN = {
     "a package registry's host": re.compile("py" + r"pi\.org|python" + r"hosted|npm" + r"js\.|deb" + r"ian\.org"),
@@ -84,6 +89,8 @@ def test_broad_excepts_stand_at_named_boundaries_only(path: Path) -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.ExceptHandler) and _is_broad(node.type)
     ]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [line for line in broad if not BOUNDARY.search(lines[line - 1])] == [], "the comment names the boundary"
     allowed, _ = BROAD_EXCEPTS.get(name_of(path), (0, ""))
     assert len(broad) == allowed, f"lines {broad}; a boundary that is right is named in BROAD_EXCEPTS, with its reason"
 

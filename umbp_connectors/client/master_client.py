@@ -271,7 +271,7 @@ class MasterClient:
         while not self._closing.is_set():
             try:
                 due = self._session.step()
-            except Exception as error:  # the top of a thread: a snapshot that raises must not end the telling
+            except Exception as error:  # thread top: a snapshot that raises must not end the telling
                 if logged != repr(error):
                     logger.exception("telling the master failed; everything is told anew")
                 logged = repr(error)

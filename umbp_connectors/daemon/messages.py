@@ -13,7 +13,7 @@ token when its own ended.  Sequences go on over the connections of a life.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -316,11 +316,13 @@ Request = (
 )
 Order = Evict | Clear | Flush
 Greeting = Attach | Inspect | ListObjects | Follow | Manage
-_REQUESTS = msgspec.msgpack.Decoder(Request)
-_GREETINGS = msgspec.msgpack.Decoder(Greeting)
-_NEWS = msgspec.msgpack.Decoder(News)
-_ORDERS = msgspec.msgpack.Decoder(Order)
-_BAD = (msgspec.MsgspecError, UnicodeDecodeError)
+
+Said = TypeVar("Said")
+
+_REQUESTS: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_GREETINGS: msgspec.msgpack.Decoder[Greeting] = msgspec.msgpack.Decoder(Greeting)
+_NEWS: msgspec.msgpack.Decoder[News] = msgspec.msgpack.Decoder(News)
+_ORDERS: msgspec.msgpack.Decoder[Order] = msgspec.msgpack.Decoder(Order)
 
 
 def scope_of(identity: Identity) -> Scope:
@@ -330,35 +332,26 @@ def scope_of(identity: Identity) -> Scope:
 
 def decode_greeting(payload: memoryview) -> Greeting:
     """A client's first message.  Raises ``WireError``."""
-    try:
-        greeting: Greeting = _GREETINGS.decode(payload)
-    except _BAD as error:
-        raise WireError(ErrorCode.MALFORMED, f"a greeting is not what it should look like: {error}") from None
-    return greeting
+    return _decode(_GREETINGS, payload, "a greeting is")
 
 
 def decode_news(payload: memoryview) -> News:
     """What a daemon says to one who follows.  Raises ``WireError``."""
-    try:
-        news: News = _NEWS.decode(payload)
-    except _BAD as error:
-        raise WireError(ErrorCode.MALFORMED, f"news are not what they should look like: {error}") from None
-    return news
+    return _decode(_NEWS, payload, "news are")
 
 
 def decode_order(payload: memoryview) -> Order:
     """What somebody says who manages a pool.  Raises ``WireError``."""
-    try:
-        order: Order = _ORDERS.decode(payload)
-    except _BAD as error:
-        raise WireError(ErrorCode.MALFORMED, f"an order is not what it should look like: {error}") from None
-    return order
+    return _decode(_ORDERS, payload, "an order is")
 
 
 def decode_request(payload: memoryview) -> Request:
     """A client's request.  Raises ``WireError``."""
+    return _decode(_REQUESTS, payload, "a request is")
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[Said], payload: memoryview, what: str) -> Said:
     try:
-        request: Request = _REQUESTS.decode(payload)
-    except _BAD as error:
-        raise WireError(ErrorCode.MALFORMED, f"a request is not what it should look like: {error}") from None
-    return request
+        return decoder.decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise WireError(ErrorCode.MALFORMED, f"{what} not what it should look like: {error}") from None

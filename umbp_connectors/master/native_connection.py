@@ -281,7 +281,7 @@ class NativeConnection(asyncio.Protocol):
                 self._task = asyncio.get_running_loop().create_task(later)
                 return
             self._put(_REPLY, sequence, self._payload_of(answer))
-        except Exception as error:  # noqa: BLE001 - a mistake of ours must not cost the other clients their master
+        except Exception as error:  # noqa: BLE001 - op boundary: one call must not end the others'
             self._fail(sequence, name, error)
         else:
             self._finish(name, _OK)
@@ -290,7 +290,7 @@ class NativeConnection(asyncio.Protocol):
         """The rest of a request that takes longer."""
         try:
             payload = self._payload_of(await answer)
-        except Exception as error:  # noqa: BLE001 - as above
+        except Exception as error:  # noqa: BLE001 - op boundary: the same for what takes longer
             self._began = started
             self._fail(sequence, name, error)
         else:

@@ -115,6 +115,6 @@ class IoThreads:
                 job = self._queue.popleft()
             try:
                 job.run(borrow)
-            except Exception as error:  # noqa: BLE001 - the job's boundary: who waits for it is told, the thread lives
+            except Exception as error:  # noqa: BLE001 - op boundary: who waits for it is told, the thread lives
                 job.fail(error)
             del job

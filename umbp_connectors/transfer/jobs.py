@@ -134,7 +134,7 @@ class Job(abc.ABC):
     def _run(self, step: Callable[[], None]) -> None:
         try:
             step()
-        except Exception as error:  # noqa: BLE001 - the op's boundary: a bug in one op must not reach another
+        except Exception as error:  # noqa: BLE001 - op boundary: a bug in one op must not reach another
             self._fail(range(len(self._op.blocks)), INTERNAL, error)
             self._finish(OpStatus.FAILED)
 
@@ -142,7 +142,7 @@ class Job(abc.ABC):
         """Run ``action``; an exception fails the blocks ``indexes`` with ``reason``."""
         try:
             action()
-        except Exception as error:  # noqa: BLE001 - the op's boundary: copiers and disks raise what they like
+        except Exception as error:  # noqa: BLE001 - op boundary: copiers and disks raise what they like
             self._fail(indexes, reason, error)
             return False
         return True

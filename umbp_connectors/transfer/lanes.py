@@ -69,6 +69,6 @@ class Lanes:
         while (task := self._tasks.get()[2]) is not None:
             try:
                 task()
-            except Exception:  # the top of a thread: a bug in one task must not take the others' thread away
+            except Exception:  # thread top: a bug in one task must not take the others' thread away
                 logger.exception("a task of %s failed outside of its op, which counts as lost", self._name)
             del task  # whoever is not queued again is gone, and not only when the next one comes

@@ -18,7 +18,7 @@ def register() -> None:
         from umbp_vllm import registration
 
         registration.register()
-    except Exception:  # an entry point of every vLLM in the environment, used or not
+    except Exception:  # engine boundary: an entry point of every vLLM, whether it uses us or not
         _logger.warning("umbp could not be registered; vLLM goes on without it", exc_info=True)
 
 
@@ -31,5 +31,5 @@ def early_platform() -> None:
         from umbp_vllm import early
 
         early.install()
-    except Exception:  # as above
+    except Exception:  # engine boundary: the same
         _logger.debug("umbp: no early hook; LLM(kv_connector=...) is not available", exc_info=True)

@@ -36,7 +36,7 @@ def extending(add_cli_args: Callable[..., Any], arg_utils: Any) -> Callable[...,
         parser = add_cli_args(*args, **kwargs)
         try:
             extend(parser, vars(arg_utils).get("_expand_json_human_readable_numbers", str))
-        except Exception:  # a vLLM without what we extend must still parse its own arguments
+        except Exception:  # engine boundary: any vLLM must still parse its own arguments
             _logger.debug("umbp: this vLLM takes no %s; use %s", FLAG, _CONFIG_FLAG, exc_info=True)
         return parser
 

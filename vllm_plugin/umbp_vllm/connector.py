@@ -48,7 +48,7 @@ def _guarded(default: Callable[[], Any]) -> Callable[[Callable[..., T]], Callabl
         def call(self: UmbpConnector, *args: Any, **kwargs: Any) -> T:
             try:
                 return method(self, *args, **kwargs)
-            except Exception as error:  # noqa: BLE001 - the engine boundary: nothing of ours may reach the engine
+            except Exception as error:  # noqa: BLE001 - engine boundary: nothing of ours may reach it
                 self._failed(method.__name__, error)
                 return default()  # type: ignore[no-any-return]
 
@@ -183,7 +183,7 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
         """Blocks exist; a promised load starts.  One that cannot start is reported as failed, never forgotten."""
         try:
             self.leader.allocated(request, blocks, num_external_tokens)
-        except Exception as error:  # noqa: BLE001 - the engine boundary, as above
+        except Exception as error:  # noqa: BLE001 - engine boundary: the same
             self._failed("update_state_after_alloc", error)
             if num_external_tokens:
                 self.leader.refuse_load(request, blocks.get_block_ids())
@@ -323,7 +323,7 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
         """A boundary, as :func:`_guarded`: what the forward pass reads after a failure is not known to be right."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - the engine boundary, as above
+        except Exception as error:  # noqa: BLE001 - engine boundary: the same
             worker.gate.distrust()
             self._failed(place, error)
 

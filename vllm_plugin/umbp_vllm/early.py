@@ -43,7 +43,7 @@ def install() -> None:
 def _patch(module: Any) -> None:
     try:
         engine_args.install(module)
-    except Exception:  # runs while vLLM imports its own modules, which must not fail because of us
+    except Exception:  # engine boundary: runs while vLLM imports its own modules
         _logger.debug("umbp: this vLLM takes no kv_connector=...; use kv_transfer_config", exc_info=True)
 
 

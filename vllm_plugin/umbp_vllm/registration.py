@@ -43,5 +43,5 @@ def install_hooks() -> None:
     """Add the flags and the keyword argument; on a vLLM where that does not fit, say so at debug level."""
     try:
         engine_args.install(importlib.import_module("vllm.engine.arg_utils"))
-    except Exception:  # vLLM calls this in every process; without the flags it works all the same
+    except Exception:  # engine boundary: vLLM calls this in every process, and works without the flags
         _logger.debug("umbp: this vLLM takes no --kv-connector; use --kv-transfer-config", exc_info=True)

@@ -8,8 +8,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+import pytest
+
 from umbp_connectors.client.addresses import MasterAddress, Wire
-from umbp_core.errors import MasterError, MasterUnavailable, ProtocolError
+from umbp_core.errors import InvalidRequest, MasterError, MasterUnavailable, ProtocolError
 from umbp_core.index_gate import Acknowledgement, Batch
 from umbp_core.index_match import PrefixMatch
 from umbp_core.master.model import (
@@ -263,3 +265,15 @@ def seeded(seed: int, faults: Sequence[str], share: float) -> Iterator[str]:
     chance = random.Random(seed)
     while True:
         yield chance.choice(faults) if chance.random() < share else "well"
+
+
+def refuse_events(state: MasterState, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on ``state`` refuses heartbeats that carry events of blocks."""
+    heartbeat = state.heartbeat
+
+    def picky(message: Heartbeat, now: float) -> HeartbeatReply:
+        if message.bundles:
+            raise InvalidRequest("these events are not for me")
+        return heartbeat(message, now)
+
+    monkeypatch.setattr(state, "heartbeat", picky)

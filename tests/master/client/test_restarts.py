@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.master.client.fake_network import GRPC, NATIVE, FakeNetwork
+from tests.master.client.fake_network import GRPC, NATIVE, FakeNetwork, refuse_events
 from tests.master.client.reporting_node import ReportingNode
 from umbp_connectors.client.addresses import MasterAddress
-from umbp_core.errors import InvalidRequest
 from umbp_core.journal import Delta
-from umbp_core.master.model import Heartbeat, HeartbeatReply
 
 HBM, DRAM = 1, 2
 INTERVAL = 5.0
@@ -54,24 +52,12 @@ def test_a_node_whose_blocks_are_refused_tells_its_reports_all_the_same(
     door: MasterAddress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = settled_node(door)
-
-    def refuse() -> None:
-        state = node.network.state
-        heartbeat = state.heartbeat
-
-        def picky(message: Heartbeat, now: float) -> HeartbeatReply:
-            if message.bundles:
-                raise InvalidRequest("these events are not for me")
-            return heartbeat(message, now)
-
-        monkeypatch.setattr(state, "heartbeat", picky)
-
-    refuse()
+    refuse_events(node.network.state, monkeypatch)
     node.record([Delta(b"c", DRAM, 1)])
     node.run(INTERVAL)
     assert node.counters.refused == 1
     node.network.restart_master(persistent=True)
-    refuse()
+    refuse_events(node.network.state, monkeypatch)
     beats = node.counters.heartbeats
     node.report([b"c"], HBM)
     node.run(10 * INTERVAL)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.master.client.fake_network import GRPC, NATIVE, FakeNetwork
+from tests.master.client.fake_network import GRPC, NATIVE, FakeNetwork, refuse_events
 from tests.master.client.reporting_node import SMALL, ReportingNode
 from umbp_connectors.client.addresses import MasterAddress, Wire
 from umbp_connectors.client.link import Link
@@ -12,7 +12,7 @@ from umbp_core.breaker import BreakerState
 from umbp_core.errors import InvalidRequest, MasterUnavailable
 from umbp_core.index_gate import Acknowledgement, Batch
 from umbp_core.journal import Delta
-from umbp_core.master.model import Heartbeat, HeartbeatReply, NodeStatus, Registration, TierCapacity
+from umbp_core.master.model import HeartbeatReply, NodeStatus, Registration, TierCapacity
 
 A, B, C, D = b"a", b"b", b"c", b"d"
 HBM, DRAM, SSD = 1, 2, 3
@@ -309,15 +309,7 @@ def test_what_the_master_refuses_does_not_stop_the_rest(monkeypatch: pytest.Monk
 
 def test_events_that_the_master_refuses_do_not_stop_the_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
     node = settled_node()
-    state = node.network.state
-    heartbeat = state.heartbeat
-
-    def picky(message: Heartbeat, now: float) -> HeartbeatReply:
-        if message.bundles:
-            raise InvalidRequest("these events are not for me")
-        return heartbeat(message, now)
-
-    monkeypatch.setattr(state, "heartbeat", picky)
+    refuse_events(node.network.state, monkeypatch)
     node.record([Delta(C, DRAM, 1)])
     node.run(100.0)
     assert node.network.state.list_nodes(node.clock.now)[0].last_heartbeat_age <= INTERVAL

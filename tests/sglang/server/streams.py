@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from examples.server_process import free_port
-from tests.connectors.reporting_zmq.lossy import LossyStream
-from umbp_connectors.config import resolve
+from tests.connectors.reporting_zmq.lossy import LossyStream, following
 from umbp_connectors.reporting.node import NodeFacts
-from umbp_connectors.reporting.opening import open_reporter
-from umbp_connectors.reporting.zmq_follower import Follower, Patience
+from umbp_connectors.reporting.zmq_follower import Follower
 from umbp_connectors.reporting.zmq_sockets import StreamSettings
 
 LOSSY = "loses batches"
@@ -34,18 +31,8 @@ class Stream:
 @contextmanager
 def losing(stream: Stream, master_address: str) -> Iterator[tuple[Follower, LossyStream]]:
     """A follower that loses batches, and has the server repeat them."""
-    config = resolve({"master_address": master_address, "node_id": LOSSY}, {}).config
-    reporter = open_reporter(config, NodeFacts("sglang", "random", "", "both", "127.0.0.1", 1))
-    assert reporter is not None
     here = [place.replace("*", "127.0.0.1") for place in (stream.endpoint, stream.replay)]
     lossy = LossyStream(StreamSettings(*here))
-    follower = Follower(lossy, reporter, Patience(grace=0.5, idle=0.5))
-    thread = threading.Thread(target=follower.run, name="follower")
-    reporter.start()
-    thread.start()
-    try:
+    facts = NodeFacts("sglang", "random", "", "both", "127.0.0.1", 1)
+    with following(lossy, facts, LOSSY, master_address) as (follower, _):
         yield follower, lossy
-    finally:
-        follower.stop()
-        thread.join(60)
-        reporter.close()

@@ -8,48 +8,28 @@ from __future__ import annotations
 import random
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.connectors.reporting_zmq.lossy import LossyStream
+from tests.connectors.reporting_zmq.lossy import LossyStream, following
 from tests.master.app.master_process import MasterProcess
 from tests.vllm.engine.local import Ask, Engine, engine
 from tests.vllm.harness.reported import FLUSH, Held, held_by, known_at
 from tests.vllm.models import prompt
-from umbp_connectors.config import resolve
 from umbp_connectors.reporting.node import NodeFacts
-from umbp_connectors.reporting.opening import open_reporter
 from umbp_connectors.reporting.reporter import Reporter
-from umbp_connectors.reporting.zmq_follower import Follower, Patience
+from umbp_connectors.reporting.zmq_follower import Follower
 from umbp_connectors.reporting.zmq_sockets import StreamSettings
 from umbp_core.tiers import Tier
 
 DEADLINE = 60.0
 NODE = "followed"
+FACTS = NodeFacts("vllm", "tiny", "1", "both", "127.0.0.1", 8000)
 
 
 def free_ports() -> tuple[int, int]:
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
         return one.getsockname()[1], other.getsockname()[1]
-
-
-@contextmanager
-def following(master: MasterProcess, stream: LossyStream) -> Iterator[tuple[Follower, Reporter]]:
-    config = resolve({"master_address": f"umbp://{master.doors['native']}", "node_id": NODE}, {}).config
-    reporter = open_reporter(config, NodeFacts("vllm", "tiny", "1", "both", "127.0.0.1", 8000))
-    assert reporter is not None
-    follower = Follower(stream, reporter, Patience(grace=0.5, idle=0.5))
-    thread = threading.Thread(target=follower.run, name="follower")
-    reporter.start()
-    thread.start()
-    try:
-        yield follower, reporter
-    finally:
-        follower.stop()
-        thread.join(DEADLINE)
-        reporter.close()
 
 
 class Published:
@@ -99,7 +79,8 @@ def test_the_master_knows_what_the_engine_could_serve(llama: Path, tmp_path: Pat
         with engine(llama, kv_events_config=events) as opened:
             published = Published(opened)
             opened.ask_one(Ask(prompt(300, seed=1)))  # before anybody listens
-            with following(master, stream) as (follower, reporter):
+            address = f"umbp://{master.doors['native']}"
+            with following(stream, FACTS, NODE, address) as (follower, reporter):
                 until(follower, published.count)
                 assert known(master, reporter) == held_by(opened.core.scheduler, None)
                 texts = [prompt(rng.randrange(40, 330), seed=100 + seed) for seed in range(16)]
