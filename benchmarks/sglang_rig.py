@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,21 +120,35 @@ class Rig:
             controller.page_set_func = controller._generic_page_set
         self._controller = controller
 
-    def put(self, hashes: Sequence[str], first_page: int) -> None:
-        """Back up the pages from ``first_page`` on, as the backup thread does; raises when one was refused."""
-        operation = StorageOperation(self._indices(first_page, len(hashes)), [], hash_value=list(hashes))
-        self._controller._page_backup(operation)
-        if operation.completed_tokens != len(hashes) * PAGE_TOKENS:
-            raise SystemExit(f"only {operation.completed_tokens // PAGE_TOKENS} of {len(hashes)} pages were stored")
+    def put(self, hashes: Sequence[str], first_page: int) -> Callable[[], None]:
+        """What backs up the pages from ``first_page`` on, as the backup thread does; raises when one was refused.
 
-    def get(self, hashes: Sequence[str], first_page: int) -> None:
-        """Prefetch into the pages from ``first_page`` on, as the I/O thread does; raises when one did not come."""
+        The scheduler, another thread, makes the operation; so does this.
+        """
+        operation = StorageOperation(self._indices(first_page, len(hashes)), [], hash_value=list(hashes))
+
+        def run() -> None:
+            self._controller._page_backup(operation)
+            if operation.completed_tokens != len(hashes) * PAGE_TOKENS:
+                raise SystemExit(f"only {operation.completed_tokens // PAGE_TOKENS} of {len(hashes)} pages were stored")
+
+        return run
+
+    def get(self, hashes: Sequence[str], first_page: int) -> Callable[[], None]:
+        """What prefetches into the pages from ``first_page`` on, as the I/O thread does; raises when one did not come.
+
+        The operation is made before, as for :meth:`put`.
+        """
         operation = PrefetchOperation("benchmark", [])
         operation.hash_value = list(hashes)
         operation.host_indices = self._indices(first_page, len(hashes))
-        found = self._controller._page_transfer(operation)
-        if found != len(hashes):
-            raise SystemExit(f"only {found} of {len(hashes)} pages came back")
+
+        def run() -> None:
+            found = self._controller._page_transfer(operation)
+            if found != len(hashes):
+                raise SystemExit(f"only {found} of {len(hashes)} pages came back")
+
+        return run
 
     def exists(self, hashes: Sequence[str]) -> int:
         """How many of ``hashes`` the backend has without a gap: one call, as the hybrid controller makes it."""

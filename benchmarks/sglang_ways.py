@@ -91,7 +91,7 @@ class Bench:
         for page in self._pages[first : first + BATCH]:
             for piece in page:
                 piece[:] = 0
-        self._rigs[label].get(hashes, first)
+        self._rigs[label].get(hashes, first)()
         if not torch.equal(before, words):
             raise SystemExit(f"{label}: the bytes that came back are not those that were put")
 
@@ -118,7 +118,7 @@ class Bench:
         """A put of hashes that the backend does not have."""
         first = self._next() if batch is None else batch * BATCH
         hashes = fresh_hashes()
-        figure = self._measured(f"{label} put", lambda: self._rigs[label].put(hashes, first))
+        figure = self._measured(f"{label} put", self._rigs[label].put(hashes, first))
         stored = self._stored[label]
         stored.append((hashes, first))
         if label == "file" and self._folder is not None:
@@ -130,7 +130,7 @@ class Bench:
         stored = self._stored[label]
         age = min(len(stored), max(1, self._batches // 2)) if label == "umbp" else 1
         hashes, first = stored[-age]
-        return self._measured(f"{label} get", lambda: self._rigs[label].get(hashes, first))
+        return self._measured(f"{label} get", self._rigs[label].get(hashes, first))
 
     def _measured(self, name: str, work: Callable[[], object]) -> float:
         start = time.process_time()
@@ -186,7 +186,7 @@ def exists(count: int, folder: Path) -> list[Row]:
         rig = Rig(pool, storage)
         chain = fresh_hashes(2048)
         for first in range(0, len(chain), BATCH):
-            rig.put(chain[first : first + BATCH], 0)
+            rig.put(chain[first : first + BATCH], 0)()
         (absent,) = fresh_hashes(1)
         for keys in CHAINS:
             for what, asked in (("all there", chain[:keys]), ("the first is missing", [absent, *chain[1:keys]])):

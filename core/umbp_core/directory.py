@@ -384,7 +384,7 @@ class Directory:
 
     def _make_room(self, state: TierCopies, nbytes: int) -> bool:
         """Evict as much as it takes; ``False``, with nothing evicted, when no eviction makes enough room."""
-        victims = state.victims_for(nbytes, self._leases.is_leased)
+        victims = state.victims_for(nbytes, self._leases.keys)
         if victims is None:
             return False
         copies = state.unpublish_many(victims)

@@ -21,7 +21,13 @@ class DeploymentMode(enum.Enum):
     """The nodes that a master knows."""
 
 
-class PutStatus(enum.Enum):
+class _Status(enum.Enum):
+    """Counted once for each object that moves: a member is its own only copy, so its identity is hashed."""
+
+    __hash__ = object.__hash__
+
+
+class PutStatus(_Status):
     """What became of one object of a put."""
 
     STORED = "stored"
@@ -42,7 +48,7 @@ class PutStatus(enum.Enum):
         return self in (PutStatus.STORED, PutStatus.PRESENT, PutStatus.VOLATILE)
 
 
-class GetStatus(enum.Enum):
+class GetStatus(_Status):
     """What became of one object of a get.  Unless it is a hit, the buffer's content is undefined."""
 
     DRAM = "dram"

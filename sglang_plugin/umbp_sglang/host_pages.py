@@ -68,18 +68,20 @@ class PageAccess(ABC):
     def deliver(self, indices: Any, targets: list[Sequence[PageBuffer]], arrived: Sequence[bool]) -> None:
         """Called when :meth:`targets` were written: those that arrived belong into the pool."""
 
-    def page_numbers(self, indices: Any, pages: int) -> NDArray[np.int64]:
+    def page_numbers(self, indices: Any, pages: int) -> list[int]:
         """The page that each group of ``rows`` indices names.
 
         Raises ``ValueError`` unless they are ``pages`` whole pages of the pool.
         """
         flat: NDArray[np.int64] = indices.numpy()
-        if len(flat) != pages * self.rows:
-            raise ValueError(f"{pages} pages of {self.rows} rows need as many host indices, got {len(flat)}")
-        first, last = flat[:: self.rows], flat[self.rows - 1 :: self.rows]
-        numbers = first // self.rows
-        whole = (numbers * self.rows == first) & (last - first == self.rows - 1)
-        if not (whole & (numbers >= 0) & (numbers < self.page_count)).all():
+        rows = self.rows
+        if len(flat) != pages * rows:
+            raise ValueError(f"{pages} pages of {rows} rows need as many host indices, got {len(flat)}")
+        # Lists: numpy's arithmetic on so few numbers costs more than Python's after a large copy, with cold caches.
+        first, last = flat[::rows].tolist(), flat[rows - 1 :: rows].tolist()
+        numbers: list[int] = [row // rows for row in first]
+        whole = [number * rows for number in numbers] == first and [row + rows - 1 for row in first] == last
+        if not whole or (numbers and not 0 <= min(numbers) <= max(numbers) < self.page_count):
             raise ValueError("host indices that are not whole pages of the host pool")
         return numbers
 
@@ -97,7 +99,7 @@ class StridedPages(PageAccess):
 
     def sources(self, indices: Any, pages: int) -> list[Sequence[PageBuffer]]:
         """See :class:`PageAccess`."""
-        numbers: list[int] = self.page_numbers(indices, pages).tolist()
+        numbers = self.page_numbers(indices, pages)
         return [_rows_of(views, numbers) for views in self._views]
 
     def targets(self, indices: Any, pages: int) -> list[Sequence[PageBuffer]]:

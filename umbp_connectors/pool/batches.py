@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from umbp_connectors.pool.arena import Arena
@@ -32,9 +32,9 @@ from umbp_connectors.pool.stripes import Stripes
 from umbp_core.directory import Copy
 from umbp_core.tiers import Tier
 
-_CHUNK = 64
-"""Objects per visit to the books, at most: their lock is held for about a hundred microseconds."""
-_CHUNK_BYTES = 16 << 20
+_CHUNK = 128
+"""Objects per visit to the books, at most: their lock is held for some hundred microseconds."""
+_CHUNK_BYTES = 64 << 20
 """Bytes per visit, at most: what is stored can be read, and written to SSD, while the rest of its batch is copied."""
 
 
@@ -83,8 +83,8 @@ class BatchMover:
     def __init__(self, books: Books, arena: Arena, stripes: Stripes, copy_threads: int) -> None:
         self._books = books
         self._pages = arena.array
-        # What is being written cannot be evicted: all threads together must not need the whole arena for it.
-        self._chunk = max(1, min(_CHUNK, _CHUNK_BYTES // arena.page_bytes, arena.pages // (2 * max(1, copy_threads))))
+        # What is being written cannot be evicted: a put must not need the whole arena for it.
+        self._chunk = max(1, min(_CHUNK, _CHUNK_BYTES // arena.page_bytes, arena.pages // 2))
         self._stripes = stripes
         self._prefix = stripes.prefixes[0]
         self._loader: Loader | None = None
@@ -102,7 +102,15 @@ class BatchMover:
 
     def put(self, batch: PutBatch) -> list[PutStatus]:
         """Copy ``batch`` into the pool."""
-        statuses = self._shares.run(batch.views, lambda start, stop: self._put_share(batch, start, stop))
+        statuses: list[PutStatus] = []
+        for part in self._chunks(batch):
+            owner = self._books.new_owner()
+            written: dict[bytes, bytes] = {}
+            try:
+                statuses += self._write(owner, part, written)
+            finally:
+                self._books.settle(owner, written, Tier.DRAM)
+            self._demote(written)
         with self._lock:
             self.puts.update(statuses)
         return statuses
@@ -112,7 +120,8 @@ class BatchMover:
         stage = _Stage(self._books.new_owner())
         statuses: list[PutStatus] = []
         try:
-            statuses = self._shares.run(batch.views, lambda start, stop: self._stage_share(stage, batch, start, stop))
+            for part in self._chunks(batch):
+                statuses += self._write(stage.owner, part, stage.written)
         finally:
             if len(statuses) != len(batch.keys):
                 self._books.settle(stage.owner, {}, Tier.DRAM)
@@ -135,8 +144,10 @@ class BatchMover:
         loads = LoadBatch(self._loader) if self._loader is not None else None
         batch = GetBatch(keys, views, deadline, self._books.new_owner(), loads)
         loaded: list[tuple[int, GetStatus]] = []
+        statuses: list[GetStatus] = []
         try:
-            statuses = self._shares.run(views, lambda start, stop: self._get_share(batch, start, stop))
+            for first in range(0, len(keys), self._chunk):
+                statuses += self._get_chunk(batch, first)
         finally:
             try:
                 if loads is not None:
@@ -200,34 +211,23 @@ class BatchMover:
 
     # -- put
 
-    def _put_share(self, batch: PutBatch, start: int, stop: int) -> list[PutStatus]:
-        statuses: list[PutStatus] = []
-        for first in range(start, stop, self._chunk):
-            owner = self._books.new_owner()
-            written: dict[bytes, bytes] = {}
-            try:
-                statuses += self._write(owner, batch.part(first, min(first + self._chunk, stop)), written)
-            finally:
-                self._books.settle(owner, written, Tier.DRAM)
-            self._demote(written)
-        return statuses
-
-    def _stage_share(self, stage: _Stage, batch: PutBatch, start: int, stop: int) -> list[PutStatus]:
-        written: dict[bytes, bytes] = {}
-        statuses = [
-            status
-            for first in range(start, stop, self._chunk)
-            for status in self._write(stage.owner, batch.part(first, min(first + self._chunk, stop)), written)
-        ]
-        with self._lock:
-            stage.written.update(written)
-        return statuses
+    def _chunks(self, batch: PutBatch) -> Iterator[PutBatch]:
+        for first in range(0, len(batch.keys), self._chunk):
+            yield batch.part(first, first + self._chunk)
 
     def _write(self, owner: str, batch: PutBatch, written: dict[bytes, bytes]) -> list[PutStatus]:
         """Copy ``batch`` into pages that ``owner`` reserves; adds the checksums to ``written``."""
         if _is_over(batch.deadline):
             return [PutStatus.TIMED_OUT] * len(batch.keys)
         places = self._books.reserve_new(owner, batch.keys, sizes_of(batch.views), batch.depths)
+        return self._shares.run(
+            batch.views,
+            lambda start, stop: self._write_share(batch.part(start, stop), places[start:stop], written),
+        )
+
+    def _write_share(
+        self, batch: PutBatch, places: Sequence[int | PutStatus], written: dict[bytes, bytes]
+    ) -> list[PutStatus]:
         pages = [None if isinstance(place, PutStatus) else place for place in places]
         statuses: list[PutStatus] = []
         for first, stop in stretches(batch.views, pages):
@@ -285,24 +285,31 @@ class BatchMover:
 
     # -- get
 
-    def _get_share(self, batch: GetBatch, start: int, stop: int) -> list[GetStatus]:
-        statuses: list[GetStatus] = []
-        for first in range(start, stop, self._chunk):
-            part = slice(first, min(first + self._chunk, stop))
-            statuses += self._get_chunk(batch, first, batch.keys[part], batch.views[part])
-        return statuses
-
-    def _get_chunk(self, batch: GetBatch, first: int, keys: Sequence[bytes], views: Views) -> list[GetStatus]:
+    def _get_chunk(self, batch: GetBatch, first: int) -> list[GetStatus]:
+        """Deliver the objects from ``first`` on."""
+        part = slice(first, first + self._chunk)
+        keys, views = batch.keys[part], batch.views[part]
         if _is_over(batch.deadline):
             return [GetStatus.TIMED_OUT] * len(keys)
         copies = self._books.pin(batch.owner, keys)
-        sizes = sizes_of(views)
         wanted = [
             WantedLoad(first + index, keys[index], copy, views[index])
-            for index, (copy, nbytes) in enumerate(zip(copies, sizes, strict=True))
+            for index, (copy, nbytes) in enumerate(zip(copies, sizes_of(views), strict=True))
             if copy is not None and copy.tier is Tier.SSD and copy.nbytes == nbytes
         ]
         from_ssd = self._load(batch, wanted) if wanted else GetStatus.MISS
+        return self._shares.run(
+            views,
+            lambda start, stop: self._get_share(batch, first + start, copies[start:stop], from_ssd),
+        )
+
+    def _get_share(
+        self, batch: GetBatch, first: int, copies: Sequence[Copy | None], from_ssd: GetStatus
+    ) -> list[GetStatus]:
+        """Deliver the objects from ``first`` on, of which these ``copies`` are pinned."""
+        part = slice(first, first + len(copies))
+        keys, views = batch.keys[part], batch.views[part]
+        sizes = sizes_of(views)
         pages = [
             copy.pages[0] if copy is not None and copy.tier is Tier.DRAM and copy.nbytes == nbytes else None
             for copy, nbytes in zip(copies, sizes, strict=True)

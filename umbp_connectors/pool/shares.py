@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 from typing import TypeVar
@@ -15,6 +16,10 @@ Status = TypeVar("Status")
 
 _SHARE_BYTES = 1 << 20
 """From about here a second thread pays off."""
+_RANGE_BYTES = 8 << 20
+"""What a thread takes at once, at least, where there is enough to do for all: several copies in one go each."""
+_RANGES = 4
+"""Ranges for each thread, at most."""
 _SHARED_COPY_BYTES = 192 << 10
 """Copies that are smaller on average are left to one thread: several would wait for each other's GIL after each."""
 
@@ -28,25 +33,48 @@ class CopyShares:
         self._copies = ThreadPoolExecutor(max(1, threads - 1), "umbp-copy")
 
     def run(self, views: Views, work: Callable[[int, int], list[Status]]) -> list[Status]:
-        """``work`` on ranges that together are the whole batch, one range per thread; their results in order.
+        """``work`` on ranges that together are the whole batch; their results in order.
 
-        The caller takes over the ranges that nobody has begun when it is through with its own.
+        Each thread takes the next range that nobody has begun, so that all end at about the same time.
         """
+        ranges = self._ranges(views)
+        if len(ranges) == 1:
+            return work(0, len(views))
+        waiting = deque(ranges)
+        results: dict[int, list[Status]] = {}
+
+        def take_turns() -> None:
+            for start, stop in _taken_from(waiting):
+                results[start] = work(start, stop)
+
+        helping = self._apart.from_here(take_turns)
+        others = [self._copies.submit(helping) for _ in range(min(self._threads, len(ranges)) - 1)]
+        try:
+            take_turns()
+        finally:
+            begun = [other for other in others if not other.cancel()]
+            wait(begun)
+        for other in begun:
+            other.result()
+        return [status for start, _ in ranges for status in results[start]]
+
+    def _ranges(self, views: Views) -> list[tuple[int, int]]:
         count = len(views)
         nbytes = sum(sizes_of(views))
-        worth_sharing = nbytes >= _SHARED_COPY_BYTES * count_stretches(views)
-        shares = max(1, min(self._threads, nbytes // _SHARE_BYTES, count)) if worth_sharing else 1
-        bounds = [count * share // shares for share in range(shares + 1)]
-        helped = self._apart.from_here(work) if shares > 1 else work
-        others = [((start, stop), self._copies.submit(helped, start, stop)) for start, stop in pairwise(bounds[1:])]
-        try:
-            results = work(0, bounds[1])
-            for bound, other in others:
-                results += work(*bound) if other.cancel() else other.result()
-        finally:
-            wait([other for _, other in others if not other.cancel()])
-        return results
+        if self._threads < 2 or nbytes < _SHARED_COPY_BYTES * count_stretches(views):
+            return [(0, count)]
+        shares = min(self._threads, nbytes // _SHARE_BYTES)
+        wanted = max(1, min(count, max(shares, min(_RANGES * shares, nbytes // _RANGE_BYTES))))
+        return list(pairwise(count * number // wanted for number in range(wanted + 1)))
 
     def close(self, wait_for_them: bool) -> None:
         """End the threads; with ``wait_for_them``, when they are done."""
         self._copies.shutdown(wait=wait_for_them)
+
+
+def _taken_from(waiting: deque[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    while True:
+        try:
+            yield waiting.popleft()
+        except IndexError:
+            return
