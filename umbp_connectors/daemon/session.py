@@ -233,7 +233,7 @@ class Session:
         self._send(FrameType.ERROR, sequence, messages.encode(Refusal(problem[:1000])))
 
     def _welcome(self, kept: KeptPool, greeting: Attach, sequence: int) -> None:
-        objects = max(1, min(messages.OBJECTS, kept.pages // 8))
+        objects = max(1, min(messages.OBJECTS, kept.pages // 4))
         lease_ms = max(1, int(1000 * self._lease_s))
         answer = messages.encode(Welcome(kept.arena, kept.page_bytes, kept.pages, objects, lease_ms, os.getpid()))
         fd = None if greeting.mapped == kept.arena else kept.pool.arena_offer().fd
