@@ -6,7 +6,7 @@ Bookkeeping for :mod:`umbp_core.directory`, which is the door to use.
 from __future__ import annotations
 
 import enum
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -308,6 +308,27 @@ class TierCopies:
             victims, passed = self._pick_blocks(self.groups, missing, leased)
         else:
             victims, passed = self._pick_alone(missing, leased)
+        for key in passed:
+            self.policy.touched(key)
+        return victims
+
+    def to_trim(self, pages: int, most: int, is_kept: Callable[[bytes], bool]) -> list[bytes]:
+        """Keys whose eviction frees ``pages``, or what can go of the first ``most``.  Held blocks count as used now."""
+        victims: list[bytes] = []
+        passed: list[bytes] = []
+        seen: set[bytes] = set()
+        for key in self.policy.victims() if pages > 0 else ():
+            if key in seen:
+                continue
+            parts = (key,) if self.groups is None else self.groups.together(key)
+            seen.update(parts)
+            if any(self.published[part].pages[0] in self.pins or is_kept(part) for part in parts):
+                passed += parts
+            else:
+                victims += parts
+                pages -= sum(len(self.published[part].pages) for part in parts)
+            if pages <= 0 or len(seen) >= most:
+                break
         for key in passed:
             self.policy.touched(key)
         return victims

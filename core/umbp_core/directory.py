@@ -21,22 +21,19 @@ No I/O, no threads, no clock.  One thread at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from umbp_core.copies import Change, Copy, DirectoryEvent, EventKind, Reservation, TierCopies, TierSpace, TierStats
 from umbp_core.errors import StateError, UnknownOwner
 from umbp_core.eviction import PrioritisedPolicy
 from umbp_core.leases import LeaseTable
-from umbp_core.tiers import Tier, TierSet
+from umbp_core.lookups import Lookups
+from umbp_core.tiers import Tier
 
 __all__ = ["Change", "Copy", "Directory", "DirectoryEvent", "EventKind", "TierSpace", "TierStats"]
 
-_FASTEST = tuple(TierSet.fastest(mask) for mask in range(2 * max(Tier).bit))
-"""The fastest tier of every mask."""
 
-
-class Directory:
+class Directory(Lookups):
     """All objects of a node over its tiers.
 
     ``spaces`` names every tier at most once.  Methods that look something up treat a tier that is not among them as
@@ -44,11 +41,10 @@ class Directory:
     """
 
     def __init__(self, spaces: Sequence[TierSpace]) -> None:
-        self._spaces = {space.tier: TierCopies(space) for space in spaces}
+        super().__init__({space.tier: TierCopies(space) for space in spaces})
         if len(self._spaces) != len(spaces):
             raise StateError(f"tiers {[space.tier.name for space in spaces]}: one is named twice; give each one space")
         self._by_speed = sorted(self._spaces.values(), key=lambda state: state.tier.preference)
-        self._masks: dict[bytes, int] = {}
         self._pinned: dict[str, list[Copy]] = {}
         self._leases = LeaseTable()
         self._changes: list[Change] = []
@@ -69,58 +65,6 @@ class Directory:
         if policy is not None:
             for key, priority in priorities.items():
                 policy.prioritise(key, priority)
-
-    def tiers_of(self, key: bytes) -> int:
-        """The tiers in which ``key`` is published, as a mask (see ``TierSet``)."""
-        return self._masks.get(key, 0)
-
-    def fastest(self, key: bytes) -> Tier | None:
-        """The fastest tier in which ``key`` is published."""
-        return _FASTEST[self._masks.get(key, 0)]
-
-    def count_prefix(self, keys: Sequence[bytes]) -> int:
-        """How many of ``keys``, from the first on and without a gap, are published in any tier."""
-        masks = self._masks
-        for index, key in enumerate(keys):
-            if key not in masks:
-                return index
-        return len(keys)
-
-    def contains_many(self, keys: Iterable[bytes]) -> list[bool]:
-        """For each of ``keys`` whether it is published in any tier."""
-        return list(map(self._masks.__contains__, keys))
-
-    def copy(self, key: bytes, tier: Tier) -> Copy | None:
-        """The published copy of ``key`` in ``tier``."""
-        state = self._spaces.get(tier)
-        return state.published.get(key) if state else None
-
-    def keys(self, tier: Tier) -> list[bytes]:
-        """Everything that is published in ``tier``."""
-        state = self._spaces.get(tier)
-        return list(state.published) if state else []
-
-    def copies(self, tier: Tier) -> list[tuple[bytes, Copy]]:
-        """The same with the copies, in the order in which they were published."""
-        state = self._spaces.get(tier)
-        return list(state.published.items()) if state else []
-
-    def is_present_or_pending(self, key: bytes, tier: Tier) -> bool:
-        """Whether ``key`` is published or being written in ``tier``: then ``reserve`` refuses it."""
-        state = self._spaces.get(tier)
-        return state is not None and state.has(key)
-
-    def stats(self, tier: Tier) -> TierStats:
-        """Counts of ``tier``.  O(1)."""
-        state = self._state(tier)
-        return TierStats(
-            total_pages=state.allocator.total_pages,
-            free_pages=state.allocator.free_pages,
-            objects=len(state.published),
-            pinned=len(state.pins),
-            reserved=len(state.pending),
-            nbytes=state.nbytes,
-        )
 
     def drain_events(self) -> list[DirectoryEvent]:
         """What became or stopped being readable since the last call, in order, in the tiers that are ``told``.
@@ -310,6 +254,18 @@ class Directory:
             self._unpublish(state, going)
         return len(going)
 
+    def trim(self, tier: Tier, pages: int, most: int, keep: Container[bytes] = ()) -> int:
+        """Evict from ``tier`` by its policy until ``pages`` pages came free; returns how many objects went.
+
+        Ends early when ``most`` objects were looked at.  Never a pinned or leased copy, none of what is in ``keep``,
+        and all parts of a block or none.  What is passed over counts as used now, as it does in :meth:`reserve`.
+        """
+        state = self._state(tier)
+        victims = state.to_trim(pages, most, lambda key: key in self._leases.keys or key in keep)
+        if victims:
+            self._evict(state, victims)
+        return len(victims)
+
     def restore(
         self, key: bytes, tier: Tier, pages: Sequence[int], nbytes: int, checksum: bytes, depth: int = 0
     ) -> None:
@@ -328,13 +284,6 @@ class Directory:
             )
         state.allocator.claim(pages)
         self._publish(state, key, Copy(state.tier, tuple(pages), nbytes, checksum, depth))
-
-    def _state(self, tier: Tier) -> TierCopies:
-        return self._spaces.get(tier) or self._missing(tier)
-
-    def _missing(self, tier: Tier) -> NoReturn:
-        known = ", ".join(known.name for known in self._spaces) or "none"
-        raise StateError(f"tier {tier!r} is not part of this directory ({known}); configure it or leave it out")
 
     def _take(self, state: TierCopies, owner: str, key: bytes) -> Reservation:
         reservation = state.settle(owner, key)
@@ -387,10 +336,13 @@ class Directory:
         victims = state.victims_for(nbytes, self._leases.keys)
         if victims is None:
             return False
+        self._evict(state, victims)
+        return True
+
+    def _evict(self, state: TierCopies, victims: Sequence[bytes]) -> None:
         copies = state.unpublish_many(victims)
         self._unmask(state, victims)
         self._tell(EventKind.REMOVED, state, victims, copies)
-        return True
 
     def _evict_for_each(self, state: TierCopies, count: int) -> list[int] | None:
         """A page for each of ``count`` objects, evicting; ``None``, with nothing evicted, when that makes no room."""

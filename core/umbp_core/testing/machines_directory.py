@@ -246,6 +246,11 @@ class DirectoryMachine(RuleBasedStateMachine):
         """Everything that is not leased."""
         assert self.directory.clear(tier) == self.model.clear(tier)
 
+    @rule(tier=tiers, pages=st.integers(0, 5), most=st.integers(1, 8), keep=st.lists(keys, max_size=2))
+    def trim(self, tier: Tier, pages: int, most: int, keep: list[bytes]) -> None:
+        """Some pages come free, as far as nobody holds what is in them and few were looked at."""
+        assert self.directory.trim(tier, pages, most, keep) == self.model.trim(tier, pages, most, keep)
+
     @rule(key=keys, tier=tiers, pages=st.lists(st.integers(-1, 5), max_size=3), nbytes=sizes, depth=depths)
     def restore(self, key: bytes, tier: Tier, pages: list[int], nbytes: int, depth: int) -> None:
         """Exactly these pages, or nothing."""

@@ -253,6 +253,23 @@ class DirectoryModel:
             self.unpublish(copy)
         return True
 
+    def trim(self, tier: Tier, pages: int, most: int, keep: Sequence[bytes]) -> int:
+        """Evict as ``trim`` must; how many objects went."""
+        victims: list[ModelCopy] = []
+        passed: list[ModelCopy] = []
+        for key in self.policies[tier].victims():
+            if sum(len(copy.pages) for copy in victims) >= pages or len(victims + passed) >= most:
+                break
+            parts = self._parts(tier, key)
+            if parts[0] not in victims + passed:
+                held = any(self._is_held(copy) or copy.key in keep for copy in parts)
+                (passed if held else victims).extend(parts)
+        for copy in passed:
+            self.policies[tier].touched(copy.key)
+        for copy in victims:
+            self.unpublish(copy)
+        return len(victims)
+
     def _parts(self, tier: Tier, key: bytes) -> list[ModelCopy]:
         """The copies in ``tier`` of the block that ``key`` is a part of."""
         block = self.block_of(key) if self.block_of else None
