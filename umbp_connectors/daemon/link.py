@@ -81,30 +81,51 @@ class Link:
 
     def borrow(self, keys: Sequence[bytes], deadline: float) -> tuple[int, list[Place]]:
         """The number of a loan, and where ``keys`` lie, or the first of them; until :meth:`give_back`."""
+        number = self.ask_loan(keys, deadline)
+        return number, self.lent(number, len(keys), deadline)
+
+    def ask_loan(self, keys: Sequence[bytes], deadline: float) -> int:
+        """Ask where ``keys`` lie: the number of a loan, about which :meth:`lent` tells.
+
+        Of several things that were asked, the answers have to be taken in the same order, with nothing else between.
+        """
         left = max(0.0, deadline - time.monotonic())
         request = Borrow(list(keys), min(messages.TIMEOUT_MS, int(1000 * _DAEMONS_PART * left)))
-        places = self._ask(request, Lent, deadline).places
+        return self._send(request, deadline)
+
+    def lent(self, number: int, count: int, deadline: float) -> list[Place]:
+        """Where the ``count`` objects of loan ``number`` lie, or the first of them; until :meth:`give_back`."""
+        places = self._receive(number, Lent, deadline).places
         page_bytes, pages = self.welcome.page_bytes, self.welcome.pages
         sound = all(
             place.page < pages and place.nbytes <= page_bytes and place.status < len(messages.LENT) for place in places
         )
-        if len(places) > len(keys) or not sound:
-            raise WireError(ErrorCode.MALFORMED, f"an answer about {len(keys)} objects does not fit them or the arena")
-        return self.sequence, places
+        if len(places) > count or not sound:
+            raise WireError(ErrorCode.MALFORMED, f"an answer about {count} objects does not fit them or the arena")
+        return places
 
-    def reserve(
-        self, keys: Sequence[bytes], sizes: Sequence[int], depths: Sequence[int], deadline: float
-    ) -> tuple[int, list[int]]:
-        """The number of a grant, and pages for ``keys`` or the first of them; until it is published or given back."""
-        places = self._ask(Reserve(list(keys), list(sizes), list(depths)), Granted, deadline).places
-        pages = self.welcome.pages
-        if len(places) > len(keys) or any(place >= pages for place in places):
-            raise WireError(ErrorCode.MALFORMED, f"an answer about {len(keys)} objects does not fit them or the arena")
-        return self.sequence, places
+    def ask_pages(self, keys: Sequence[bytes], sizes: Sequence[int], depths: Sequence[int], deadline: float) -> int:
+        """Ask for pages for ``keys``: the number of a grant, about which :meth:`granted` tells; in order, as loans."""
+        return self._send(Reserve(list(keys), list(sizes), list(depths)), deadline)
+
+    def granted(self, number: int, count: int, deadline: float) -> list[int]:
+        """The pages of grant ``number``, for its ``count`` keys or the first of them; until its end."""
+        places = self._receive(number, Granted, deadline).places
+        if len(places) > count or max(places, default=0) >= self.welcome.pages:
+            raise WireError(ErrorCode.MALFORMED, f"an answer about {count} objects does not fit them or the arena")
+        return places
 
     def publish(self, number: int, checksums: Sequence[bytes], deadline: float) -> bool:
         """End a grant: what has a checksum can be read from now on, if the answer is true."""
-        return bool(self._ask(Publish(number, list(checksums)), Count, deadline).count)
+        return self.published(self.ask_publish(number, checksums, deadline), deadline)
+
+    def ask_publish(self, number: int, checksums: Sequence[bytes], deadline: float) -> int:
+        """The same without the answer, for which this is the number."""
+        return self._send(Publish(number, list(checksums)), deadline)
+
+    def published(self, number: int, deadline: float) -> bool:
+        """The answer; in order, as those about loans."""
+        return bool(self._receive(number, Count, deadline).count)
 
     def give_back(self, number: int, deadline: float) -> None:
         """End a loan or a grant.  Does not wait for the daemon."""
@@ -160,15 +181,18 @@ class Link:
         return taken
 
     def _ask(self, request: messages.Request, kind: type[Reply], deadline: float) -> Reply:
-        self._send(request, deadline)
+        return self._receive(self._send(request, deadline), kind, deadline)
+
+    def _receive(self, number: int, kind: type[Reply], deadline: float) -> Reply:
         what, sequence, payload = self._socket.receive(deadline)
-        if what != FrameType.REPLY or sequence != self.sequence:
+        if what != FrameType.REPLY or sequence != number:
             raise WireError(ErrorCode.PROTOCOL, "an answer to nothing that was asked")
         return messages.decode_as(kind, payload)
 
-    def _send(self, request: messages.Request, deadline: float) -> None:
+    def _send(self, request: messages.Request, deadline: float) -> int:
         self.sequence += 1
         self._socket.send(FrameType.REQUEST, self.sequence, messages.encode(request), deadline)
+        return self.sequence
 
 
 def attach(

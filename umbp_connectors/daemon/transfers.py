@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from umbp_connectors.daemon import messages
 from umbp_connectors.daemon.link import Link
@@ -15,8 +17,12 @@ from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_connectors.pool.rows import RowViews, Views, copy_rows_in, copy_rows_out, sizes_of, stretches
 from umbp_connectors.pool.shares import CopyShares
 
-_CHUNK_BYTES = 32 << 20
+_PART_BYTES = 32 << 20
 """Bytes per loan or grant, at most: copying them takes many times as long as asking."""
+_PART_OBJECTS = 32
+"""Objects per loan or grant, at least, where more than one is needed: to ask for fewer costs as much."""
+_AHEAD = 2
+"""Loans or grants that are asked for at a time: for the part that is copied next, and for the one after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,63 +33,110 @@ class Written:
     checksums: Sequence[bytes]
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """``count`` objects of a batch, which are asked for together as loan or grant ``number``, and when that was."""
+
+    start: int
+    count: int
+    number: int
+    asked: float
+
+
 class Transfers:
-    """Copies for one client.  ``prefix`` is the identity's digest.  Any thread, each with a link of its own."""
+    """Copies for one client.  ``prefix`` is the identity's digest.  Any thread, each with a link of its own.
+
+    A batch is copied in parts.  While one is copied the daemon answers about the next one, and publishes the one
+    before.
+    """
 
     def __init__(self, prefix: bytes, shares: CopyShares) -> None:
         self._prefix = prefix
         self._shares = shares
 
     def put(self, link: Link, batch: PutBatch, deadline: float, statuses: list[PutStatus]) -> None:
-        """Store ``batch``; appends to ``statuses`` what became of each object.  Raises as the link does."""
-        while len(statuses) < len(batch.keys):
-            written, found = self._write(link, _rest(batch, link, len(statuses)), deadline)
-            if written is not None:
-                link.publish(written.number, written.checksums, deadline)
-            statuses += found
+        """Store ``batch``; appends to ``statuses`` what became of each object.  Raises as the link does.
+
+        When the time is over, the last ones are left out.
+        """
+        while len(statuses) < len(batch.keys) and time.monotonic() < deadline:
+            ending: deque[tuple[int | None, list[PutStatus]]] = deque()
+            for written, found in self._write(link, batch, len(statuses), deadline):
+                asked = None if written is None else link.ask_publish(written.number, written.checksums, deadline)
+                ending.append((asked, found))
+                if len(ending) > 1:
+                    statuses += _published(link, *ending.popleft(), deadline)
+            for number, found in ending:
+                statuses += _published(link, number, found, deadline)
 
     def stage(self, link: Link, batch: PutBatch, deadline: float, statuses: list[PutStatus]) -> list[Written]:
         """As :meth:`put`, but nothing is published: the grants that are to be."""
         grants = []
-        while len(statuses) < len(batch.keys):
-            written, found = self._write(link, _rest(batch, link, len(statuses)), deadline)
-            if written is not None:
-                grants.append(written)
-            statuses += found
+        while len(statuses) < len(batch.keys) and time.monotonic() < deadline:
+            for written, found in self._write(link, batch, len(statuses), deadline):
+                if written is not None:
+                    grants.append(written)
+                statuses += found
         return grants
 
     def get(self, link: Link, keys: Sequence[bytes], views: Views, deadline: float, statuses: list[GetStatus]) -> None:
-        """Fill ``views``; appends to ``statuses`` what became of each object.  Raises as the link does."""
-        while len(statuses) < len(keys):
-            part = slice(len(statuses), len(statuses) + _chunk(link))
-            found = self._read(link, keys[part], views[part], deadline)
-            bad = [index for index, status in enumerate(found) if status is GetStatus.CORRUPT]
-            for index in bad:  # the daemon has looked at it meanwhile: there may be a good copy on SSD
-                first = part.start + index
-                again = slice(first, first + 1)
-                (found[index],) = self._read(link, keys[again], views[again], deadline)
-                if found[index] is GetStatus.MISS:
-                    found[index] = GetStatus.CORRUPT
-            statuses += found
+        """Fill ``views``; appends to ``statuses`` what became of each object.  Raises as the link does.
 
-    def _write(self, link: Link, batch: PutBatch, deadline: float) -> tuple[Written | None, list[PutStatus]]:
-        """Copy the first objects of ``batch`` into pages of a grant of their own, if there are any."""
-        if time.monotonic() >= deadline:
-            return None, [PutStatus.TIMED_OUT] * len(batch.keys)
-        depths = [max(0, depth) for depth in batch.depths]
-        number, places = link.reserve(batch.keys, sizes_of(batch.views), depths, deadline)
-        if not places:
-            return None, [PutStatus.NO_ROOM] * len(batch.keys)
-        batch = batch.part(0, len(places))
+        When the time is over, the last ones are left out.
+        """
+        while len(statuses) < len(keys) and time.monotonic() < deadline:
+            for found in self._read(link, keys, views, len(statuses), deadline):
+                statuses += found
+        for index, status in enumerate(statuses):
+            if status is GetStatus.CORRUPT:
+                statuses[index] = self._read_again(link, keys[index : index + 1], views[index : index + 1], deadline)
+
+    def _read_again(self, link: Link, keys: Sequence[bytes], views: Views, deadline: float) -> GetStatus:
+        """Have the daemon look at an object that did not verify: there may be a good copy of it on SSD."""
+        link.doubt(keys, deadline)
+        found = list(self._read(link, keys, views, 0, deadline))
+        if not found:
+            return GetStatus.TIMED_OUT
+        ((status,),) = found
+        if status is GetStatus.CORRUPT:
+            link.doubt(keys, deadline)
+        return GetStatus.CORRUPT if status is GetStatus.MISS else status
+
+    def _write(
+        self, link: Link, batch: PutBatch, start: int, deadline: float
+    ) -> Iterator[tuple[Written | None, list[PutStatus]]]:
+        """Copy ``batch`` from ``start`` on into pages of grants, part by part; up to where one came short."""
+
+        def ask(first: int, stop: int) -> int:
+            part = batch.part(first, stop)
+            return link.ask_pages(part.keys, sizes_of(part.views), [max(0, depth) for depth in part.depths], deadline)
+
+        asked = _Asked(ask, _parts(link, start, len(batch.keys)), deadline)
+        for part in asked:
+            places = link.granted(part.number, part.count, deadline)
+            if asked.ended:
+                link.give_back(part.number, deadline)
+                continue
+            if 0 < len(places) < part.count:
+                asked.end()
+            if places:
+                yield self._write_part(link, batch.part(part.start, part.start + len(places)), part, places, deadline)
+            else:
+                yield None, [PutStatus.NO_ROOM] * part.count
+
+    def _write_part(
+        self, link: Link, batch: PutBatch, part: _Part, places: Sequence[int], deadline: float
+    ) -> tuple[Written | None, list[PutStatus]]:
+        """Copy ``batch`` to ``places``, which are pages or say why not."""
         pages = [place if place >= 0 else None for place in places]
         if not any(page is not None for page in pages):
-            link.give_back(number, deadline)
+            link.give_back(part.number, deadline)
             return None, [messages.NOT_GRANTED[-1 - place] for place in places]
         checksums = self._shares.run(
             batch.views, lambda start, stop: self._copy_in(link, batch, pages, deadline, start, stop)
         )
         statuses = [_put_status(place, checksum) for place, checksum in zip(places, checksums, strict=True)]
-        return Written(number, checksums), statuses
+        return Written(part.number, checksums), statuses
 
     def _copy_in(
         self, link: Link, batch: PutBatch, pages: Sequence[int | None], deadline: float, start: int, stop: int
@@ -104,30 +157,38 @@ class Transfers:
                 checksums.append(copy_checksummed(names[first], arena[page, : view.nbytes], view))
         return checksums
 
-    def _read(self, link: Link, keys: Sequence[bytes], views: Views, deadline: float) -> list[GetStatus]:
-        """Fill the first of ``views`` out of a loan of their own; what does not verify is doubted."""
-        began = time.monotonic()
-        if began >= deadline:
-            return [GetStatus.TIMED_OUT] * len(keys)
-        number, places = link.borrow(keys, deadline)
-        if not places:
-            link.give_back(number, deadline)
-            return [GetStatus.MISS] * len(keys)
-        views, sizes = views[: len(places)], sizes_of(views[: len(places)])
+    def _read(
+        self, link: Link, keys: Sequence[bytes], views: Views, start: int, deadline: float
+    ) -> Iterator[list[GetStatus]]:
+        """Fill ``views`` from ``start`` on out of loans, part by part; up to where one came short."""
+        asked = _Asked(
+            lambda first, stop: link.ask_loan(keys[first:stop], deadline), _parts(link, start, len(keys)), deadline
+        )
+        for part in asked:
+            places = link.lent(part.number, part.count, deadline)
+            if asked.ended:
+                link.give_back(part.number, deadline)
+                continue
+            if 0 < len(places) < part.count:
+                asked.end()
+            there = slice(part.start, part.start + len(places))
+            found = self._read_part(link, keys[there], views[there], places, deadline)
+            if time.monotonic() - part.asked >= link.welcome.lease_ms / 1000:
+                found = [GetStatus.TIMED_OUT if status.hit else status for status in found]
+            link.give_back(part.number, deadline)
+            yield found or [GetStatus.MISS] * part.count
+
+    def _read_part(
+        self, link: Link, keys: Sequence[bytes], views: Views, places: Sequence[Place], deadline: float
+    ) -> list[GetStatus]:
+        """Fill ``views`` from ``places``."""
         pages = [
             place.page if messages.LENT[place.status].hit and place.nbytes == nbytes else None
-            for place, nbytes in zip(places, sizes, strict=True)
+            for place, nbytes in zip(places, sizes_of(views), strict=True)
         ]
-        statuses = self._shares.run(
+        return self._shares.run(
             views, lambda start, stop: self._copy_out(link, keys, views, places, pages, deadline, start, stop)
         )
-        if time.monotonic() - began >= link.welcome.lease_ms / 1000:
-            statuses = [GetStatus.TIMED_OUT if status.hit else status for status in statuses]
-        link.give_back(number, deadline)
-        bad = [key for key, status in zip(keys, statuses, strict=False) if status is GetStatus.CORRUPT]
-        if bad:
-            link.doubt(bad, deadline)
-        return statuses
 
     def _copy_out(
         self,
@@ -167,12 +228,50 @@ class Transfers:
         return statuses
 
 
-def _chunk(link: Link) -> int:
-    return min(link.welcome.objects, max(1, _CHUNK_BYTES // link.welcome.page_bytes))
+class _Asked:
+    """Parts of a batch, of which ``ask`` asks for the next one before this one is handed out; until ``deadline``.
+
+    Whoever takes a part takes the answer about it.  After :meth:`end`, only what was asked for is still handed out.
+    """
+
+    def __init__(self, ask: Callable[[int, int], int], bounds: Sequence[tuple[int, int]], deadline: float) -> None:
+        self._ask = ask
+        self._bounds = deque(bounds)
+        self._deadline = deadline
+        self._asked: deque[_Part] = deque()
+        self.ended = False
+
+    def __iter__(self) -> Iterator[_Part]:
+        while True:
+            while self._bounds and not self.ended and len(self._asked) < _AHEAD:
+                now = time.monotonic()
+                if now >= self._deadline:
+                    self._bounds.clear()
+                else:
+                    start, stop = self._bounds.popleft()
+                    self._asked.append(_Part(start, stop - start, self._ask(start, stop), now))
+            if not self._asked:
+                return
+            yield self._asked.popleft()
+
+    def end(self) -> None:
+        """Ask for no more."""
+        self.ended = True
 
 
-def _rest(batch: PutBatch, link: Link, start: int) -> PutBatch:
-    return batch.part(start, start + _chunk(link))
+def _parts(link: Link, start: int, stop: int) -> list[tuple[int, int]]:
+    """At least two where that pays, of equal size."""
+    most = max(1, min(link.welcome.objects // _AHEAD, _PART_BYTES // link.welcome.page_bytes))
+    count = stop - start
+    parts = max(-(-count // most), min(_AHEAD, count // _PART_OBJECTS), 1)
+    return list(pairwise(start + count * number // parts for number in range(parts + 1)))
+
+
+def _published(link: Link, number: int | None, found: list[PutStatus], deadline: float) -> list[PutStatus]:
+    """``found``, when the daemon has answered about the publication ``number``, if there is one."""
+    if number is not None:
+        link.published(number, deadline)
+    return found
 
 
 def _put_status(place: int, checksum: bytes) -> PutStatus:

@@ -74,6 +74,12 @@ def _attach(path: Path, **changes: object) -> Link:
     return attach(path, greeting, None, False, time.monotonic() + 30)
 
 
+def _reserve(link: Link, keys: list[bytes]) -> tuple[int, list[int]]:
+    """The number of a grant, and its pages."""
+    number = link.ask_pages(keys, [SIZE] * len(keys), [0] * len(keys), _later())
+    return number, link.granted(number, len(keys), _later())
+
+
 def _later() -> float:
     return time.monotonic() + 30
 
@@ -180,15 +186,15 @@ def test_a_client_may_hold_half_of_the_arena(start: Start, path: Path) -> None:
     daemon = start()
     link, other = _attach(path), _attach(path, client=b"d" * 16)
     keys = [key_of(number) for number in range(PAGES)]
-    _, places = link.reserve(keys, [SIZE] * PAGES, [0] * PAGES, _later())
+    _, places = _reserve(link, keys)
     assert len(places) == PAGES // 4, "there are two clients"
-    assert link.reserve(keys[40:42], [SIZE] * 2, [0] * 2, _later())[1] == []
-    assert len(other.reserve(keys[32:], [SIZE] * 32, [0] * 32, _later())[1]) == PAGES // 4
+    assert _reserve(link, keys[40:42])[1] == []
+    assert len(_reserve(other, keys[32:])[1]) == PAGES // 4
     assert daemon.pinned() == PAGES // 2
     assert other.borrow(keys[:1], _later())[1] == [], "it holds all that it may"
     link.close()
     until(lambda: daemon.pinned() == PAGES // 4)
-    assert len(other.reserve(keys[:1], [SIZE], [0], _later())[1]) == 1, "it is alone now"
+    assert len(_reserve(other, keys[:1])[1]) == 1, "it is alone now"
     other.close()
     until(lambda: daemon.pinned() == 0)
 
@@ -202,7 +208,7 @@ def test_what_is_held_counts_until_it_is_over(start: Start, path: Path, connect:
         number, places = link.borrow(keys[:16], _later())
         assert [messages.LENT[place.status] for place in places] == [GetStatus.DRAM] * 10 + [GetStatus.MISS] * 6
         link.give_back(number, _later())
-        number, granted = link.reserve(keys[8:14], [SIZE] * 6, [0] * 6, _later())
+        number, granted = _reserve(link, keys[8:14])
         assert granted[:2] == [-1, -1]
         assert all(place >= 0 for place in granted[2:])
         link.give_back(number, _later())
@@ -304,7 +310,7 @@ def test_pages_outside_of_the_arena_are_never_written(
     impostor(Granted(places))
     link = _attach(path)
     with pytest.raises(WireError):
-        link.reserve([b"a"], [SIZE], [0], _later())
+        _reserve(link, [b"a"])
     link.close()
 
 
