@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 from umbp_connectors.pool.arena import Arena
 from umbp_connectors.pool.books import Books, Filled
-from umbp_connectors.pool.buffers import View
 from umbp_connectors.pool.checksums import copy_checksummed
 from umbp_connectors.pool.demoter import Demoter
 from umbp_connectors.pool.granting import Grant, PageStock
@@ -243,14 +242,15 @@ class BatchMover:
 
     def _copy_in(self, batch: PutBatch, first: int, stop: int, page: int, written: dict[bytes, bytes]) -> None:
         """Copy the objects from ``first`` on to the pages from ``page`` on."""
-        views, keys = batch.views, batch.keys[first:stop]
-        if stop - first > 1 and isinstance(views, RowViews):
-            pages = self._pages[page : page + stop - first, : views.nbytes_each]
+        views, count = batch.views, stop - first
+        if count > 1 and isinstance(views, RowViews):
+            keys = batch.keys[first:stop]
+            pages = self._pages[page : page + count, : views.nbytes_each]
             names = [self._prefix + key for key in keys]
             written.update(zip(keys, copy_rows_in(names, pages, views.together(first, stop)), strict=True))
         else:
-            view = views[first]
-            written[keys[0]] = copy_checksummed(self._prefix + keys[0], self._pages[page, : view.nbytes], view)
+            view, key = views[first], batch.keys[first]
+            written[key] = copy_checksummed(self._prefix + key, self._pages[page, : view.nbytes], view)
 
     def _settle_stage(self, stage: _Stage, statuses: Sequence[PutStatus], publish: bool) -> bool:
         publish = publish and not self._closed
@@ -307,8 +307,7 @@ class BatchMover:
         self, batch: GetBatch, first: int, copies: Sequence[Copy | None], from_ssd: GetStatus
     ) -> list[GetStatus]:
         """Deliver the objects from ``first`` on, of which these ``copies`` are pinned."""
-        part = slice(first, first + len(copies))
-        keys, views = batch.keys[part], batch.views[part]
+        views = batch.views[first : first + len(copies)]
         sizes = sizes_of(views)
         pages = [
             copy.pages[0] if copy is not None and copy.tier is Tier.DRAM and copy.nbytes == nbytes else None
@@ -326,28 +325,30 @@ class BatchMover:
             elif _is_over(batch.deadline):
                 statuses += [GetStatus.TIMED_OUT] * (stop - start)
             else:
-                part = slice(start, stop)
-                statuses += self._deliver(batch, first + start, keys[part], views[part], copies[part])
+                statuses += self._deliver(batch, first + start, copies[start:stop])
         return statuses
 
-    def _deliver(
-        self, batch: GetBatch, first: int, keys: Sequence[bytes], views: Views, copies: Sequence[Copy | None]
-    ) -> list[GetStatus]:
-        """Deliver from DRAM what lies side by side there; what is not what it was, again and alone."""
+    def _deliver(self, batch: GetBatch, first: int, copies: Sequence[Copy | None]) -> list[GetStatus]:
+        """Deliver the objects from ``first`` on, whose ``copies`` lie side by side in DRAM.
+
+        What is not what it was, again and alone.
+        """
         there = [copy for copy in copies if copy is not None]
-        statuses = [GetStatus.DRAM] * len(keys)
-        again: Sequence[int] = range(len(keys))
-        if len(keys) > 1 and isinstance(views, RowViews):
-            page = there[0].pages[0]
-            pages = self._pages[page : page + len(keys), : views.nbytes_each]
-            found = copy_rows_out([self._prefix + key for key in keys], views.together(0, len(keys)), pages)
-            again = [index for index in again if found[index] != there[index].checksum]
-        for index in again:
-            statuses[index] = self._get_one(batch, first + index, keys[index], views[index], there[index])
-        return statuses
+        count, views = len(there), batch.views
+        if count == 1 or not isinstance(views, RowViews):
+            return [self._get_one(batch, first + index, copy) for index, copy in enumerate(there)]
+        page = there[0].pages[0]
+        pages = self._pages[page : page + count, : views.nbytes_each]
+        names = [self._prefix + key for key in batch.keys[first : first + count]]
+        found = copy_rows_out(names, views.together(first, first + count), pages)
+        return [
+            GetStatus.DRAM if checksum == copy.checksum else self._get_one(batch, first + index, copy)
+            for index, (checksum, copy) in enumerate(zip(found, there, strict=True))
+        ]
 
-    def _get_one(self, batch: GetBatch, index: int, key: bytes, view: View, copy: Copy) -> GetStatus:
+    def _get_one(self, batch: GetBatch, index: int, copy: Copy) -> GetStatus:
         """Deliver from DRAM, or from SSD when the bytes there are not what they were."""
+        key, view = batch.keys[index], batch.views[index]
         page = self._pages[copy.pages[0], : copy.nbytes]
         if copy_checksummed(self._prefix + key, view, page) == copy.checksum:
             return GetStatus.DRAM

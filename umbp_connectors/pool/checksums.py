@@ -35,14 +35,15 @@ def copy_checksummed(object_key: bytes, target: View, source: View) -> bytes:
     one are hashed on the flat side.
     """
     hasher = xxh3_128(object_key)
-    if isinstance(source, Pieces):
+    if not isinstance(source, Pieces):
         if isinstance(target, Pieces):
-            raise StateError("pieces are copied to or from a page, not to other pieces")
-        _gather(hasher, target, source)
+            _scatter(hasher, target, source)
+        else:
+            _copy(hasher, target, source)
     elif isinstance(target, Pieces):
-        _scatter(hasher, target, source)
+        raise StateError("pieces are copied to or from a page, not to other pieces")
     else:
-        _copy(hasher, target, source)
+        _gather(hasher, target, source)
     return hasher.digest()
 
 
