@@ -13,6 +13,7 @@ import typer
 from umbp_core.errors import UmbpError
 
 if TYPE_CHECKING:
+    from umbp_connectors.daemon.doors import Door
     from umbp_connectors.daemon.messages import Overview
 
 _STATUS_S = 5.0
@@ -35,6 +36,17 @@ QuotaOption = Annotated[
 MetricsOption = Annotated[
     str | None, typer.Option("--metrics-listen", metavar="HOST:PORT", help="Serve Prometheus metrics there.")
 ]
+ListenOption = Annotated[
+    str | None,
+    typer.Option("--listen", metavar="HOST:PORT", help="Serve clients of this host over TCP, too, with a token."),
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option("--address", metavar="HOST:PORT", help="For --status: ask over TCP; the key daemon_address."),
+]
+TokenFileOption = Annotated[
+    Path | None, typer.Option("--token-file", metavar="PATH", help="File with the token of --listen and --address.")
+]
 FileOption = Annotated[Path | None, typer.Option("--config", metavar="PATH", help="TOML file with any of the keys.")]
 SetOption = Annotated[
     list[str] | None,
@@ -54,6 +66,9 @@ def daemon(
     idle_exit: IdleOption = None,
     quota: QuotaOption = None,
     metrics_listen: MetricsOption = None,
+    listen: ListenOption = None,
+    address: AddressOption = None,
+    token_file: TokenFileOption = None,
     config: FileOption = None,
     settings: SetOption = None,
     status: StatusOption = False,
@@ -66,7 +81,7 @@ def daemon(
     the file, or the defaults. --status exits with 1 when no daemon answers.
     """
     from umbp_connectors.config import resolve
-    from umbp_connectors.daemon.settings import socket_path
+    from umbp_connectors.daemon.settings import door_of, socket_path
 
     options = {
         "daemon_socket": socket,
@@ -76,14 +91,17 @@ def daemon(
         "daemon_idle_exit_s": idle_exit,
         "daemon_quota": quota,
         "daemon_metrics_listen": metrics_listen,
+        "daemon_listen": listen,
+        "daemon_address": address,
+        "daemon_token_file": token_file,
     }
     resolved = resolve(_given(options, settings or []), file=config).config
-    path = socket_path(resolved)
     if status:
-        raise typer.Exit(_show_status(path, as_json))
+        by_socket = socket is not None and address is None
+        raise typer.Exit(_show_status(socket_path(resolved) if by_socket else door_of(resolved), as_json))
     from umbp_connectors.daemon.process import serve
 
-    serve(resolved, path)
+    serve(resolved, socket_path(resolved))
 
 
 def _given(options: dict[str, Any], settings: list[str]) -> dict[str, str]:
@@ -97,25 +115,25 @@ def _given(options: dict[str, Any], settings: list[str]) -> dict[str, str]:
     return given
 
 
-def _show_status(path: Path, as_json: bool) -> int:
+def _show_status(door: Door, as_json: bool) -> int:
     from umbp_connectors.daemon.link import inspect
 
     try:
-        overview = inspect(path, time.monotonic() + _STATUS_S)
+        overview = inspect(door, time.monotonic() + _STATUS_S)
     except (OSError, UmbpError) as error:
-        print(f"umbp: no daemon answers at {path}: {error}", file=sys.stderr)
+        print(f"umbp: no daemon answers at {door}: {error}", file=sys.stderr)
         return 1
     if as_json:
         import msgspec
 
-        told = msgspec.structs.asdict(overview) | {"pools": msgspec.to_builtins(overview.pools), "socket": str(path)}
+        told = msgspec.structs.asdict(overview) | {"pools": msgspec.to_builtins(overview.pools), "socket": str(door)}
         print(json.dumps(told, indent=2))
     else:
-        _print(path, overview)
+        _print(door, overview)
     return 0
 
 
-def _print(path: Path, overview: Overview) -> None:
+def _print(door: Door, overview: Overview) -> None:
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -126,7 +144,7 @@ def _print(path: Path, overview: Overview) -> None:
     console = Console(highlight=False, soft_wrap=True)
     used = sum(pool.dram_bytes for pool in overview.pools)
     console.print(
-        f"daemon {overview.pid} at {escape(str(path))}: {len(overview.pools)} pool(s), "
+        f"daemon {overview.pid} at {escape(str(door))}: {len(overview.pools)} pool(s), "
         f"{used / 2**30:.2f} of {overview.dram_bytes / 2**30:.2f} GiB DRAM given out"
     )
     table = Table("pool", "namespace", "page", "DRAM", "SSD", "hits", "clients", box=box.SIMPLE, pad_edge=False)

@@ -15,9 +15,10 @@ from rich.table import Table
 
 from umbp_connectors.cli_views import size_text
 from umbp_connectors.config import resolve
+from umbp_connectors.daemon.doors import Door
 from umbp_connectors.daemon.link import ManagingLink, list_objects, manage
 from umbp_connectors.daemon.listing import ListObjects
-from umbp_connectors.daemon.settings import socket_path
+from umbp_connectors.daemon.settings import door_of, socket_path
 from umbp_connectors.pool.inspection import StoredCatalogue
 from umbp_core.errors import StateError, TierUnavailable
 from umbp_core.wire.codes import WireError
@@ -29,11 +30,11 @@ _FLUSH_S = 20.0
 
 def show(socket: Path | None, wanted: ListObjects, as_json: bool) -> None:
     """Print the objects that ``wanted`` describes.  Raises ``TierUnavailable`` when no daemon answers."""
-    path = _path(socket)
+    door = _door(socket)
     try:
-        listing = list_objects(path, wanted, time.monotonic() + _ANSWER_S)
+        listing = list_objects(door, wanted, time.monotonic() + _ANSWER_S)
     except OSError as error:
-        raise TierUnavailable(f"no daemon answers at {path} ({error}); name another one with --socket") from error
+        raise TierUnavailable(f"no daemon answers at {door} ({error}); name another one with --socket") from error
     if as_json:
         told = [
             {
@@ -75,14 +76,14 @@ def clear(socket: Path | None, folder: Path, catalogue: StoredCatalogue) -> int:
 def _ordered(
     socket: Path | None, folder: Path, catalogue: StoredCatalogue, order: Callable[[ManagingLink, float], int]
 ) -> int:
-    path, deadline = _path(socket), time.monotonic() + _ANSWER_S
+    door, deadline = _door(socket), time.monotonic() + _ANSWER_S
     try:
-        with closing(manage(path, catalogue.identity, folder, deadline)) as link:
+        with closing(manage(door, catalogue.identity, folder, deadline)) as link:
             gone = order(link, deadline)
             written = link.flush(_FLUSH_S, time.monotonic() + _FLUSH_S + _ANSWER_S)
     except (OSError, WireError, TierUnavailable) as error:
         raise StateError(
-            f"{catalogue.name} is in use, and not by a daemon that answers at {path} ({error}): end the engine first, "
+            f"{catalogue.name} is in use, and not by a daemon that answers at {door} ({error}): end the engine first, "
             "or name the daemon with --socket"
         ) from error
     if not written:
@@ -90,5 +91,8 @@ def _ordered(
     return gone
 
 
-def _path(socket: Path | None) -> Path:
-    return socket_path(resolve({"daemon_socket": str(socket)} if socket else {}).config)
+def _door(socket: Path | None) -> Door:
+    """At ``socket``, or where the configuration says."""
+    if socket is not None:
+        return socket_path(resolve({"daemon_socket": str(socket)}).config)
+    return door_of(resolve().config)

@@ -79,6 +79,12 @@ def _endpoint(value: str) -> str:
     return value
 
 
+def _loopback(value: str) -> str:
+    from umbp_connectors.daemon.doors import loopback_endpoint
+
+    return str(loopback_endpoint(value)) if value else value
+
+
 def _addresses(value: str) -> str:
     from umbp_connectors.client.addresses import parse_addresses
 
@@ -159,6 +165,20 @@ class UmbpConfig(BaseModel):
     daemon_socket: AbsolutePath | None = Field(
         None,
         description="Unix socket of the host's daemon; unset: `umbp-UID/daemon.sock` in the folder of temporary files.",
+    )
+    daemon_listen: Annotated[str, AfterValidator(_loopback)] = Field(
+        "",
+        description="Loopback address, `HOST:PORT`, at which a daemon serves who knows its token, too; empty: nowhere.",
+    )
+    daemon_address: Annotated[str, AfterValidator(_loopback)] = Field(
+        "",
+        description="Loopback address, `HOST:PORT`, at which the host's daemon is reached instead of `daemon_socket`.",
+    )
+    daemon_token: str = Field(
+        "", repr=False, description="Token of the daemon's port; better in a file, which counts if both are given."
+    )
+    daemon_token_file: AbsolutePath | None = Field(
+        None, description="File that holds the token of the daemon's port, and that only its owner can read."
     )
     daemon_auto_start: bool = Field(
         False, description="`daemon`: start the daemon, with this engine's values, when none is there."

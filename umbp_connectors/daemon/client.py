@@ -8,13 +8,13 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import msgspec
 import numpy as np
 
 from umbp_connectors.daemon import messages
+from umbp_connectors.daemon.doors import Door, is_missing
 from umbp_connectors.daemon.follower import PoolFollower
 from umbp_connectors.daemon.link import Link, attach
 from umbp_connectors.daemon.links import Links, Way
@@ -59,7 +59,7 @@ class DaemonClientConfig:
     Calls that name no time have ``timeout_s`` seconds.  ``label`` is what ``umbp daemon --status`` calls this client.
     """
 
-    socket: Path
+    socket: Door
     object_bytes: int
     dram_bytes: int
     rank: int = 0
@@ -139,7 +139,7 @@ class DaemonPool:
             raise StateError("this pool is already open")
         self._links = Links(self._connect, self._absent)
         wait = self._config.timeout_s
-        if self._starter is not None and not self._config.socket.exists():
+        if self._starter is not None and is_missing(self._config.socket):
             self._starter.start(self._config.start_timeout_s)
             wait = self._config.start_timeout_s
         self._links.call(Way.ASK, time.monotonic() + wait, lambda link: None)

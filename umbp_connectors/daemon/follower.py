@@ -6,8 +6,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
+from umbp_connectors.daemon.doors import Door
 from umbp_connectors.daemon.heard import HeardPool
 from umbp_connectors.daemon.link import NewsLink, follow
 from umbp_connectors.pool.books import PoolObserver
@@ -34,7 +34,7 @@ class PoolFollower:
     """
 
     def __init__(
-        self, socket: Path, digest: bytes, observer: PoolObserver, attach: Callable[[float], object] | None = None
+        self, socket: Door, digest: bytes, observer: PoolObserver, attach: Callable[[float], object] | None = None
     ) -> None:
         self._socket = socket
         self._digest = digest

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from umbp_connectors.daemon import messages
+from umbp_connectors.daemon.doors import Door, TcpDoor, dial
 from umbp_connectors.daemon.listing import Listing, ListObjects
 from umbp_connectors.daemon.managing import KEYS, Evict, Manage
-from umbp_connectors.daemon.mapping import MappedArena
+from umbp_connectors.daemon.mapping import MappedArena, open_memory
 from umbp_connectors.daemon.messages import (
     AskStats,
     Attach,
@@ -44,7 +44,7 @@ from umbp_connectors.daemon.messages import (
     Welcome,
 )
 from umbp_connectors.daemon.news import Follow, News
-from umbp_connectors.pool.sharing.sockets import FrameSocket, check_peer
+from umbp_connectors.pool.sharing.sockets import FrameSocket
 from umbp_core.errors import TierUnavailable
 from umbp_core.wire.codes import ErrorCode, WireError
 from umbp_core.wire.frames import FrameType
@@ -54,7 +54,6 @@ Reply = TypeVar("Reply", Found, Lent, Granted, Count, PoolStats, TakenPages, Pub
 
 _DAEMONS_PART = 0.8
 """How much of a call's time the daemon gets to bring objects to DRAM: its answer must come while somebody listens."""
-_KINDS = (FrameType.HELLO, FrameType.REPLY, FrameType.EVENT, FrameType.ERROR)
 
 
 class Link:
@@ -196,26 +195,28 @@ class Link:
 
 
 def attach(
-    path: Path, greeting: Attach, known: MappedArena | None, prefault: bool, deadline: float, sequence: int = 0
+    door: Door, greeting: Attach, known: MappedArena | None, prefault: bool, deadline: float, sequence: int = 0
 ) -> Link:
-    """A link to the pool that ``greeting`` names, of the daemon at ``path``.
+    """A link to the pool that ``greeting`` names, of the daemon at ``door``.
 
     ``known`` is the arena that the greeting names as mapped.  Requests are numbered from ``sequence`` on.  Raises as
     the link does, and ``TierUnavailable`` when the daemon does not want this client.
     """
     with contextlib.ExitStack() as undo:
-        sock = _greet(path, greeting, undo, deadline)
+        sock = _greet(door, greeting, undo, deadline)
         kind, _, payload = sock.receive(deadline, with_fd=True)
         if kind != FrameType.HELLO:
-            raise _refused(path, payload)
+            raise _refused(door, payload)
         welcome = messages.decode_as(Welcome, payload)
         fd = sock.take_fd()
+        if fd is None and welcome.memory is not None and isinstance(door, TcpDoor):
+            fd = open_memory(welcome.pid, welcome.memory)
         if fd is not None:
             arena = MappedArena(fd, welcome, prefault)
         elif known is not None and known.name == welcome.arena:
             arena = known
         else:
-            raise TierUnavailable(f"the daemon at {path} offers no memory")
+            raise TierUnavailable(f"the daemon at {door} offers no memory")
         sock.allow(messages.FRAME_BYTES)
         undo.pop_all()
     return Link(sock, welcome, arena, sequence)
@@ -243,10 +244,10 @@ class NewsLink:
         self._socket.close()
 
 
-def follow(path: Path, digest: bytes, deadline: float) -> NewsLink:
-    """Ask the daemon at ``path`` for news of the pool with this digest of an identity.  Raises as a link does."""
+def follow(door: Door, digest: bytes, deadline: float) -> NewsLink:
+    """Ask the daemon at ``door`` for news of the pool with this digest of an identity.  Raises as a link does."""
     with contextlib.ExitStack() as undo:
-        sock = _greet(path, Follow(messages.REVISION, digest), undo, deadline)
+        sock = _greet(door, Follow(messages.REVISION, digest), undo, deadline)
         sock.allow(messages.FRAME_BYTES)
         undo.pop_all()
     return NewsLink(sock)
@@ -283,51 +284,47 @@ class ManagingLink:
         return messages.decode_as(Count, payload).count
 
 
-def manage(path: Path, digest: bytes, folder: Path, deadline: float) -> ManagingLink:
+def manage(door: Door, digest: bytes, folder: Path, deadline: float) -> ManagingLink:
     """A connection to manage the pool with this digest of an identity, whose SSD tier lies in ``folder``.
 
-    Raises as a link does, and ``TierUnavailable`` when the daemon at ``path`` has no such pool.
+    Raises as a link does, and ``TierUnavailable`` when the daemon at ``door`` has no such pool.
     """
     with contextlib.ExitStack() as undo:
-        sock = _greet(path, Manage(messages.REVISION, digest, str(folder.resolve())), undo, deadline)
+        sock = _greet(door, Manage(messages.REVISION, digest, str(folder.resolve())), undo, deadline)
         kind, _, payload = sock.receive(deadline)
         if kind != FrameType.REPLY:
-            raise _refused(path, payload)
+            raise _refused(door, payload)
         undo.pop_all()
     return ManagingLink(sock)
 
 
-def inspect(path: Path, deadline: float) -> Overview:
-    """What the daemon at ``path`` says about itself.  Raises as a link does."""
-    return _ask(path, Inspect(messages.REVISION), Overview, deadline)
+def inspect(door: Door, deadline: float) -> Overview:
+    """What the daemon at ``door`` says about itself.  Raises as a link does."""
+    return _ask(door, Inspect(messages.REVISION), Overview, deadline)
 
 
-def list_objects(path: Path, wanted: ListObjects, deadline: float) -> Listing:
-    """The objects of the daemon at ``path`` that ``wanted`` describes.  Raises as a link does."""
-    return _ask(path, wanted, Listing, deadline)
+def list_objects(door: Door, wanted: ListObjects, deadline: float) -> Listing:
+    """The objects of the daemon at ``door`` that ``wanted`` describes.  Raises as a link does."""
+    return _ask(door, wanted, Listing, deadline)
 
 
-def _ask(path: Path, greeting: Inspect | ListObjects, kind: type[Told], deadline: float) -> Told:
+def _ask(door: Door, greeting: Inspect | ListObjects, kind: type[Told], deadline: float) -> Told:
     """The only answer of a connection to the only question."""
     with contextlib.ExitStack() as undo:
-        sock = _greet(path, greeting, undo, deadline)
+        sock = _greet(door, greeting, undo, deadline)
         sock.allow(messages.FRAME_BYTES)
         answer, _, payload = sock.receive(deadline)
         if answer != FrameType.REPLY:
-            raise _refused(path, payload)
+            raise _refused(door, payload)
         return messages.decode_as(kind, payload)
 
 
-def _greet(path: Path, greeting: Greeting, undo: contextlib.ExitStack, deadline: float) -> FrameSocket:
-    raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock = FrameSocket(raw, _KINDS, messages.GREETING_BYTES)
+def _greet(door: Door, greeting: Greeting, undo: contextlib.ExitStack, deadline: float) -> FrameSocket:
+    sock = dial(door, deadline)
     undo.callback(sock.close)
-    raw.settimeout(max(0.001, deadline - time.monotonic()))
-    raw.connect(str(path))
-    check_peer(raw)
     sock.send(FrameType.HELLO, 0, messages.encode(greeting), deadline)
     return sock
 
 
-def _refused(path: Path, payload: memoryview) -> TierUnavailable:
-    return TierUnavailable(f"the daemon at {path} refuses: {messages.decode_as(Refusal, payload).message}")
+def _refused(door: Door, payload: memoryview) -> TierUnavailable:
+    return TierUnavailable(f"the daemon at {door} refuses: {messages.decode_as(Refusal, payload).message}")

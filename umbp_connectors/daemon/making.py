@@ -10,7 +10,7 @@ from pathlib import Path
 from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.daemon.client import DaemonClientConfig, DaemonPool
 from umbp_connectors.daemon.launch import Launcher
-from umbp_connectors.daemon.settings import check_supported, socket_path
+from umbp_connectors.daemon.settings import check_supported, door_of, socket_path
 from umbp_connectors.pool.local import LocalPool, LocalPoolConfig
 from umbp_core.errors import ConfigError
 from umbp_core.ids import Identity
@@ -20,11 +20,10 @@ def daemon_pool(config: UmbpConfig, identity: Identity, wanted: LocalPoolConfig)
     """A client, not open yet, of the daemon that ``config`` names, for a pool as ``wanted`` describes it.
 
     Whether and where there is an SSD tier, and how objects are evicted, is the daemon's own configuration.  Raises
-    ``ConfigError`` when the socket's path cannot be used.
+    ``ConfigError`` when the way to it cannot be used.
     """
-    path = socket_path(config)
     settings = DaemonClientConfig(
-        path,
+        door_of(config),
         wanted.object_bytes,
         wanted.dram_bytes,
         rank=wanted.rank,
@@ -36,7 +35,7 @@ def daemon_pool(config: UmbpConfig, identity: Identity, wanted: LocalPoolConfig)
         label=f"{Path(sys.argv[0] or 'python').name} {os.getpid()}",
         start_timeout_s=config.daemon_start_timeout_s,
     )
-    return DaemonPool(identity, settings, Launcher(path, config) if config.daemon_auto_start else None)
+    return DaemonPool(identity, settings, Launcher(socket_path(config), config) if config.daemon_auto_start else None)
 
 
 _MAKERS: dict[str, Callable[[UmbpConfig, Identity, LocalPoolConfig], LocalPool | DaemonPool]] = {
@@ -51,6 +50,6 @@ def pool_maker(config: UmbpConfig) -> Callable[[Identity, LocalPoolConfig], Loca
     if make is None:
         raise ConfigError(f"mode {config.mode!r} has no pool of this kind; set mode to one of {', '.join(_MAKERS)}")
     if config.mode == "daemon":
-        socket_path(config)
+        door_of(config)
         check_supported(config)
     return lambda identity, wanted: make(config, identity, wanted)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import stat
 import threading
+from pathlib import Path
 
 import numpy as np
 
-from umbp_connectors.daemon.messages import Welcome
+from umbp_connectors.daemon.messages import NamedMemory, Welcome
 from umbp_connectors.pool import machine
 from umbp_connectors.pool.buffers import Bytes, address_of
 from umbp_core.errors import TierUnavailable
@@ -18,6 +20,41 @@ logger = logging.getLogger(__name__)
 
 _SLICE = 32 << 20
 """Bytes per call of what makes pages present here: short enough that closing does not wait."""
+
+
+def name_memory(fd: int) -> NamedMemory:
+    """How a client that cannot be handed ``fd``, of this process, finds it."""
+    found = os.fstat(fd)
+    return NamedMemory(fd, found.st_dev, found.st_ino)
+
+
+def open_memory(pid: int, memory: NamedMemory) -> int:
+    """A descriptor of the ``memory`` that process ``pid`` has, for :class:`MappedArena`.
+
+    The system opens it for processes of the same user only.  Raises ``TierUnavailable`` when it cannot be opened, or
+    when it is not what was named: in another PID namespace, or by now, that may be any other process.
+    """
+    path = Path(f"/proc/{pid}/fd/{memory.fd}")
+    advice = "a client over TCP has to run as the daemon's user and in its PID namespace; else use daemon_socket"
+    try:
+        _check_memory(path.stat(), memory, path, advice)  # before it is opened, which not every file takes well
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        raise TierUnavailable(f"the daemon's memory {path} cannot be opened ({error.strerror}): {advice}") from error
+    try:
+        _check_memory(os.fstat(fd), memory, path, advice)
+    except TierUnavailable:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_memory(found: os.stat_result, memory: NamedMemory, path: Path, advice: str) -> None:
+    same = (found.st_dev, found.st_ino) == (memory.device, memory.inode)
+    if not (same and stat.S_ISREG(found.st_mode)):
+        raise TierUnavailable(f"{path} is not the daemon's memory: {advice}")
+    if found.st_uid != os.geteuid():
+        raise TierUnavailable(f"the daemon's memory {path} belongs to user {found.st_uid}: {advice}")
 
 
 class MappedArena:

@@ -1,7 +1,8 @@
 """What a client and the daemon say to each other, and how much of it (law L10).
 
 Frames are those of :mod:`umbp_core.wire.frames`, in session 0.  A client's first frame attaches the connection to a
-pool, or asks for an overview; the welcome carries the arena's descriptor unless the client has mapped it already.
+pool, or asks for an overview; the welcome carries the arena's descriptor unless the client has mapped it already, or
+names it, over TCP, where :mod:`umbp_connectors.daemon.knocking` comes before.
 Then each request has one reply, except :class:`Return` and :class:`ReturnPages`.  The number of a loan or a grant is
 the sequence of its request; it ends when it is returned or published, and with its connection.
 
@@ -113,10 +114,22 @@ class Inspect(msgspec.Struct, array_like=True, frozen=True, tag=26):
     revision: Natural
 
 
+class NamedMemory(msgspec.Struct, array_like=True, frozen=True):
+    """Where a client over TCP, which no descriptor can be sent to, finds the arena: descriptor ``fd`` of the daemon.
+
+    It is the file of this ``inode`` on this ``device``, or it is not the arena.
+    """
+
+    fd: Natural
+    device: Natural
+    inode: Natural
+
+
 class Welcome(msgspec.Struct, array_like=True, frozen=True, tag=27):
     """The daemon's first frame: which arena, how it is cut, how many objects a loan or grant may have.
 
     What was lent may change ``lease_ms`` milliseconds after it was asked for: what is copied later does not count.
+    ``pid`` is the daemon's, and ``memory`` for clients over TCP that have not mapped the arena already.
     """
 
     arena: Token
@@ -125,6 +138,7 @@ class Welcome(msgspec.Struct, array_like=True, frozen=True, tag=27):
     objects: Annotated[int, msgspec.Meta(gt=0, le=OBJECTS)]
     lease_ms: Annotated[int, msgspec.Meta(gt=0, le=TIMEOUT_MS)]
     pid: Natural
+    memory: NamedMemory | None = None
 
 
 class Borrow(msgspec.Struct, array_like=True, frozen=True, tag=12):

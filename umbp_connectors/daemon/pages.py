@@ -16,11 +16,11 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 
 from umbp_connectors.daemon import messages
+from umbp_connectors.daemon.doors import Door
 from umbp_connectors.daemon.link import Link, attach
 from umbp_connectors.daemon.mapping import MappedArena
 from umbp_connectors.daemon.messages import Attach, Found, NewObject, Place
@@ -65,7 +65,7 @@ class WantedPages:
     :func:`engine_token`.  ``label`` is what ``umbp daemon --status`` calls the engine.
     """
 
-    socket: Path
+    socket: Door
     identities: tuple[Identity, ...]
     object_bytes: int
     dram_bytes: int

@@ -12,7 +12,7 @@ from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.launch import READY
 from umbp_connectors.daemon.server import DaemonServer
-from umbp_connectors.daemon.settings import check_supported, idle_exit_s
+from umbp_connectors.daemon.settings import check_supported, idle_exit_s, served_door
 from umbp_connectors.logs import log_to_stderr
 from umbp_connectors.plugins import create_manager
 from umbp_connectors.pool import machine
@@ -33,8 +33,9 @@ def serve(config: UmbpConfig, path: Path) -> None:
     one ends it at once.  Prints one line to standard output when it can be reached.  The main thread only.  Raises
     ``UmbpError`` with one sentence when it cannot start.
     """
-    log_to_stderr(config.log_level)
     check_supported(config)
+    door = served_door(config)
+    log_to_stderr(config.log_level)
     limits = machine.memory_limits()
     if config.dram_capacity > limits.usable:
         raise ConfigError(
@@ -45,14 +46,15 @@ def serve(config: UmbpConfig, path: Path) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     plugins = create_manager(config)
     keeper = PoolKeeper(config, plugins.eviction_maker(), plugins.ssd_gate_maker(), plugins.make_ssd_tier)
-    server = DaemonServer(keeper, path)
+    server = DaemonServer(keeper, path, door=door)
     with contextlib.ExitStack() as ending:
         ending.callback(logger.info, "umbp: the daemon has ended")
         ending.callback(keeper.close, CLOSE_TIMEOUT_S)
         server.open()
         ending.callback(server.close, 0.0)
         metrics = _open_metrics(config, keeper, server, ending)
-        sys.stdout.write(f"{READY}: {path}, {_tiers(config)}{metrics}\n")
+        tcp = f", tcp://{server.endpoint}" if server.endpoint is not None else ""
+        sys.stdout.write(f"{READY}: {path}{tcp}, {_tiers(config)}{metrics}\n")
         sys.stdout.flush()
         why = _until_over(server, idle_exit_s(config))
         logger.info("umbp: %s: the daemon stops", why)

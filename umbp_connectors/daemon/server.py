@@ -7,15 +7,19 @@ import threading
 import time
 from pathlib import Path
 
+from umbp_connectors.daemon.doors import TcpDoor, TcpListener
 from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.session import Session
-from umbp_connectors.pool.sharing.sockets import Listener, PathInUse
+from umbp_connectors.master.settings import Endpoint
+from umbp_connectors.pool.sharing.sockets import Acceptor, Listener, PathInUse
 from umbp_core.errors import ConfigError, StateError, UmbpError
 from umbp_core.wire.codes import WireError
 
 logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 512
+MAX_STRANGERS = 64
+"""Connections over TCP that have not shown the token yet, at most: anybody on this host can open some."""
 LEASE_S = 30.0
 DRAIN_S = 5.0
 
@@ -23,20 +27,28 @@ DRAIN_S = 5.0
 class DaemonServer:
     """Serves the pools of ``keeper`` at the Unix socket ``path``, which only this user can reach.  Any thread.
 
-    A loan lasts ``lease_s`` seconds at most.  Beyond ``max_connections``, others are refused.
+    With a ``door``, it serves there, too, whoever knows the token of that.  A loan lasts ``lease_s`` seconds at most.
+    Beyond ``max_connections``, others are refused.
     """
 
     def __init__(
-        self, keeper: PoolKeeper, path: Path, lease_s: float = LEASE_S, max_connections: int = MAX_CONNECTIONS
+        self,
+        keeper: PoolKeeper,
+        path: Path,
+        lease_s: float = LEASE_S,
+        max_connections: int = MAX_CONNECTIONS,
+        door: TcpDoor | None = None,
     ) -> None:
         self._keeper = keeper
         self._path = path
         self._listener = Listener(path)
+        self._door = door
+        self._tcp = TcpListener(door.endpoint) if door is not None else None
         self._lease_s = lease_s
         self._max_connections = max_connections
         self._lock = threading.Lock()
         self._sessions: dict[Session, threading.Thread] = {}
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         self._closing = False
         self._idle_since = 0.0
 
@@ -46,17 +58,29 @@ class DaemonServer:
         with self._lock:
             return len(self._sessions)
 
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """Where it listens besides its path, if it does."""
+        return self._tcp.endpoint if self._tcp is not None else None
+
     def open(self) -> None:
-        """Listen.  Raises ``ConfigError`` when the path cannot be used or a daemon listens there already."""
-        if self._thread is not None:
+        """Listen.  Raises ``ConfigError`` when the path or port cannot be used or a daemon listens there already."""
+        if self._threads:
             raise StateError("this daemon listens already")
         try:
             self._listener.open(min(128, self._max_connections))
         except PathInUse as error:
             raise ConfigError(f"a daemon is running at {self._path} already; use it, or give another path") from error
+        if self._tcp is not None:
+            try:
+                self._tcp.open(min(128, self._max_connections))
+            except ConfigError:
+                self._listener.close()
+                raise
         self._idle_since = time.monotonic()
-        self._thread = threading.Thread(target=self._accept, name="umbp-daemon", daemon=True)
-        self._thread.start()
+        self._take_from(self._listener, None)
+        if self._tcp is not None:
+            self._take_from(self._tcp, self._door)
 
     @property
     def idle_s(self) -> float:
@@ -71,6 +95,8 @@ class DaemonServer:
             self._closing = True
             sessions = dict(self._sessions)
         self._listener.close()
+        if self._tcp is not None:
+            self._tcp.close()
         for session in sessions:
             session.drain()
         deadline = time.monotonic() + drain_s
@@ -80,20 +106,29 @@ class DaemonServer:
             session.stop()
         for thread in sessions.values():
             thread.join(1.0)
-        acceptor, self._thread = self._thread, None
-        if acceptor is not None:
+        acceptors, self._threads = self._threads, []
+        for acceptor in acceptors:
             acceptor.join(1.0)
 
-    def _accept(self) -> None:
+    def _take_from(self, listener: Acceptor, door: TcpDoor | None) -> None:
+        thread = threading.Thread(target=self._accept, args=(listener, door), name="umbp-daemon", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self, listener: Acceptor, door: TcpDoor | None) -> None:
         """Thread: a session for every connection."""
-        while (sock := self._listener.accept()) is not None:
+        while (sock := listener.accept()) is not None:
             with self._lock:
+                strangers = sum(session.is_stranger for session in self._sessions)
+                if door is not None and strangers >= MAX_STRANGERS:
+                    sock.close()
+                    continue
                 refused = ""
-                if self._closing or len(self._sessions) >= self._max_connections:
+                if self._closing or len(self._sessions) - strangers >= self._max_connections:
                     refused = (
                         "the daemon is stopping" if self._closing else "the daemon has too many connections already"
                     )
-                session = Session(self._keeper, sock, self._lease_s, refused)
+                session = Session(self._keeper, sock, self._lease_s, refused, door)
                 thread = threading.Thread(target=self._serve, args=(session,), name="umbp-client", daemon=True)
                 try:
                     thread.start()

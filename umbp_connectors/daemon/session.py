@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from umbp_connectors.daemon import messages
+from umbp_connectors.daemon.doors import TcpDoor
 from umbp_connectors.daemon.holdings import HeldGrant, Holdings
 from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.kept import KeptPool
+from umbp_connectors.daemon.knocking import let_in
 from umbp_connectors.daemon.listing import ListObjects
 from umbp_connectors.daemon.managing import Evict, Manage
+from umbp_connectors.daemon.mapping import name_memory
 from umbp_connectors.daemon.messages import (
     AskStats,
     Attach,
@@ -70,14 +73,19 @@ Reply = Found | Lent | Granted | Count | PoolStats | TakenPages | Published
 class Session:
     """Serves one connection in the thread that calls :meth:`run`.  ``lease_s`` is how long a loan may last.
 
+    Over a Unix socket the client has to be of this user; at a ``door`` it has to know the token of that.
     A grant lasts as long as its connection, and where the client has a life, as long as those of its other processes:
     whoever may write to a page must not lose it while it does.  A process that dies has its connections closed by the
     system, after its last thread has ended.
     """
 
-    def __init__(self, keeper: PoolKeeper, sock: socket.socket, lease_s: float, refused: str = "") -> None:
+    def __init__(
+        self, keeper: PoolKeeper, sock: socket.socket, lease_s: float, refused: str = "", door: TcpDoor | None = None
+    ) -> None:
         self._keeper = keeper
         self._raw = sock
+        self._door = door
+        self._let_in = False
         self._socket = FrameSocket(sock, (FrameType.HELLO, FrameType.REQUEST), messages.GREETING_BYTES)
         self._lease_s = lease_s
         self._refused = refused
@@ -94,11 +102,16 @@ class Session:
         """Whether the client has, or had, a pool."""
         return bool(self._client)
 
+    @property
+    def is_stranger(self) -> bool:
+        """Whether the client has not shown yet that it knows the token."""
+        return self._door is not None and not self._let_in
+
     def drain(self) -> None:
         """End it as soon as the client holds nothing.  Any thread."""
         self._draining = True
         self._end_watch()
-        if not self._busy:
+        if self.is_stranger or not self._busy:
             self._socket.shut()
 
     def stop(self) -> None:
@@ -113,7 +126,7 @@ class Session:
 
     def run(self) -> None:
         """Serve until the client leaves.  Raises when the connection is of no use any more."""
-        check_peer(self._raw)
+        self._check_client()
         _, sequence, payload = self._socket.receive(time.monotonic() + TALK_S)
         greeting = messages.decode_greeting(payload)
         problem = self._problem(greeting)
@@ -129,6 +142,17 @@ class Session:
             self._manage(greeting, sequence)
         else:
             self._attached(greeting, sequence)
+
+    def _check_client(self) -> None:
+        if self._door is None:
+            check_peer(self._raw)
+            return
+        try:
+            let_in(self._socket, self._door.token, time.monotonic() + TALK_S)
+        except AccessDenied as error:
+            logger.warning("umbp: a client at %s is refused: %s", self._door, error)
+            raise
+        self._let_in = True
 
     def _tell_news(self, greeting: Follow, sequence: int) -> None:
         """Tell what happens in a pool, until the client is gone, or the pool."""
@@ -235,9 +259,12 @@ class Session:
     def _welcome(self, kept: KeptPool, greeting: Attach, sequence: int) -> None:
         objects = max(1, min(messages.OBJECTS, kept.pages // 4))
         lease_ms = max(1, int(1000 * self._lease_s))
-        answer = messages.encode(Welcome(kept.arena, kept.page_bytes, kept.pages, objects, lease_ms, os.getpid()))
         fd = None if greeting.mapped == kept.arena else kept.pool.arena_offer().fd
-        self._socket.send(FrameType.HELLO, sequence, answer, time.monotonic() + TALK_S, fd)
+        memory = None
+        if fd is not None and self._door is not None:
+            memory, fd = name_memory(fd), None
+        answer = Welcome(kept.arena, kept.page_bytes, kept.pages, objects, lease_ms, os.getpid(), memory)
+        self._socket.send(FrameType.HELLO, sequence, messages.encode(answer), time.monotonic() + TALK_S, fd)
 
     def _send(self, kind: FrameType, sequence: int, payload: bytes) -> None:
         self._socket.send(kind, sequence, payload, time.monotonic() + TALK_S)

@@ -13,6 +13,7 @@ from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.daemon.client import DaemonPool
 from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.server import DaemonServer
+from umbp_connectors.daemon.settings import served_door
 from umbp_connectors.plugins import create_manager
 from umbp_connectors.pool.books import PoolObserver
 from umbp_core.eviction import LruPolicy
@@ -27,7 +28,7 @@ class Daemon:
         values = {"dram_capacity": 4 * PAGES * SIZE, "dram_prefault": False, **config}
         whole = UmbpConfig(**values)
         self.keeper = PoolKeeper(whole, LruPolicy, create_manager(whole, entries=[]).ssd_gate_maker())
-        self.server = DaemonServer(self.keeper, path, lease_s, max_connections)
+        self.server = DaemonServer(self.keeper, path, lease_s, max_connections, served_door(whole))
         self.server.open()
 
     def pinned(self) -> int:

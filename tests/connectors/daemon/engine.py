@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
 from tests.connectors.daemon.kit import IDENTITY, PAGES, SIZE, key_of
 from umbp_connectors.daemon import messages
+from umbp_connectors.daemon.doors import Door
 from umbp_connectors.daemon.pages import DaemonArena, NewObject, PageClient, Place, RankArena, WantedPages, engine_token
 from umbp_connectors.pool.buffers import Bytes
 from umbp_connectors.pool.checksums import object_checksum
@@ -30,16 +30,16 @@ def identities_of(ranks: int) -> tuple[Identity, ...]:
     return tuple(replace(IDENTITY, rank=RankScope(tp_rank=rank, tp_size=ranks)) for rank in range(ranks))
 
 
-def wanted(path: Path, ranks: int = 1, name: str = "engine", pages: int = PAGES, size: int = SIZE) -> WantedPages:
+def wanted(door: Door, ranks: int = 1, name: str = "engine", pages: int = PAGES, size: int = SIZE) -> WantedPages:
     """What an engine of this name asks for."""
-    return WantedPages(path, identities_of(ranks), size, pages * size * ranks, engine_token(name), name)
+    return WantedPages(door, identities_of(ranks), size, pages * size * ranks, engine_token(name), name)
 
 
 class Engine:
     """Leader and ranks in one process.  ``data`` of an object is the parts of all ranks, one after the other."""
 
-    def __init__(self, path: Path, ranks: int = 1, name: str = "engine", pages: int = PAGES, size: int = SIZE) -> None:
-        self.wanted = wanted(path, ranks, name, pages, size)
+    def __init__(self, door: Door, ranks: int = 1, name: str = "engine", pages: int = PAGES, size: int = SIZE) -> None:
+        self.wanted = wanted(door, ranks, name, pages, size)
         self.leader = PageClient(self.wanted)
         self.ranks = [RankArena(self.wanted, stripe, prefault=False) for stripe in range(ranks)]
         self.arena: DaemonArena

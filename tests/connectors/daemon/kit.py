@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from umbp_connectors.daemon.client import DaemonClientConfig, DaemonPool
+from umbp_connectors.daemon.doors import Door
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_core.ids import Identity, RankScope
 
@@ -24,10 +24,10 @@ def object_of(number: int, size: int = SIZE) -> bytes:
     return (b"%09d " % number * size)[:size]
 
 
-def client_of(path: Path, identity: Identity = IDENTITY, pages: int = PAGES, **options: object) -> DaemonPool:
-    """A client of the daemon at ``path``, not open yet."""
+def client_of(door: Door, identity: Identity = IDENTITY, pages: int = PAGES, **options: object) -> DaemonPool:
+    """A client of the daemon at ``door``, not open yet."""
     settings = {"timeout_s": 30.0, "prefault": False, **options}
-    return DaemonPool(identity, DaemonClientConfig(path, SIZE, pages * SIZE, **settings))  # type: ignore[arg-type]
+    return DaemonPool(identity, DaemonClientConfig(door, SIZE, pages * SIZE, **settings))  # type: ignore[arg-type]
 
 
 def put(pool: DaemonPool, numbers: Sequence[int], timeout: float | None = None) -> list[PutStatus]:

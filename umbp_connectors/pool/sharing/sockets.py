@@ -28,7 +28,7 @@ _RETRY_S = 0.2
 
 
 class FrameSocket:
-    """Frames over a connected Unix socket.  One thread at a time.
+    """Frames over a connected socket; descriptors over a Unix one only.  One thread at a time.
 
     Raises ``OSError`` (``TimeoutError`` at a deadline) and ``WireError``; the connection is of no use then.
     """
@@ -98,14 +98,55 @@ class PathInUse(ConfigError):
     """A living process listens there."""
 
 
-class Listener:
+class Acceptor:
+    """Takes connections of a listening socket until it is closed."""
+
+    def __init__(self) -> None:
+        self._sock: socket.socket | None = None
+        self._closed = threading.Event()
+
+    def accept(self) -> socket.socket | None:
+        """The next connection; ``None`` once it is closed.
+
+        What keeps one from being taken, as that no descriptor is free, is waited out.
+        """
+        told = False
+        while (sock := self._sock) is not None:
+            try:
+                return sock.accept()[0]
+            except OSError as error:
+                if self._sock is None:
+                    break
+                if not told:
+                    logger.warning("no reader of the shared pool can be taken for now: %s", error)
+                    told = True
+                self._closed.wait(_RETRY_S)
+        return None
+
+    def _listens(self, sock: socket.socket) -> None:
+        """Take those of ``sock`` from now on."""
+        self._closed.clear()
+        self._sock = sock
+
+    def _end(self) -> bool:
+        """Wake :meth:`accept` and close the socket; false when that was done before."""
+        sock, self._sock = self._sock, None
+        if sock is None:
+            return False
+        self._closed.set()
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        sock.close()
+        return True
+
+
+class Listener(Acceptor):
     """A listening socket at ``path`` that only this user can reach."""
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self._path = path
         self._lock = FolderLock(path.parent, f"{path.name}.lock")
-        self._sock: socket.socket | None = None
-        self._closed = threading.Event()
 
     def open(self, backlog: int) -> None:
         """Make the folder if it is missing, take over what a dead process left at the path, and listen.
@@ -130,38 +171,13 @@ class Listener:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"a pool cannot be shared at {self._path}: {error}; give another path") from error
-        self._closed.clear()
-        self._sock = sock
-
-    def accept(self) -> socket.socket | None:
-        """The next connection; ``None`` once :meth:`close` was called.
-
-        What keeps one from being taken, as that no descriptor is free, is waited out.
-        """
-        told = False
-        while (sock := self._sock) is not None:
-            try:
-                return sock.accept()[0]
-            except OSError as error:
-                if self._sock is None:
-                    break
-                if not told:
-                    logger.warning("no reader of the shared pool can be taken for now: %s", error)
-                    told = True
-                self._closed.wait(_RETRY_S)
-        return None
+        self._listens(sock)
 
     def close(self) -> None:
         """Wake :meth:`accept`, and let the path go; idempotent."""
-        sock, self._sock = self._sock, None
-        if sock is None:
-            return
-        self._closed.set()
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
-        sock.close()
-        self._path.unlink(missing_ok=True)
-        self._lock.release()
+        if self._end():
+            self._path.unlink(missing_ok=True)
+            self._lock.release()
 
     def _check_folder(self) -> None:
         folder = self._path.parent
