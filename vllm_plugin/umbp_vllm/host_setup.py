@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from umbp_connectors.config import UmbpConfig
+from umbp_connectors.daemon.doors import Door, is_missing
 from umbp_connectors.daemon.follower import PoolFollower
 from umbp_connectors.daemon.launch import Launcher
 from umbp_connectors.daemon.pages import PageClient, RankArena, WantedPages, engine_token
-from umbp_connectors.daemon.settings import check_supported, socket_path
+from umbp_connectors.daemon.settings import check_supported, door_of, socket_path
 from umbp_connectors.plugins import PluginHost
 from umbp_connectors.pool.books import PoolObserver
 from umbp_core.errors import ConfigError
@@ -44,9 +44,9 @@ class HostPlan:
     label: str
 
     @property
-    def socket(self) -> Path:
+    def socket(self) -> Door:
         """Where the daemon is."""
-        return socket_path(self.config)
+        return door_of(self.config)
 
     @property
     def wanted(self) -> WantedPages:
@@ -58,7 +58,7 @@ class HostPlan:
 def check_host(config: UmbpConfig, parallel: Any) -> None:
     """Raises ``ConfigError`` for what an engine cannot do over the daemon."""
     check_supported(config)
-    socket_path(config)
+    door_of(config)
     if parallel.pipeline_parallel_size > 1:
         raise ConfigError(
             "mode 'daemon' is not for pipeline parallelism yet, whose ranks have pages of different kinds; "
@@ -124,7 +124,7 @@ def door_maker(vllm_config: Any, config: UmbpConfig, namespace: str) -> Callable
 def rank_host(plan: HostPlan, stripe: int, make_kit: Callable[[bytes, HostPages], RankKit]) -> tuple[RankHost, RankKit]:
     """This rank's mapping, and its first kit; starts a daemon and waits for it if that is wanted."""
     starter = starter_of(plan.config)
-    if starter is not None and not plan.socket.exists():
+    if starter is not None and is_missing(plan.socket):
         starter.start(plan.config.daemon_start_timeout_s)
     host = RankHost(lambda: new_mapping(plan, stripe), make_kit, plan.page_bytes)
     return host, host.open(plan.config.call_timeout_ms / 1000)
