@@ -75,7 +75,8 @@ class CudaCopier:
     """``DeviceCopier`` for a KV cache on a GPU; ``open`` before use, ``close`` before the arena is unmapped.
 
     ``staging_bytes`` bounds the device memory (at least one page per direction); ``pin_slice_bytes`` is the unit in
-    which the arena is locked, at most 16 GiB.  ``gather`` and ``scatter`` are for transfer threads, also several
+    which the arena is locked, at most 16 GiB, with what lies between its pages: pages of other ranks, which each of
+    them locks for its own device.  ``gather`` and ``scatter`` are for transfer threads, also several
     at once; ``fence`` is for the forward thread.
     """
 
@@ -108,7 +109,9 @@ class CudaCopier:
             return
         array = self._arena.array
         page_bytes = array.shape[1]
-        slice_pages = max(1, self._pin_slice_bytes // page_bytes)
+        apart = array.strides[0]  # more than a page where those of other ranks lie between (the host's daemon)
+        slice_pages = max(1, self._pin_slice_bytes // apart)
+        span = (array.shape[0] - 1) * apart + page_bytes
         rows = max(1, self._staging_bytes // 2 // page_bytes)
         try:
             loads, stores = (_Lane(self._runtime, self._geometry.device, rows, page_bytes) for _ in range(2))
@@ -118,8 +121,9 @@ class CudaCopier:
                 "--gpu-memory-utilization"
             ) from error
         self._lanes = loads, stores
-        self._copies = StagedCopies(self._geometry, torch.from_numpy(array), slice_pages)
-        self._pinner = ArenaPinner(self._runtime, self._arena.address, array.nbytes, slice_pages * page_bytes)
+        together = slice_pages if apart == page_bytes else 1
+        self._copies = StagedCopies(self._geometry, torch.from_numpy(array), together)
+        self._pinner = ArenaPinner(self._runtime, self._arena.address, span, slice_pages * apart)
 
     def close(self) -> None:
         """Wait for the copies under way, unlock the arena and free the staging memory.  Idempotent."""

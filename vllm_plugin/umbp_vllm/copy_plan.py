@@ -17,8 +17,8 @@ Numbers = npt.NDArray[np.int64]
 class PageArena(Protocol):
     """What a copier needs of an arena: where it starts, and all its pages as a writable array.
 
-    ``array`` is ``uint8`` of shape (pages, page bytes) over the memory at ``address``; both stay valid until
-    the copier is closed.
+    ``array`` is ``uint8`` of shape (pages, page bytes) over the memory at ``address``, where its pages may lie apart;
+    both stay valid until the copier is closed.
     """
 
     @property

@@ -28,9 +28,10 @@ def batch_parts(count: int, rows: int) -> Iterator[slice]:
 class StagedCopies:
     """The copies of a batch between KV blocks and arena rows, issued on the current stream.
 
-    ``arena`` is the ``uint8`` tensor (pages, page bytes) in host memory; ``slice_pages`` the borders that no copy
-    may cross.  Nothing here waits for the device.  Calls that share a staging tensor (rows, page bytes) must be on
-    one stream.
+    ``arena`` is the ``uint8`` tensor (pages, page bytes) in host memory, the bytes of a page side by side;
+    ``slice_pages`` the borders that no copy may cross: 1 where the pages lie apart, or torch would copy them through
+    memory of its own.  Nothing here waits for the device.  Calls that share a staging tensor (rows, page
+    bytes) must be on one stream.
     """
 
     def __init__(self, geometry: KvGeometry, arena: torch.Tensor, slice_pages: int) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from umbp_core.errors import ConfigError, StateError, TransferError
+from umbp_vllm import pinning
 from umbp_vllm.copier_cuda import CudaCopier
 from umbp_vllm.geometry import GroupGeometry, KvGeometry, Region, merged
 from umbp_vllm.staging import StagedCopies
@@ -88,9 +89,9 @@ class Recorder:
         return [call for call in self.calls if call[0] in names]
 
 
-def geometry() -> KvGeometry:
-    regions = merged([Region(0, layer * BLOCKS * PAGE, 1, PAGE, PAGE, PAGE) for layer in range(2)])
-    storage = torch.arange(2 * BLOCKS * PAGE, dtype=torch.int64).remainder(251).to(torch.uint8)
+def geometry(layers: int = 2) -> KvGeometry:
+    regions = merged([Region(0, layer * BLOCKS * PAGE, 1, PAGE, PAGE, PAGE) for layer in range(layers)])
+    storage = torch.arange(layers * BLOCKS * PAGE, dtype=torch.int64).remainder(251).to(torch.uint8)
     return KvGeometry(BLOCKS, (GroupGeometry(0, "full_attention", 16, ("a", "b"), regions),), (storage,))
 
 
@@ -181,6 +182,57 @@ def test_the_arena_is_locked_from_the_first_copy_on_and_unlocked_at_close() -> N
     assert copier.pinned_bytes == 0
     order = [call[0] for call in runtime.calls]
     assert max(i for i, name in enumerate(order) if name == "drain") < order.index("unregister")
+
+
+class Stripe:
+    """The second of three ranks' pages, with those of the others between them."""
+
+    def __init__(self, pages: int) -> None:
+        self.whole = np.full((pages, 3, 4096), 0xEE, np.uint8)
+        self.array = self.whole[:, 1]
+        self.address = self.array.ctypes.data
+
+
+@pytest.mark.parametrize("is_one_run", [False, True])
+@pytest.mark.parametrize("refused", [0, 2])
+def test_pages_that_lie_apart_are_copied_one_by_one_and_locked_with_what_lies_between(
+    monkeypatch: pytest.MonkeyPatch, refused: int, is_one_run: bool
+) -> None:
+    """A driver that refuses a part is warned of once, and costs speed only."""
+    warnings: list[object] = []
+    monkeypatch.setattr(pinning._log, "warning", lambda *words: warnings.append(words))
+    runtime, stripe = Recorder(), Stripe(8)
+    apart = 3 * 4096
+    copies: list[bool] = []
+    copy = torch.Tensor.copy_
+
+    def noted(self: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        copies.append(self.is_contiguous() and source.is_contiguous())
+        return copy(self, source, non_blocking)
+
+    def register(address: int, nbytes: int) -> int:
+        runtime.note("register", address, nbytes)
+        return refused if address != stripe.address else 0
+
+    runtime.register = register  # type: ignore[method-assign]
+    copier = CudaCopier(geometry(layers=1 if is_one_run else 2), stripe, runtime=runtime, pin_slice_bytes=3 * apart)
+    copier.open()
+    kv = copier._geometry.storages[0]
+    before = kv.clone()
+    monkeypatch.setattr(torch.Tensor, "copy_", noted)
+    copier.gather(0, list(range(BLOCKS)), list(range(1, 1 + BLOCKS)), None)
+    assert copier._pinner is not None
+    assert copier._pinner.wait(30)
+    kv.zero_()
+    copier.scatter(0, list(range(BLOCKS)), list(range(1, 1 + BLOCKS)), None)
+    assert copies == [True] * (2 * BLOCKS), "torch would copy others through memory of its own"
+    assert torch.equal(kv, before)
+    assert (stripe.whole[:, [0, 2]] == 0xEE).all()
+    slices = [("register", stripe.address + start * apart, 3 * apart) for start in (0, 3)]
+    slices.append(("register", stripe.address + 6 * apart, apart + 4096))
+    assert runtime.named("register") == (slices[:2] if refused else slices)
+    assert len(warnings) == bool(refused)
+    copier.close()
 
 
 @pytest.mark.parametrize("where", ["upload", "order_after", "gather", "mark", "wait"])
