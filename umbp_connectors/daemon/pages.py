@@ -23,7 +23,7 @@ from umbp_connectors.daemon import messages
 from umbp_connectors.daemon.doors import Door
 from umbp_connectors.daemon.link import Link, attach
 from umbp_connectors.daemon.mapping import MappedArena
-from umbp_connectors.daemon.messages import Attach, Found, NewObject, Place
+from umbp_connectors.daemon.messages import Attach, Found, NewObject, Place, TierFill
 from umbp_connectors.pool.buffers import Bytes, round_up
 from umbp_connectors.pool.outcomes import PutStatus
 from umbp_connectors.pool.slab import ALIGNMENT
@@ -250,6 +250,11 @@ class PageClient:
         """Forget every object, those of other engines of this identity too; returns how many copies there were."""
         with self._calling() as link:
             return link.clear(deadline)
+
+    def fills(self, deadline: float) -> Sequence[TierFill]:
+        """How full each tier is that the pool has, in its pages: of all stripes together."""
+        with self._calling() as link:
+            return link.stats(deadline).fills
 
     def close(self) -> None:
         """Close the connection; idempotent.  Where ranks have theirs still, what was taken waits for them or us."""

@@ -81,7 +81,7 @@ class TransferEngine:
         scheduler: TransferScheduler | None = None,
         layers: LayerCopier | None = None,
     ) -> None:
-        """``object_bytes`` maps every KV group to the exact size of its objects on this rank.
+        """``object_bytes`` maps every KV group to how many bytes of a page an object is on this rank.
 
         ``arena`` has pages, and ``slab`` slots, of a multiple of 4096 bytes that hold the largest object;
         ``slab`` is None on a worker without an SSD tier.  ``scheduler`` is a fresh one that brings its own limits.

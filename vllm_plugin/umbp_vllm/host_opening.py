@@ -30,7 +30,7 @@ def open_host_pool(
     stripes = RankStripes(tuple(writers.index(hello.writer_rank) for hello in hellos), tuple(writers))
     door = make_door(hellos)
     line = HostLine(door.talker, [hello.arena for hello in hellos], clock, stats)
-    follower = None if reporting is None else door.follow(reporting.follow_host())
+    follower = None if reporting is None else door.follow(reporting.follow_host(door.capacities))
     host = HostPool(line, stripes, setup.config.max_pending_stores, follower)
     matcher = opening.matcher(host)
     least_tokens = opening.load_policy.least_tokens

@@ -15,12 +15,12 @@ from umbp_connectors.daemon.pages import PageClient, RankArena, WantedPages, eng
 from umbp_connectors.daemon.settings import check_supported, door_of, socket_path
 from umbp_connectors.plugins import PluginHost
 from umbp_connectors.pool.books import PoolObserver
-from umbp_core.errors import ConfigError
 from umbp_core.ids import Identity
+from umbp_vllm.host_capacities import HostCapacities
 from umbp_vllm.host_rank import HostPages, Mapping, RankHost
+from umbp_vllm.host_stages import StagePages, largest, pages_of, share_stages, stages_of, writer_of
 from umbp_vllm.host_talk import Talker
 from umbp_vllm.host_words import Pages, Visit
-from umbp_vllm.layout import kv_is_replicated, layout_digest
 from umbp_vllm.layout_groups import geometry_of
 from umbp_vllm.metadata import PROTOCOL_VERSION, RankHello
 from umbp_vllm.namespace import namespace_digest, rank_scope
@@ -32,14 +32,16 @@ from umbp_vllm.worker import Worker
 class HostPlan:
     """One engine's pool in the daemon: the same on all its processes.
 
-    ``identities`` are those of the stripes, in order; all have ``page_bytes`` per page.  ``dram_bytes`` is what the
-    engine asks for, all stripes together.
+    ``identities`` are those of the stripes, in the order of the world ranks that write them; all have ``page_bytes``
+    per page, of which an object has ``object_bytes``, by KV group.  ``dram_bytes`` is what the engine asks for, all
+    stripes together.
     """
 
     config: UmbpConfig
     engine_id: str
     identities: tuple[Identity, ...]
     page_bytes: int
+    object_bytes: tuple[int, ...]
     dram_bytes: int
     label: str
 
@@ -55,27 +57,24 @@ class HostPlan:
         return WantedPages(self.socket, self.identities, self.page_bytes, self.dram_bytes, token, self.label)
 
 
-def check_host(config: UmbpConfig, parallel: Any) -> None:
+def check_host(config: UmbpConfig) -> None:
     """Raises ``ConfigError`` for what an engine cannot do over the daemon."""
     check_supported(config)
     door_of(config)
-    if parallel.pipeline_parallel_size > 1:
-        raise ConfigError(
-            "mode 'daemon' is not for pipeline parallelism yet, whose ranks have pages of different kinds; "
-            "set mode 'local'"
-        )
 
 
-def plan_of(
-    vllm_config: Any, config: UmbpConfig, namespace: str, layout: bytes, page_bytes: int, *, replicated: bool
-) -> HostPlan:
+def plan_of(vllm_config: Any, config: UmbpConfig, namespace: str, stages: Sequence[StagePages]) -> HostPlan:
     """The plan, as each of the engine's processes comes to it."""
     tp_size = vllm_config.parallel_config.tensor_parallel_size
-    stripes = range(1 if replicated else tp_size)
-    identities = tuple(Identity(namespace, layout, rank_scope(vllm_config, rank, 0, replicated)) for rank in stripes)
+    identities = tuple(
+        Identity(namespace, pages.layout, rank_scope(vllm_config, tp_rank, stage, pages.replicated))
+        for stage, pages in enumerate(stages)
+        for tp_rank in range(1 if pages.replicated else tp_size)
+    )
     engine_id = str(vllm_config.kv_transfer_config.engine_id)  # the same in all processes, another one at each start
     label = f"vllm {vllm_config.model_config.model} {os.getpid()}"
-    return HostPlan(config, engine_id, identities, page_bytes, config.dram_capacity, label[:120])
+    page_bytes = max(pages.page_bytes for pages in stages)
+    return HostPlan(config, engine_id, identities, page_bytes, largest(stages), config.dram_capacity, label[:120])
 
 
 def starter_of(config: UmbpConfig) -> Launcher | None:
@@ -85,10 +84,15 @@ def starter_of(config: UmbpConfig) -> Launcher | None:
 
 @dataclass(frozen=True, slots=True)
 class HostDoor:
-    """The leader's ways to the daemon: what talks for it, and what tells an observer all that its pool there holds."""
+    """The leader's ways to the daemon.
+
+    ``talker`` talks for it, ``follow`` has an observer told all that its pool there holds, ``capacities`` says how full
+    that is.
+    """
 
     talker: Talker
     follow: Callable[[PoolObserver], PoolFollower]
+    capacities: HostCapacities
 
 
 def door_maker(vllm_config: Any, config: UmbpConfig, namespace: str) -> Callable[[Sequence[RankHello]], HostDoor]:
@@ -96,18 +100,11 @@ def door_maker(vllm_config: Any, config: UmbpConfig, namespace: str) -> Callable
 
     Raises ``ConfigError`` for what cannot be done over the daemon.
     """
-    check_host(config, vllm_config.parallel_config)
+    check_host(config)
 
     def make(hellos: Sequence[RankHello]) -> HostDoor:
-        first = hellos[0]
-        odd = [hello for hello in hellos if _shape(hello) != _shape(first)]
-        if odd:
-            raise ConfigError(
-                f"the pages of rank {odd[0].world_rank} are of another kind than those of rank 0, which mode 'daemon' "
-                "cannot keep together yet; set mode 'local'"
-            )
-        replicated = len(hellos) > 1 and len({hello.writer_rank for hello in hellos}) == 1
-        plan = plan_of(vllm_config, config, namespace, first.layout, first.page_bytes, replicated=replicated)
+        stages = stages_of(hellos, vllm_config.parallel_config.tensor_parallel_size)
+        plan = plan_of(vllm_config, config, namespace, stages)
         starter = starter_of(config)
         absent = None if starter is None else starter.start_soon
         talker = Talker(new_client(plan), config.call_timeout_ms / 1000, absent)
@@ -116,7 +113,7 @@ def door_maker(vllm_config: Any, config: UmbpConfig, namespace: str) -> Callable
         def follow(observer: PoolObserver) -> PoolFollower:
             return PoolFollower(plan.socket, digest, observer, lambda deadline: talker.say(Visit()))
 
-        return HostDoor(talker, follow)
+        return HostDoor(talker, follow, HostCapacities(talker.say))
 
     return make
 
@@ -140,40 +137,36 @@ def make_host_worker(
 ) -> Worker:
     """This rank's half over the host's daemon, which is waited for a little.  Without one it has no pages yet."""
     parallel = vllm_config.parallel_config
-    rank = parallel.rank
+    rank, tp_size = parallel.rank, parallel.tensor_parallel_size
+
+    def look() -> StagePages:
+        check_host(config)
+        return pages_of(kv_cache_config, geometry_of(kv_cache_config, kv_caches), tp_size)
+
+    stages = share_stages(look, parallel.pipeline_parallel_size)
     geometry = geometry_of(kv_cache_config, kv_caches)
-    layout = layout_digest(kv_cache_config, geometry)
-    replicated = kv_is_replicated(kv_cache_config, geometry, parallel.tensor_parallel_size)
-    check_host(config, parallel)
-    plan = plan_of(vllm_config, config, namespace, layout, geometry.page_bytes, replicated=replicated)
-    if len(plan.identities) > 1 and geometry.device.type != "cpu":
-        raise ConfigError(
-            "mode 'daemon' is not for several GPU ranks with KV of their own yet, as their pages lie between each "
-            "other's; set mode 'local'"
-        )
-    writer = 0 if replicated else rank
-    identity = plan.identities[writer]
-    host, kit = rank_host(plan, writer, kit_maker(config, plugins, geometry, identity, rank))
+    plan = plan_of(vllm_config, config, namespace, stages)
+    writer, stripe = writer_of(stages, tp_size, rank)
+    identity = plan.identities[stripe]
+    own = stages[rank // tp_size]
+    make_kit = kit_maker(config, plugins, geometry, identity, rank, object_bytes=plan.object_bytes)
+    host, kit = rank_host(plan, stripe, make_kit)
     hello = RankHello(
         version=PROTOCOL_VERSION,
         world_rank=rank,
         writer_rank=writer,
         identity=namespace_digest(namespace),
-        layout=layout,
-        page_bytes=geometry.page_bytes,
+        layout=own.layout,
+        page_bytes=own.page_bytes,
         dram_pages=1,  # some; how many there are, the daemon says
         ssd_slots=0,
         slot_bytes=0,
-        object_bytes=tuple(geometry.object_bytes(group.index) for group in geometry.groups),
+        object_bytes=own.object_bytes,
         prefix=identity.digest,
         arena=kit.arena,
     )
     by_layer = asks_by_layer(vllm_config, geometry, config)
     return Worker(hello, kit, writes=writer == rank, by_layer=by_layer, host=host)
-
-
-def _shape(hello: RankHello) -> tuple[object, ...]:
-    return hello.layout, hello.page_bytes, hello.object_bytes
 
 
 def new_client(plan: HostPlan) -> Pages:

@@ -18,7 +18,9 @@ from typing import Any
 from umbp_connectors.daemon.pages import DaemonArena, NewObject, Place
 from umbp_connectors.pool.outcomes import PutStatus
 from umbp_core.errors import UmbpError
+from umbp_core.master.model import TierCapacity
 from umbp_core.ports import Clock
+from umbp_core.tiers import Tier
 from umbp_core.wire.codes import WireError
 from umbp_vllm.host_words import (
     Answer,
@@ -31,6 +33,7 @@ from umbp_vllm.host_words import (
     Gone,
     Lent,
     LookUp,
+    Measure,
     Order,
     Pages,
     PublishAll,
@@ -48,6 +51,7 @@ _FIRST_PAUSE_S = 0.1
 """How long a daemon that did not answer is left alone."""
 _LONGEST_PAUSE_S = 2.0
 """The longest, after several in a row."""
+_TIERS = (Tier.DRAM, Tier.SSD)
 _FAILURES = (OSError, WireError, UmbpError)
 
 
@@ -247,6 +251,22 @@ class Talker:
     def _visit(self, order: Visit) -> None:
         self._try(lambda deadline: self._client.take_pages(0, deadline))
 
+    def _measure(self, order: Measure) -> None:
+        capacities: list[TierCapacity] = []
+
+        def measure(deadline: float) -> None:
+            arena = self._arena
+            nbytes = 0 if arena is None else arena.page_bytes * arena.stripes
+            capacities.extend(
+                TierCapacity(tier, fill.total_pages * nbytes, fill.free_pages * nbytes)
+                for fill in self._client.fills(deadline)
+                for tier in _TIERS
+                if tier == fill.tier
+            )
+
+        self._try(measure)
+        order.done(tuple(capacities))
+
     def _stop(self, order: Stop) -> None:
         self._stopping = True
 
@@ -260,5 +280,6 @@ _HANDLERS: Mapping[type[Any], Callable[[Talker, Any], None]] = {
     Doubt: Talker._doubt,
     Clear: Talker._clear,
     Visit: Talker._visit,
+    Measure: Talker._measure,
     Stop: Talker._stop,
 }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
 
+from umbp_connectors.daemon.messages import TierFill
 from umbp_connectors.daemon.pages import DaemonArena, Found, NewObject, Place
 from umbp_connectors.pool.outcomes import PutStatus
+from umbp_core.master.model import TierCapacity
 
 
 class Pages(Protocol):
@@ -44,6 +46,10 @@ class Pages(Protocol):
 
     def clear(self, deadline: float) -> int:
         """Forget every object."""
+        ...
+
+    def fills(self, deadline: float) -> Sequence[TierFill]:
+        """How full the tiers are."""
         ...
 
     def close(self) -> None:
@@ -102,11 +108,17 @@ class Visit(msgspec.Struct, frozen=True):
     """See whether the daemon is there still; if not, the next one is attached to.  There is no answer."""
 
 
+class Measure(msgspec.Struct, frozen=True):
+    """How full are the tiers?  ``done`` is told, in the thread that talks; of none when there is no daemon."""
+
+    done: Callable[[Sequence[TierCapacity]], None]
+
+
 class Stop(msgspec.Struct, frozen=True):
     """The last order."""
 
 
-Order = LookUp | Borrow | GiveBack | Take | PublishAll | Doubt | Clear | Visit | Stop
+Order = LookUp | Borrow | GiveBack | Take | PublishAll | Doubt | Clear | Visit | Measure | Stop
 
 
 class Attached(msgspec.Struct, frozen=True):

@@ -67,8 +67,13 @@ def kit_maker(
     identity: Identity,
     world_rank: int,
     slab: SsdTier | SharedSlab | None = None,
+    object_bytes: Sequence[int] = (),
 ) -> Callable[[bytes, DramTier], RankKit]:
-    """Makes what copies between HBM and an arena of a given name, running.  ``slab`` is the SSD tier behind it."""
+    """Makes what copies between HBM and an arena of a given name, running.  ``slab`` is the SSD tier behind it.
+
+    ``object_bytes`` is what an object counts in its page, by KV group, where that is more than this rank has of it.
+    """
+    sizes = object_bytes or [geometry.object_bytes(group.index) for group in geometry.groups]
 
     def make(name: bytes, arena: DramTier) -> RankKit:
         copier = make_copier(geometry, cast(PageArena, arena))
@@ -80,7 +85,7 @@ def kit_maker(
             identity,
             layers=copier,
             world_rank=world_rank,
-            object_bytes={group.index: geometry.object_bytes(group.index) for group in geometry.groups},
+            object_bytes={group.index: nbytes for group, nbytes in zip(geometry.groups, sizes, strict=True)},
             clock=time.monotonic,
             io_threads=config.io_threads,
             observer=plugins,

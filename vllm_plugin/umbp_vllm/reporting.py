@@ -168,8 +168,12 @@ class Reporting:
         self._capacities.append(lambda: [_capacity(directory, tier, nbytes) for tier, nbytes in page_bytes.items()])
         return teller
 
-    def follow_host(self) -> HostTeller:
-        """The pool is in the host's daemon: what is to be told of whatever that holds."""
+    def follow_host(self, capacities: Callable[[], Sequence[TierCapacity]]) -> HostTeller:
+        """The pool is in the host's daemon: what is to be told of whatever that holds.
+
+        ``capacities`` says how full it is, and is called in the reporter's thread.
+        """
+        self._capacities.append(capacities)
         return HostTeller(self.reporter, self._gauge.beside(PoolMirror(self._words()).decode))
 
     def step(self) -> None:

@@ -18,7 +18,7 @@ from tests.master.app.master_process import CALL, MasterProcess
 from tests.vllm.engine.local import Ask, Engine, engine, pool
 from tests.vllm.engine.oracle import Oracle
 from tests.vllm.engine.processes import children, in_child
-from tests.vllm.engine.test_parallel import TP, serve_ranks
+from tests.vllm.engine.test_parallel import PP, TP, serve_ranks
 from tests.vllm.harness.reported import published as hash_of
 from tests.vllm.models import prompt
 from umbp_connectors.daemon.link import inspect, list_objects
@@ -131,13 +131,14 @@ def test_two_engines_share_a_pool_one_is_killed_and_the_daemon_too(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sizes", [TP, PP], ids=["tensor", "pipeline"])
 def test_the_ranks_of_an_engine_in_processes_of_their_own(
-    llama: Path, oracle: Oracle, first: Process, socket: Path
+    llama: Path, oracle: Oracle, first: Process, socket: Path, sizes: dict[str, Any]
 ) -> None:
     asks = [Ask(prompt(300, seed=seed)) for seed in (920, 921)]
     right = [reply.tokens for reply in oracle.ask(llama, *asks)]
-    (cold,) = in_child(serve_ranks, llama, over(socket), TP, asks, 1, timeout=280)
-    (again,) = in_child(serve_ranks, llama, over(socket), TP, asks, 1, timeout=280)
+    (cold,) = in_child(serve_ranks, llama, over(socket), sizes, asks, 1, timeout=280)
+    (again,) = in_child(serve_ranks, llama, over(socket), sizes, asks, 1, timeout=280)
     assert [tokens for tokens, _ in cold] == [tokens for tokens, _ in again] == right
     assert [cached for _, cached in again] == [288] * 2
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.vllm.harness import GroupSpec
 from tests.vllm.harness.fake_daemon import FakeDaemon
 from tests.vllm.harness.host import HostHarness
 from umbp_core.ops import Direction
@@ -14,6 +15,15 @@ from umbp_core.tiers import Tier
 
 PROMPT = list(range(1, 97))
 OTHER = list(range(200, 296))
+
+UNEVEN = {"pp": 2, "groups": (GroupSpec(layers=3, heads=4, head_size=64),)}
+"""The first stage has two layers and pages of 8192 bytes, the second one layer and pages of half of that."""
+STAGED = [
+    UNEVEN,
+    {"pp": 2, "groups": (GroupSpec(layers=1), GroupSpec("window", layers=1, window=10)), "async_scheduling": True},
+    {"pp": 2, "tp": 2, "groups": (GroupSpec("mla", layers=3),)},
+]
+STAGED_IDS = ["uneven", "other-groups", "replicated"]
 
 Start = Callable[..., HostHarness]
 
@@ -44,7 +54,9 @@ def start(daemon: FakeDaemon) -> Iterator[Start]:
     assert daemon.down or not (daemon.pinned() or daemon.scribbled())
 
 
-@pytest.mark.parametrize("options", [{}, {"tp": 2}, {"async_scheduling": True}], ids=["one", "tp2", "async"])
+@pytest.mark.parametrize(
+    "options", [{}, {"tp": 2}, {"async_scheduling": True}, *STAGED], ids=["one", "tp2", "async", *STAGED_IDS]
+)
 def test_what_one_engine_stored_another_loads(start: Start, options: dict[str, Any]) -> None:
     start(**options).store(PROMPT)
     second = start(**options)

@@ -10,7 +10,10 @@ import pytest
 
 from tests.connectors.daemon.conftest import Daemon
 from tests.connectors.waiting import until
+from tests.vllm.engine_free.test_host import STAGED, STAGED_IDS, UNEVEN
+from tests.vllm.harness import GroupSpec
 from tests.vllm.harness.host import HostHarness
+from umbp_core.tiers import Tier
 
 PROMPT = list(range(1, 97))
 OTHER = list(range(200, 296))
@@ -21,7 +24,7 @@ class Host:
 
     def __init__(self, folder: Path) -> None:
         self.socket = folder / "run" / "daemon.sock"
-        self.config: dict[str, Any] = {"dram_capacity": "8MiB"}
+        self.config: dict[str, Any] = {"dram_capacity": "32MiB"}
         self.daemons: list[Daemon] = []
         self.engines: list[HostHarness] = []
 
@@ -32,7 +35,7 @@ class Host:
 
     def engine(self, **options: Any) -> HostHarness:
         """Start one."""
-        extra = {"daemon_socket": str(self.socket), **options.pop("extra", {})}
+        extra = {"daemon_socket": str(self.socket), "dram_capacity": "8MiB", **options.pop("extra", {})}
         self.engines.append(HostHarness(None, extra, **options))
         return self.engines[-1]
 
@@ -52,21 +55,47 @@ def host(tmp_path: Path) -> Iterator[Host]:
     host.close()
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_what_an_engine_that_is_gone_stored_the_next_one_loads(host: Host, tp: int) -> None:
+@pytest.mark.parametrize("options", [{}, {"tp": 2}, *STAGED], ids=["one", "tp2", *STAGED_IDS])
+def test_what_an_engine_that_is_gone_stored_the_next_one_loads(host: Host, options: dict[str, Any]) -> None:
     daemon = host.daemon()
-    first = host.engine(tp=tp)
+    first = host.engine(**options)
     first.store(PROMPT)
     first.close()
     host.engines.clear()
     until(lambda: daemon.pinned() == 0)
-    assert host.engine(tp=tp).hits(PROMPT) >= len(PROMPT) - 4
+    assert host.engine(**options).hits(PROMPT) >= len(PROMPT) - 4
 
 
-def test_another_daemon_finds_on_ssd_what_the_first_one_had(host: Host, tmp_path: Path) -> None:
+def test_stages_that_are_divided_in_another_way_share_nothing(host: Host) -> None:
+    host.daemon()
+    host.engine(**UNEVEN).store(PROMPT)
+    even = {**UNEVEN, "groups": (GroupSpec(layers=4, heads=4, head_size=64),)}
+    for other in (even, {**UNEVEN, "pp": 1}, {**UNEVEN, "pp": 1, "tp": 2}):
+        assert host.engine(**other).hits(PROMPT) == 0
+
+
+def test_a_part_that_changed_is_computed_again(host: Host) -> None:
+    """In the last stage's part, whose bytes alone differ."""
+    daemon = host.daemon()
+    engine = host.engine(**UNEVEN)
+    engine.store(PROMPT)
+    (kept,) = daemon.keeper.pools()
+    last = engine.ranks[-1].connector._worker.engine._tools  # type: ignore[attr-defined]
+    key = engine.keys(PROMPT)[0][3]
+    (page,) = dict(kept.pool.copies(Tier.DRAM))[key].pages
+    last.pages.page(page)[5] ^= 1
+    engine.expects_internal_failures = True
+    engine.hits(PROMPT)
+    assert engine.stat("failed_blocks", "load", "verify") == 1
+
+
+@pytest.mark.parametrize("options", [{"tp": 2}, UNEVEN], ids=["tp2", "uneven"])
+def test_another_daemon_finds_on_ssd_what_the_first_one_had(
+    host: Host, tmp_path: Path, options: dict[str, Any]
+) -> None:
     host.config.update(ssd_dir=tmp_path / "ssd", ssd_capacity="16MiB")
     host.daemon()
-    engine = host.engine(tp=2)
+    engine = host.engine(**options)
     engine.store(PROMPT)
     host.daemons.pop().close()
     assert engine.hits(PROMPT) == 0

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.vllm.engine_free.test_host import UNEVEN
 from tests.vllm.harness.fake_daemon import FakeDaemon
 from tests.vllm.harness.host import HostHarness
 from tests.vllm.harness.traffic import Traffic
@@ -44,8 +45,8 @@ def upset(daemon: FakeDaemon, rng: random.Random) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"tp": 2}, {"async_scheduling": True}, {"num_blocks": 72}],
-    ids=["one", "tp2", "async", "preemptions"],
+    [{}, {"tp": 2}, {"async_scheduling": True}, {"num_blocks": 72}, UNEVEN],
+    ids=["one", "tp2", "async", "preemptions", "stages"],
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_a_daemon_that_is_upset_costs_hits_only(daemon: FakeDaemon, options: dict[str, object], seed: int) -> None:

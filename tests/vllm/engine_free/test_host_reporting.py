@@ -15,7 +15,7 @@ from tests.master.app.master_process import CALL, MasterProcess
 from tests.vllm.engine_free.test_host_daemon import Host
 from tests.vllm.harness import GroupSpec
 from tests.vllm.harness.host import HostHarness
-from tests.vllm.harness.reported import Held, counting, in_all_groups, published
+from tests.vllm.harness.reported import Held, counting, in_all_groups, published, reporter_of
 from umbp_connectors.client.native_blocking import NativeBlockingClient
 from umbp_connectors.daemon.heard import HeardPool
 from umbp_connectors.daemon.news import Listed
@@ -66,6 +66,22 @@ def in_daemon(daemon: Daemon, engine: HostHarness) -> Held:
     return {tier: in_all_groups(keys, groups) for tier, keys in kept.pool.holdings().items()}
 
 
+def room_in(daemon: Daemon) -> dict[int, tuple[int, int]]:
+    """Bytes that there are and bytes that are free in its only pool, by tier."""
+    (kept,) = daemon.keeper.pools()
+    there = {int(tier): stats for tier in NOTHING if (stats := kept.pool.stats(tier)) is not None}
+    return {
+        tier: (stats.total_pages * kept.page_bytes, stats.free_pages * kept.page_bytes) for tier, stats in there.items()
+    }
+
+
+def room_told(engine: HostHarness) -> dict[int, tuple[int, int]]:
+    """The same, as the next heartbeat would tell the master."""
+    told = reporter_of(engine.leader)._capacities
+    assert told is not None
+    return {each.tier: (each.total, each.available) for each in told() if each.tier in NOTHING}
+
+
 def on_ssd(daemon: Daemon) -> None:
     """Wait until nothing is on its way there."""
     (kept,) = daemon.keeper.pools()
@@ -100,8 +116,11 @@ def test_every_engine_tells_what_the_daemon_holds(
     until(lambda: known("one") == known("two") == in_daemon(daemon, one))
     there = known("one")[Tier.SSD]
     assert {published(key[:-4]) for key in two.keys(tokens(99))[0]} & there
+    assert len(room_in(daemon)) == 2
+    until(lambda: room_told(one) == room_in(daemon) == room_told(two))
     daemon.close()
     until(lambda: known("one") == NOTHING == known("two"))
+    until(lambda: room_told(one) == {} == room_told(two))
     again = host.daemon()
     until(lambda: known("one")[Tier.SSD] >= there)  # before any request: the engines came back for this alone
     until(lambda: known("one") == known("two") == in_daemon(again, one))

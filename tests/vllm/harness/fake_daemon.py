@@ -16,9 +16,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from umbp_connectors.daemon.messages import LENT
+from umbp_connectors.daemon.messages import LENT, TierFill
 from umbp_connectors.daemon.pages import DaemonArena, Found, NewObject, Place
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
+from umbp_core.tiers import Tier
 from umbp_vllm import host_setup
 from umbp_vllm.host_setup import HostPlan
 
@@ -228,6 +229,12 @@ class FakeClient:
             for key in list(self._daemon.objects_of):
                 self._daemon._evict(key)
         return count
+
+    def fills(self, deadline: float) -> Sequence[TierFill]:
+        self._pass("fills", deadline)
+        with self._daemon.lock:
+            free, held = len(self._daemon.free), len(self._daemon.objects_of)
+        return [TierFill(int(Tier.DRAM), self._daemon.pages, free, held, 0, 0)]
 
     def close(self) -> None:
         self._name = None

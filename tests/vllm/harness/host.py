@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
 from tests.vllm.harness.errors import ConnectorFault, StuckTransfer
 from tests.vllm.harness.fake_daemon import FakeDaemon
 from tests.vllm.harness.rank import make_layers, object_of
-from tests.vllm.harness.umbp import UmbpHarness
+from tests.vllm.harness.spec import EngineSpec, make_geometry, make_vllm_config
+from tests.vllm.harness.umbp import EXTRA, UmbpHarness
 from umbp_core.tiers import Tier
+from umbp_vllm import host_setup
 from umbp_vllm.host_pool import HostPool
+from umbp_vllm.host_stages import StagePages, pages_of
+from umbp_vllm.layout_groups import geometry_of
 
 HOST = {"mode": "daemon", "lookup_timeout_ms": 5000, "call_timeout_ms": 5000}
 _MOST_WAITS = 20_000
+
+
+def stages_of(spec: EngineSpec) -> tuple[StagePages, ...]:
+    """What the stages of such an engine tell each other over vLLM's process groups, which there are none of here."""
+    firsts = make_geometry(spec, make_vllm_config(spec)).ranks[:: spec.tp]
+    return tuple(pages_of(config, geometry_of(config, make_layers(config, 0)[0]), spec.tp) for config in firsts)
 
 
 class HostHarness(UmbpHarness):
@@ -23,7 +34,16 @@ class HostHarness(UmbpHarness):
 
     def __init__(self, daemon: FakeDaemon | None, extra: dict[str, Any] | None = None, **spec: Any) -> None:
         self.daemon = daemon
-        super().__init__({**HOST, **(extra or {})}, **spec)
+        whole = {**HOST, **(extra or {})}
+
+        def share(look: Callable[[], StagePages], count: int) -> tuple[StagePages, ...]:
+            own, stages = look(), stages_of(EngineSpec("umbp", extra={**EXTRA, **whole}, **spec))
+            assert len(stages) == count
+            assert own in stages
+            return stages
+
+        with patch.object(host_setup, "share_stages", share):
+            super().__init__(whole, **spec)
 
     @property
     def host(self) -> HostPool:
@@ -78,8 +98,8 @@ class HostHarness(UmbpHarness):
                     if key in self.rotten or key not in held:
                         continue
                     page, nbytes, _ = held[key]
-                    stored = self.daemon.memory[page, stripe, :nbytes]
-                    if not np.array_equal(stored, object_of(layers, group, states)):
+                    right = object_of(layers, group, states)
+                    if not np.array_equal(self.daemon.memory[page, stripe, : min(nbytes, len(right))], right):
                         raise ConnectorFault(f"rank {rank.rank}: object {key.hex()} in the daemon is not the model's")
                     checked += 1
         return checked

@@ -80,7 +80,7 @@ def object_of(layers: Sequence[Layer], group: int, states: States) -> npt.NDArra
     offsets = np.arange(len(states))
     for layer in own:
         layer.write(np.full_like(offsets, 1), offsets, states)
-    return np.concatenate([layer.cells[1].reshape(-1) for layer in own])
+    return np.concatenate([np.empty(0, np.uint8), *(layer.cells[1].reshape(-1) for layer in own)])
 
 
 class SimulatedRank:
