@@ -23,8 +23,11 @@ __all__ = ["ResolvedConfig", "UmbpConfig", "parse_size", "resolve"]
 _log = logging.getLogger(__name__)
 
 KEYS = tuple(UmbpConfig.model_fields)
-ENV_KEYS = {UmbpConfig.env_name(key): key for key in KEYS} | {"UMBP_CONFIG": "config_file"}
-"""Environment variable -> key; ``UMBP_CONFIG`` is short for ``UMBP_CONFIG_FILE``."""
+_OF_THE_ORIGINAL = {
+    f"UMBP_{tier}_{end}_WM": f"{tier}_{end}_watermark".lower() for tier in ("DRAM", "SSD") for end in ("HIGH", "LOW")
+}
+ENV_KEYS = {**_OF_THE_ORIGINAL, **{UmbpConfig.env_name(key): key for key in KEYS}, "UMBP_CONFIG": "config_file"}
+"""Environment variable -> key; ``UMBP_CONFIG`` is short for ``UMBP_CONFIG_FILE``; some have a name of UMBP's too."""
 EXTRA_ALIASES = {"cpu_bytes_to_use": "dram_capacity", "dram_bytes": "dram_capacity"}
 """Names under which the engine itself delivers a key (vLLM's ``--kv-offloading-size``)."""
 

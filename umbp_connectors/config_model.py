@@ -109,6 +109,7 @@ AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Seconds = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=86_400)]
 Milliseconds = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, le=3_600_000)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+Fraction = Annotated[float | None, BeforeValidator(_no_bool), Field(gt=0, le=1)]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_log_level)]
 
 
@@ -200,6 +201,20 @@ class UmbpConfig(BaseModel):
         "prefix_aware_lru",
         description="Who goes first: `lru`, `prefix_aware_lru` (of the oldest, the deepest in its prefix chain), or "
         "`priority_lru` (vLLM: of the lowest priority that a request said, the oldest).",
+    )
+    dram_high_watermark: Fraction = Field(
+        None,
+        description="A DRAM tier that is fuller than this part of it is emptied in the background; unset or 1: it may "
+        "be full. `UMBP_DRAM_HIGH_WM` says the same.",
+    )
+    dram_low_watermark: Fraction = Field(
+        None, description="... until it is only this full; unset: as full as the high one says. `UMBP_DRAM_LOW_WM`."
+    )
+    ssd_high_watermark: Fraction = Field(
+        None, description="The same for the SSD tier; what leaves it is lost unless DRAM has it. `UMBP_SSD_HIGH_WM`."
+    )
+    ssd_low_watermark: Fraction = Field(
+        None, description="... until it is only this full; unset: as full as the high one says. `UMBP_SSD_LOW_WM`."
     )
 
     dram_offload_policy: Names = Field(
@@ -315,6 +330,17 @@ class UmbpConfig(BaseModel):
     def _ssd_needs_a_folder(self) -> UmbpConfig:
         if self.ssd_enabled and self.ssd_dir is None:
             raise ValueError("ssd_enabled is true but ssd_dir is not set: name a folder, or leave ssd_enabled out")
+        return self
+
+    @model_validator(mode="after")
+    def _low_is_not_above_high(self) -> UmbpConfig:
+        for tier in ("dram", "ssd"):
+            high, low = (self.__dict__[f"{tier}_{end}_watermark"] for end in ("high", "low"))
+            if low is not None and (high is None or low > high):
+                raise ValueError(
+                    f"{tier}_low_watermark {low} is above {tier}_high_watermark or that is not set: "
+                    "give both, the low one not above the high one"
+                )
         return self
 
     @model_validator(mode="after")

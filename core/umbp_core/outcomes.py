@@ -75,6 +75,7 @@ class PoolCounters:
     because its disk did not answer, and ``fenced_loads`` how many objects were misses for that reason.
     ``demotions_dropped`` stayed in DRAM only since too many waited, or since nothing is written to a tier that failed.
     ``demotions_refused`` says how often each offload policy kept an object out of the SSD tier.
+    ``trimmed`` were evicted from a tier because it was fuller than its high watermark.
     """
 
     puts: dict[PutStatus, int]
@@ -86,6 +87,7 @@ class PoolCounters:
     fenced_loads: int = 0
     demotions_dropped: int = 0
     demotions_refused: Mapping[str, int] = field(default_factory=dict)
+    trimmed: Mapping[Tier, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

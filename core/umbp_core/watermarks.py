@@ -6,7 +6,6 @@ calls.  Who goes is decided as in every eviction.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
@@ -39,7 +38,7 @@ class Watermarks:
 
     def level(self, total_pages: int) -> Level:
         """The same for a tier of so many pages, none of which is emptied yet."""
-        return Level(*(int(part * total_pages + _ROUNDING) for part in (self.high, self.low)))
+        return Level(int(self.high * total_pages + _ROUNDING), int(self.low * total_pages + _ROUNDING))
 
 
 @dataclass(slots=True)
@@ -66,11 +65,12 @@ class Trimmer:
     directory: Directory
     marks: Mapping[Tier, Watermarks]
     waiting: Container[bytes] = ()
-    trimmed: Counter[Tier] = field(default_factory=Counter)
+    trimmed: dict[Tier, int] = field(init=False)
     """Objects evicted so far, by tier."""
     _levels: dict[Tier, Level] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.trimmed = dict.fromkeys(self.marks, 0)
         stats = self.directory.stats
         self._levels = {tier: marks.level(stats(tier).total_pages) for tier, marks in self.marks.items()}
 

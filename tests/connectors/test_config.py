@@ -212,6 +212,29 @@ def test_no_foreign_name_hides_a_key() -> None:
     assert not {UmbpConfig.env_name(key) for key in KEYS} & FOREIGN
 
 
+@pytest.mark.parametrize(
+    "names", [("UMBP_SSD_HIGH_WM", "UMBP_SSD_LOW_WM"), ("UMBP_SSD_HIGH_WATERMARK", "UMBP_SSD_LOW_WM")]
+)
+def test_watermarks_have_the_names_of_the_original_too(names: tuple[str, str]) -> None:
+    config = resolve({}, dict(zip(names, ("0.9", "0.7"), strict=True))).config
+    assert (config.ssd_high_watermark, config.ssd_low_watermark) == (0.9, 0.7)
+    assert (config.dram_high_watermark, config.dram_low_watermark) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"dram_high_watermark": 0.5, "dram_low_watermark": 0.6}, "the low one not above the high one"),
+        ({"ssd_low_watermark": 0.6}, "ssd_low_watermark 0.6 is above ssd_high_watermark or that is not set"),
+        ({"ssd_high_watermark": 1.5}, "ssd_high_watermark"),
+        ({"dram_high_watermark": 0}, "dram_high_watermark"),
+        ({"dram_high_watermark": True}, "a number is wanted"),
+    ],
+)
+def test_watermarks_that_cannot_be(values: dict[str, object], problem: str) -> None:
+    assert problem in problems_of(extra=values)
+
+
 @pytest.mark.parametrize(("value", "level"), [("0", "info"), (1, "warning"), ("2", "error"), ("WARN", "warning")])
 def test_log_level_takes_numbers_of_the_original(value: object, level: str) -> None:
     assert resolve({"log_level": value}, {}).config.log_level == level

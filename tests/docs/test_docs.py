@@ -10,7 +10,7 @@ import pytest
 
 from umbp_connectors import hookspecs
 from umbp_connectors.cli import app
-from umbp_connectors.config import KEYS, UmbpConfig
+from umbp_connectors.config import ENV_KEYS, KEYS, UmbpConfig
 from umbp_connectors.config_env import FOREIGN, OF_THE_MASTER, OURS_BUT_NO_KEY
 from umbp_connectors.master import settings as master_settings
 
@@ -97,7 +97,7 @@ def test_configuration_keys_that_pages_name_exist() -> None:
     named = {
         name for path in PAGES for name in re.findall(r"\b(UMBP_[A-Z_]+)\b(?!\.)", path.read_text(encoding="utf-8"))
     }
-    known = {UmbpConfig.env_name(key) for key in KEYS} | {"UMBP_CONFIG", *OURS_BUT_NO_KEY}
+    known = {*ENV_KEYS, *OURS_BUT_NO_KEY}
     known |= {*master_settings.ENV_KEYS, *FOREIGN, *OF_THE_MASTER, "UMBP_REDIS_SHARD_URIS", "UMBP_HEARTBEAT_TTL_SECS"}
     platform = {name for name in named if name.endswith(("_SERVICE_HOST", "_"))}
     assert named - known - platform == set()

@@ -25,6 +25,7 @@ BROAD_EXCEPTS = {
     "umbp_connectors/pool/demoter.py": (2, "top of a demotion thread; a write to any tier"),
     "umbp_connectors/pool/io.py": (1, "boundary of a job for the disk: who waits for it is told, the thread lives"),
     "umbp_connectors/pool/sharing/server.py": (1, "top of a reader's thread: the others are served on"),
+    "umbp_connectors/pool/trimming.py": (1, "thread top: a plug-in's policy may raise, the pool goes on"),
     "umbp_connectors/reporting/feed.py": (1, "producer boundary: a list that cannot be had must not reach the engine"),
     "umbp_connectors/reporting/reader.py": (1, "producer boundary: what one source says wrongly costs that source"),
     "umbp_connectors/reporting/reporter.py": (1, "producer boundary: capacities that cannot be had are not told"),

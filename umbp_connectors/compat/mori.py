@@ -36,6 +36,7 @@ from umbp_connectors.compat.mori_config import (
     UMBPSsdConfig,
     UMBPStandaloneProcessConfig,
     UMBPTierType,
+    chosen_watermarks,
 )
 from umbp_connectors.compat.mori_memory import UMBPHostBufferBacking, UMBPHostMemAllocator
 from umbp_connectors.config import resolve
@@ -285,6 +286,10 @@ def _extra(config: UMBPConfig) -> dict[str, Any]:
         "ssd_capacity": config.ssd.capacity_bytes,
         "io_threads": max(4, config.copy_pipeline.worker_threads),
     }
+    for tier, part in (("dram", config.dram), ("ssd", config.ssd)):
+        chosen = chosen_watermarks(part.high_watermark, part.low_watermark)
+        if chosen is not None:
+            extra |= dict(zip((f"{tier}_high_watermark", f"{tier}_low_watermark"), chosen, strict=True))
     if config.ssd.enabled:
         strict = config.ssd.durability.mode is UMBPDurabilityMode.Strict
         extra |= {"ssd_dir": config.ssd.storage_dir, "ssd_durability": "strict" if strict else "batched"}

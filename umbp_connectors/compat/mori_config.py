@@ -17,6 +17,18 @@ from umbp_core.errors import ConfigError
 GIB, MIB = 1 << 30, 1 << 20
 
 
+class _Unchosen(float):
+    """A default of the original's that means nothing here until somebody chooses a value."""
+
+
+_HIGH, _LOW = _Unchosen(0.9), _Unchosen(0.7)
+
+
+def chosen_watermarks(high: float, low: float) -> tuple[float, float] | None:
+    """Both, if one of them was chosen; with the original's defaults a tier may be full, as in its local mode."""
+    return None if isinstance(high, _Unchosen) and isinstance(low, _Unchosen) else (float(high), float(low))
+
+
 class UMBPRole(enum.IntEnum):
     """Who writes a shared SSD folder."""
 
@@ -63,8 +75,8 @@ class UMBPDramConfig:
     capacity_bytes: int = 4 * GIB
     use_shared_memory: bool = False
     shm_name: str = "/umbp_dram"
-    high_watermark: float = 0.9
-    low_watermark: float = 0.7
+    high_watermark: float = _HIGH
+    low_watermark: float = _LOW
     use_hugepages: bool = False
     hugepage_size: int = 2 * MIB
     numa_node: int = -1
@@ -96,8 +108,8 @@ class UMBPSsdConfig:
     capacity_bytes: int = 32 * GIB
     layout_mode: int = 1
     segment_size_bytes: int = 256 * MIB
-    high_watermark: float = 0.9
-    low_watermark: float = 0.7
+    high_watermark: float = _HIGH
+    low_watermark: float = _LOW
     io: UMBPIoConfig = field(default_factory=UMBPIoConfig)
     durability: UMBPDurabilityConfig = field(default_factory=UMBPDurabilityConfig)
     ssd_backend: str = "file"
@@ -252,6 +264,10 @@ _FLAGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false":
 _VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "UMBP_DRAM_CAPACITY_BYTES UMBP_DRAM_CAPACITY": ("dram.capacity_bytes", _bytes),
     "UMBP_SSD_CAPACITY_BYTES UMBP_SSD_CAPACITY": ("ssd.capacity_bytes", _bytes),
+    "UMBP_DRAM_HIGH_WM UMBP_DRAM_HIGH_WATERMARK": ("dram.high_watermark", float),
+    "UMBP_DRAM_LOW_WM UMBP_DRAM_LOW_WATERMARK": ("dram.low_watermark", float),
+    "UMBP_SSD_HIGH_WM UMBP_SSD_HIGH_WATERMARK": ("ssd.high_watermark", float),
+    "UMBP_SSD_LOW_WM UMBP_SSD_LOW_WATERMARK": ("ssd.low_watermark", float),
     "UMBP_SSD_STORAGE_DIR UMBP_SSD_DIR": ("ssd.storage_dir", str),
     "UMBP_SSD_ENABLED": ("ssd.enabled", _flag),
     "UMBP_EVICTION_POLICY": ("eviction.policy", str),

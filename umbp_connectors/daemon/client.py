@@ -270,6 +270,7 @@ class DaemonPool:
             fenced=told.get("fenced", 0),
             fenced_loads=told.get("fenced_loads", 0),
             demotions_dropped=told.get("demotions_dropped", 0),
+            trimmed={tier: told[name] for tier in Tier if (name := f"trimmed_{tier.name.lower()}") in told},
         )
 
     def wait_prefaulted(self, timeout: float) -> bool:

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.messages import Overview, PoolView, TierFill
-from umbp_connectors.daemon.overview import overview_of
+from umbp_connectors.daemon.overview import TRIMMED, overview_of
 from umbp_connectors.daemon.server import DaemonServer
 from umbp_connectors.master.settings import parse_endpoint
 from umbp_core.errors import ConfigError
@@ -50,7 +50,9 @@ HELD = Family("umbp_daemon_held_objects", False, (*_POOL, "tier"), "Objects that
 PUTS = Family("umbp_daemon_puts", True, (*_POOL, "status"), "Objects to store, by what became of it.")
 GETS = Family("umbp_daemon_gets", True, (*_POOL, "status"), "Objects to read, by what became of it.")
 SSD = Family("umbp_daemon_ssd", True, (*_POOL, "event"), "What happened on the way to and from SSD.")
-FAMILIES = (CONNECTIONS, CAPACITY, CLIENTS, TIER_CAPACITY, TIER_USED, OBJECTS, OBJECT_BYTES, HELD, PUTS, GETS, SSD)
+TRIMS = Family("umbp_daemon_trimmed", True, (*_POOL, "tier"), "Objects evicted because a tier was above its watermark.")
+_TIERS = (TIER_CAPACITY, TIER_USED, OBJECTS, OBJECT_BYTES, HELD)
+FAMILIES = (CONNECTIONS, CAPACITY, CLIENTS, *_TIERS, PUTS, GETS, SSD, TRIMS)
 
 
 class MetricsDoor:
@@ -125,6 +127,8 @@ def _add_pool(samples: Mapping[Family, Samples], pool: PoolView) -> None:
         kind, _, status = counter.partition("_")
         if kind in ("put", "get"):
             samples[PUTS if kind == "put" else GETS].append(((*name, status), count))
+        elif kind == TRIMMED:
+            samples[TRIMS].append(((*name, status), count))
         else:
             samples[SSD].append(((*name, counter), count))
 

@@ -13,6 +13,8 @@ from umbp_connectors.daemon.messages import LENT, Overview, PoolStats, PoolView,
 from umbp_core.errors import StateError
 from umbp_core.tiers import Tier
 
+TRIMMED = "trimmed"
+"""How the counter of what was evicted to keep room begins; the tier follows."""
 _TIERS = frozenset((Tier.DRAM, Tier.SSD))
 
 
@@ -35,6 +37,7 @@ def stats_of(kept: KeptPool) -> PoolStats:
         "demotions_dropped": counted.demotions_dropped,
         "demotions_refused": sum(counted.demotions_refused.values()),
     }
+    counters |= {f"{TRIMMED}_{tier.name.lower()}": count for tier, count in counted.trimmed.items()}
     return PoolStats(fills, counters)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol
 
+from umbp_connectors.pool.blank import BLANK, Blank, Filled
 from umbp_connectors.pool.catalogue import Catalogue, CatalogueRow
 from umbp_connectors.pool.changes import record, together
 from umbp_connectors.pool.fence import ReadFence
+from umbp_connectors.pool.observing import Holdings, PoolObserver
 from umbp_connectors.pool.outcomes import PutStatus
 from umbp_core.directory import Change, Copy, Directory, TierSpace, TierStats
 from umbp_core.errors import StateError
@@ -17,41 +18,9 @@ from umbp_core.eviction import EvictionPolicy
 from umbp_core.grouping import BlockOf
 from umbp_core.pages import PageAllocator
 from umbp_core.tiers import Tier
+from umbp_core.watermarks import Trimmer
 
-
-class Filled(NamedTuple):
-    """What somebody wrote to a page that it had before it knew the key: all parts of ``nbytes`` bytes together."""
-
-    page: int
-    key: bytes
-    nbytes: int
-    depth: int
-    checksum: bytes
-
-
-class _Blank(NamedTuple):
-    """A page without a key: by what the directory knows it, and how many clears there were when it was given."""
-
-    name: bytes
-    clears: int
-
-
-_BLANK = bytes(512)
-"""How the names of pages without keys begin: no key that a client may choose is as long."""
-
-Holdings = Callable[[], list[tuple[Tier, list[bytes]]]]
-"""Everything that is published, tier by tier."""
-
-
-class PoolObserver(Protocol):
-    """Who follows what a pool holds.
-
-    Called under the pool's lock, so that nothing changes meanwhile and calls come in order: it must be short, call
-    nothing of the pool and raise nothing.
-    """
-
-    def changed(self, changes: Sequence[Change], holdings: Holdings) -> None:
-        """``changes`` happened.  ``holdings`` says what there is now; it may be called until this method returns."""
+__all__ = ["Books", "Filled", "Holdings", "PoolObserver"]
 
 
 class Books:
@@ -84,9 +53,11 @@ class Books:
         """Owners that have reserved something, and what was evicted by name since."""
         self._void: set[str] = set()
         """Those of them that began before a clear: what they write is not published."""
-        self._blank: dict[str, dict[int, _Blank]] = {}
+        self._blank: dict[str, dict[int, Blank]] = {}
         """Pages without keys, by owner."""
         self._clears = 0
+        self._trimmer: Trimmer | None = None
+        self._trim_soon: Callable[[], None] = lambda: None
 
     def add_ssd(self, slots: int, catalogue: Catalogue, rows: Iterable[CatalogueRow], fence: ReadFence) -> int:
         """Manage ``slots`` slots too and restore ``rows`` into them; returns how many.  Before any other call.
@@ -110,6 +81,21 @@ class Books:
             found = self._directory.drain_changes()
             self._tell([together(found)] if found else [])
         return restored
+
+    def keep_room(self, make: Callable[[Directory], Trimmer], soon: Callable[[], None]) -> None:
+        """Let what ``make`` makes free room from now on; ``soon`` says, under the lock, that :meth:`trim` has to do."""
+        with self._lock:
+            self._trimmer, self._trim_soon = make(self._directory), soon
+            self._follow()
+
+    def trim(self, pages: int) -> int | None:
+        """Free ``pages`` pages of every tier that is too full; how many objects went, ``None`` when no tier is."""
+        with self._lock:
+            if self._trimmer is None or not self._trimmer.is_due:
+                return None
+            gone = self._trimmer.step(pages)
+            self._follow()
+        return gone
 
     def call_observer(self) -> None:
         """Let the observer say what it may have put off, though nothing changed."""
@@ -174,10 +160,10 @@ class Books:
     def reserve_blank(self, owner: str, count: int) -> list[int]:
         """Up to ``count`` pages of DRAM for objects whose keys are not known yet; evicts."""
         with self._lock:
-            wanted = [(_BLANK + b"%d" % next(self._numbers), self._page_bytes, 0) for _ in range(count)]
+            wanted = [(BLANK + b"%d" % next(self._numbers), self._page_bytes, 0) for _ in range(count)]
             places = self._directory.reserve_many(owner, wanted, Tier.DRAM)
             taken = {
-                pages[0]: _Blank(name, self._clears)
+                pages[0]: Blank(name, self._clears)
                 for (name, _, _), pages in zip(wanted, places, strict=True)
                 if pages is not None
             }
@@ -363,13 +349,13 @@ class Books:
         self._follow()
         return valid
 
-    def _publish_one(self, owner: str, mine: dict[int, _Blank], filled: Filled) -> PutStatus:
+    def _publish_one(self, owner: str, mine: dict[int, Blank], filled: Filled) -> PutStatus:
         page, key, nbytes, depth, checksum = filled
         blank = mine[page]
         if not 0 < nbytes <= self._page_bytes:
             return PutStatus.TOO_LARGE
         if blank.clears != self._clears:
-            mine[page] = _Blank(blank.name, self._clears)
+            mine[page] = Blank(blank.name, self._clears)
             return PutStatus.NO_ROOM
         if self._directory.is_present_or_pending(key, Tier.DRAM):
             return PutStatus.PRESENT
@@ -380,6 +366,8 @@ class Books:
 
     def _follow(self) -> None:
         """Tell the catalogue what changed on SSD, and the observer everything, in order.  With the lock held."""
+        if self._trimmer is not None and self._trimmer.is_due:
+            self._trim_soon()
         changes = self._directory.drain_changes()
         if not changes:
             return

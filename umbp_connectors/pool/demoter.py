@@ -6,7 +6,7 @@ import itertools
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -62,7 +62,9 @@ class Demoter:
             threading.Thread(target=self._work, name=f"umbp-demote-{number}", daemon=True) for number in range(threads)
         ]
         self._changed = threading.Condition()
-        self._queue: deque[bytes] = deque()
+        self._queue: OrderedDict[bytes, None] = OrderedDict()
+        self._taken: set[bytes] = set()
+        """What the threads took from the queue and are not through with."""
         self._busy = 0
         self._closing = False
         self._fence = fence
@@ -116,6 +118,13 @@ class Demoter:
         with self._changed:
             return self._dropped
 
+    def __contains__(self, key: object) -> bool:
+        """Whether ``key`` waits to be written, or is being written.  Takes no lock: it is asked under the books'.
+
+        What a thread takes is in both for a moment, never in neither.
+        """
+        return key in self._queue or key in self._taken
+
     def start(self) -> None:
         """Start the threads."""
         for thread in self._threads:
@@ -135,10 +144,10 @@ class Demoter:
             if self._gate is not None:
                 keys = list(keys)
                 keys = list(itertools.compress(keys, self._gate.admit(keys)))
-            self._queue.extend(keys)
+            self._queue.update(dict.fromkeys(keys))
             allowed = self._arena.pages if self._fence.passable else before
             while len(self._queue) > allowed:
-                self._queue.popleft()
+                self._queue.popitem(last=False)
                 self._dropped += 1
             self._changed.notify(len(self._queue))
 
@@ -183,6 +192,7 @@ class Demoter:
                     self._failed += outcome.failed
                     self._dropped += outcome.dropped
                     self._busy -= 1
+                    self._taken.difference_update(keys)
                     if not self._queue and not self._busy:  # who waits for less is woken for nothing, each time
                         self._changed.notify_all()
 
@@ -191,7 +201,11 @@ class Demoter:
         share = -(-len(self._queue) // len(self._threads))
         # A write that tries whether the disk works again may fail: then no more than one object was evicted for it.
         count = 1 if self._fence.doubtful else min(self._together, share)
-        return [self._queue.popleft() for _ in range(count)]
+        keys = list(itertools.islice(self._queue, count))
+        self._taken.update(keys)
+        for key in keys:
+            del self._queue[key]
+        return keys
 
     def _demote(self, keys: Sequence[bytes], outcome: _Outcome) -> None:
         """Write what of ``keys`` is still to be written, as far as there is room and the fence lets it pass."""

@@ -22,6 +22,7 @@ from umbp_connectors.pool.slab import ALIGNMENT
 from umbp_connectors.pool.ssd import PoolSsd, open_ssd
 from umbp_connectors.pool.staged import StagedPut
 from umbp_connectors.pool.stripes import Stripes
+from umbp_connectors.pool.trimming import RoomKeeper
 from umbp_core.directory import Copy, TierStats
 from umbp_core.errors import ConfigError, StateError
 from umbp_core.ids import Identity
@@ -43,6 +44,7 @@ class _Parts:
     books: Books
     mover: BatchMover
     ssd: PoolSsd | None
+    room: RoomKeeper | None
 
 
 class LocalPool:
@@ -118,7 +120,7 @@ class LocalPool:
             if ssd is not None:
                 mover.use_ssd(ssd.loader, ssd.demoter)
             undo.pop_all()
-        self._parts = _Parts(arena, books, mover, ssd)
+        self._parts = _Parts(arena, books, mover, ssd, _keep_room(config, books, ssd))
 
     def put(
         self,
@@ -267,6 +269,7 @@ class LocalPool:
             fenced_loads=ssd.fence.kept_away if ssd else 0,
             demotions_dropped=ssd.demoter.dropped if ssd else 0,
             demotions_refused=ssd.demoter.refused if ssd else {},
+            trimmed=parts.room.trimmed if parts.room else {},
         )
 
     def holdings(self) -> dict[Tier, list[bytes]]:
@@ -294,6 +297,8 @@ class LocalPool:
             return
         if not idle:
             logger.warning("the pool is closed while calls are under way that do not end")
+        if parts.room is not None:
+            parts.room.close()
         parts.mover.close(idle)
         if parts.ssd is not None:
             parts.ssd.close(timeout)
@@ -321,6 +326,17 @@ class LocalPool:
             with self._state:
                 self._calls -= 1
                 self._state.notify_all()
+
+
+def _keep_room(config: LocalPoolConfig, books: Books, ssd: PoolSsd | None) -> RoomKeeper | None:
+    """What empties the tiers that may not be full, started; ``None`` when all of them may."""
+    there = (Tier.DRAM,) if ssd is None else (Tier.DRAM, Tier.SSD)
+    marks = {tier: config.watermarks[tier] for tier in there if tier in config.watermarks}
+    if not marks:
+        return None
+    room = RoomKeeper(books, marks, () if ssd is None else ssd.demoter)
+    room.start()
+    return room
 
 
 def _deadline(timeout: float | None) -> float | None:

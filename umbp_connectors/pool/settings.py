@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from umbp_connectors.config_model import UmbpConfig
@@ -14,6 +14,8 @@ from umbp_connectors.pool.folder import PATIENCE_S
 from umbp_connectors.tier_ports import SsdTier
 from umbp_core.eviction import EvictionPolicy, LruPolicy
 from umbp_core.grouping import BlockOf, block_of_text
+from umbp_core.tiers import Tier
+from umbp_core.watermarks import Watermarks
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,8 @@ class LocalPoolConfig:
 
     ``prefixes`` are the digests of the identities that the parts of an object have, where it consists of those of
     several ranks; see :class:`~umbp_connectors.pool.stripes.Stripes`.
+
+    ``watermarks`` say how full which tier may get before it is emptied in the background; the others may be full.
     """
 
     object_bytes: int
@@ -64,6 +68,20 @@ class LocalPoolConfig:
     make_ssd_gate: GateMaker | None = None
     durability: Durability = "batched"
     prefixes: tuple[bytes, ...] = ()
+    watermarks: Mapping[Tier, Watermarks] = field(default_factory=dict)
+
+
+def watermarks_of(config: UmbpConfig) -> dict[Tier, Watermarks]:
+    """How full which tier may get; nothing about one that may be full."""
+    given = {
+        Tier.DRAM: (config.dram_high_watermark, config.dram_low_watermark),
+        Tier.SSD: (config.ssd_high_watermark, config.ssd_low_watermark),
+    }
+    return {
+        tier: Watermarks(high, high if low is None else low)
+        for tier, (high, low) in given.items()
+        if high is not None and high < 1
+    }
 
 
 def local_pool_config(
@@ -101,4 +119,5 @@ def local_pool_config(
         make_ssd_gate=make_ssd_gate,
         durability=config.ssd_durability,
         prefixes=prefixes,
+        watermarks=watermarks_of(config),
     )

@@ -12,6 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from tests.connectors.waiting import until
 from tests.master.app.master_process import MasterProcess
 from umbp_connectors.compat import mori
 from umbp_core.errors import ConfigError
@@ -211,6 +212,22 @@ def test_the_environment_is_read_by_both_names() -> None:
     for name, value in (("UMBP_SSD_ENABLED", "perhaps"), ("UMBP_SSD_CAPACITY", "much")):
         with pytest.raises(ConfigError, match=name):
             mori.UMBPConfig.from_environment({name: value})
+
+
+def test_watermarks_count_when_somebody_chose_them(make: Maker, config: mori.UMBPConfig) -> None:
+    """The original's defaults read as they do there; in its local mode they evict nothing, and so here."""
+    assert (config.dram.high_watermark, config.ssd.low_watermark) == (0.9, 0.7)
+    memory = Memory(12).fill()
+    client = make()
+    assert client.batch_put_from_ptr(KEYS, memory.ptrs, memory.sizes) == [True] * 12
+    assert client.flush()
+    client.close()
+    chosen = mori.UMBPConfig.from_environment({"UMBP_DRAM_HIGH_WM": "0.5", "UMBP_SSD_LOW_WM": "0.2"})
+    assert (chosen.dram.high_watermark, chosen.dram.low_watermark, chosen.ssd.low_watermark) == (0.5, 0.7, 0.2)
+    config.ssd.high_watermark, config.ssd.low_watermark = 0.02, 0.01
+    again = make()
+    again.batch_put_from_ptr(KEYS, memory.ptrs, memory.sizes)
+    until(lambda: sum(again.batch_exists(KEYS)) < 12)
 
 
 def test_external_kv_reaches_a_real_master(make: Maker, config: mori.UMBPConfig, tmp_path: Path) -> None:
