@@ -46,7 +46,7 @@ def examine(extra: Mapping[str, Any], env: Mapping[str, str], file: str | None =
 
     ``extra``, ``env`` and ``file`` are those of :func:`umbp_connectors.config.resolve`.
     """
-    from umbp_connectors.doctor import dynamo, engines, machine, master
+    from umbp_connectors.doctor import daemon, dynamo, engines, machine, master
 
     yield Finding("umbp-connectors", Status.OK, f"{__version__} with Python {platform.python_version()}")
     try:
@@ -64,6 +64,7 @@ def examine(extra: Mapping[str, Any], env: Mapping[str, str], file: str | None =
         lambda: machine.huge_pages(config),
         lambda: machine.numa(config),
         lambda: machine.ssd(config),
+        lambda: daemon.reached(config),
         lambda: master.answers(config),
         lambda: dynamo.environment(env),
         lambda: engines.hashes(env),
