@@ -1,5 +1,7 @@
 """What every tier has to do, as test classes to subclass: :class:`DramTierSuite` and :class:`SsdTierSuite`.
 
+:class:`SlotRunsSuite` is for SSD tiers that write several neighbouring slots in one go.
+
 A test of yours gives the fixture ``opener``: a function that opens your tier with pages (or slots) of so many bytes,
 and so many of them, always at the same place.  For an SSD tier it is called in other processes too: let it be something
 that can be pickled, such as a frozen dataclass of a module that can be imported::
@@ -34,7 +36,7 @@ import numpy as np
 import pytest
 
 from umbp_core.errors import StateError, TierUnavailable, UmbpError
-from umbp_core.ports import DramTier, SsdTier
+from umbp_core.ports import DramTier, SlotRuns, SsdTier
 from umbp_core.testing.tier_cells import (
     CELL,
     CELLS,
@@ -314,6 +316,49 @@ class SsdTierSuite(TierSuite):
                         assert cells.read(cell, CELL) == pattern(cell, generation, CELL)
             if begun is not None:
                 known.pop(begun, None)
+
+
+class SlotRunsSuite(SsdTierSuite):
+    """For an SSD tier whose slab also writes neighbouring slots in one go (``SlotRuns`` in ``umbp_core.ports``)."""
+
+    @pytest.fixture
+    def runs(self, tier: SsdTier) -> SlotRuns:
+        """The slots, each of which holds something."""
+        slab = tier.slab
+        assert isinstance(slab, SlotRuns), "the slab has no write_run(); SsdTierSuite is the suite for it"
+        for slot in range(CELLS):
+            slab.write_from(slot, pattern(slot, 0, CELL))
+        return slab
+
+    @pytest.mark.parametrize(("first", "count"), [(0, 1), (0, CELLS), (1, 3), (CELLS - 2, 2)])
+    def test_a_run_is_what_its_slots_are(self, runs: SlotRuns, cells: Cells, first: int, count: int) -> None:
+        """Each view goes into the slot of its own, wherever in memory it is, and no other slot changes."""
+        scattered = np.zeros((2 * count, CELL), dtype=np.uint8)
+        for index in range(count):
+            scattered[2 * (count - 1 - index)] = np.frombuffer(pattern(first + index, 1, CELL), dtype=np.uint8)
+        runs.write_run(first, [scattered[2 * (count - 1 - index)] for index in range(count)])
+        for cell in range(CELLS):
+            assert cells.read(cell, CELL) == pattern(cell, int(first <= cell < first + count), CELL)
+
+    @pytest.mark.parametrize("first", [-1, CELLS - 1, CELLS])
+    def test_runs_that_leave_the_tier(self, runs: SlotRuns, cells: Cells, first: int) -> None:
+        """They are refused as a whole."""
+        with pytest.raises(StateError):
+            runs.write_run(first, [bytes(CELL), bytes(CELL)])
+        assert [cells.read(cell, CELL) for cell in range(CELLS)] == [pattern(cell, 0, CELL) for cell in range(CELLS)]
+
+    def test_runs_beside_each_other(self, runs: SlotRuns, cells: Cells) -> None:
+        """Threads that write neighbouring runs do not reach into each other's."""
+        half = CELLS // 2
+
+        def work(first: int) -> None:
+            for generation in range(1, 21):
+                runs.write_run(first, [pattern(first + index, generation, CELL) for index in range(half)])
+
+        _run([lambda: work(0), lambda: work(half)])
+        assert [cells.read(cell, CELL) for cell in range(2 * half)] == [
+            pattern(cell, 20, CELL) for cell in range(2 * half)
+        ]
 
 
 def _run(works: list[Callable[[], Any]]) -> None:

@@ -13,7 +13,7 @@ from umbp_connectors.hookspecs import DramTierSpec, SsdTierSpec
 from umbp_connectors.plugins import create_manager
 from umbp_connectors.pool.capacity import catalogue_allowance
 from umbp_connectors.tier_ports import DramTier, SsdTier
-from umbp_core.testing.suite_tier import DramTierSuite, SsdTierSuite
+from umbp_core.testing.suite_tier import DramTierSuite, SlotRunsSuite
 
 
 def open_arena(page_bytes: int, pages: int, staging_pages: int) -> DramTier:
@@ -42,13 +42,13 @@ class TestArena(DramTierSuite):
         return open_arena
 
 
-class TestSlab(SsdTierSuite):
+class TestSlab(SlotRunsSuite):
     @pytest.fixture(params=["strict", "batched", "relaxed"])
     def opener(self, request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[int, int], SsdTier]:
         return SlabOpener(tmp_path, (("ssd_durability", request.param),))
 
 
-class TestSlabThroughThePageCache(SsdTierSuite):
+class TestSlabThroughThePageCache(SlotRunsSuite):
     kills = 1
 
     @pytest.fixture
