@@ -26,13 +26,15 @@ LONG = 200_000_000
 
 
 class Pages:
-    """Pageable host memory, as an arena's is before it is locked."""
+    """Pageable host memory, as an arena's is before it is locked; perhaps with pages of other ranks between."""
 
-    def __init__(self, pages: int, page_bytes: int) -> None:
-        self._raw = np.zeros(pages * page_bytes + 4096, np.uint8)
+    def __init__(self, pages: int, page_bytes: int, ranks: int = 1) -> None:
+        self._raw = np.zeros(pages * ranks * page_bytes + 4096, np.uint8)
         start = -self._raw.ctypes.data % 4096
-        self.array = self._raw[start : start + pages * page_bytes].reshape(pages, page_bytes)
+        self.whole = self._raw[start : start + pages * ranks * page_bytes].reshape(pages, ranks, page_bytes)
+        self.array = self.whole[:, ranks - 1]
         self.address = self.array.ctypes.data
+        self.span = ((pages - 1) * ranks + 1) * page_bytes
 
 
 def layers_outermost(page: int = PAGE, pad: int = 0) -> list[Region]:
@@ -95,9 +97,9 @@ def randomise(geometry: KvGeometry) -> torch.Tensor:
 class Rig:
     """A geometry, an arena and an open copier."""
 
-    def __init__(self, regions: list[Region], pages: int = 40, **options: int) -> None:
+    def __init__(self, regions: list[Region], pages: int = 40, ranks: int = 1, **options: int) -> None:
         self.geometry = geometry_of(regions)
-        self.arena = Pages(pages, self.geometry.page_bytes)
+        self.arena = Pages(pages, self.geometry.page_bytes, ranks)
         self.copier = CudaCopier(self.geometry, self.arena, **options)
         self.copier.open()
 
@@ -117,16 +119,17 @@ def wait_until_locked(copier: CudaCopier) -> None:
     assert copier._pinner.wait(120)
 
 
+@pytest.mark.parametrize("ranks", [1, 3], ids=["alone", "between others"])
 @pytest.mark.parametrize("locked", [False, True])
 @pytest.mark.parametrize("regions", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_blocks_go_to_the_arena_and_back_bit_by_bit(regions: list[Region], *, locked: bool) -> None:
+def test_blocks_go_to_the_arena_and_back_bit_by_bit(regions: list[Region], ranks: int, *, locked: bool) -> None:
     page_bytes = geometry_of(regions).page_bytes
-    rig = Rig(regions, staging_bytes=8 * page_bytes, pin_slice_bytes=7 * page_bytes)
+    rig = Rig(regions, ranks=ranks, staging_bytes=8 * page_bytes, pin_slice_bytes=7 * page_bytes)
     random = np.random.default_rng(3)
     if locked:
         rig.copier.gather(0, [0], [0], rig.copier.fence())
         wait_until_locked(rig.copier)
-        assert rig.copier.pinned_bytes == rig.arena.array.nbytes
+        assert rig.copier.pinned_bytes == rig.arena.span
     for pages in (random.permutation(40)[:20], np.arange(5, 25)):
         before = randomise(rig.geometry)
         blocks = random.permutation(BLOCKS)[:20]
@@ -141,6 +144,7 @@ def test_blocks_go_to_the_arena_and_back_bit_by_bit(regions: list[Region], *, lo
             assert torch.equal(object_of(rig.geometry, after, target), object_of(rig.geometry, before, block))
         for block in set(range(BLOCKS)) - set(targets.tolist()):
             assert torch.equal(object_of(rig.geometry, after, block), object_of(rig.geometry, middle, block))
+    assert not rig.arena.whole[:, : ranks - 1].any()
     rig.copier.close()
 
 
