@@ -74,6 +74,11 @@ DYNAMIC = Backend(
 )
 
 
+def copied(backend: Backend) -> Backend:
+    """The same without SGLang's switch for pages in place, so that it hands over copies of them."""
+    return Backend(backend.name, lambda folder: {**backend.extra(folder), "interface_v1": 0})
+
+
 @dataclass(frozen=True)
 class Setup:
     """What one engine is started with."""

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from tests.sglang.kit.conftest import World
-from tests.sglang.kit.rig import FILE, Backend, Setup
+from tests.sglang.kit.rig import FILE, UMBP, Backend, Setup
 from tests.sglang.kit.shapes import FULL, SWA, prompt_of
 
 
@@ -35,6 +35,22 @@ def test_another_backend_is_refused_until_the_first_is_gone(world: World, backen
     done, why = engine.attach(other)
     assert not done
     assert "Detach first" in why
+
+
+def test_a_configuration_that_cannot_be_used_is_refused_and_the_engine_goes_on(world: World) -> None:
+    engine = world.engine(Setup(UMBP, FULL), attach=False)
+    prompt = prompt_of(FULL, 8)
+    engine.compute(prompt)
+    for wrong, advice in (({"dram_capcity": "1GiB"}, "did you mean 'dram_capacity'"), ({"dram_capacity": 1}, "larger")):
+        done, why = engine.attach(**wrong)
+        assert not done
+        assert advice in why
+        assert engine.prefetch(prompt) == 0
+        assert engine.check_device(prompt) > 0
+    assert engine.attach()[0]
+    engine.offload(prompt)
+    engine.flush()
+    assert engine.prefetch(prompt) == len(prompt)
 
 
 def test_what_was_stored_before_a_detach_is_there_after_the_next_attach(world: World, backend: Backend) -> None:
