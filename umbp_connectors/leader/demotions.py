@@ -7,7 +7,7 @@ ten minutes), so that a dying disk costs nothing but hits.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 from umbp_core.directory import Directory
@@ -45,7 +45,8 @@ class DemotionQueue:
         self._batch = batch
         self._in_flight_limit = in_flight
         self._new_op_id = new_op_id
-        self._waiting: deque[tuple[bytes, int, int]] = deque()
+        self._waiting: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
+        """Group and depth of each."""
         self._in_flight: dict[str, int] = {}
         self._void: set[str] = set()
         self._failures = 0
@@ -56,6 +57,10 @@ class DemotionQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def __contains__(self, key: object) -> bool:
+        """Whether ``key`` waits; what is on its way is pinned."""
+        return key in self._waiting
+
     @property
     def fenced(self) -> bool:
         """Whether the SSD tier is being left alone after repeated failures."""
@@ -63,10 +68,12 @@ class DemotionQueue:
 
     def offer(self, key: bytes, group: int, depth: int) -> None:
         """Queue the DRAM object ``key``; drops it (counted) when the queue is full or SSD is fenced."""
+        if key in self._waiting:
+            return
         if len(self._waiting) >= self._limit or self.fenced:
             self.dropped += 1
             return
-        self._waiting.append((key, group, depth))
+        self._waiting[key] = (group, depth)
 
     def plan(self) -> list[LeaderTransferRequest]:
         """The demotions to send now; pins their DRAM copies and reserves their SSD slots."""
@@ -83,7 +90,7 @@ class DemotionQueue:
         op_id = self._new_op_id()
         blocks: list[BlockCopy] = []
         while self._waiting and len(blocks) < most:
-            key, group, depth = self._waiting.popleft()
+            key, (group, depth) = self._waiting.popitem(last=False)
             block = self._plan_block(op_id, key, group, depth)
             if block is not None:
                 blocks.append(block)

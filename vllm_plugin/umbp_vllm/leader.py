@@ -210,6 +210,7 @@ class Leader:
         pool.stores.flush(self._iteration, self._unsent.ops, ahead=True)
         for op in pool.plan_demotions():
             self._send(op)
+        pool.keep_room()
         pool.settle()
 
     def _ask(self, pool: LeaderPool) -> None:

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 from umbp_connectors.leader.demotions import DemotionQueue
 from umbp_connectors.leader.ssd import SsdCatalogue, open_ssd_catalogue
+from umbp_connectors.pool.settings import watermarks_of
 from umbp_core.directory import Directory, TierSpace
 from umbp_core.pages import PageAllocator
 from umbp_core.tiers import Tier
+from umbp_core.watermarks import Trimmer
 from umbp_vllm.metadata import RankHello
 from umbp_vllm.opening import LeaderSetup, Opening
 from umbp_vllm.pool import LeaderPool
@@ -31,14 +33,16 @@ def open_local_pool(opening: Opening, reporting: Reporting | None) -> LeaderPool
     restored = catalogue.restore(directory) if catalogue is not None else 0
     _announce(hellos, pages, catalogue, restored)
     teller = None if reporting is None else reporting.follow_pool(directory, _page_bytes(hellos, catalogue))
+    demotions = _demotions(opening, directory) if catalogue is not None else None
     return opening.pool(
         directory,
         directory,
         opening.matcher(directory),
         kv_events=setup.kv_events,
         catalogue=catalogue,
-        demotions=_demotions(opening, directory) if catalogue is not None else None,
+        demotions=demotions,
         teller=teller,
+        trimmer=_trimmer(opening, directory, demotions),
     )
 
 
@@ -51,6 +55,14 @@ def _demotions(opening: Opening, directory: Directory) -> DemotionQueue:
         timeout_s=config.store_timeout_s,
         new_op_id=opening.op_ids,
     )
+
+
+def _trimmer(opening: Opening, directory: Directory, demotions: DemotionQueue | None) -> Trimmer | None:
+    """What keeps room in the tiers that there are, where the configuration asks for it."""
+    marks = watermarks_of(opening.setup.config)
+    if demotions is None:
+        marks.pop(Tier.SSD, None)
+    return Trimmer(directory, marks, () if demotions is None else demotions) if marks else None
 
 
 def _open_catalogue(setup: LeaderSetup, hellos: Sequence[RankHello]) -> SsdCatalogue | None:

@@ -18,6 +18,7 @@ from umbp_connectors.leader.ssd import SsdCatalogue
 from umbp_connectors.plugins import PluginHost
 from umbp_core.errors import ConfigError
 from umbp_core.ports import Clock
+from umbp_core.watermarks import Trimmer
 from umbp_vllm.directories import BlockDirectory, Read, Written
 from umbp_vllm.enquiries import Enquirer
 from umbp_vllm.events import EventLog
@@ -143,6 +144,7 @@ class Opening:
         teller: PoolTeller | None = None,
         enquirer: Enquirer | None = None,
         host: HostPool | None = None,
+        trimmer: Trimmer | None = None,
     ) -> LeaderPool:
         """The pool whose loads ask ``directory`` and whose stores ask ``written``.
 
@@ -181,6 +183,7 @@ class Opening:
             setup.plugins,
             teller,
             host,
+            trimmer,
         )
 
 

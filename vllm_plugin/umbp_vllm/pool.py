@@ -12,6 +12,7 @@ from umbp_connectors.plugins import PluginHost
 from umbp_core.directory import EventKind
 from umbp_core.ops import Direction, LeaderTransferRequest
 from umbp_core.tiers import Tier
+from umbp_core.watermarks import Trimmer
 from umbp_vllm.directories import BlockDirectory
 from umbp_vllm.events import EventLog
 from umbp_vllm.hbm import HeldBlocks
@@ -25,6 +26,9 @@ from umbp_vllm.stores import StorePlanner
 
 _STORED_IN = {tier: counter("vllm:umbp_stored_blocks", tier.name.lower()) for tier in Tier}
 _EVICTED_FROM = {tier: counter("vllm:umbp_evicted_blocks", tier.name.lower()) for tier in Tier}
+_TRIMMED = {tier: counter("vllm:umbp_trimmed_blocks", tier.name.lower()) for tier in Tier}
+_PAGES_PER_STEP = 64
+"""What is freed of a tier that is too full, in each step of the engine: it costs about a tenth of a millisecond."""
 
 
 @dataclass(slots=True)
@@ -45,6 +49,10 @@ class LeaderPool:
     """What tells a master, where there is one."""
     host: HostPool | None = None
     """The directory, where the daemon has the pool."""
+    trimmer: Trimmer | None = None
+    """What keeps room in the tiers, where watermarks ask for it."""
+    _trimming: bool = field(init=False, default=False)
+    """Whether there is more to free, and some of it can go."""
     ended: Mapping[Direction, Callable[[Verdict], Iterable[RequestState]]] = field(init=False)
     """What takes the end of an op on all ranks, by direction; returns the requests it was for."""
 
@@ -57,9 +65,9 @@ class LeaderPool:
 
     @property
     def has_work(self) -> bool:
-        """Whether an op is in flight, was given up but is still at work on its memory, or a demotion waits."""
-        ledger = self.ledger
-        return bool(len(ledger) or ledger.quarantined or (self.demotions is not None and len(self.demotions)))
+        """Whether an op is in flight, or given up and still at work on its memory; a demotion waits; room is made."""
+        ledger, waiting = self.ledger, self.demotions
+        return bool(len(ledger) or ledger.quarantined or (waiting is not None and len(waiting)) or self._trimming)
 
     def objects(self, tier: Tier) -> int:
         """Published objects in ``tier``; 0 when there is no such tier."""
@@ -68,6 +76,18 @@ class LeaderPool:
     def plan_demotions(self) -> list[LeaderTransferRequest]:
         """The demotions to send with this step."""
         return self.demotions.plan() if self.demotions is not None else []
+
+    def keep_room(self) -> None:
+        """Free some pages of each tier that is fuller than it may be."""
+        trimmer = self.trimmer
+        self._trimming = False
+        if trimmer is None or not trimmer.is_due:
+            return
+        before = dict(trimmer.trimmed)
+        self._trimming = trimmer.step(_PAGES_PER_STEP) > 0 and trimmer.is_due
+        for tier, count in trimmer.trimmed.items():
+            if count > before[tier]:
+                self.stats.count(_TRIMMED[tier], count - before[tier])
 
     def _demotion_ended(self, verdict: Verdict) -> Iterable[RequestState]:
         """Take the end of a demotion."""

@@ -28,6 +28,7 @@ METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "vllm:umbp_failed_blocks": ("Blocks that did not arrive, by direction and reason.", ("direction", "reason")),
     "vllm:umbp_stored_blocks": ("Blocks published, by tier.", ("tier",)),
     "vllm:umbp_evicted_blocks": ("Blocks that left a tier, by tier.", ("tier",)),
+    "vllm:umbp_trimmed_blocks": ("Those of them that left because the tier was above its watermark.", ("tier",)),
     "vllm:umbp_dropped_stores": ("Blocks not stored, by reason.", ("reason",)),
     "vllm:umbp_refused_blocks": ("Times that an offload policy kept a block out of a tier.", ("tier", "policy")),
     "vllm:umbp_degraded": ("Times that the connector gave up a part of its service, by reason.", ("reason",)),

@@ -41,6 +41,7 @@ SHAPES: list[dict[str, Any]] = [
 POOLS: list[dict[str, Any]] = [
     {},
     {"dram_capacity": "96KiB"},
+    {"dram_capacity": "96KiB", "dram_high_watermark": 0.6, "dram_low_watermark": 0.3, "ssd_high_watermark": 0.02},
     {"load_timeout_s": 0.02, "store_timeout_s": 0.05},
     {"share_load_timeout_ms": 0, "max_pending_stores": 6},
     {"store_decode_blocks": False, "min_load_blocks": 2, "eviction_policy": "lru"},
