@@ -4,6 +4,8 @@
 ``read`` in the middle of one out of it; both say ``ready`` then.  ``work`` puts and gets without end, compares every
 byte, says ``ready`` after the first round, and ends with its input.
 
+``serve`` is a daemon whose leases last a second.
+
 ``leader`` and ``rank`` are the processes of one engine: the leader has stored objects 0 and 1, borrowed object 0, and
 has four pages left, half of the first of which is written; the rank has the memory mapped.
 """
@@ -20,6 +22,7 @@ from typing import Any
 
 from tests.connectors.daemon.engine import Engine, soon, wanted
 from tests.connectors.daemon.kit import SIZE, client_of, get, key_of, object_of, put
+from tests.connectors.waiting import until
 from umbp_connectors.daemon import transfers
 from umbp_connectors.daemon.pages import RankArena
 from umbp_connectors.pool.checksums import copy_checksummed
@@ -77,6 +80,25 @@ def client(role: str, path: Path) -> Process:
     return Process([sys.executable, __file__, role, str(path)], "ready")
 
 
+class Stopped:
+    """A process that does nothing while this is entered, as if it hung."""
+
+    def __init__(self, process: Process) -> None:
+        self._pid = process.pid
+
+    def __enter__(self) -> None:
+        os.kill(self._pid, signal.SIGSTOP)
+        until(lambda: all(_state(task) == "T" for task in Path(f"/proc/{self._pid}/task").iterdir()))
+
+    def __exit__(self, *_: object) -> None:
+        os.kill(self._pid, signal.SIGCONT)
+
+
+def _state(task: Path) -> str:
+    """Whether a thread runs, sleeps or is stopped."""
+    return (task / "stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
+
+
 def _say_ready() -> None:
     sys.stdout.write("ready\n")
     sys.stdout.flush()
@@ -108,6 +130,14 @@ def _rank(path: Path) -> None:
     threading.Event().wait()
 
 
+def _serve(path: Path) -> None:
+    from tests.connectors.daemon.conftest import Daemon
+
+    Daemon(path, lease_s=1.0)
+    _say_ready()
+    threading.Event().wait()
+
+
 def main() -> None:
     role, path = sys.argv[1], Path(sys.argv[2])
     if role in _PARTS:
@@ -132,7 +162,7 @@ def main() -> None:
         get(pool, range(4))
 
 
-_PARTS = {"leader": _leader, "rank": _rank}
+_PARTS = {"leader": _leader, "rank": _rank, "serve": _serve}
 
 if __name__ == "__main__":
     main()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -18,7 +16,7 @@ import pytest
 from tests.connectors.daemon.conftest import Daemon
 from tests.connectors.daemon.engine import Engine, soon, wanted
 from tests.connectors.daemon.kit import PAGES, SIZE, key_of, object_of
-from tests.connectors.daemon.processes import PROGRAM, Process, client, daemon, environment
+from tests.connectors.daemon.processes import PROGRAM, Process, Stopped, client, daemon, environment
 from tests.connectors.waiting import until
 from umbp_connectors.daemon.pages import PageClient, RankArena
 from umbp_connectors.pool.inspection import find_catalogues
@@ -236,25 +234,18 @@ def test_a_daemon_that_hangs_costs_the_deadline(
     mine = engine()
     mine.open()
     pages = mine.take(4)
-    os.kill(process.pid, signal.SIGSTOP)
-    until(lambda: all(_state(task) == "T" for task in Path(f"/proc/{process.pid}/task").iterdir()))
     began = time.monotonic()
-    with pytest.raises(TimeoutError):
-        mine.leader.look_up([key_of(1)], True, soon(0.3))
-    with pytest.raises(TimeoutError):
-        mine.leader.connect(soon(0.3))
-    with pytest.raises(TimeoutError):
-        RankArena(wanted(path, 2)).open(soon(0.3))
-    assert time.monotonic() - began < 5
-    os.kill(process.pid, signal.SIGCONT)
+    with Stopped(process):
+        with pytest.raises(TimeoutError):
+            mine.leader.look_up([key_of(1)], True, soon(0.3))
+        with pytest.raises(TimeoutError):
+            mine.leader.connect(soon(0.3))
+        with pytest.raises(TimeoutError):
+            RankArena(wanted(path, 2)).open(soon(0.3))
+        assert time.monotonic() - began < 5
     arena = mine.leader.connect(soon())
     assert (arena.known, set(arena.taken)) == (True, set(pages))
     assert mine.store(pages[:1], _objects(1)) == [PutStatus.STORED], "attempts from before do not speak for it"
-
-
-def _state(task: Path) -> str:
-    """Whether a thread runs, sleeps or is stopped."""
-    return (task / "stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
 
 
 def test_quotas_and_the_view_of_an_engine(
