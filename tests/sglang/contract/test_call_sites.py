@@ -59,6 +59,15 @@ ZERO_COPY = {
     "seaweedfs",
 }
 """Backends by whose name the controller chooses v1; a hook adds ours."""
+BY_NAME: dict[str, set[str]] = {
+    "arg_groups/hicache_hook.py": {"mooncake", "npu_memcache"},
+    "arg_groups/kv_cache_hook.py": {"file"},
+    "distributed/device_communicators/mooncake_transfer_engine.py": {"mooncake"},
+    "managers/cache_controller.py": {"dynamic", "file", "mooncake"} | ZERO_COPY,
+    "mem_cache/hybrid_cache/hybrid_cache_controller.py": {"mooncake", "mori"},
+}
+"""File -> the names of backends that it compares with the one in use: what SGLang does for these and not for ours."""
+COMPARED = {"storage_backend", "storage_backend_type", "hicache_storage_backend"}
 POPPED = {
     "hicache_storage_pass_prefix_keys",
     "prefetch_threshold",
@@ -135,6 +144,35 @@ def test_the_zero_copy_interface_is_chosen_by_this_list() -> None:
     assert "self.page_get_func = self._page_get_zero_copy" in text
     assert "self.page_set_func = self._page_set_zero_copy" in text
     assert "self.storage_config.extra_config.get('interface_v1', 0)" in text, look(file, "how dynamic chooses v1")
+
+
+def names_compared(module: ast.Module) -> set[str]:
+    """The texts that the name of the backend in use is compared with."""
+    found = set()
+    for node in ast.walk(module):
+        if isinstance(node, ast.Compare):
+            sides = {getattr(side, "attr", getattr(side, "id", "")) for side in (node.left, *node.comparators)}
+            found |= strings_of(node) if sides & COMPARED else set()
+    return found
+
+
+def test_what_is_decided_by_a_backends_name_is_what_we_know() -> None:
+    found = {}
+    for path in SRT.rglob("*.py"):
+        name = path.relative_to(SRT).as_posix()
+        text = path.read_text(encoding="utf-8")
+        if not name.startswith(ELSEWHERE) and "storage_backend" in text:
+            found[name] = names_compared(ast.parse(text))
+    assert {name: names for name, names in found.items() if names} == BY_NAME, look(
+        "these files", "its choices by name"
+    )
+
+
+def test_answers_name_the_class_of_the_backend() -> None:
+    """What users read as ``storage_backend`` of ``cached_tokens_details``."""
+    file = "managers/scheduler_components/output_streamer.py"
+    assert "type(storage_backend).__name__" in ast.unparse(function_of(file, "_get_storage_backend_type"))
+    assert "storage_backend" in strings_of(function_of(file, "get_cached_tokens_details"))
 
 
 def test_threads_start_after_the_interface_was_chosen() -> None:

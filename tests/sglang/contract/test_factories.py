@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -118,8 +121,11 @@ def test_the_shared_memory_allocator_tells_its_descriptor() -> None:
     allocator = common.get_allocator_from_storage("shm")
     pages = allocator.allocate((2, 64, 4096), torch.uint8, "cpu")
     assert pages.shape == (2, 64, 4096)
-    assert isinstance(allocator.fd, int)
-    assert allocator.fd >= 0
+    pages[1, 63] = 7
+    script = "import mmap, os, sys; print(set(mmap.mmap(os.open(sys.argv[1], os.O_RDONLY), 0, prot=1)[-4096:]))"
+    path = f"/proc/{os.getpid()}/fd/{allocator.fd}"
+    done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "{7}\n"
 
 
 def test_plugins_are_loaded_before_arguments_are_read() -> None:

@@ -24,15 +24,20 @@ _hashes = itertools.count(1)
 
 
 def mha_pool(
-    layout: str = "page_first", heads: int = 2, pages: int = PAGES, dtype: torch.dtype = torch.bfloat16
+    layout: str = "page_first",
+    heads: int = 2,
+    pages: int = PAGES,
+    dtype: torch.dtype = torch.bfloat16,
+    page: int = PAGE,
+    head_dim: int = 8,
 ) -> Any:
     """A host pool of keys and values."""
     device = MHATokenToKVPool(
-        size=PAGE,
-        page_size=PAGE,
+        size=page,
+        page_size=page,
         dtype=dtype,
         head_num=heads,
-        head_dim=8,
+        head_dim=head_dim,
         layer_num=LAYERS,
         device="cpu",
         enable_memory_saver=False,
@@ -43,13 +48,13 @@ def mha_pool(
             info,
             1.0,
             0,
-            PAGE,
+            page,
             layout,
             pin_memory=False,
-            device_capacity_tokens=PAGE,
+            device_capacity_tokens=page,
             start_layer=0,
             end_layer=LAYERS,
-            host_token_capacity=pages * PAGE,
+            host_token_capacity=pages * page,
         )
     )
 
@@ -126,6 +131,7 @@ def storage_config(
     metrics: bool = False,
     pp: tuple[int, int] = (0, 1),
     cp: tuple[int, int] = (0, 1),
+    dcp: tuple[int, int] = (0, 1),
     dp_rank: int = 0,
 ) -> HiCacheStorageConfig:
     """What SGLang's controller tells a backend; small tiers and short deadlines unless ``extra`` says otherwise."""
@@ -143,6 +149,9 @@ def storage_config(
         tp_lcm_size=lcm,
         should_split_heads=lcm is not None and lcm > tp[1],
         dp_rank=dp_rank,
+        dcp_rank=dcp[0],
+        dcp_size=dcp[1],
+        logical_page_size=PAGE * dcp[1],
         extra_config={"dram_capacity": "4MiB", "dram_prefault": False, **(extra or {})},
     )
 

@@ -20,12 +20,16 @@ OTHERS = {
     "tp size": ({"tp": (0, 2)}, {}),
     "tp rank": ({"tp": (1, 2)}, {}),
     "pp rank": ({"pp": (1, 2)}, {}),
+    "pp size": ({"pp": (0, 2)}, {}),
     "cp rank": ({"cp": (1, 2)}, {}),
+    "cp size": ({"cp": (0, 2)}, {}),
     "layout": ({}, {"layout": "page_first_direct"}),
     "page_head": ({}, {"layout": "page_head"}),
     "layer_first": ({}, {"layout": "layer_first"}),
     "dtype": ({}, {"dtype": torch.float16}),
     "heads": ({}, {"heads": 1}),
+    "heads for head size": ({}, {"heads": 4, "head_dim": 4}),
+    "tokens of a page": ({}, {"page": 8, "heads": 1}),
 }
 
 
@@ -62,6 +66,19 @@ def test_what_all_ranks_hold_is_the_same_for_every_tp_size(stores: Stores, tmp_p
     first.batch_set_v1(keys, rows(0, 1))
     first.close()
     assert start(stores, tmp_path, mla_pool(), mla=True, tp=(0, 2)).batch_exists(keys) == 2
+
+
+@pytest.mark.parametrize("other", [{"tp": (1, 2), "dcp": (1, 2)}, {"tp": (0, 2)}], ids=["rank", "size"])
+def test_parts_of_a_context_are_apart(stores: Stores, tmp_path: Path, other: dict[str, Any]) -> None:
+    """SGLang divides the context for decoding (DCP) with MLA only, and not yet over our storage."""
+    keys = hashes(2)
+    first = start(stores, tmp_path, mla_pool(), mla=True, tp=(0, 2), dcp=(0, 2))
+    assert first.batch_set_v1(keys, rows(0, 1)) == [True, True]
+    first.close()
+    second = start(stores, tmp_path, mla_pool(), mla=True, **other)
+    assert second.batch_exists(keys) == 0
+    second.close()
+    assert start(stores, tmp_path, mla_pool(), mla=True, tp=(0, 2), dcp=(0, 2)).batch_exists(keys) == 2
 
 
 def test_pools_of_one_engine_are_apart(stores: Stores) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
 
 from tests.sglang.store.pools import storage_config
 from umbp_core.errors import ConfigError
@@ -58,6 +59,28 @@ def test_the_environment_and_a_file_count_too(tmp_path: Path) -> None:
     env = {"UMBP_CONFIG": str(file), "UMBP_NAMESPACE": "environment"}
     config = read_settings(storage_config(), env).config
     assert (config.call_timeout_ms, config.namespace) == (700, "environment")
+
+
+FORMS = {
+    "json": '{"dram_capacity": "3GiB", "prefetch_threshold": 64}',
+    "toml": 'dram_capacity = "3GiB"\nprefetch_threshold = 64\n',
+    "yaml": "dram_capacity: 3GiB\nprefetch_threshold: 64\n",
+}
+
+
+@pytest.mark.parametrize("form", ["text", *FORMS])
+def test_the_extra_config_is_a_text_or_a_file(tmp_path: Path, form: str) -> None:
+    """As SGLang reads what stands behind ``--hicache-storage-backend-extra-config``."""
+    given = FORMS["json"]
+    if form != "text":
+        file = tmp_path / f"extra.{form}"
+        file.write_text(FORMS[form], encoding="utf-8")
+        given = f"@{file}"
+    extra, threshold, *_ = HybridCacheController.parse_storage_backend_extra_config(given)
+    config = storage_config()
+    config.extra_config = extra
+    assert read_settings(config, {}).config.dram_capacity == 3 << 30
+    assert threshold == 64
 
 
 def test_no_extra_config_is_fine() -> None:

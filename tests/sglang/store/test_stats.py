@@ -103,6 +103,17 @@ def test_sglang_collects_the_calls_since_it_last_asked(stores: Stores) -> None:
     assert store.get_stats() == StorageMetrics()
 
 
+def test_what_sglang_collects_is_bounded(stores: Stores) -> None:
+    """The scheduler asks in each of its rounds, and may not ask for hours: an answer costs the same then."""
+    store = stores(storage_config(metrics=True), mha_pool())
+    keys, most = hashes(1), 1024
+    store.batch_set_v1(keys, rows(0))
+    for _ in range(most + 10):
+        store.batch_get_v1(keys, rows(1))
+    assert len(store.get_stats().prefetch_pgs) == most
+    assert store.get_stats() == StorageMetrics()
+
+
 def test_without_metrics_there_is_nothing_to_collect(stores: Stores) -> None:
     store = stores(storage_config(), mha_pool())
     store.batch_set_v1(hashes(1), rows(0))
