@@ -79,8 +79,8 @@ class DaemonServer:
                 raise
         self._idle_since = time.monotonic()
         self._take_from(self._listener, None)
-        if self._tcp is not None:
-            self._take_from(self._tcp, self._door)
+        if self._tcp is not None and self._door is not None:
+            self._take_from(self._tcp, TcpDoor(self._tcp.endpoint, self._door.token))
 
     @property
     def idle_s(self) -> float:
@@ -121,6 +121,9 @@ class DaemonServer:
             with self._lock:
                 strangers = sum(session.is_stranger for session in self._sessions)
                 if door is not None and strangers >= MAX_STRANGERS:
+                    logger.debug(
+                        "umbp: %d clients at %s have shown no token yet; another is sent away", strangers, door
+                    )
                     sock.close()
                     continue
                 refused = ""

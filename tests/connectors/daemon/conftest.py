@@ -11,6 +11,7 @@ import pytest
 from tests.connectors.daemon.kit import PAGES, SIZE, client_of
 from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.daemon.client import DaemonPool
+from umbp_connectors.daemon.doors import Door, TcpDoor
 from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.server import DaemonServer
 from umbp_connectors.daemon.settings import served_door
@@ -19,6 +20,8 @@ from umbp_connectors.pool.books import PoolObserver
 from umbp_core.eviction import LruPolicy
 from umbp_core.ids import Identity
 from umbp_core.tiers import Tier
+
+TOKEN = "a-token-that-nobody-guesses"
 
 
 class Daemon:
@@ -79,3 +82,37 @@ def connect(path: Path, closing: contextlib.ExitStack) -> Callable[..., DaemonPo
         return pool
 
     return connect
+
+
+@pytest.fixture
+def serve(start: Callable[..., Daemon]) -> Callable[..., tuple[Daemon, TcpDoor]]:
+    """Starts a daemon with a port; the way to it comes with it."""
+
+    def serve(**options: object) -> tuple[Daemon, TcpDoor]:
+        daemon = start(daemon_listen="127.0.0.1:0", daemon_token=TOKEN, **options)
+        assert daemon.server.endpoint is not None
+        return daemon, TcpDoor(daemon.server.endpoint, TOKEN.encode())
+
+    return serve
+
+
+@pytest.fixture
+def join(closing: contextlib.ExitStack) -> Callable[..., DaemonPool]:
+    """Opens a client at a door."""
+
+    def join(door: Door, **options: object) -> DaemonPool:
+        pool = client_of(door, **options)  # type: ignore[arg-type]
+        pool.open()
+        closing.callback(pool.close)
+        return pool
+
+    return join
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    """A file that holds the token, for its owner only."""
+    path = tmp_path / "token"
+    path.write_text(TOKEN + "\n", encoding="utf-8")
+    path.chmod(0o600)
+    return path

@@ -8,82 +8,47 @@ import logging
 import os
 import random
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from tests.connectors.daemon.conftest import Daemon
+from tests.connectors.daemon.conftest import TOKEN, Daemon
 from tests.connectors.daemon.engine import Engine, soon
 from tests.connectors.daemon.kit import IDENTITY, SIZE, client_of, get, key_of, object_of, put
 from tests.connectors.daemon.processes import Process, daemon
 from tests.connectors.daemon.told import Told, truth
 from tests.connectors.waiting import until
-from umbp_connectors import cli
-from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.daemon import knocking, messages, server, session
 from umbp_connectors.daemon.client import DaemonPool
-from umbp_connectors.daemon.doors import Door, TcpDoor, loopback_endpoint
+from umbp_connectors.daemon.doors import TcpDoor
 from umbp_connectors.daemon.follower import PoolFollower
 from umbp_connectors.daemon.link import inspect, list_objects, manage
 from umbp_connectors.daemon.listing import ListObjects
-from umbp_connectors.daemon.making import pool_maker
 from umbp_connectors.daemon.messages import Inspect, NamedMemory
-from umbp_connectors.daemon.settings import door_of
 from umbp_connectors.master.settings import Endpoint
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_connectors.pool.sharing.sockets import FrameSocket
-from umbp_core.errors import AccessDenied, ConfigError
+from umbp_core.errors import AccessDenied
 from umbp_core.tiers import Tier
 from umbp_core.wire.frames import FrameType, encode_frame
-
-TOKEN = "a-token-that-nobody-guesses"
 
 Serve = Callable[..., tuple[Daemon, TcpDoor]]
 Join = Callable[..., DaemonPool]
 
 
-@pytest.fixture
-def serve(start: Callable[..., Daemon]) -> Serve:
-    """A daemon with a port, and the way to it."""
-
-    def serve(**options: object) -> tuple[Daemon, TcpDoor]:
-        daemon = start(daemon_listen="127.0.0.1:0", daemon_token=TOKEN, **options)
-        assert daemon.server.endpoint is not None
-        return daemon, TcpDoor(daemon.server.endpoint, TOKEN.encode())
-
-    return serve
-
-
-@pytest.fixture
-def join(closing: contextlib.ExitStack) -> Join:
-    """Opens a client at a door."""
-
-    def join(door: Door, **options: object) -> DaemonPool:
-        pool = client_of(door, **options)  # type: ignore[arg-type]
-        pool.open()
-        closing.callback(pool.close)
-        return pool
-
-    return join
-
-
-@pytest.fixture
-def token_file(tmp_path: Path) -> Path:
-    path = tmp_path / "token"
-    path.write_text(TOKEN + "\n", encoding="utf-8")
-    path.chmod(0o600)
-    return path
-
-
-def _talk(door: TcpDoor, *parts: bytes) -> bytes:
-    """Say ``parts`` to the port, and hear until it hangs up."""
+def _talk(door: TcpDoor, *parts: bytes, ends: bool = False) -> bytes:
+    """Say ``parts`` to the port, and nothing more if that ``ends`` it; hear until it hangs up."""
     answer = b""
     with socket.create_connection(tuple(door.endpoint), 60) as sock, contextlib.suppress(ConnectionError):
         for part in parts:
             sock.sendall(part)
+        if ends:
+            with contextlib.suppress(OSError):  # it has hung up already
+                sock.shutdown(socket.SHUT_WR)
         while more := sock.recv(65536):
             answer += more
     return answer
@@ -170,6 +135,42 @@ def test_who_shows_no_token_gets_one_sentence_and_no_memory(serve: Serve, join: 
     assert daemon.keeper.pools() == []
     pool = join(door)
     assert put(pool, [1]) == [PutStatus.STORED]
+
+
+@pytest.fixture
+def once(serve: Serve) -> tuple[Daemon, TcpDoor]:
+    return serve()
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.binary(max_size=120), max_size=3), st.booleans())
+def test_any_bytes_open_no_pool(once: tuple[Daemon, TcpDoor], parts: list[bytes], framed: bool) -> None:
+    daemon, door = once
+    said = [encode_frame(FrameType.HELLO, 0, 0, part) for part in parts] if framed else parts
+    assert len(_talk(door, *said, ends=True)) < 300
+    assert daemon.keeper.pools() == []
+    assert inspect(door, soon()).pools == []
+
+
+def test_what_was_overheard_opens_no_other_connection(serve: Serve) -> None:
+    _, door = serve()
+    heard: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def relay() -> None:
+            with listener.accept()[0] as client, socket.create_connection(tuple(door.endpoint), 60) as beyond:
+                client.settimeout(60)
+                client.sendall(beyond.recv(4096))
+                for _ in range(2):
+                    heard.append(client.recv(4096))
+                    beyond.sendall(heard[-1])
+                    client.sendall(beyond.recv(4096))
+
+        thread = threading.Thread(target=relay)
+        thread.start()
+        assert inspect(TcpDoor(Endpoint(*listener.getsockname()[:2]), door.token), soon()).pools == []
+        thread.join(60)
+    assert b"the token is wrong" in _talk(door, heard[0])
 
 
 def test_a_first_frame_that_is_too_long_or_never_whole(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,75 +292,3 @@ def _free_port() -> int:
         with socket.socket() as sock, contextlib.suppress(OSError):
             sock.bind(("127.0.0.1", port))
             return port
-
-
-@pytest.mark.parametrize("address", ["0.0.0.0:5600", "10.0.0.7:5600", "[::]:5600", "example.org:5600", "127.evil:1"])
-@pytest.mark.parametrize("key", ["daemon_listen", "daemon_address"])
-def test_only_the_loopback_interface(key: str, address: str) -> None:
-    with pytest.raises(ValueError, match=r"give 127\.0\.0\.1:PORT"):
-        UmbpConfig(**{key: address})
-
-
-def test_ways_to_write_an_address() -> None:
-    for text in ("127.0.0.1:5600", "localhost:5600", " tcp://127.0.0.1:5600 "):
-        assert loopback_endpoint(text) == Endpoint("127.0.0.1", 5600)
-    assert loopback_endpoint("[::1]:5600") == Endpoint("::1", 5600)
-    assert str(TcpDoor(Endpoint("::1", 5600), b"t")) == "tcp://[::1]:5600"
-
-
-def test_configurations_that_cannot_be(token_file: Path, start: Callable[..., Daemon], serve: Serve) -> None:
-    at = {"mode": "daemon", "daemon_address": "127.0.0.1:5600"}
-    with pytest.raises(ConfigError, match="needs a token"):
-        door_of(UmbpConfig(**at))
-    with pytest.raises(ConfigError, match="needs a token"):
-        start(daemon_listen="127.0.0.1:0")
-    with pytest.raises(ConfigError, match="daemon_auto_start starts a daemon at its Unix socket"):
-        pool_maker(UmbpConfig(**at, daemon_token=TOKEN, daemon_auto_start=True))
-    with_file = UmbpConfig(**at, daemon_token_file=token_file)
-    assert door_of(with_file) == TcpDoor(Endpoint("127.0.0.1", 5600), TOKEN.encode())
-    token_file.chmod(0o640)
-    with pytest.raises(ConfigError, match="chmod 600 it"):
-        door_of(with_file)
-    token_file.unlink()
-    with pytest.raises(ConfigError, match="cannot be read"):
-        door_of(with_file)
-
-
-def test_a_port_that_is_taken_leaves_the_socket_free(start: Callable[..., Daemon], path: Path) -> None:
-    busy = pytest.raises(ConfigError, match="another process listens there; give another port")
-    with socket.create_server(("127.0.0.1", 0)) as taken, busy:
-        start(daemon_listen=f"127.0.0.1:{taken.getsockname()[1]}", daemon_token=TOKEN)
-    assert not path.exists()
-    start()
-
-
-def test_the_command_line(
-    serve: Serve,
-    join: Join,
-    token_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    _, door = serve()
-    put(join(door), range(3))
-    at, secret = ["--address", str(door.endpoint)], ["--token-file", str(token_file)]
-
-    def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["umbp", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        told = capsys.readouterr()
-        return int(end.value.code or 0), told.out + told.err
-
-    monkeypatch.setenv("COLUMNS", "300")
-    code, said = run("daemon", "--status", *at, *secret)
-    assert (code, f"at {door}: 1 pool(s)" in said) == (0, True)
-    assert run("daemon", "--status", *at)[0] == 2
-    code, said = run("daemon", "--listen", "0.0.0.0:5600", *secret)
-    assert (code, "is not the loopback interface" in said) == (2, True)
-    code, said = run("daemon", "--listen", "127.0.0.1:5600")
-    assert (code, "daemon_listen needs a token" in said) == (2, True)
-    monkeypatch.setenv("UMBP_DAEMON_ADDRESS", str(door.endpoint))
-    monkeypatch.setenv("UMBP_DAEMON_TOKEN_FILE", str(token_file))
-    code, said = run("pool", "ls", "--tier", "dram")
-    assert (code, said.count(IDENTITY.namespace)) == (0, 3)
