@@ -78,7 +78,8 @@ def test_a_copy_of_the_folder_has_the_same_weights_but_another_path(published: P
     assert weights.known_weights() != before
 
 
-def test_outside_of_a_server_nothing_is_known() -> None:
+def test_outside_of_a_server_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime_context._CONTEXT, "_config_bags", {})
     assert weights.known_weights() == {"model": None, "draft": None}
 
 
