@@ -278,6 +278,13 @@ class LoadPlanner:
                 del again[key]
         return last
 
+    def part_from_ssd(self, op: LeaderTransferRequest) -> float:
+        """How many of the blocks of a load that is being ended lay on SSD, as a part of all."""
+        load = self._in_flight.get(op.op_id)
+        if load is not None and load.in_dram:
+            return 0.0
+        return sum(block.ssd_slot >= 0 for block in op.blocks) / max(1, len(op.blocks))
+
     def ended(self, verdict: Verdict) -> Iterable[RequestState]:
         """Take the end of a load: publishes what SSD gave to DRAM, drops what did not verify.
 

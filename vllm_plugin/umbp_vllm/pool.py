@@ -27,7 +27,7 @@ from umbp_vllm.stores import StorePlanner
 _STORED_IN = {tier: counter("vllm:umbp_stored_blocks", tier.name.lower()) for tier in Tier}
 _EVICTED_FROM = {tier: counter("vllm:umbp_evicted_blocks", tier.name.lower()) for tier in Tier}
 _TRIMMED = {tier: counter("vllm:umbp_trimmed_blocks", tier.name.lower()) for tier in Tier}
-_PAGES_PER_STEP = 64
+_PAGES_PER_STEP = 32
 """What is freed of a tier that is too full, in each step of the engine: it costs about a tenth of a millisecond."""
 
 
@@ -126,7 +126,8 @@ class LeaderPool:
 
     def _end(self, verdict: Verdict) -> Iterable[RequestState]:
         op = verdict.op
-        self.stats.op_ended(op.direction, verdict.status, verdict.moved_bytes, verdict.seconds)
+        from_ssd = self.loads.part_from_ssd(op) if op.direction is Direction.LOAD else 0.0
+        self.stats.op_ended(op.direction, verdict.status, verdict.moved_bytes, verdict.seconds, from_ssd)
         states = self.ended[op.direction](verdict)
         if not verdict.quarantined:
             self.release(op.op_id)

@@ -23,7 +23,10 @@ METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "vllm:umbp_loaded_blocks": ("Blocks that loads brought, by the tier that held them.", ("tier",)),
     "vllm:umbp_lookup_waits": ("Lookups answered 'not yet', by cause.", ("cause",)),
     "vllm:umbp_ops": ("Transfers that ended, by direction and status.", ("direction", "status")),
-    "vllm:umbp_bytes": ("Bytes moved over all ranks, by direction.", ("direction",)),
+    "vllm:umbp_bytes": (
+        "Bytes moved over all ranks, by direction and the tier that they came from or went to.",
+        ("direction", "tier"),
+    ),
     "vllm:umbp_op_seconds": ("Seconds spent in transfers (slowest rank), by direction.", ("direction",)),
     "vllm:umbp_failed_blocks": ("Blocks that did not arrive, by direction and reason.", ("direction", "reason")),
     "vllm:umbp_stored_blocks": ("Blocks published, by tier.", ("tier",)),
@@ -43,15 +46,20 @@ def counter(name: str, *labels: str) -> str:
     return SEPARATOR.join((name, *labels))
 
 
-_OF_OP: dict[tuple[Direction, OpStatus], tuple[str, str, str]] = {
+_OF_OP: dict[tuple[Direction, OpStatus], tuple[str, str]] = {
     (direction, status): (
         counter("vllm:umbp_ops", direction.label, status.value),
-        counter("vllm:umbp_bytes", direction.label),
         counter("vllm:umbp_op_seconds", direction.label),
     )
     for direction in Direction
     for status in OpStatus
 }
+
+_MOVED = {
+    direction: counter("vllm:umbp_bytes", direction.label, tier)
+    for direction, tier in ((Direction.LOAD, "dram"), (Direction.STORE, "dram"), (Direction.DEMOTE, "ssd"))
+}
+_READ_FROM_SSD = counter("vllm:umbp_bytes", Direction.LOAD.label, "ssd")
 
 
 class UmbpStats(KVConnectorStats):
@@ -70,13 +78,19 @@ class UmbpStats(KVConnectorStats):
         data = self.data
         data[key] = data.get(key, 0) + amount
 
-    def op_ended(self, direction: Direction, status: OpStatus, moved_bytes: int, seconds: float) -> None:
-        """Count an op that ended."""
-        ops, moved, took = _OF_OP[direction, status]
+    def op_ended(
+        self, direction: Direction, status: OpStatus, moved_bytes: int, seconds: float, from_ssd: float = 0.0
+    ) -> None:
+        """Count an op that ended; of a load, ``from_ssd`` is the part of its blocks that lay on SSD."""
+        ops, took = _OF_OP[direction, status]
         data = self.data
         data[ops] = data.get(ops, 0) + 1
-        data[moved] = data.get(moved, 0) + moved_bytes
         data[took] = data.get(took, 0) + seconds
+        ssd_bytes = round(moved_bytes * from_ssd) if from_ssd else 0
+        if ssd_bytes:
+            self.count(_READ_FROM_SSD, ssd_bytes)
+        moved = _MOVED[direction]
+        data[moved] = data.get(moved, 0) + moved_bytes - ssd_bytes
 
     def reported(self, reading: Reading) -> None:
         """Count what the reporter to a master counted."""
@@ -105,7 +119,8 @@ class UmbpStats(KVConnectorStats):
         for direction in Direction:
             name = direction.label
             seconds = self.data.get(SEPARATOR.join(("vllm:umbp_op_seconds", name)), 0)
-            moved = self.data.get(SEPARATOR.join(("vllm:umbp_bytes", name)), 0)
+            bytes_of = counter("vllm:umbp_bytes", name, "")
+            moved = sum(amount for key, amount in self.data.items() if key.startswith(bytes_of))
             if seconds:
                 short[f"{name}_GB_per_s"] = round(moved / seconds / 1e9, 2)
         return short

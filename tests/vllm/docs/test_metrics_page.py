@@ -24,14 +24,16 @@ def test_the_page_names_no_counter_that_does_not_exist() -> None:
 
 def test_counters_add_up_over_engines_and_show_throughput() -> None:
     first, second = UmbpStats(), UmbpStats()
-    first.add("vllm:umbp_bytes", 3e9, "load")
+    first.add("vllm:umbp_bytes", 3e9, "load", "dram")
     first.add("vllm:umbp_op_seconds", 1.0, "load")
-    second.add("vllm:umbp_bytes", 1e9, "load")
+    second.add("vllm:umbp_bytes", 1e9, "load", "dram")
+    second.add("vllm:umbp_bytes", 2e9, "load", "ssd")
     total = first.aggregate(UmbpStats(data=second.to_dict()))
     assert total.data == {
-        SEPARATOR.join(("vllm:umbp_bytes", "load")): 4e9,
+        SEPARATOR.join(("vllm:umbp_bytes", "load", "dram")): 4e9,
+        SEPARATOR.join(("vllm:umbp_bytes", "load", "ssd")): 2e9,
         SEPARATOR.join(("vllm:umbp_op_seconds", "load")): 1.0,
     }
-    assert total.reduce()["load_GB_per_s"] == 4.0
+    assert total.reduce()["load_GB_per_s"] == 6.0
     first.reset()
     assert first.is_empty()

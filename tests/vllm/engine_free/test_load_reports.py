@@ -124,10 +124,12 @@ def test_blocks_are_counted_when_they_have_arrived(make_umbp: MakeUmbp, tmp_path
     engine.run_until_finished(stored)
     for _ in range(3):
         engine.step()
-    assert engine.stat("stored_blocks", "dram") == engine.stat("bytes", "store") == 0
+    assert engine.stat("stored_blocks", "dram") == engine.stat("bytes", "store", "dram") == 0
     engine.release(Direction.STORE)
     engine.drain()
     assert engine.stat("stored_blocks", "dram") == 6
+    part = engine.stat("bytes", "store", "dram") / 12  # of one block on one of the two ranks
+    assert engine.stat("bytes", "demote", "ssd") == 12 * part
     engine.reset_prefix_cache()
     if tier is Tier.SSD:
         engine.drop_from(Tier.DRAM)
@@ -143,6 +145,8 @@ def test_blocks_are_counted_when_they_have_arrived(make_umbp: MakeUmbp, tmp_path
     assert engine.finish_reasons[name] == "length"
     assert engine.stat("loaded_blocks", label) == 5
     assert engine.stat("failed_blocks", "load", "verify") == 1
+    other = "ssd" if label == "dram" else "dram"
+    assert (engine.stat("bytes", "load", label), engine.stat("bytes", "load", other)) == (11 * part, 0)
     engine.close()
 
 
