@@ -13,7 +13,7 @@ from umbp_core.directory import Directory
 from umbp_core.errors import ConfigError
 from umbp_core.tiers import Tier
 
-OBJECTS_PER_PAGE_LOOKED_AT = 4
+OBJECTS_PER_PAGE_LOOKED_AT = 16
 """How many objects a step looks at for each page that it may free: more than one, since some are held."""
 _ROUNDING = 1e-9
 """So that 0.29 of 100 pages are 29."""

@@ -109,7 +109,7 @@ def test_many_that_are_held_do_not_hide_the_others_for_long() -> None:
     trimmer = Trimmer(there, {Tier.DRAM: Watermarks(0.5, 0.5)})
     put(there, *map(key, range(100)))
     there.pin("reader", map(key, range(40)))
-    gone = [trimmer.step(5) for _ in range(14)]
+    gone = [trimmer.step(1) for _ in range(53)]
     assert (gone[0], gone[1], sum(gone), used(there)) == (0, 0, 50, 50)
 
 

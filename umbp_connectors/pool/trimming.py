@@ -11,8 +11,8 @@ from umbp_core.directory import Directory
 from umbp_core.tiers import Tier
 from umbp_core.watermarks import Trimmer, Watermarks
 
-_PAGES = 64
-"""Freed per visit to the books: their lock is held for about a tenth of a millisecond."""
+_PAGES = 16
+"""Freed of each tier per visit to the books: their lock is held for one or two tenths of a millisecond."""
 _BETWEEN_S = 0.0005
 """Pause between two visits, for everybody else's."""
 _AGAIN_S = 0.1
