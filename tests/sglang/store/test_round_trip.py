@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from sglang.srt.mem_cache.hicache_storage import HiCacheStorageExtraInfo
 
 from tests.sglang.store.conftest import Stores
 from tests.sglang.store.pools import (
@@ -20,6 +22,7 @@ from tests.sglang.store.pools import (
     storage_config,
     wipe,
 )
+from umbp_connectors.pool.local import LocalPool
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,6 +103,21 @@ def test_missing_pages_are_told_one_by_one(stores: Stores) -> None:
     assert store.batch_get_v1(keys, rows(2, 3, 4)) == [False, True, False]
     assert page_bytes(pool, 3) == want
     assert store.batch_get(keys, [pool.get_dummy_flat_data_page() for _ in keys])[0] is None
+
+
+def test_pages_know_how_deep_in_their_prompt_they_are(stores: Stores) -> None:
+    """``hicache_storage_pass_prefix_keys``: what eviction by depth stands on."""
+    seen: list[list[int] | None] = []
+
+    class Recorded(LocalPool):
+        def put(self, keys: Any, buffers: Any, depths: Any = None, timeout: float | None = None) -> Any:
+            seen.append(depths)
+            return super().put(keys, buffers, depths, timeout)
+
+    store = stores(storage_config(), mha_pool(), make_pool=Recorded)
+    store.batch_set_v1(hashes(2), rows(0, 1))
+    store.batch_set_v1(hashes(2), rows(0, 1), HiCacheStorageExtraInfo(prefix_keys=hashes(5)))
+    assert seen == [[0, 1], [5, 6]]
 
 
 def test_clear_forgets_everything_at_once(stores: Stores) -> None:
