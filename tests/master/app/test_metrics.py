@@ -68,6 +68,17 @@ def test_reports_and_revokes() -> None:
     assert at("external_kv_revoke_blocks_total", node="n1", tier="DRAM") not in found
 
 
+def test_large_numbers_have_all_their_digits() -> None:
+    """The original's have six."""
+    metrics = MasterMetrics()
+    metrics.reported("n1", 1, 123_456_789, True)
+    metrics.metrics_reported("n1", (), [MetricSample("seen_total", CounterDelta(987_654_321))])
+    found = page(metrics, node("n1", tags=(), capacities=(TierCapacity(2, 1_099_511_627_777, 1),)))
+    assert found[at("external_kv_report_blocks_total", node="n1", tier="HBM")] == 123_456_789
+    assert found[at("seen_total", node="n1")] == 987_654_321
+    assert found[at("client_capacity_total_bytes", node="n1", tier="DRAM")] == 1_099_511_627_777
+
+
 def test_matches_routes_and_heartbeats() -> None:
     metrics = MasterMetrics()
     metrics.matched(10, 4)

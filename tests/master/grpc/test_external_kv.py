@@ -281,6 +281,19 @@ def test_large_reports_and_matches_go_in_pieces(call: Stub) -> None:
     assert match(call, *many) == {"n1": {DRAM: many[::2]}}
 
 
+@pytest.mark.usefixtures("nodes")
+def test_observed_answers_above_4_mib_need_a_client_that_takes_them(master: RunningMaster, call: Stub) -> None:
+    """60 000 hashes of 64 characters fit what a client of gRPC's default takes, 70 000 do not."""
+    many = [f"{number:064x}" for number in range(70_000)]
+    report(call, "n1", HBM, *many)
+    plain = master.stub(grpc.insecure_channel(master.target))
+    assert match(plain, *many[:60_000]) == {"n1": {HBM: many[:60_000]}}
+    code, details = plain.error("MatchExternalKv", hashes=many)
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "4194304" in details
+    assert match(call, *many) == {"n1": {HBM: many}}
+
+
 def test_a_query_is_bounded() -> None:
     with RunningMaster(MasterSettings(query_max=3000)) as master:
         call = master.stub()

@@ -104,6 +104,15 @@ def test_messages_have_the_names_numbers_and_types_of_the_wire(line: str) -> Non
     assert LEFT_FREE.get(name, set()) <= free
 
 
+def test_there_is_nothing_else_on_the_wire() -> None:
+    """What is new is in the native protocol."""
+    messages = {message.name for file in pb.files() for message in file.message_type}
+    assert messages == {line.split()[0] for line in WIRE.strip().splitlines()} | {
+        f"{method.name}Response" for method in methods() if method.name.startswith(("Report", "Revoke"))
+    }
+    assert {service.name for file in pb.files() for service in file.service} == {"UMBPMaster", "UMBPPeer"}
+
+
 def test_metric_values_are_a_oneof() -> None:
     assert [field.name for field in message("MetricSample").DESCRIPTOR.oneofs_by_name["value"].fields] == [
         "counter_delta",
