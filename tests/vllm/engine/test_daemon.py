@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -15,7 +16,7 @@ import pytest
 from tests.connectors.daemon.processes import Process, daemon
 from tests.connectors.waiting import until
 from tests.master.app.master_process import CALL, MasterProcess
-from tests.vllm.engine.local import Ask, Engine, engine, pool
+from tests.vllm.engine.local import BLOCK, Ask, Engine, engine, pool
 from tests.vllm.engine.oracle import Oracle
 from tests.vllm.engine.processes import children, in_child
 from tests.vllm.engine.test_parallel import PP, TP, serve_ranks
@@ -27,6 +28,8 @@ from umbp_connectors.daemon.messages import REVISION
 from umbp_core.tiers import Tier
 
 WHOLE = 192
+LAYER_BYTES = 512 * BLOCK
+"""Of the llama's four layers, each has a quarter of the KV."""
 _WAIT_S = 30.0
 
 
@@ -131,16 +134,35 @@ def test_two_engines_share_a_pool_one_is_killed_and_the_daemon_too(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [TP, PP], ids=["tensor", "pipeline"])
 def test_the_ranks_of_an_engine_in_processes_of_their_own(
-    llama: Path, oracle: Oracle, first: Process, socket: Path, sizes: dict[str, Any]
+    llama: Path, oracle: Oracle, first: Process, socket: Path
 ) -> None:
     asks = [Ask(prompt(300, seed=seed)) for seed in (920, 921)]
     right = [reply.tokens for reply in oracle.ask(llama, *asks)]
-    (cold,) = in_child(serve_ranks, llama, over(socket), sizes, asks, 1, timeout=280)
-    (again,) = in_child(serve_ranks, llama, over(socket), sizes, asks, 1, timeout=280)
+    (cold,) = in_child(serve_ranks, llama, over(socket), TP, asks, 1, timeout=280)
+    (again,) = in_child(serve_ranks, llama, over(socket), TP, asks, 1, timeout=280)
     assert [tokens for tokens, _ in cold] == [tokens for tokens, _ in again] == right
     assert [cached for _, cached in again] == [288] * 2
+
+
+@pytest.mark.slow
+def test_pipeline_stages_of_different_sizes_find_what_was_in_dram_when_they_start_again(
+    llama: Path, oracle: Oracle, first: Process, socket: Path
+) -> None:
+    asks = [Ask(prompt(300, seed=seed)) for seed in (920, 921)]
+    right = [reply.tokens for reply in oracle.ask(llama, *asks)]
+    (cold,) = in_child(_serve_unevenly, llama, over(socket), asks, timeout=280)
+    (view,) = inspect(socket, time.monotonic() + _WAIT_S).pools
+    assert view.page_bytes == 2 * 3 * LAYER_BYTES, "each of two stages gets as much as three layers need"
+    (again,) = in_child(_serve_unevenly, llama, over(socket), asks, timeout=280)
+    assert [tokens for tokens, _ in cold] == [tokens for tokens, _ in again] == right
+    assert [cached for _, cached in again] == [288] * 2
+
+
+def _serve_unevenly(model: Path, tiers: dict[str, Any], asks: list[Ask]) -> list[list[tuple[tuple[int, ...], int]]]:
+    """Three layers on the first stage, one on the second."""
+    os.environ["VLLM_PP_LAYER_PARTITION"] = "3,1"
+    return serve_ranks(model, tiers, PP, asks, 1)
 
 
 def _served_again(opened: Engine, asks: list[Ask]) -> list[Any]:
