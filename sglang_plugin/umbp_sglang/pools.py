@@ -88,6 +88,10 @@ class Moved:
     fresh: int = 0
     """Of the pages that are ok: those that were really written, or came from SSD."""
 
+    def followed_by(self, missing: int) -> Moved:
+        """The same, of a call that had ``missing`` pages more."""
+        return Moved(self.ok + [False] * missing, self.late, self.fresh) if missing else self
+
 
 @dataclass(frozen=True, slots=True)
 class StagedPages:
@@ -156,6 +160,11 @@ class StorePool:
     def put_flat(self, keys: Sequence[bytes], pages: Sequence[PageBuffer], timeout: float) -> Moved:
         """Store pages given as flat buffers; only for pools whose pages are not cut."""
         return _kept([self.shards[0].put(keys, pages, None, timeout)])
+
+    def stage_flat(self, keys: Sequence[bytes], pages: Sequence[PageBuffer], timeout: float) -> StagedPages:
+        """Copy flat pages, to be published later; only for pools whose pages are not cut."""
+        put = self.shards[0].stage(keys, pages, None, timeout)
+        return StagedPages(_kept([put.statuses]), (put,))
 
     def get_flat(self, keys: Sequence[bytes], pages: Sequence[PageBuffer], timeout: float) -> Moved:
         """Fill flat buffers; only for pools whose pages are not cut."""

@@ -6,6 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -25,7 +26,7 @@ from umbp_sglang.doors import Door
 from umbp_sglang.hits import PrefixHits, leading_groups, prefixes_up_to, prefixes_with_tail
 from umbp_sglang.host_pages import tensor_bytes
 from umbp_sglang.keys import block_keys, leading
-from umbp_sglang.pools import BATCH_PAGES, Budget, Moved, StorePool, depths_of
+from umbp_sglang.pools import BATCH_PAGES, Budget, Moved, StagedPages, StorePool, depths_of
 from umbp_sglang.registry import KV, PoolMaker, PoolRegistry
 from umbp_sglang.reporting import NodeReporting, keep_reporting, kept_reporting, open_reporting
 from umbp_sglang.settings import read_settings
@@ -288,14 +289,15 @@ class UMBPStore(HiCacheStorage):
         wanted, indices = anchors[:allowed], host_indices[: allowed * pool.access.rows]
         depths = depths_of(depth, allowed)
         if self._sidecars.awaited(wanted):
-            moved = self._timed("put", pool, lambda: self._put_together(pool, wanted, indices, depths))()
+            stage = partial(pool.stage, wanted, indices, depths, Budget(self._timeout))
+            work = partial(self._put_together, wanted, stage)
         else:
-            moved = self._timed("put", pool, lambda: pool.put(wanted, indices, depths, Budget(self._timeout)))()
-        return Moved(moved.ok + [False] * (len(keys) - allowed), moved.late, moved.fresh)
+            work = partial(pool.put, wanted, indices, depths, Budget(self._timeout))
+        return self._timed("put", pool, work)().followed_by(len(keys) - allowed)
 
-    def _put_together(self, pool: StorePool, anchors: list[bytes], indices: Any, depths: Sequence[int]) -> Moved:
+    def _put_together(self, anchors: list[bytes], stage: Callable[[], StagedPages]) -> Moved:
         """Store KV pages whose side pools' pages wait for them: those are published first, so none is found without."""
-        staged = pool.stage(anchors, indices, depths, Budget(self._timeout))
+        staged = stage()
         self._sidecars.ready([anchor for anchor, ok in zip(anchors, staged.moved.ok, strict=True) if ok])
         published = staged.publish()
         return staged.moved if published else Moved([False] * len(anchors))
@@ -347,13 +349,17 @@ class UMBPStore(HiCacheStorage):
         return self._timed("get", pool, lambda: pool.get_flat(block_keys(keys), pages, self._timeout))()
 
     def _put_flat(self, keys: Sequence[str], values: Sequence[Any]) -> Moved:
-        pool = self._uncut_anchor()
-        if pool is None:
+        pool, anchors = self._uncut_anchor(), block_keys(keys)
+        allowed = self._sidecars.allowed(anchors)
+        pages = [tensor_bytes(value.contiguous()) for value in values[:allowed]]
+        if pool is None or not allowed or any(page.nbytes != pool.access.object_bytes for page in pages):
             return Moved([False] * len(keys))
-        pages = [tensor_bytes(value.contiguous()) for value in values]
-        if any(page.nbytes != pool.access.object_bytes for page in pages):
-            return Moved([False] * len(keys))
-        return self._timed("put", pool, lambda: pool.put_flat(block_keys(keys), pages, self._timeout))()
+        wanted = anchors[:allowed]
+        if self._sidecars.awaited(wanted):
+            work = partial(self._put_together, wanted, partial(pool.stage_flat, wanted, pages, self._timeout))
+        else:
+            work = partial(pool.put_flat, wanted, pages, self._timeout)
+        return self._timed("put", pool, work)().followed_by(len(keys) - allowed)
 
     def _uncut_anchor(self) -> StorePool | None:
         pool = self._pools.get(KV)

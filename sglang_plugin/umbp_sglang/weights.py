@@ -8,8 +8,15 @@ from typing import Any
 from umbp_connectors.model_origin import model_origin
 from umbp_sglang import compat
 
-_DECIDING = ("dtype", "quantization", "quantization_param_path", "model_impl", "json_model_override_args")
-"""Settings, besides the weights, that decide what KV a model computes."""
+_DECIDING = (
+    *("dtype", "quantization", "quantization_param_path", "model_impl", "json_model_override_args"),
+    *("kv_cache_dtype", "qsa_indexer_dtype"),
+)
+"""Settings, besides the weights, that decide what KV a model computes, and in which form it lies in the host pools.
+
+These keep both kinds of 8-bit floats as plain bytes and do not tell which of them they are.
+"""
+_DRAFT_DTYPE = "speculative_draft_kv_cache_dtype"
 
 
 def known_weights() -> dict[str, object]:
@@ -36,7 +43,8 @@ def _draft() -> dict[str, object] | None:
         return None
     revision = compat.optional(spec, "speculative_draft_model_revision")
     algorithm = _plain(compat.optional(spec, "speculative_algorithm"))
-    return {**model_origin(str(path), revision), "algorithm": algorithm}
+    dtype = _plain(compat.optional(spec, _DRAFT_DTYPE))
+    return {**model_origin(str(path), revision), "algorithm": algorithm, "kv_cache_dtype": dtype}
 
 
 def _published(name: str) -> Any:

@@ -79,16 +79,16 @@ def test_the_dynamic_form_is_the_same_store(world: World) -> None:
         other.stop()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_pages_that_are_handed_over_as_copies_are_the_same_objects(world: World, layout: str) -> None:
+@pytest.mark.parametrize(("cfg", "layout"), CASES)
+def test_pages_that_are_handed_over_as_copies_are_the_same_objects(world: World, cfg: CacheConfig, layout: str) -> None:
     """``dynamic`` without ``interface_v1``, or an SGLang that our hook does not fit: the oldest interface, slow."""
     for first, second, start in ((copied(DYNAMIC), UMBP, 1), (UMBP, copied(DYNAMIC), 1000)):
-        prompt = prompt_of(FULL, PAGES, start)
-        engine = world.engine(Setup(first, FULL, layout))
+        prompt = prompt_of(cfg, PAGES, start)
+        engine = world.engine(Setup(first, cfg, layout))
         engine.compute(prompt)
         engine.offload(prompt)
         engine.stop()
-        other = world.engine(Setup(second, FULL, layout))
+        other = world.engine(Setup(second, cfg, layout))
         check(other, prompt)
         calls = other.cache.cache_controller
         assert calls.page_get_func == (calls._page_get_zero_copy if second is UMBP else calls._generic_page_get)

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from sglang.srt import runtime_context
 from sglang.srt.arg_groups.fields.model import Model
 from sglang.srt.arg_groups.fields.spec import Spec
@@ -16,7 +17,10 @@ from tests.sglang.store.conftest import Stores
 from tests.sglang.store.pools import hashes, mha_pool, rows, storage_config
 from umbp_sglang import weights
 
-DRAFT = ("speculative_draft_model_path", "speculative_draft_model_revision", "speculative_algorithm")
+DRAFT = (
+    *("speculative_draft_model_path", "speculative_draft_model_revision", "speculative_algorithm"),
+    "speculative_draft_kv_cache_dtype",
+)
 
 
 class Published:
@@ -50,10 +54,12 @@ CHANGES = {
     "new weights under the old path": new_bytes,
     "another type": lambda published: published.model.update(dtype="float16"),
     "another quantisation": lambda published: published.model.update(quantization="fp8"),
+    "the other kind of 8-bit floats": lambda published: published.model.update(kv_cache_dtype="fp8_e4m3"),
     "scales of KV": lambda published: published.model.update(quantization_param_path="scales.json"),
     "an overridden configuration": lambda published: published.model.update(json_model_override_args='{"rope": 2}'),
     "made-up weights": lambda published: published.model.update(load_format="dummy"),
     "another name of a hub": lambda published: published.model.update(model_path="somebody/model"),
+    "an indexer's type": lambda published: published.model.update(qsa_indexer_dtype="fp8_e4m3"),
     "a draft": lambda published: draft(published, "EAGLE"),
 }
 
@@ -68,6 +74,12 @@ def test_other_weights_find_nothing(stores: Stores, published: Published, tmp_pa
     if change:
         CHANGES[change](published)
     assert stores(config, mha_pool()).batch_exists(keys) == (0 if change else 2)
+
+
+def test_sglangs_host_pools_do_not_tell_8_bit_floats_apart() -> None:
+    """Why the settings must: both are bytes there, and a page of one read as the other would be wrong KV."""
+    kinds = (torch.float8_e5m2, torch.float8_e4m3fn)
+    assert {mha_pool(dtype=kind).dtype for kind in kinds} == {torch.uint8}
 
 
 def test_a_copy_of_the_folder_has_the_same_weights_but_another_path(published: Published) -> None:
