@@ -6,7 +6,7 @@ of its refusals, which UMBP's tests look for.  Everything raised is a ``MasterEr
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from umbp_connectors.master.grpc_raw import (
     OBJECTS,
@@ -106,11 +106,19 @@ class MasterCalls:
         """Where to put blocks; empty keys are keys here."""
         request = await read(pb.BatchRoutePutRequest, data)
         keys = await read_items(request.keys, data)
-        routes = self._service.route_put(
-            request.node_id, keys, list(request.block_sizes), list(request.exclude_nodes), batch=True
-        )
-        entries = [pb.BatchRoutePutEntry(**_put_fields(route)) async for route in in_turns(routes)]
-        return _bytes(pb.BatchRoutePutResponse(entries=entries))
+        sizes, exclude = list(request.block_sizes), list(request.exclude_nodes)
+        if len(keys) <= OBJECTS:
+            routes = self._service.route_put(request.node_id, keys, sizes, exclude, batch=True)
+        else:
+            routes = await self._service.batch_route_put(request.node_id, keys, sizes, exclude)
+        answer, size = [], 0
+        async for start in in_turns(range(0, len(routes), OBJECTS), 1):
+            # A message whose parts are put together is the message of all their entries.
+            answer.append(_bytes(_put_routes(routes[start : start + OBJECTS])))
+            size += len(answer[-1])
+            if size > MAX_MESSAGE:
+                raise too_large()
+        return b"".join(answer)
 
     async def batch_route_get(self, data: bytes) -> bytes:
         """Where to get blocks, in columns; references to nodes count from 1."""
@@ -207,6 +215,10 @@ def _key(request: Message, data: bytes) -> bytes:
         raise InvalidRequest("key cannot be empty")
     require_utf8([key], data)
     return key
+
+
+def _put_routes(routes: Sequence[PutRoute]) -> Message:
+    return pb.BatchRoutePutResponse(entries=[pb.BatchRoutePutEntry(**_put_fields(route)) for route in routes])
 
 
 def _put_fields(route: PutRoute) -> dict[str, object]:

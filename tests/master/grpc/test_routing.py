@@ -1,5 +1,6 @@
 """Routing over UMBP's wire: outcomes, columns, references and refusals."""
 
+import asyncio
 from typing import Any
 
 import grpc
@@ -129,6 +130,45 @@ def test_batches_of_any_size_keep_their_order(call: Stub, count: int) -> None:
     assert list(call("BatchLookup", keys=keys).found) == [True] * count
     put = call("BatchRoutePut", keys=[f"new {key}" for key in keys], block_sizes=[1] * count)
     assert [part.outcome for part in put.entries] == [ROUTED] * count
+
+
+def test_a_large_batch_of_puts_lets_others_in(
+    master: RunningMaster, call: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(call, "n", "n:1", room(DRAM, 1 << 40))
+    steps_of = master.state.route_put_steps
+    turns: list[int] = []
+    turn = 0
+
+    def watched(*arguments: Any) -> Any:
+        steps = steps_of(*arguments)
+
+        def each() -> Any:
+            while True:
+                try:
+                    next(steps)
+                except StopIteration as stop:
+                    return stop.value
+                turns.append(turn)
+                yield
+
+        return each()
+
+    def count() -> None:
+        nonlocal turn, handle
+        turn += 1
+        handle = loop.call_soon(count)
+
+    monkeypatch.setattr(master.state, "route_put_steps", watched)
+    loop = master.tell(asyncio.get_running_loop)
+    handle = master.tell(lambda: loop.call_soon(count))
+    keys = [str(number) for number in range(10_000)]
+    assert [entry.outcome for entry in call("BatchRoutePut", keys=keys, block_sizes=[1] * 10_000).entries] == [
+        ROUTED
+    ] * 10_000
+    master.tell(lambda: handle.cancel())
+    assert len(turns) > 10
+    assert len(set(turns)) == len(turns), "two steps in one turn of the loop"
 
 
 def test_an_answer_that_fits_no_message_is_refused_with_a_sentence(call: Stub) -> None:
