@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.vllm import models
 from tests.vllm.engine.local import ENGINE_ARGUMENTS, Ask, pool
 from tests.vllm.engine.oracle import Oracle
 from tests.vllm.engine.processes import in_child
@@ -52,6 +53,26 @@ def test_two_pipeline_stages(llama: Path, oracle: Oracle, tmp_path: Path) -> Non
     assert [cached for _, cached in dram] == [288] * 3
     assert [cached for _, cached in ssd] == [288] * 3
     assert_stored_what_they_computed(ranks, 27)
+
+
+@pytest.mark.slow
+@pytest.mark.statement("connector", 84)
+def test_latent_kv_is_kept_once_for_all_ranks(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """All ranks of a tensor-parallel MLA model have the same KV: one of them stores it, the others map that memory."""
+    model = make_model(models.tiny_mla)
+    asks = [Ask(prompt(301, seed=seed)) for seed in range(3)]
+    tiers = pool(tmp_path, dram_capacity="32MiB", ssd_capacity="64MiB")
+    arguments = {**TP, "block_size": 16}
+    (_, dram), ranks = in_child(serve_and_look, model, tiers, arguments, asks, 2, timeout=280)
+    (ssd,) = in_child(serve_ranks, model, tiers, arguments, asks, 1, timeout=280)
+    assert [cached for _, cached in dram] == [288] * 3
+    assert [cached for _, cached in ssd] == [288] * 3
+    assert [(rank["stored"], rank["different"], rank["foreign"]) for rank in ranks] == [(57, 57, 0)] * 2, (
+        "with the blocks that the answers filled"
+    )
+    assert len({rank["memory"] for rank in ranks}) == 1, "the ranks look at one memory"
+    (slab,) = tmp_path.rglob("slab*")
+    assert slab.stat().st_size <= 64 << 20
 
 
 def assert_stored_what_they_computed(ranks: Sequence[dict[str, Any]], blocks: int) -> None:
