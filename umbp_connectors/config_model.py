@@ -151,7 +151,7 @@ class UmbpConfig(BaseModel):
     ssd_engines: Count = Field(
         1,
         description="Engines that use `ssd_dir` together, each with an equal part of `ssd_capacity`; "
-        "those of `--data-parallel-size` are counted without it.",
+        "those of `--data-parallel-size` (vLLM) and `--dp-size` and `--attn-dp-size` (SGLang) are counted without it.",
     )
     ssd_direct_io: bool = Field(
         True, description="Use O_DIRECT where the file system has it, so that the page cache is left to others."

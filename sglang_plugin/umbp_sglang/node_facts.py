@@ -48,6 +48,12 @@ def node_facts(model: str, page_tokens: int) -> NodeFacts:
     )
 
 
+def data_parallel() -> tuple[int, int]:
+    """Which of how many independent caches this rank has a part of; (0, 1) where SGLang has not published it."""
+    parallel = _published("parallel")
+    return _dp_rank(parallel), max(1, _number(parallel, "num_dp_ranks"))
+
+
 def publishes_events() -> bool:
     """Whether this rank is the one of its cache that publishes events."""
     parallel = _published("parallel")

@@ -23,7 +23,7 @@ from umbp_sglang.host_pages import PageAccess, is_logical, layout_of, page_acces
 from umbp_sglang.identity import layout_descriptor, pool_identity, rank_scope
 from umbp_sglang.pool_teller import PoolTeller
 from umbp_sglang.pools import StorePool
-from umbp_sglang.settings import StoreSettings
+from umbp_sglang.settings import RankFacts, StoreSettings
 from umbp_sglang.siblings import SiblingPool, meeting_place
 
 logger = logging.getLogger(__name__)
@@ -224,7 +224,7 @@ class PoolRegistry:
             readers = [SiblingPool(found, meeting_place(found, rank.dp_rank), timeout) for found in identities]
             return StorePool(member.name, member.access, readers)
         pools = [
-            self._make_pool(identity, self._config(member, part, share))
+            self._make_pool(identity, self._config(identity, member, part, share))
             for identity, part in zip(identities, parts, strict=True)
         ]
         servers = [
@@ -250,7 +250,7 @@ class PoolRegistry:
         scope = rank_scope(rank, member.replicated, part)
         return pool_identity(rank, self._settings.config.namespace, member.name, layout, scope, self._weights)
 
-    def _config(self, member: _Member, part: int | None, share: float) -> LocalPoolConfig:
+    def _config(self, identity: Identity, member: _Member, part: int | None, share: float) -> LocalPoolConfig:
         config, rank = self._settings.config, self._settings.rank
         columns, column = self._columns(member)
         if part is not None:
@@ -265,6 +265,8 @@ class PoolRegistry:
             rank=(rank.pp_rank * rank.cp_size + rank.cp_rank) * columns + column,
             ranks=groups * columns,
             ssd_share=share,
+            engines=rank.dp_size,
+            ssd_namespace=_folder(identity.namespace, rank),
             make_ssd=self._settings.make_ssd,
         )
 
@@ -278,3 +280,8 @@ class PoolRegistry:
         rank = self._settings.rank
         holders = self._columns(member)[0] * rank.pp_size * rank.cp_size * member.access.parts
         return int(self._settings.config.dram_capacity * share) // holders
+
+
+def _folder(namespace: str, rank: RankFacts) -> str:
+    """The name of the pool's folder below the SSD folder: data-parallel ranks have one each."""
+    return namespace if rank.dp_size == 1 else f"{namespace}-dp{rank.dp_rank}of{rank.dp_size}"

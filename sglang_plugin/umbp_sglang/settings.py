@@ -14,6 +14,7 @@ from umbp_connectors.plugins import create_manager
 from umbp_connectors.tier_ports import SsdTier
 from umbp_core.errors import ConfigError
 from umbp_core.eviction import EvictionPolicy
+from umbp_sglang.node_facts import data_parallel
 
 ENGINE_KEYS = frozenset(
     {
@@ -37,7 +38,8 @@ class RankFacts:
     """This process among those of one engine, as SGLang's ``HiCacheStorageConfig`` has it.
 
     ``replicated`` says that all TP ranks hold the same KV (MLA); then only the ``writer`` stores it.  ``head_parts`` is
-    the number of equal ranges into which ``tp_lcm_size`` cuts all heads, 0 when heads are not cut.
+    the number of equal ranges into which ``tp_lcm_size`` cuts all heads, 0 when heads are not cut.  ``dp_size`` caches
+    are independent of each other, whether SGLang has replicas or data-parallel attention.
     """
 
     model: str = ""
@@ -50,6 +52,7 @@ class RankFacts:
     dcp_rank: int = 0
     dcp_size: int = 1
     dp_rank: int = 0
+    dp_size: int = 1
     replicated: bool = False
     writer: bool = True
     head_parts: int = 0
@@ -90,6 +93,7 @@ def read_settings(storage_config: Any, env: Mapping[str, str] | None = None) -> 
 
 def _rank_facts(storage_config: Any) -> RankFacts:
     replicated = bool(storage_config.is_mla_model)
+    dp_rank, dp_size = data_parallel()
     return RankFacts(
         model=storage_config.model_name or "",
         tp_rank=int(storage_config.tp_rank),
@@ -100,7 +104,8 @@ def _rank_facts(storage_config: Any) -> RankFacts:
         cp_size=int(storage_config.attn_cp_size),
         dcp_rank=int(storage_config.dcp_rank),
         dcp_size=int(storage_config.dcp_size),
-        dp_rank=int(storage_config.dp_rank),
+        dp_rank=int(storage_config.dp_rank) or dp_rank,  # SGLang tells a storage that of attention only
+        dp_size=dp_size,
         replicated=replicated,
         writer=bool(storage_config.is_storage_writer),
         head_parts=0 if replicated else _head_parts(storage_config.tp_lcm_size, int(storage_config.tp_size)),

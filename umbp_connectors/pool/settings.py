@@ -26,7 +26,8 @@ class LocalPoolConfig:
     bounds what everybody together keeps below ``ssd_dir``.  Pools that use the folder at the same time divide it up:
     every one of ``ssd_engines`` engines has an equal part, of which the pools of one namespace have ``ssd_share``
     (an engine's namespaces should come to 1), which ``ranks`` pools share evenly; ``rank`` is this one's place among
-    them.
+    them.  Engines that have the same identity, as those of a data-parallel group, need an ``ssd_namespace`` each: the
+    name of their folder, which is otherwise the identity's namespace.
 
     A disk read gets ``ssd_timeout_s`` seconds in a call that names no time itself.  After ``ssd_failures`` calls in a
     row whose time was over before the disk gave them anything, it is left alone for ``ssd_retry_s`` seconds, later for
@@ -64,6 +65,7 @@ class LocalPoolConfig:
     ssd_retry_s: float = 1.0
     ssd_share: float = 1.0
     ssd_engines: int = 1
+    ssd_namespace: str = ""
     make_ssd: Callable[[SsdTierSpec], SsdTier] | None = None
     make_ssd_gate: GateMaker | None = None
     durability: Durability = "batched"
@@ -93,11 +95,16 @@ def local_pool_config(
     rank: int = 0,
     ranks: int = 1,
     ssd_share: float = 1.0,
+    engines: int = 1,
+    ssd_namespace: str = "",
     make_ssd: Callable[[SsdTierSpec], SsdTier] | None = None,
     make_ssd_gate: GateMaker | None = None,
     prefixes: tuple[bytes, ...] = (),
 ) -> LocalPoolConfig:
-    """The pool that the user's ``config`` asks for; what it cannot know is given, see :class:`LocalPoolConfig`."""
+    """The pool that the user's ``config`` asks for; what it cannot know is given, see :class:`LocalPoolConfig`.
+
+    ``engines`` are known to use the folder together; the user may have said that there are more.
+    """
     return LocalPoolConfig(
         object_bytes=object_bytes,
         dram_bytes=dram_bytes,
@@ -114,7 +121,8 @@ def local_pool_config(
         prefault=config.dram_prefault,
         direct_io=config.ssd_direct_io,
         ssd_share=ssd_share,
-        ssd_engines=config.ssd_engines,
+        ssd_engines=max(engines, config.ssd_engines),
+        ssd_namespace=ssd_namespace,
         make_ssd=make_ssd,
         make_ssd_gate=make_ssd_gate,
         durability=config.ssd_durability,

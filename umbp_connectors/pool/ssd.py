@@ -98,14 +98,14 @@ def open_ssd(
     """
     if config.ssd_dir is None:
         return None
-    page_bytes = arena.page_bytes
+    page_bytes, namespace = arena.page_bytes, config.ssd_namespace or identity.namespace
     with contextlib.ExitStack() as undo:
         try:
-            tier = _tier(identity, config, config.ssd_dir, page_bytes)
+            tier = _tier(namespace, identity.layout, config, config.ssd_dir, page_bytes)
             undo.callback(tier.close)
             if tier.slab.slot_bytes < page_bytes:
                 raise TierUnavailable(f"slots of {tier.slab.slot_bytes} bytes hold no object of {page_bytes}")
-            folder = RankFolder(config.ssd_dir, identity.namespace, config.rank)
+            folder = RankFolder(config.ssd_dir, namespace, config.rank)
             folder.open(config.patience_s)
             undo.callback(folder.close)
             catalogue = _catalogue(identity, folder, tier.slots, page_bytes, stripes, config.durability)
@@ -131,12 +131,12 @@ def open_ssd(
     return PoolSsd(tier, folder, catalogue, demoter, threads, loader, fence, books, restored)
 
 
-def _tier(identity: Identity, config: LocalPoolConfig, ssd_dir: Path, page_bytes: int) -> SsdTier:
+def _tier(namespace: str, layout: bytes, config: LocalPoolConfig, ssd_dir: Path, page_bytes: int) -> SsdTier:
     if config.make_ssd is not None:
         return config.make_ssd(
             SsdTierSpec(
-                identity.namespace,
-                identity.layout,
+                namespace,
+                layout,
                 page_bytes,
                 config.rank,
                 config.ranks,
@@ -148,9 +148,9 @@ def _tier(identity: Identity, config: LocalPoolConfig, ssd_dir: Path, page_bytes
         )
     return open_rank_slab(
         ssd_dir,
-        identity.namespace,
+        namespace,
         config.rank,
-        identity.layout,
+        layout,
         page_bytes,
         config.ssd_capacity,
         config.ranks,
