@@ -223,7 +223,10 @@ class PoolClient(Protocol):
         ...
 
     def clear(self) -> int:
-        """Forget every object of this identity; returns how many copies could be read."""
+        """Forget every object of this identity; returns how many copies could be read.
+
+        Raises ``TierUnavailable`` when whoever keeps the pool does not answer: then they are still there.
+        """
         ...
 
     def flush(self, timeout: float) -> bool:

@@ -20,14 +20,23 @@ class Door:
     """Calls of one kind.  Any thread.
 
     After some calls in a row whose time was over, or that failed, calls are answered at once as misses, until a trial
-    succeeds.  An exception is logged once for each type.  ``degraded`` is told why a call gave nothing.
+    succeeds.  An exception is logged once for each type.  ``degraded`` is told why a call gave nothing.  While
+    ``ready()`` is false, every move is a miss.
     """
 
-    def __init__(self, name: str, breaker: Breaker, clock: Clock, degraded: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        breaker: Breaker,
+        clock: Clock,
+        degraded: Callable[[str], None],
+        ready: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.name = name
         self._breaker = breaker
         self._clock = clock
         self._degraded = degraded
+        self._ready = ready
         self._lock = threading.Lock()
         self._logged: set[type[BaseException]] = set()
 
@@ -39,6 +48,8 @@ class Door:
 
     def move(self, work: Callable[[], Moved], pages: int) -> list[bool]:
         """What ``work`` says of its ``pages`` pages; all of them false when it fails or may not be done now."""
+        if not self._ready():
+            return [False] * pages
         with self._lock:
             permit = self._breaker.attempt(self._clock())
         if permit is None:

@@ -56,7 +56,7 @@ class Shard(Protocol):
         """How many can be read now, from the first on without a gap."""
 
     def clear(self) -> int:
-        """Forget everything."""
+        """Forget everything.  Raises ``TierUnavailable`` when that cannot be done now."""
 
     def stats(self, tier: Tier) -> TierStats | None:
         """How full a tier is; ``None`` when there is none of its own."""
@@ -199,7 +199,7 @@ class StorePool:
         return found
 
     def clear(self) -> None:
-        """Forget every page."""
+        """Forget every page.  Raises what a shard raises that cannot."""
         for shard in self.shards:
             shard.clear()
 

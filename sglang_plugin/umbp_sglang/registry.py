@@ -164,7 +164,11 @@ class PoolRegistry:
                 shard.call_observer()
 
     def clear(self) -> None:
-        """Forget every page of every pool."""
+        """Forget every page of every pool, also of those that nobody has used yet.
+
+        Raises what a pool raises that cannot forget its pages now; others may have forgotten theirs.
+        """
+        self.open()
         for pool in self.pools():
             pool.clear()
 

@@ -22,6 +22,7 @@ from sglang.srt.mem_cache.hicache_storage import (
 from umbp_core.breaker import Backoff, Breaker
 from umbp_core.errors import ConfigError
 from umbp_core.ports import Clock
+from umbp_sglang.clearing import Clearing
 from umbp_sglang.doors import Door
 from umbp_sglang.hits import PrefixHits, leading_groups, prefixes_up_to, prefixes_with_tail
 from umbp_sglang.host_pages import tensor_bytes
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 _HOLDER = "storage"
 _BACKOFF = Backoff(first=1.0, ceiling=30.0)
+_CLEAR_BACKOFF = Backoff(first=0.2, ceiling=5.0)
 
 
 class UMBPStore(HiCacheStorage):
@@ -67,6 +69,9 @@ class UMBPStore(HiCacheStorage):
         self._pools = PoolRegistry(self._settings, known_weights(), make_pool)
         self._sidecars = Sidecars()
         self._stats = StoreStats()
+        self._clearing = Clearing(
+            self._pools.clear, Breaker(random.random, _CLEAR_BACKOFF, 1), clock, self._stats.degraded
+        )
         self._gets = self._door("get")
         self._puts = self._door("put")
         self._asks = self._door("exists")
@@ -197,9 +202,12 @@ class UMBPStore(HiCacheStorage):
     # The whole store
 
     def clear(self) -> None:
-        """Forget every page of every pool; when it returns, none of them is found any more."""
+        """Forget every page of every pool; when it returns, none of them is found any more.
+
+        Where they cannot be forgotten yet, because the daemon is away, nothing is found or stored until they are.
+        """
         self._sidecars.clear()
-        self._asks.answer(self._pools.clear, None)
+        self._clearing.ask()
 
     def get_stats(self) -> Any:
         """SGLang's ``StorageMetrics`` of the calls since the last time, or ``None`` when it collects none."""
@@ -208,6 +216,8 @@ class UMBPStore(HiCacheStorage):
     def close(self) -> None:
         """Write what is to be on SSD, give everything back; idempotent.  Later calls are misses."""
         self._sidecars.clear()
+        if not self._clearing.done():
+            logger.warning("umbp: closed before the storage could be cleared: what it holds will be found again")
         self._asks.answer(self._pools.close, None)
         reporting, self._reporting = self._reporting, None
         if reporting is not None:
@@ -240,10 +250,10 @@ class UMBPStore(HiCacheStorage):
         return self._pools.tiers()
 
     def _door(self, name: str) -> Door:
-        return Door(name, Breaker(random.random, _BACKOFF), self._clock, self._stats.degraded)
+        return Door(name, Breaker(random.random, _BACKOFF), self._clock, self._stats.degraded, self._clearing.done)
 
     def _anchor_prefix(self, keys: Sequence[str]) -> int:
-        if self._gets.shut:
+        if self._gets.shut or not self._clearing.done():
             return 0
         if self._pools.logical:
             return len(keys)

@@ -31,6 +31,7 @@ BROAD_EXCEPTS = {
     "umbp_connectors/reporting/reporter.py": (1, "producer boundary: capacities that cannot be had are not told"),
     "umbp_connectors/transfer/jobs.py": (2, "op boundary of a transfer worker: the op fails, the worker lives"),
     "umbp_connectors/transfer/lanes.py": (1, "top of a transfer thread"),
+    "sglang_plugin/umbp_sglang/clearing.py": (1, "engine boundary: what cannot be cleared stays due"),
     "sglang_plugin/umbp_sglang/doors.py": (1, "engine boundary: a storage call is a miss"),
     "sglang_plugin/umbp_sglang/reporting_hooks.py": (
         1,

@@ -30,7 +30,7 @@ from umbp_connectors.pool.shares import CopyShares
 from umbp_connectors.pool.sharing.messages import KEY_BYTES
 from umbp_connectors.pool.staged import StagedPut
 from umbp_core.directory import TierStats
-from umbp_core.errors import StateError
+from umbp_core.errors import StateError, TierUnavailable
 from umbp_core.ids import Identity
 from umbp_core.tiers import Tier
 
@@ -234,11 +234,19 @@ class DaemonPool:
         return count
 
     def clear(self) -> int:
-        """Forget every object, those of other clients of this identity too; returns how many copies could be read."""
+        """Forget every object, those of other clients of this identity too; returns how many copies could be read.
+
+        Raises ``TierUnavailable`` when the daemon does not answer: what it has, or finds on its SSD when it comes back,
+        is still there then.
+        """
         deadline = self._deadline(None)
         counts: list[int] = []
-        self._opened().call(Way.ASK, deadline, lambda link: counts.append(link.clear(deadline)))
-        return sum(counts)
+        if not self._opened().call(Way.ASK, deadline, lambda link: counts.append(link.clear(deadline))):
+            raise TierUnavailable(
+                f"the daemon at {self._config.socket} did not say that it forgot {self._identity.namespace}; "
+                "clear again when it answers"
+            )
+        return counts[-1]
 
     def flush(self, timeout: float) -> bool:
         """See ``LocalPool.flush``; false also while the daemon does not answer."""

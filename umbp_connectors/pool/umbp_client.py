@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from umbp_connectors.pool.buffers import memory_at
 from umbp_connectors.pool.rows import ObjectRows
-from umbp_core.errors import StateError
+from umbp_core.errors import StateError, TierUnavailable
 from umbp_core.master.model import ExternalMatch
 from umbp_core.outcomes import DeploymentMode, GetStatus, PoolStats, PutStatus
 from umbp_core.ports import PoolClient
@@ -185,8 +185,11 @@ class Client:
 
     def clear(self) -> bool:
         """Forget every object, and what the master was told of this node."""
-        with contextlib.suppress(StateError):  # closed: there is nothing
-            self._pool.clear()
+        try:
+            with contextlib.suppress(StateError):  # closed: there is nothing
+                self._pool.clear()
+        except TierUnavailable:  # the daemon is away, with everything that it has
+            return False
         self._external.clear_all()
         return True
 

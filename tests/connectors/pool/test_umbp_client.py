@@ -145,6 +145,10 @@ def test_clear_and_close_may_be_repeated(make: Callable[..., Client]) -> None:
         client.exists("key")
 
 
+def test_what_the_daemon_does_not_hear_is_not_cleared(make: Callable[..., Client], tmp_path: Path) -> None:
+    assert not make(mode="daemon", daemon_socket=str(tmp_path / "nobody.sock")).clear()
+
+
 def test_regions_are_forgotten_one_by_one(make: Callable[..., Client]) -> None:
     client = make()
     assert client.register_memory(4096, 8192)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus, StagedPut
+from umbp_core.errors import TierUnavailable
 from umbp_core.ids import Identity
 
 
@@ -20,11 +21,13 @@ class FakeClock:
 
 
 class Faults:
-    """Makes pools and is what goes wrong in them: an exception, no time, or no room."""
+    """Makes pools and is what goes wrong in them: an exception, no time, no room, or nobody who clears."""
 
     def __init__(self) -> None:
         self.error: Exception | None = None
         self.late = False
+        self.keeps = False
+        self.clears = 0
         self.full: Callable[[bytes], bool] = lambda key: False
         self.calls = 0
         self.pools: list[FaultyPool] = []
@@ -46,6 +49,12 @@ class FaultyPool(LocalPool):
     """A real pool, with faults in front of it."""
 
     faults: Faults
+
+    def clear(self) -> int:
+        self.faults.clears += 1
+        if self.faults.keeps:
+            raise TierUnavailable("nobody there")
+        return super().clear()
 
     def put(
         self,
