@@ -52,11 +52,6 @@ def has_heads(host_pool: Any) -> bool:
     return isinstance(host_pool, tuple(kinds))
 
 
-def storage_metrics(**counts: list[Any]) -> Any:
-    """SGLang's ``StorageMetrics`` with these lists."""
-    return find("sglang.srt.observability.metrics_collector:StorageMetrics")(**counts)
-
-
 def keep(owner: Any, ours: Any) -> None:
     """Leave ``ours`` with ``owner``, an object of SGLang's that outlives a storage."""
     setattr(owner, _KEPT, ours)
