@@ -214,12 +214,15 @@ class PoolClient(Protocol):
         """
         ...
 
-    def exists(self, keys: Sequence[bytes]) -> list[bool]:
-        """Which of ``keys`` can be read now.  Never waits for a disk."""
+    def exists(self, keys: Sequence[bytes], timeout: float | None = None) -> list[bool]:
+        """Which of ``keys`` can be read now.  Never waits for a disk.
+
+        Whoever has to ask another process for it gives up after ``timeout`` seconds; the rest is not there then.
+        """
         ...
 
-    def count_prefix(self, keys: Sequence[bytes]) -> int:
-        """How many of ``keys``, from the first on and without a gap, can be read now."""
+    def count_prefix(self, keys: Sequence[bytes], timeout: float | None = None) -> int:
+        """How many of ``keys``, from the first on and without a gap, can be read now; ``timeout`` as for `exists`."""
         ...
 
     def clear(self) -> int:

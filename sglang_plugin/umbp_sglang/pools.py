@@ -49,10 +49,10 @@ class Shard(Protocol):
     def get(self, keys: Sequence[bytes], buffers: Sequence[Any], timeout: float | None = None) -> list[GetStatus]:
         """Fill buffers."""
 
-    def exists(self, keys: Sequence[bytes]) -> list[bool]:
+    def exists(self, keys: Sequence[bytes], timeout: float | None = None) -> list[bool]:
         """Which of the keys can be read now."""
 
-    def count_prefix(self, keys: Sequence[bytes]) -> int:
+    def count_prefix(self, keys: Sequence[bytes], timeout: float | None = None) -> int:
         """How many can be read now, from the first on without a gap."""
 
     def clear(self) -> int:
@@ -170,14 +170,14 @@ class StorePool:
         """Fill flat buffers; only for pools whose pages are not cut."""
         return _hits([self.shards[0].get(keys, pages, timeout)])
 
-    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+    def contains(self, keys: Sequence[bytes], budget: Budget) -> list[bool]:
         """Which pages can be read now."""
-        first, *others = [shard.exists(keys) for shard in self.shards]
+        first, *others = [shard.exists(keys, budget.left()) for shard in self.shards]
         return [all(parts) for parts in zip(first, *others, strict=True)] if others else first
 
-    def count_prefix(self, keys: Sequence[bytes]) -> int:
+    def count_prefix(self, keys: Sequence[bytes], budget: Budget) -> int:
         """How many can be read now, from the first on without a gap."""
-        return min(shard.count_prefix(keys) for shard in self.shards)
+        return min(shard.count_prefix(keys, budget.left()) for shard in self.shards)
 
     def tiers(self) -> dict[str, tuple[int, int]]:
         """Of each tier how many bytes are used, and how many there are.  Raises ``StateError`` when closed."""

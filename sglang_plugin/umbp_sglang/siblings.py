@@ -65,13 +65,13 @@ class SiblingPool:
         """Copy out of the writer's memory."""
         return self._reader.get(keys, buffers, timeout)
 
-    def exists(self, keys: Sequence[bytes]) -> list[bool]:
+    def exists(self, keys: Sequence[bytes], timeout: float | None = None) -> list[bool]:
         """What the writer has."""
-        return self._reader.exists(keys, self._lookup)
+        return self._reader.exists(keys, self._patience(timeout))
 
-    def count_prefix(self, keys: Sequence[bytes]) -> int:
+    def count_prefix(self, keys: Sequence[bytes], timeout: float | None = None) -> int:
         """What the writer has, from the first on without a gap."""
-        return self._reader.count_prefix(keys, self._lookup)
+        return self._reader.count_prefix(keys, self._patience(timeout))
 
     def stats(self, tier: Tier) -> TierStats | None:
         """Nothing: the tiers are the writer's."""
@@ -84,3 +84,6 @@ class SiblingPool:
     def close(self) -> None:
         """End the connections."""
         self._reader.close()
+
+    def _patience(self, timeout: float | None) -> float:
+        return self._lookup if timeout is None else min(self._lookup, timeout)

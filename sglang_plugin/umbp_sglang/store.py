@@ -116,7 +116,7 @@ class UMBPStore(HiCacheStorage):
 
     def batch_exists(self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None) -> int:
         """How many pages of KV, from the first on without a gap, can be read now."""
-        found = self._asks.answer(lambda: self._anchor_prefix(keys), 0)
+        found = self._asks.answer(lambda: self._anchor_prefix(keys, Budget(self._timeout)), 0)
         self._stats.looked_up(len(keys), found)
         return found
 
@@ -197,7 +197,7 @@ class UMBPStore(HiCacheStorage):
 
     def exists(self, key: str) -> bool:
         """Whether KV page ``key`` can be read now."""
-        return self._asks.answer(lambda: self._anchor_prefix([key]), 0) == 1
+        return self._asks.answer(lambda: self._anchor_prefix([key], Budget(self._timeout)), 0) == 1
 
     # The whole store
 
@@ -252,16 +252,17 @@ class UMBPStore(HiCacheStorage):
     def _door(self, name: str) -> Door:
         return Door(name, Breaker(random.random, _BACKOFF), self._clock, self._stats.degraded, self._clearing.done)
 
-    def _anchor_prefix(self, keys: Sequence[str]) -> int:
+    def _anchor_prefix(self, keys: Sequence[str], budget: Budget) -> int:
         if self._gets.shut or not self._clearing.done():
             return 0
         if self._pools.logical:
             return len(keys)
         pool = self._pools.get(KV)
-        return leading(keys, pool.count_prefix) if pool is not None else 0
+        return leading(keys, lambda part: pool.count_prefix(part, budget)) if pool is not None else 0
 
     def _prefixes(self, keys: list[str], transfers: Sequence[PoolTransfer]) -> PrefixHits:
-        hits = PrefixHits(self._anchor_prefix(keys))
+        budget = Budget(self._timeout)
+        hits = PrefixHits(self._anchor_prefix(keys, budget))
         chain = block_keys(keys[: hits.anchor])
         for transfer in transfers:
             if not hits.usable:
@@ -270,12 +271,12 @@ class UMBPStore(HiCacheStorage):
             if pool is None:
                 hits.restrict(name, prefixes_up_to(hits.anchor, 0))
             elif transfer.hit_policy == PoolHitPolicy.TRAILING_PAGES:
-                hits.restrict(name, prefixes_with_tail(pool.contains(chain), len(transfer.keys or ())))
+                hits.restrict(name, prefixes_with_tail(pool.contains(chain, budget), len(transfer.keys or ())))
             elif transfer.hit_policy == PoolHitPolicy.BLOCK_GROUPS:
-                present = pool.contains(block_keys(transfer.keys or []))
+                present = pool.contains(block_keys(transfer.keys or []), budget)
                 hits.boundaries[name] = transfer.block_pages * leading_groups(present, transfer.group_pages)
             else:
-                hits.restrict(name, prefixes_up_to(hits.anchor, pool.count_prefix(chain)))
+                hits.restrict(name, prefixes_up_to(hits.anchor, pool.count_prefix(chain, budget)))
         return hits
 
     def _get(self, name: str, keys: Sequence[str], host_indices: Any, budget: Budget) -> list[bool]:
@@ -336,12 +337,12 @@ class UMBPStore(HiCacheStorage):
     ) -> Callable[[], Moved]:
         def stage() -> Moved:
             staged = pool.stage(keys, indices, depths, budget)
-            self._sidecars.add(staged, self._missing_anchors(keys))
+            self._sidecars.add(staged, self._missing_anchors(keys, budget))
             return staged.moved
 
         return stage
 
-    def _missing_anchors(self, keys: list[bytes]) -> list[bytes]:
+    def _missing_anchors(self, keys: list[bytes], budget: Budget) -> list[bytes]:
         """Of ``keys``, those whose KV page this rank is still to store."""
         rank = self._settings.rank
         if rank.replicated and not rank.writer:
@@ -349,7 +350,7 @@ class UMBPStore(HiCacheStorage):
         anchor = self._pools.get(KV)
         if anchor is None:
             return keys if self._pools.logical else []
-        return [key for key, there in zip(keys, anchor.contains(keys), strict=True) if not there]
+        return [key for key, there in zip(keys, anchor.contains(keys, budget), strict=True) if not there]
 
     def _get_flat(self, keys: Sequence[str], targets: Sequence[Any]) -> Moved:
         pool = self._uncut_anchor()

@@ -200,10 +200,10 @@ class DaemonPool:
             self._gets.update(statuses)
         return statuses
 
-    def exists(self, keys: Sequence[bytes]) -> list[bool]:
+    def exists(self, keys: Sequence[bytes], timeout: float | None = None) -> list[bool]:
         """Which of ``keys`` can be read now; none while the daemon does not answer."""
         _check(keys)
-        deadline = self._deadline(min(self._config.timeout_s, _LOOKUP_S))
+        deadline = self._lookup_deadline(timeout)
         there: list[bool] = []
 
         def ask(link: Link) -> None:
@@ -215,10 +215,10 @@ class DaemonPool:
         self._opened().call(Way.ASK, deadline, ask)
         return there + [False] * (len(keys) - len(there))
 
-    def count_prefix(self, keys: Sequence[bytes]) -> int:
+    def count_prefix(self, keys: Sequence[bytes], timeout: float | None = None) -> int:
         """How many of ``keys``, from the first on and without a gap, can be read now."""
         _check(keys)
-        deadline = self._deadline(min(self._config.timeout_s, _LOOKUP_S))
+        deadline = self._lookup_deadline(timeout)
         count = 0
 
         def ask(link: Link) -> None:
@@ -310,6 +310,9 @@ class DaemonPool:
         self._opened()
         return time.monotonic() + (self._config.timeout_s if timeout is None else timeout)
 
+    def _lookup_deadline(self, timeout: float | None) -> float:
+        return self._deadline(min(self._config.timeout_s if timeout is None else timeout, _LOOKUP_S))
+
     def _connect(self, deadline: float) -> Link:
         """A new connection, with the arena that is mapped already if that is still the daemon's."""
         known = self._arena
@@ -357,7 +360,7 @@ class DaemonPool:
         return publish and len(done) == len(grants) and all(done)
 
     def _stats(self) -> PoolStats:
-        deadline = self._deadline(min(self._config.timeout_s, _LOOKUP_S))
+        deadline = self._lookup_deadline(None)
         found: list[PoolStats] = []
         self._opened().call(Way.ASK, deadline, lambda link: found.append(link.stats(deadline)))
         return found[0] if found else PoolStats([], {})

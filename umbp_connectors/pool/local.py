@@ -177,12 +177,15 @@ class LocalPool:
         with self._using() as parts:
             return parts.mover.get(keys, views, deadline)
 
-    def exists(self, keys: Sequence[bytes]) -> list[bool]:
-        """Which of ``keys`` can be read now.  Never waits for the disk.  Raises ``StateError`` when closed."""
+    def exists(self, keys: Sequence[bytes], timeout: float | None = None) -> list[bool]:
+        """Which of ``keys`` can be read now.  Raises ``StateError`` when closed.
+
+        Never waits for the disk, so that it needs no ``timeout``.
+        """
         return self._opened().books.contains_many(keys)
 
-    def count_prefix(self, keys: Sequence[bytes]) -> int:
-        """How many of ``keys``, from the first on and without a gap, can be read now."""
+    def count_prefix(self, keys: Sequence[bytes], timeout: float | None = None) -> int:
+        """How many of ``keys``, from the first on and without a gap, can be read now; ``timeout`` as in `exists`."""
         return self._opened().books.count_prefix(keys)
 
     def lend(self, keys: Sequence[bytes], timeout: float | None = None) -> Loan:

@@ -222,6 +222,8 @@ def test_no_time_at_all(start: Start, connect: Connect) -> None:
     put(pool, [0])
     assert put(pool, [1, 2], timeout=0) == [PutStatus.TIMED_OUT] * 2
     assert get(pool, [0, 1], timeout=0) == [GetStatus.TIMED_OUT] * 2
+    assert pool.exists([key_of(0)], timeout=0) == [False]
+    assert pool.count_prefix([key_of(0)], timeout=0) == 0
     assert get(pool, [0, 1]) == [GetStatus.DRAM, GetStatus.MISS]
     assert pool.failed == 0
 

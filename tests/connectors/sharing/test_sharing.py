@@ -113,6 +113,7 @@ def test_no_time_at_all(share: Share, path: Path) -> None:
     assert _get(reader, [0, 1], timeout=0) == [GetStatus.TIMED_OUT] * 2
     assert reader.exists([key_of(0)], timeout=0) == [False]
     assert reader.count_prefix([key_of(0)], timeout=0) == 0
+    assert reader.failed == 0, "which is nobody's fault"
     assert _get(reader, [0, 1], timeout=30) == [GetStatus.DRAM] * 2
     reader.close()
 

@@ -30,6 +30,8 @@ class Faults:
         self.clears = 0
         self.full: Callable[[bytes], bool] = lambda key: False
         self.calls = 0
+        self.patience: list[float | None] = []
+        """How long each lookup might have taken."""
         self.pools: list[FaultyPool] = []
 
     def make(self, identity: Identity, config: LocalPoolConfig) -> FaultyPool:
@@ -49,6 +51,14 @@ class FaultyPool(LocalPool):
     """A real pool, with faults in front of it."""
 
     faults: Faults
+
+    def exists(self, keys: Sequence[bytes], timeout: float | None = None) -> list[bool]:
+        self.faults.patience.append(timeout)
+        return super().exists(keys, timeout)
+
+    def count_prefix(self, keys: Sequence[bytes], timeout: float | None = None) -> int:
+        self.faults.patience.append(timeout)
+        return super().count_prefix(keys, timeout)
 
     def clear(self) -> int:
         self.faults.clears += 1

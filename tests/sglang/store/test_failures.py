@@ -7,7 +7,7 @@ import threading
 from typing import Any
 
 import pytest
-from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
 
 from tests.sglang.store.conftest import Stores
 from tests.sglang.store.faults import FakeClock, Faults
@@ -75,6 +75,28 @@ def test_calls_that_run_out_of_time_shut_the_door(store: UMBPStore, faults: Faul
     assert store.batch_exists(keys) == 2
     assert store.batch_get_v1(keys, rows(2, 3)) == [True, True]
     assert degraded(store) == {"get_timeout": CALLS_TO_SHUT, "get_shut": 1}
+
+
+def test_a_question_has_one_deadline_for_all_its_parts(stores: Stores, faults: Faults) -> None:
+    """Whoever asks a daemon or a sibling gets what is left of the time, in every part of the chain and every pool."""
+    sides = {PoolName.INDEXER: mha_pool(heads=1), PoolName.SWA: mha_pool(heads=1)}
+    store = stores(storage_config(), mha_pool(pages=24), sides, make_pool=faults.make)
+    keys = hashes(200)
+    for start in range(0, len(keys), 20):
+        part = keys[start : start + 20]
+        transfers = [PoolTransfer(name, rows(*range(20)), keys=part) for name in sides]
+        assert store.batch_set_v2(transfers) == {name: [True] * 20 for name in sides}
+        assert store.batch_set_v1(part, rows(*range(20))) == [True] * 20
+    faults.patience.clear()
+    asked = [
+        PoolTransfer(PoolName.INDEXER, keys=keys),
+        PoolTransfer(PoolName.SWA, keys=keys[-2:], hit_policy=PoolHitPolicy.TRAILING_PAGES),
+    ]
+    assert store.batch_exists_v2(keys, asked).kv_hit_pages == 200
+    given = [each for each in faults.patience if each is not None]
+    assert len(given) == len(faults.patience) >= 4, "the chain in parts, and both pools"
+    assert 3.0 >= given[0] > given[-1] > 0
+    assert given == sorted(given, reverse=True)
 
 
 def test_a_full_pool_costs_the_pages_that_found_no_room(store: UMBPStore, faults: Faults) -> None:

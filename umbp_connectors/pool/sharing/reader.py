@@ -145,6 +145,8 @@ class SharedPoolReader:
 
     def _call(self, channel: _Channel, deadline: float, work: Callable[[Link], None]) -> None:
         """``work`` with a link, if there is one to be had in time; what it did not do is a miss."""
+        if time.monotonic() >= deadline:
+            return
         with self._lock:
             permit = self._breaker.attempt(time.monotonic())
         if permit is None:
