@@ -18,12 +18,18 @@ CAPACITY = 32 << 20
 
 def attention(rank: int, size: int) -> dict[str, Any]:
     """What SGLang publishes in a rank of data-parallel attention."""
-    return {"num_dp_ranks": size, "attn_dp_size": size, "attn_dp_rank": rank, "dp_rank": None}
+    return _published(num_dp_ranks=size, tp_size=size, attn_dp_size=size, attn_dp_rank=rank, dp_rank=None)
 
 
 def replica(rank: int, size: int) -> dict[str, Any]:
     """The same of a replica of the whole engine, of which it tells a storage nothing."""
-    return {"num_dp_ranks": size, "attn_dp_size": 1, "attn_dp_rank": 0, "dp_rank": rank}
+    return _published(num_dp_ranks=size, tp_size=1, attn_dp_size=1, attn_dp_rank=0, dp_rank=rank)
+
+
+def _published(tp_size: int, **facts: Any) -> dict[str, Any]:
+    """With the sizes that SGLang compares with each other, whatever was published in this process before."""
+    ones = dict.fromkeys(("attn_tp_size", "attn_cp_size", "moe_ep_size", "moe_dp_size"), 1)
+    return {**ones, "tp_size": tp_size, "moe_tp_size": tp_size, **facts}
 
 
 KINDS = pytest.mark.parametrize("place", [attention, replica])
