@@ -5,6 +5,7 @@ The clock's side is ``benchmarks/leader.py``.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,15 @@ CHANGES = (
     "has_pending_push_work",
 )
 """What vLLM's scheduler calls when something changes."""
+
+
+@pytest.fixture(autouse=True)
+def no_garbage_is_collected() -> Iterator[None]:
+    """What it ends, of other tests, would count."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @contextmanager
