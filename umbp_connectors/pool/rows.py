@@ -23,11 +23,12 @@ from umbp_connectors.pool.buffers import (
 )
 from umbp_connectors.pool.checksums import object_checksum
 
-TOGETHER_BYTES = 1 << 20
-"""What is copied in one go, at most: it is still in the core's own cache when it is hashed.
+TOGETHER_BYTES = 2 << 20
+"""What is copied in one go, at most.
 
-Smaller pieces meet the other thread at the GIL more often, larger ones are read from memory twice: of 256 KiB and 1 MiB
-a put of 128 pages takes a twentieth longer with 4 MiB in one go (medians of 80 and 20 calls, two virtual processors).
+More meets the other thread at the GIL less often, but is read from memory twice: of 256 KiB a put of 128 pages takes a
+twentieth longer with 4 MiB in one go (medians of 80 calls, two virtual processors).  With a MiB, pages of a MiB would
+be copied one by one, which costs a third where they lie in many pieces.
 """
 
 
