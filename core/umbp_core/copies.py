@@ -6,7 +6,7 @@ Bookkeeping for :mod:`umbp_core.directory`, which is the door to use.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -287,7 +287,7 @@ class TierCopies:
             else:
                 self.held_pages -= len(pages)
 
-    def victims_for(self, nbytes: int, leased: Container[bytes]) -> list[bytes] | None:
+    def victims_for(self, nbytes: int, is_leased: Callable[[bytes], bool]) -> list[bytes] | None:
         """Keys whose eviction makes just enough room for ``nbytes``; ``None`` when no eviction does.
 
         The parts of a block go together, and stay while one of them is held, unless nothing else makes enough room.
@@ -305,9 +305,9 @@ class TierCopies:
             return None
         missing = need - self.allocator.free_pages
         if self.groups:
-            victims, passed = self._pick_blocks(self.groups, missing, leased)
+            victims, passed = self._pick_blocks(self.groups, missing, is_leased)
         else:
-            victims, passed = self._pick_alone(missing, leased)
+            victims, passed = self._pick_alone(missing, is_leased)
         for key in passed:
             self.policy.touched(key)
         return victims
@@ -333,14 +333,16 @@ class TierCopies:
             self.policy.touched(key)
         return victims
 
-    def _pick_alone(self, missing: int, leased: Container[bytes]) -> tuple[list[bytes] | None, Iterable[bytes]]:
+    def _pick_alone(
+        self, missing: int, is_leased: Callable[[bytes], bool]
+    ) -> tuple[list[bytes] | None, Iterable[bytes]]:
         """The first that can go, until they have ``missing`` pages; ``None`` if they never do; and what was passed."""
         victims: list[bytes] = []
         passed: list[bytes] = []
         published, pins = self.published, self.pins
         for key in self.policy.victims():
             pages = published[key].pages
-            if pages[0] in pins or key in leased:
+            if pages[0] in pins or is_leased(key):
                 passed.append(key)
                 continue
             victims.append(key)
@@ -350,7 +352,7 @@ class TierCopies:
         return victims if missing <= 0 else None, passed
 
     def _pick_blocks(
-        self, groups: BlockGroups, missing: int, leased: Container[bytes]
+        self, groups: BlockGroups, missing: int, is_leased: Callable[[bytes], bool]
     ) -> tuple[list[bytes] | None, Iterable[bytes]]:
         """The same for whole blocks, then for what can go of those that somebody holds a part of."""
         victims: list[bytes] = []
@@ -361,7 +363,7 @@ class TierCopies:
                 continue
             parts = groups.together(key)
             seen.update(dict.fromkeys(parts))
-            free = [part for part in parts if self.published[part].pages[0] not in self.pins and part not in leased]
+            free = [part for part in parts if self.published[part].pages[0] not in self.pins and not is_leased(part)]
             if len(free) < len(parts):
                 spared += free
                 continue

@@ -261,7 +261,7 @@ class Directory(Lookups):
         and all parts of a block or none.  What is passed over counts as used now, as it does in :meth:`reserve`.
         """
         state = self._state(tier)
-        victims = state.to_trim(pages, most, lambda key: key in self._leases.keys or key in keep)
+        victims = state.to_trim(pages, most, lambda key: self._leases.is_leased(key) or key in keep)
         if victims:
             self._evict(state, victims)
         return len(victims)
@@ -333,7 +333,7 @@ class Directory(Lookups):
 
     def _make_room(self, state: TierCopies, nbytes: int) -> bool:
         """Evict as much as it takes; ``False``, with nothing evicted, when no eviction makes enough room."""
-        victims = state.victims_for(nbytes, self._leases.keys)
+        victims = state.victims_for(nbytes, self._leases.is_leased)
         if victims is None:
             return False
         self._evict(state, victims)

@@ -7,7 +7,7 @@ until the last of them releases it or expires.  Time is whatever monotonic secon
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, KeysView
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from umbp_core.errors import UnknownOwner
@@ -39,11 +39,6 @@ class LeaseTable:
     def is_leased(self, key: bytes) -> bool:
         """Whether any owner leases ``key``."""
         return key in self._counts
-
-    @property
-    def keys(self) -> KeysView[bytes]:
-        """What is leased by some owner, kept up to date."""
-        return self._counts.keys()
 
     def grant(self, owner: str, keys: Iterable[bytes], deadline: float) -> None:
         """Lease ``keys`` to ``owner`` until ``deadline``, in addition to what it leases already.
