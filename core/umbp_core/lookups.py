@@ -6,6 +6,7 @@ The half of :class:`umbp_core.directory.Directory` that changes nothing; that on
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import NoReturn
 
 from umbp_core.copies import Copy, TierCopies, TierStats
@@ -33,11 +34,7 @@ class Lookups:
 
     def count_prefix(self, keys: Sequence[bytes]) -> int:
         """How many of ``keys``, from the first on and without a gap, are published in any tier."""
-        masks = self._masks
-        for index, key in enumerate(keys):
-            if key not in masks:
-                return index
-        return len(keys)
+        return len(list(takewhile(self._masks.__contains__, keys)))
 
     def contains_many(self, keys: Iterable[bytes]) -> list[bool]:
         """For each of ``keys`` whether it is published in any tier."""

@@ -16,13 +16,16 @@ def block_keys(hashes: Sequence[str]) -> list[bytes]:
 
     A name of any other form, which only the oldest interface of SGLang may hand over, counts by its SHA-256.
     """
+    count = len(hashes)
+    lines = "\n".join(hashes)
     try:
-        joined = bytes.fromhex("".join(hashes))
+        joined = bytes.fromhex(lines)
     except ValueError:
         return [_key_of(name) for name in hashes]
-    if len(joined) != _HASH_BYTES * len(hashes) or not _all_long(hashes):
+    # So many digits, and a line end after each 64 of them, are names of 64 digits: none borrowed some of its neighbour.
+    if len(joined) != _HASH_BYTES * count or lines[2 * _HASH_BYTES :: 2 * _HASH_BYTES + 1] != "\n" * (count - 1):
         return [_key_of(name) for name in hashes]
-    return list(struct.unpack(f"{_HASH_BYTES}s" * len(hashes), joined))
+    return list(struct.unpack(f"{_HASH_BYTES}s" * count, joined))
 
 
 def leading(hashes: Sequence[str], count: Callable[[list[bytes]], int]) -> int:
@@ -47,14 +50,9 @@ def _chunks(total: int) -> Iterator[tuple[int, int]]:
         start, size = stop, size * _GROWTH
 
 
-def _all_long(hashes: Sequence[str]) -> bool:
-    """Whether each has 64 digits, so that none of them borrowed some from its neighbour."""
-    return set(map(len, hashes)) <= {2 * _HASH_BYTES}
-
-
 def _key_of(name: str) -> bytes:
     try:
-        key = bytes.fromhex(name)
+        key = bytes.fromhex(name) if len(name) == 2 * _HASH_BYTES else b""
     except ValueError:
         key = b""
     return key if len(key) == _HASH_BYTES else hashlib.sha256(b"name\0" + name.encode()).digest()

@@ -11,6 +11,7 @@ NAMES = st.one_of(
     st.binary(min_size=32, max_size=32).map(bytes.hex),
     st.text(max_size=70),
     st.text("0123456789abcdef ", min_size=60, max_size=70),
+    st.lists(st.sampled_from(["", "a" * 63, "a" * 64, "a" * 65, "a" * 32]), min_size=1, max_size=3).map("\n".join),
 )
 
 
@@ -20,6 +21,10 @@ def test_names_and_keys_are_one_to_one(names: list[str]) -> None:
     assert [len(key) for key in keys] == [32] * len(names)
     assert len(set(keys)) == len(set(map(str.lower, names))) or len(set(keys)) == len(names)
     assert keys == [key for name in names for key in block_keys([name])], "neighbours make no difference"
+
+
+def test_digits_that_a_blank_divides_are_not_the_page_hash_without_it() -> None:
+    assert block_keys(["ab" * 16 + "\n" + "ab" * 16]) != block_keys(["ab" * 32])
 
 
 def test_a_page_hash_is_its_own_key() -> None:
