@@ -59,7 +59,7 @@ class DaemonClientConfig:
     Calls that name no time have ``timeout_s`` seconds.  ``label`` is what ``umbp daemon --status`` calls this client.
     """
 
-    socket: Door
+    door: Door
     object_bytes: int
     dram_bytes: int
     rank: int = 0
@@ -73,7 +73,7 @@ class DaemonClientConfig:
 
 
 class DaemonPool:
-    """Put, get and exists of a pool that the daemon at ``config.socket`` keeps, with what ``LocalPool`` promises.
+    """Put, get and exists of a pool that the daemon at ``config.door`` keeps, with what ``LocalPool`` promises.
 
     The calling threads copy between the caller's buffers and the daemon's memory, which is mapped here, and verify what
     they read.  A daemon that is missing, hanging, killed or of another version costs misses and nothing else: every
@@ -126,7 +126,7 @@ class DaemonPool:
         """
         if self._links is not None:
             raise StateError("this pool is open already; name its observer before")
-        self._follower = PoolFollower(self._config.socket, self._identity.digest, observer, self._attach)
+        self._follower = PoolFollower(self._config.door, self._identity.digest, observer, self._attach)
 
     def call_observer(self) -> None:
         """See ``LocalPool.call_observer``."""
@@ -139,7 +139,7 @@ class DaemonPool:
             raise StateError("this pool is already open")
         self._links = Links(self._connect, self._absent)
         wait = self._config.timeout_s
-        if self._starter is not None and is_missing(self._config.socket):
+        if self._starter is not None and is_missing(self._config.door):
             self._starter.start(self._config.start_timeout_s)
             wait = self._config.start_timeout_s
         self._links.call(Way.ASK, time.monotonic() + wait, lambda link: None)
@@ -243,7 +243,7 @@ class DaemonPool:
         counts: list[int] = []
         if not self._opened().call(Way.ASK, deadline, lambda link: counts.append(link.clear(deadline))):
             raise TierUnavailable(
-                f"the daemon at {self._config.socket} did not say that it forgot {self._identity.namespace}; "
+                f"the daemon at {self._config.door} did not say that it forgot {self._identity.namespace}; "
                 "clear again when it answers"
             )
         return counts[-1]
@@ -317,7 +317,7 @@ class DaemonPool:
         """A new connection, with the arena that is mapped already if that is still the daemon's."""
         known = self._arena
         greeting = msgspec.structs.replace(self._greeting, mapped=known.name) if known is not None else self._greeting
-        link = attach(self._config.socket, greeting, known, self._config.prefault, deadline)
+        link = attach(self._config.door, greeting, known, self._config.prefault, deadline)
         with self._lock:
             old, self._arena = self._arena, link.arena
         if old is not None and old is not link.arena:

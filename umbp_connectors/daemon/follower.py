@@ -25,7 +25,7 @@ _LONGEST_PAUSE_S = 1.0
 
 
 class PoolFollower:
-    """Tells ``observer`` what happens in the pool with this ``digest`` of an identity, of the daemon at ``socket``.
+    """Tells ``observer`` what happens in the pool with this ``digest`` of an identity, of the daemon at ``door``.
 
     The observer is called as by a pool of this process, in a thread of the follower's and under a lock of its own.  It
     is told changes only, the first listing and the end of a daemon included: without one, nothing is there.
@@ -34,9 +34,9 @@ class PoolFollower:
     """
 
     def __init__(
-        self, socket: Door, digest: bytes, observer: PoolObserver, attach: Callable[[float], object] | None = None
+        self, door: Door, digest: bytes, observer: PoolObserver, attach: Callable[[float], object] | None = None
     ) -> None:
-        self._socket = socket
+        self._door = door
         self._digest = digest
         self._observer = observer
         self._attach = attach or _nothing
@@ -83,7 +83,7 @@ class PoolFollower:
         """Listen to one connection until it ends, which raises."""
         deadline = time.monotonic() + _CONNECT_S
         self._attach(deadline)
-        link = follow(self._socket, self._digest, deadline)
+        link = follow(self._door, self._digest, deadline)
         with self._lock:
             self._link = link
         try:

@@ -65,7 +65,7 @@ class WantedPages:
     :func:`engine_token`.  ``label`` is what ``umbp daemon --status`` calls the engine.
     """
 
-    socket: Door
+    door: Door
     identities: tuple[Identity, ...]
     object_bytes: int
     dram_bytes: int
@@ -140,7 +140,7 @@ class PageClient:
         wanted = self._wanted
         self._turn += 1
         greeting = wanted.greeting(self._life, self._turn)
-        link = attach(wanted.socket, greeting, None, False, deadline, self._sequence)
+        link = attach(wanted.door, greeting, None, False, deadline, self._sequence)
         self._link = link
         try:
             welcome = link.welcome
@@ -303,7 +303,7 @@ class RankArena:
         wanted = self._wanted
         if not 0 <= self._stripe < len(wanted.identities):
             raise ConfigError(f"stripe {self._stripe} of objects that have {len(wanted.identities)}")
-        link = attach(wanted.socket, wanted.greeting(), None, self._prefault, deadline)
+        link = attach(wanted.door, wanted.greeting(), None, self._prefault, deadline)
         try:
             _check_pages(wanted, link.welcome.page_bytes)
         except UmbpError:

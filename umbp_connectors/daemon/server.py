@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -71,12 +72,11 @@ class DaemonServer:
             self._listener.open(min(128, self._max_connections))
         except PathInUse as error:
             raise ConfigError(f"a daemon is running at {self._path} already; use it, or give another path") from error
-        if self._tcp is not None:
-            try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._listener.close)
+            if self._tcp is not None:
                 self._tcp.open(min(128, self._max_connections))
-            except ConfigError:
-                self._listener.close()
-                raise
+            undo.pop_all()
         self._idle_since = time.monotonic()
         self._take_from(self._listener, None)
         if self._tcp is not None and self._door is not None:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Generic, TypeVar
 
 from umbp_connectors.daemon import messages
 from umbp_connectors.daemon.link import Link
@@ -16,6 +17,8 @@ from umbp_connectors.pool.checksums import copy_checksummed
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_connectors.pool.rows import RowViews, Views, copy_rows_in, copy_rows_out, sizes_of, stretches
 from umbp_connectors.pool.shares import CopyShares
+
+Answer = TypeVar("Answer")
 
 _PART_BYTES = 32 << 20
 """Bytes per loan or grant, at most: copying them takes many times as long as asking."""
@@ -111,14 +114,8 @@ class Transfers:
             part = batch.part(first, stop)
             return link.ask_pages(part.keys, sizes_of(part.views), [max(0, depth) for depth in part.depths], deadline)
 
-        asked = _Asked(ask, _parts(link, start, len(batch.keys)), deadline)
-        for part in asked:
-            places = link.granted(part.number, part.count, deadline)
-            if asked.ended:
-                link.give_back(part.number, deadline)
-                continue
-            if 0 < len(places) < part.count:
-                asked.end()
+        answered = _Answered(ask, link.granted, link.give_back, _parts(link, start, len(batch.keys)), deadline)
+        for part, places in answered:
             if places:
                 yield self._write_part(link, batch.part(part.start, part.start + len(places)), part, places, deadline)
             else:
@@ -161,16 +158,14 @@ class Transfers:
         self, link: Link, keys: Sequence[bytes], views: Views, start: int, deadline: float
     ) -> Iterator[list[GetStatus]]:
         """Fill ``views`` from ``start`` on out of loans, part by part; up to where one came short."""
-        asked = _Asked(
-            lambda first, stop: link.ask_loan(keys[first:stop], deadline), _parts(link, start, len(keys)), deadline
+        answered = _Answered(
+            lambda first, stop: link.ask_loan(keys[first:stop], deadline),
+            link.lent,
+            link.give_back,
+            _parts(link, start, len(keys)),
+            deadline,
         )
-        for part in asked:
-            places = link.lent(part.number, part.count, deadline)
-            if asked.ended:
-                link.give_back(part.number, deadline)
-                continue
-            if 0 < len(places) < part.count:
-                asked.end()
+        for part, places in answered:
             there = slice(part.start, part.start + len(places))
             found = self._read_part(link, keys[there], views[there], places, deadline)
             if time.monotonic() - part.asked >= link.welcome.lease_ms / 1000:
@@ -228,35 +223,52 @@ class Transfers:
         return statuses
 
 
-class _Asked:
-    """Parts of a batch, of which ``ask`` asks for the next one before this one is handed out; until ``deadline``.
+class _Answered(Generic[Answer]):
+    """The parts of a batch, each with what the daemon answers about it; ``ask`` was called for the next one by then.
 
-    Whoever takes a part takes the answer about it.  After :meth:`end`, only what was asked for is still handed out.
+    ``answer`` and ``give_back`` take the number that ``ask`` returned.  After an answer that comes short of its part,
+    nothing more is asked for, and what was asked for already is given back.
     """
 
-    def __init__(self, ask: Callable[[int, int], int], bounds: Sequence[tuple[int, int]], deadline: float) -> None:
+    def __init__(
+        self,
+        ask: Callable[[int, int], int],
+        answer: Callable[[int, int, float], Sequence[Answer]],
+        give_back: Callable[[int, float], None],
+        bounds: Sequence[tuple[int, int]],
+        deadline: float,
+    ) -> None:
         self._ask = ask
+        self._answer = answer
+        self._give_back = give_back
         self._bounds = deque(bounds)
         self._deadline = deadline
         self._asked: deque[_Part] = deque()
-        self.ended = False
 
-    def __iter__(self) -> Iterator[_Part]:
+    def __iter__(self) -> Iterator[tuple[_Part, Sequence[Answer]]]:
+        short = False
         while True:
-            while self._bounds and not self.ended and len(self._asked) < _AHEAD:
-                now = time.monotonic()
-                if now >= self._deadline:
-                    self._bounds.clear()
-                else:
-                    start, stop = self._bounds.popleft()
-                    self._asked.append(_Part(start, stop - start, self._ask(start, stop), now))
+            self._ask_ahead()
             if not self._asked:
                 return
-            yield self._asked.popleft()
+            part = self._asked.popleft()
+            answers = self._answer(part.number, part.count, self._deadline)
+            if short:
+                self._give_back(part.number, self._deadline)
+                continue
+            if 0 < len(answers) < part.count:
+                short = True
+                self._bounds.clear()
+            yield part, answers
 
-    def end(self) -> None:
-        """Ask for no more."""
-        self.ended = True
+    def _ask_ahead(self) -> None:
+        while self._bounds and len(self._asked) < _AHEAD:
+            now = time.monotonic()
+            if now >= self._deadline:
+                self._bounds.clear()
+            else:
+                start, stop = self._bounds.popleft()
+                self._asked.append(_Part(start, stop - start, self._ask(start, stop), now))
 
 
 def _parts(link: Link, start: int, stop: int) -> list[tuple[int, int]]:

@@ -46,7 +46,7 @@ class HostPlan:
     label: str
 
     @property
-    def socket(self) -> Door:
+    def door(self) -> Door:
         """Where the daemon is."""
         return door_of(self.config)
 
@@ -54,7 +54,7 @@ class HostPlan:
     def wanted(self) -> WantedPages:
         """The plan in the daemon's words."""
         token = engine_token(self.engine_id)
-        return WantedPages(self.socket, self.identities, self.page_bytes, self.dram_bytes, token, self.label)
+        return WantedPages(self.door, self.identities, self.page_bytes, self.dram_bytes, token, self.label)
 
 
 def check_host(config: UmbpConfig) -> None:
@@ -111,7 +111,7 @@ def door_maker(vllm_config: Any, config: UmbpConfig, namespace: str) -> Callable
         digest = plan.wanted.identity.digest
 
         def follow(observer: PoolObserver) -> PoolFollower:
-            return PoolFollower(plan.socket, digest, observer, lambda deadline: talker.say(Visit()))
+            return PoolFollower(plan.door, digest, observer, lambda deadline: talker.say(Visit()))
 
         return HostDoor(talker, follow, HostCapacities(talker.say))
 
@@ -121,7 +121,7 @@ def door_maker(vllm_config: Any, config: UmbpConfig, namespace: str) -> Callable
 def rank_host(plan: HostPlan, stripe: int, make_kit: Callable[[bytes, HostPages], RankKit]) -> tuple[RankHost, RankKit]:
     """This rank's mapping, and its first kit; starts a daemon and waits for it if that is wanted."""
     starter = starter_of(plan.config)
-    if starter is not None and is_missing(plan.socket):
+    if starter is not None and is_missing(plan.door):
         starter.start(plan.config.daemon_start_timeout_s)
     host = RankHost(lambda: new_mapping(plan, stripe), make_kit, plan.page_bytes)
     return host, host.open(plan.config.call_timeout_ms / 1000)
