@@ -12,9 +12,10 @@ from tests.connectors.disk import Disk
 from tests.connectors.pool_follower import Follower
 from tests.connectors.waiting import until
 from umbp_connectors.config_model import UmbpConfig
-from umbp_connectors.pool.books import Holdings
+from umbp_connectors.pool.books import Contents
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
 from umbp_connectors.pool.settings import local_pool_config
+from umbp_connectors.pool.trimming import RoomKeeper
 from umbp_core.directory import Change, EventKind
 from umbp_core.eviction import LruPolicy
 from umbp_core.ids import Identity, RankScope
@@ -32,8 +33,8 @@ class Strict(Follower):
 
     most = 0
 
-    def changed(self, changes: Sequence[Change], holdings: Holdings) -> None:
-        super().changed(changes, holdings)
+    def changed(self, changes: Sequence[Change], contents: Contents) -> None:
+        super().changed(changes, contents)
         self.most = max([self.most, *(len(each.keys) for each in changes if each.kind is EventKind.REMOVED)])
 
 
@@ -215,3 +216,18 @@ def test_the_configuration_says_how_full() -> None:
         Tier.DRAM: Watermarks(0.9, 0.9),
         Tier.SSD: Watermarks(0.8, 0.6),
     }
+
+
+def test_a_pool_whose_thread_cannot_start_leaves_its_folder_to_the_next(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(keeper: RoomKeeper) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RoomKeeper, "start", refuse)
+        with pytest.raises(RuntimeError):
+            make(8, slots=8, watermarks={Tier.DRAM: HALF})
+    pool = make(8, slots=8, watermarks={Tier.DRAM: HALF})
+    put(pool, keys(2))
+    assert pool.stats(Tier.SSD) is not None, "the folder was free again"

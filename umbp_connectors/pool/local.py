@@ -118,9 +118,11 @@ class LocalPool:
             mover = BatchMover(books, arena, self.stripes, config.copy_threads)
             ssd = open_ssd(self._identity, config, self.stripes, books, arena, self._clock)
             if ssd is not None:
+                undo.callback(ssd.close, CLOSE_TIMEOUT_S)
                 mover.use_ssd(ssd.loader, ssd.demoter)
+            room = _keep_room(config, books, ssd)
             undo.pop_all()
-        self._parts = _Parts(arena, books, mover, ssd, _keep_room(config, books, ssd))
+        self._parts = _Parts(arena, books, mover, ssd, room)
 
     def put(
         self,
