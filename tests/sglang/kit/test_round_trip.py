@@ -20,6 +20,14 @@ CASES = [
 ]
 
 
+def store_in_another_life(world: World, setup: Setup, prompt: Prompt) -> None:
+    """An engine computes the prompt, stores it and ends."""
+    engine = world.engine(setup)
+    engine.compute(prompt)
+    engine.offload(prompt)
+    engine.stop()
+
+
 def check(engine: Engine, prompt: Prompt) -> None:
     """The prompt comes from storage to the host and on to the device, and is what was computed."""
     assert engine.prefetch(prompt) == len(prompt)
@@ -44,10 +52,7 @@ def test_after_a_flush(world: World, backend: Backend, cfg: CacheConfig, layout:
 def test_after_a_restart(world: World, backend: Backend, cfg: CacheConfig, layout: str) -> None:
     setup = Setup(backend, cfg, layout)
     prompt = prompt_of(cfg, PAGES)
-    first = world.engine(setup)
-    first.compute(prompt)
-    first.offload(prompt)
-    first.stop()
+    store_in_another_life(world, setup, prompt)
     check(world.engine(setup), prompt)
 
 
@@ -56,10 +61,7 @@ def test_after_a_restart(world: World, backend: Backend, cfg: CacheConfig, layou
 def test_host_memory_as_a_buffer_only(world: World, backend: Backend, cfg: CacheConfig, layout: str) -> None:
     setup = Setup(backend, cfg, layout, memory="buffer_only")
     prompt = prompt_of(cfg, PAGES)
-    first = world.engine(setup)
-    first.compute(prompt)
-    first.offload(prompt)
-    first.stop()
+    store_in_another_life(world, setup, prompt)
     second = world.engine(setup)
     assert second.prefetch(prompt) == len(prompt)
     assert second.match(prompt).device_prefix_len == len(prompt)
@@ -70,10 +72,7 @@ def test_the_dynamic_form_is_the_same_store(world: World) -> None:
     """What was stored under the backend's own name is found by the form that needs no plug-in, and in turn."""
     for first, second, start in ((UMBP, DYNAMIC, 1), (DYNAMIC, UMBP, 1000)):
         prompt = prompt_of(FULL, PAGES, start)
-        engine = world.engine(Setup(first, FULL))
-        engine.compute(prompt)
-        engine.offload(prompt)
-        engine.stop()
+        store_in_another_life(world, Setup(first, FULL), prompt)
         other = world.engine(Setup(second, FULL))
         check(other, prompt)
         other.stop()
@@ -84,10 +83,7 @@ def test_pages_that_are_handed_over_as_copies_are_the_same_objects(world: World,
     """``dynamic`` without ``interface_v1``, or an SGLang that our hook does not fit: the oldest interface, slow."""
     for first, second, start in ((copied(DYNAMIC), UMBP, 1), (UMBP, copied(DYNAMIC), 1000)):
         prompt = prompt_of(cfg, PAGES, start)
-        engine = world.engine(Setup(first, cfg, layout))
-        engine.compute(prompt)
-        engine.offload(prompt)
-        engine.stop()
+        store_in_another_life(world, Setup(first, cfg, layout), prompt)
         other = world.engine(Setup(second, cfg, layout))
         check(other, prompt)
         calls = other.cache.cache_controller
@@ -104,10 +100,7 @@ def test_the_tree_that_servers_use(world: World, cfg: CacheConfig, memory: str) 
     """SGLang's Rust core, its default; it tells less of itself than the Python one, so the device is looked at."""
     setup = Setup(UMBP, cfg, "page_first_direct", memory, core="rust")
     prompt = prompt_of(cfg, PAGES)
-    first = world.engine(setup)
-    first.compute(prompt)
-    first.offload(prompt)
-    first.stop()
+    store_in_another_life(world, setup, prompt)
     second = world.engine(setup)
     assert second.prefetch(prompt) == len(prompt)
     second.onboard(prompt)

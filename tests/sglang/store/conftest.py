@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sglang.srt.plugins import load_plugins
 
+from tests.sglang.store.faults import FakeClock, Faults
 from umbp_sglang.store import UMBPStore
 
 
@@ -40,3 +41,15 @@ def stores() -> Iterator[Stores]:
     """A maker of stores."""
     with contextlib.ExitStack() as closing:
         yield Stores(closing)
+
+
+@pytest.fixture
+def faults() -> Faults:
+    """What goes wrong in the pools of the test's store."""
+    return Faults()
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    """Time that passes when the test says so."""
+    return FakeClock()

@@ -21,16 +21,6 @@ SIDE = PoolName.SWA
 
 
 @pytest.fixture
-def faults() -> Faults:
-    return Faults()
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
 def store(stores: Stores, faults: Faults, clock: FakeClock) -> UMBPStore:
     return stores(storage_config(), mha_pool(), {SIDE: mha_pool(heads=1)}, make_pool=faults.make, clock=clock)
 

@@ -19,16 +19,6 @@ CALLS_TO_SHUT = 3
 
 
 @pytest.fixture
-def faults() -> Faults:
-    return Faults()
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
 def store(stores: Stores, faults: Faults, clock: FakeClock) -> UMBPStore:
     return stores(storage_config(), mha_pool(), make_pool=faults.make, clock=clock)
 
