@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
-from umbp_connectors.pool.books import Holdings, PoolObserver
+from umbp_connectors.pool.books import Contents, PoolObserver
 from umbp_connectors.reporting.feed import Feed
 from umbp_connectors.reporting.words import Word
 from umbp_core.directory import Change, EventKind
@@ -43,7 +43,7 @@ class PoolTeller:
         self._feed: Feed[Item] | None = None
         self._life = 0
         self._joined: JoinedParts | None = None
-        self._now: Holdings = list
+        self._now: Contents = list
         self._descriptions: deque[Description] = deque(maxlen=_MAX_DESCRIPTIONS)
 
     def use(self, feed: Feed[Item]) -> None:
@@ -78,7 +78,7 @@ class PoolTeller:
         """Whether descriptions wait to be read: have the pool call its observer, should nothing change in it."""
         return bool(self._descriptions)
 
-    def changed(self, life: int, part: int, changes: Sequence[Change], holdings: Holdings) -> None:
+    def changed(self, life: int, part: int, changes: Sequence[Change], contents: Contents) -> None:
         """What an observer was told."""
         with self._lock:
             if life != self._life:
@@ -88,7 +88,7 @@ class PoolTeller:
                 self._now = joined.holdings
                 changes = joined.apply(part, changes)
             else:
-                self._now = holdings
+                self._now = contents
             if changes or self._descriptions:
                 self._tell(sum([len(change.keys) for change in changes]), changes)
 
@@ -125,6 +125,6 @@ class _Part:
         self._life = life
         self._part = part
 
-    def changed(self, changes: Sequence[Change], holdings: Holdings) -> None:
+    def changed(self, changes: Sequence[Change], contents: Contents) -> None:
         """See ``PoolObserver``."""
-        self._teller.changed(self._life, self._part, changes, holdings)
+        self._teller.changed(self._life, self._part, changes, contents)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from umbp_connectors.pool.books import Holdings
+from umbp_connectors.pool.books import Contents
 from umbp_core.directory import Change, EventKind
 from umbp_core.tiers import Tier
 
@@ -17,7 +17,7 @@ class Follower:
         self.faults: list[str] = []
         self.calls = 0
 
-    def changed(self, changes: Sequence[Change], holdings: Holdings) -> None:
+    def changed(self, changes: Sequence[Change], contents: Contents) -> None:
         self.calls += 1
         for change in changes:
             keys, mine = set(change.keys), self.held[change.tier]
@@ -31,6 +31,6 @@ class Follower:
                 if not keys <= mine:
                     self.faults.append(f"{change.tier.name}: {keys - mine} left and had not come")
                 mine -= keys
-        for tier, keys in holdings():
+        for tier, keys in contents():
             if set(keys) != self.held[tier]:
                 self.faults.append(f"{tier.name}: told {sorted(self.held[tier])}, there is {sorted(keys)}")

@@ -33,7 +33,7 @@ class HeldGrant:
     keys: Sequence[bytes]
 
 
-class Holdings:
+class ClientHoldings:
     """What one connection holds, or one engine over several connections of which one at a time may change it.
 
     Every call of a connection carries the turn that it entered with; when a later one has entered, nobody listens to

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from umbp_connectors.daemon.holdings import Holdings
+from umbp_connectors.daemon.holdings import ClientHoldings
 from umbp_connectors.daemon.messages import TOKEN_BYTES, Attach
 from umbp_connectors.daemon.watches import Watches
 from umbp_connectors.pool.local import CLOSE_TIMEOUT_S, LocalPool
@@ -26,7 +26,7 @@ class _Engine:
     there when the last speaker left.  Their processes may still copy.
     """
 
-    holdings: Holdings
+    holdings: ClientHoldings
     speaker: int
     witnesses: set[int] = field(default_factory=set)
 
@@ -125,16 +125,16 @@ class KeptPool:
                 del self._labels[client]
             self.left_at = time.monotonic()
 
-    def holdings(self, number: int, greeting: Attach) -> tuple[Holdings, int, bool]:
+    def holdings(self, number: int, greeting: Attach) -> tuple[ClientHoldings, int, bool]:
         """What this connection speaks for, its turn, and whether it is known from an earlier connection."""
         if not greeting.life:
-            return Holdings(self.pool.stock()), 0, False
+            return ClientHoldings(self.pool.stock()), 0, False
         name = (greeting.client, greeting.life)
         with self._lock:
             engine = self._engines.get(name)
             known = engine is not None
             if engine is None:
-                engine = self._engines[name] = _Engine(Holdings(self.pool.stock()), number)
+                engine = self._engines[name] = _Engine(ClientHoldings(self.pool.stock()), number)
             if engine.holdings.enter(greeting.turn):
                 engine.speaker = number
                 engine.witnesses.clear()
@@ -165,7 +165,7 @@ class KeptPool:
             if self._held[client] <= 0:
                 del self._held[client]
 
-    def _end_connection(self, client: bytes, number: int) -> list[Holdings]:
+    def _end_connection(self, client: bytes, number: int) -> list[ClientHoldings]:
         """What ends with connection ``number``.  With the lock held."""
         others = {each for each, whose in self._connections.items() if whose == client and each != number}
         over = []

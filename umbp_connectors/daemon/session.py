@@ -12,7 +12,7 @@ from typing import Any
 
 from umbp_connectors.daemon import messages
 from umbp_connectors.daemon.doors import TcpDoor
-from umbp_connectors.daemon.holdings import HeldGrant, Holdings
+from umbp_connectors.daemon.holdings import ClientHoldings, HeldGrant
 from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.kept import KeptPool
 from umbp_connectors.daemon.knocking import let_in
@@ -89,7 +89,7 @@ class Session:
         self._socket = FrameSocket(sock, (FrameType.HELLO, FrameType.REQUEST), messages.GREETING_BYTES)
         self._lease_s = lease_s
         self._refused = refused
-        self._holdings: Holdings
+        self._holdings: ClientHoldings
         self._turn = 0
         self._known = False
         self._client = b""

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from umbp_connectors.daemon.news import KEYS, Changed, Listed, News, Turn
-from umbp_connectors.pool.books import Holdings
+from umbp_connectors.pool.books import Contents
 from umbp_core.directory import Change, EventKind
 from umbp_core.tiers import Tier
 
@@ -83,7 +83,7 @@ class Watches:
         self._all: tuple[Watch, ...] = ()
         self._ended = False
 
-    def changed(self, changes: Sequence[Change], holdings: Holdings) -> None:
+    def changed(self, changes: Sequence[Change], contents: Contents) -> None:
         """See ``PoolObserver``."""
         for watch in self._all:
             watch.note(changes)

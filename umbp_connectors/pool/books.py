@@ -10,7 +10,7 @@ from umbp_connectors.pool.blank import BLANK, Blank, Filled
 from umbp_connectors.pool.catalogue import Catalogue, CatalogueRow
 from umbp_connectors.pool.changes import record, together
 from umbp_connectors.pool.fence import ReadFence
-from umbp_connectors.pool.observing import Holdings, PoolObserver
+from umbp_connectors.pool.observing import Contents, PoolObserver
 from umbp_connectors.pool.outcomes import PutStatus
 from umbp_core.directory import Change, Copy, Directory, TierSpace, TierStats
 from umbp_core.errors import StateError
@@ -20,7 +20,7 @@ from umbp_core.pages import PageAllocator
 from umbp_core.tiers import Tier
 from umbp_core.watermarks import Trimmer
 
-__all__ = ["Books", "Filled", "Holdings", "PoolObserver"]
+__all__ = ["Books", "Contents", "Filled", "PoolObserver"]
 
 
 class Books:

@@ -8,7 +8,7 @@ from typing import Protocol
 from umbp_core.directory import Change
 from umbp_core.tiers import Tier
 
-Holdings = Callable[[], list[tuple[Tier, list[bytes]]]]
+Contents = Callable[[], list[tuple[Tier, list[bytes]]]]
 """Everything that is published, tier by tier."""
 
 
@@ -19,5 +19,5 @@ class PoolObserver(Protocol):
     nothing of the pool and raise nothing.
     """
 
-    def changed(self, changes: Sequence[Change], holdings: Holdings) -> None:
-        """``changes`` happened.  ``holdings`` says what there is now; it may be called until this method returns."""
+    def changed(self, changes: Sequence[Change], contents: Contents) -> None:
+        """``changes`` happened.  ``contents`` says what there is now; it may be called until this method returns."""

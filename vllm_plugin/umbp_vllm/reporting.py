@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from umbp_connectors.pool.books import Holdings
+from umbp_connectors.pool.books import Contents
 from umbp_connectors.reporting.feed import Feed
 from umbp_connectors.reporting.reporter import Reporter
 from umbp_connectors.reporting.stats import Reading, ReportMeter
@@ -87,12 +87,12 @@ class HostTeller:
     """What the host's daemon holds of this model; a ``PoolObserver`` in the thread that follows the daemon."""
 
     def __init__(self, reporter: Reporter, decode: Decode) -> None:
-        self._now: Holdings = list
+        self._now: Contents = list
         self._feed: Feed[PoolNews] = reporter.feed("pool", decode, lambda: PoolListing(dict(self._now())))
 
-    def changed(self, changes: Sequence[Change], holdings: Holdings) -> None:
+    def changed(self, changes: Sequence[Change], contents: Contents) -> None:
         """See ``PoolObserver``."""
-        self._now = holdings
+        self._now = contents
         if changes:
             self._feed.tell(sum([len(change.keys) for change in changes]), changes)
 

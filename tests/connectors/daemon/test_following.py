@@ -23,7 +23,7 @@ from umbp_connectors.daemon.follower import PoolFollower
 from umbp_connectors.daemon.link import follow
 from umbp_connectors.daemon.news import Changed, Follow, Listed, Turn
 from umbp_connectors.daemon.watches import Watch
-from umbp_connectors.pool.books import Holdings
+from umbp_connectors.pool.books import Contents
 from umbp_connectors.pool.outcomes import GetStatus
 from umbp_core.directory import Change, EventKind
 from umbp_core.errors import StateError, TierUnavailable
@@ -213,8 +213,8 @@ def test_what_was_put_off_can_be_said_at_any_time(start: Start, connect: Connect
     class Late(Told):
         calls = 0
 
-        def changed(self, changes: Sequence[Change], holdings: Holdings) -> None:
-            super().changed(changes, holdings)
+        def changed(self, changes: Sequence[Change], contents: Contents) -> None:
+            super().changed(changes, contents)
             self.calls += not changes
 
     start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tests.connectors.daemon.conftest import Daemon
-from umbp_connectors.pool.books import Holdings
+from umbp_connectors.pool.books import Contents
 from umbp_core.directory import Change, EventKind
 from umbp_core.tiers import Tier
 
@@ -18,7 +18,7 @@ class Told:
     def __init__(self) -> None:
         self.held: Held = {Tier.DRAM: set(), Tier.SSD: set()}
 
-    def changed(self, changes: Sequence[Change], holdings: Holdings) -> None:
+    def changed(self, changes: Sequence[Change], contents: Contents) -> None:
         for change in changes:
             keys, held = set(change.keys), self.held[change.tier]
             assert len(keys) == len(change.keys) > 0
@@ -28,7 +28,7 @@ class Told:
             else:
                 assert keys <= held, "it was not there"
                 held -= keys
-        assert {tier: set(keys) for tier, keys in holdings()} == self.held
+        assert {tier: set(keys) for tier, keys in contents()} == self.held
 
 
 def truth(daemon: Daemon) -> Held:

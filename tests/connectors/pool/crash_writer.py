@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from umbp_connectors.pool.books import Holdings
+from umbp_connectors.pool.books import Contents
 from umbp_connectors.pool.durability import Durability
 from umbp_connectors.pool.local import LocalPool, LocalPoolConfig, PutStatus
 from umbp_core.directory import Change, EventKind
@@ -86,8 +86,8 @@ def say(*words: object) -> None:
 class Follower:
     """Says which objects leave the SSD."""
 
-    def changed(self, changes: Sequence[Change], holdings: Holdings) -> None:
-        del holdings
+    def changed(self, changes: Sequence[Change], contents: Contents) -> None:
+        del contents
         for change in changes:
             if change.tier is Tier.SSD and change.kind is EventKind.REMOVED:
                 say("gone", *(KEYS.index(key) for key in change.keys))
