@@ -213,7 +213,9 @@ class NativeAsyncClient:
             transport, _ = await asyncio.wait_for(
                 loop.create_connection(lambda: pipe, host, port, ssl=self._tls), timeout
             )
-            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock = transport.get_extra_info("socket")
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         try:
             await asyncio.wait_for(pipe.greeting, timeout)
         finally:

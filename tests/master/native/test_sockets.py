@@ -1,4 +1,7 @@
-"""Sockets as the protocol wants them: over TCP a small frame never waits for the acknowledgement of the one before."""
+"""Sockets as the protocol wants them.
+
+Over TCP a small frame never waits for the acknowledgement of the one before, and a peer that vanished is noticed.
+"""
 
 from __future__ import annotations
 
@@ -32,28 +35,29 @@ def connected_to(port: int) -> Iterator[socket.socket]:
                 yield found
 
 
-def delays(port: int) -> list[int]:
-    """Of each end whether it sends at once."""
-    return [found.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for found in connected_to(port)]
+OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY), (socket.SOL_SOCKET, socket.SO_KEEPALIVE)]
 
 
-def test_both_ends_send_at_once(running: Master) -> None:
+def set_at(port: int) -> list[list[bool]]:
+    """Of each end which of the options it has."""
+    return [[bool(found.getsockopt(*option)) for option in OPTIONS] for found in connected_to(port)]
+
+
+def test_both_ends_send_at_once_and_notice_a_lost_peer(running: Master) -> None:
     _, port = running.serve()
     with client(("127.0.0.1", port)) as it:
         assert it.match([b"a"], False, DEADLINE) == []
-        found = delays(port)
-        assert (len(found), all(found)) == (2, True)
+        assert set_at(port) == [[True, True], [True, True]]
 
 
-def test_both_ends_send_at_once_with_a_client_on_a_loop(running: Master) -> None:
+def test_so_they_do_with_a_client_on_a_loop(running: Master) -> None:
     _, port = running.serve()
 
-    async def work() -> list[int]:
+    async def work() -> list[list[bool]]:
         it = NativeAsyncClient(("127.0.0.1", port))
         assert await it.match([b"a"], False, DEADLINE) == []
-        found = delays(port)
+        found = set_at(port)
         it.close()
         return found
 
-    found = asyncio.run(asyncio.wait_for(work(), DEADLINE))
-    assert (len(found), all(found)) == (2, True)
+    assert asyncio.run(asyncio.wait_for(work(), DEADLINE)) == [[True, True], [True, True]]
