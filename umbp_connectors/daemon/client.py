@@ -24,7 +24,7 @@ from umbp_connectors.daemon.transfers import Transfers, Written
 from umbp_connectors.pool.batches import PutBatch
 from umbp_connectors.pool.books import PoolObserver
 from umbp_connectors.pool.buffers import ScatteredSource, ScatteredTarget
-from umbp_connectors.pool.outcomes import GetStatus, PoolCounters, PutStatus
+from umbp_connectors.pool.outcomes import GetStatus, PoolCounters, PutStatus, secured
 from umbp_connectors.pool.rows import targets_of, views_of
 from umbp_connectors.pool.shares import CopyShares
 from umbp_connectors.pool.sharing.messages import KEY_BYTES
@@ -157,8 +157,15 @@ class DaemonPool:
         deadline = self._deadline(timeout)
         batch = _put_batch(keys, buffers, depths, deadline)
         statuses: list[PutStatus] = []
-        self._opened().call(Way.PUT, deadline, lambda link: self._transfers.put(link, batch, deadline, statuses))
-        return self._finish_put(batch, statuses, deadline)
+        strict: list[bool] = []
+
+        def work(link: Link) -> None:
+            strict.append(link.welcome.strict)
+            self._transfers.put(link, batch, deadline, statuses)
+
+        self._opened().call(Way.PUT, deadline, work)
+        statuses = self._finish_put(batch, statuses, deadline)
+        return secured(keys, statuses, lambda stored: self._secure(stored, deadline)) if any(strict) else statuses
 
     def stage(
         self,
@@ -331,6 +338,12 @@ class DaemonPool:
     def _absent(self) -> None:
         if self._starter is not None:
             self._starter.start_soon()
+
+    def _secure(self, keys: Sequence[bytes], deadline: float) -> list[bytes]:
+        """Those of ``keys`` that are on SSD by ``deadline``, as far as the daemon says so."""
+        durable: list[bytes] = []
+        self._opened().call(Way.PUT, deadline, lambda link: durable.extend(link.secure(keys, deadline)))
+        return durable
 
     def _finish_put(self, batch: PutBatch, statuses: list[PutStatus], deadline: float) -> list[PutStatus]:
         rest = PutStatus.TIMED_OUT if time.monotonic() >= deadline else PutStatus.NO_ROOM

@@ -39,6 +39,7 @@ from umbp_connectors.daemon.messages import (
     Reserve,
     Return,
     ReturnPages,
+    Secure,
     TakenPages,
     TakePages,
     Welcome,
@@ -88,9 +89,7 @@ class Link:
 
         Of several things that were asked, the answers have to be taken in the same order, with nothing else between.
         """
-        left = max(0.0, deadline - time.monotonic())
-        request = Borrow(list(keys), min(messages.TIMEOUT_MS, int(1000 * _DAEMONS_PART * left)))
-        return self._send(request, deadline)
+        return self._send(Borrow(list(keys), _daemons_part(deadline)), deadline)
 
     def lent(self, number: int, count: int, deadline: float) -> list[Place]:
         """Where the ``count`` objects of loan ``number`` lie, or the first of them; until :meth:`give_back`."""
@@ -163,6 +162,17 @@ class Link:
     def flush(self, timeout: float, deadline: float) -> bool:
         """Wait for the SSD for at most ``timeout`` seconds; whether all is there."""
         return bool(self._ask(Flush(min(messages.TIMEOUT_MS, int(1000 * timeout))), Count, deadline).count)
+
+    def secure(self, keys: Sequence[bytes], deadline: float) -> list[bytes]:
+        """Wait for the SSD; those of ``keys`` that are there then."""
+        durable: list[bytes] = []
+        for start in range(0, len(keys), messages.KEYS):
+            part = keys[start : start + messages.KEYS]
+            there = self._ask(Secure(list(part), _daemons_part(deadline)), Found, deadline).there
+            if len(there) != len(part):
+                raise WireError(ErrorCode.MALFORMED, f"an answer about {len(part)} keys speaks of others")
+            durable += [key for key, found in zip(part, there, strict=True) if found]
+        return durable
 
     def stats(self, deadline: float) -> PoolStats:
         """How full the pool is, and what happened in it."""
@@ -328,3 +338,8 @@ def _greet(door: Door, greeting: Greeting, undo: contextlib.ExitStack, deadline:
 
 def _refused(door: Door, payload: memoryview) -> TierUnavailable:
     return TierUnavailable(f"the daemon at {door} refuses: {messages.decode_as(Refusal, payload).message}")
+
+
+def _daemons_part(deadline: float) -> int:
+    """How many milliseconds the daemon may take for what is to be answered by ``deadline``."""
+    return min(messages.TIMEOUT_MS, int(1000 * _DAEMONS_PART * max(0.0, deadline - time.monotonic())))

@@ -10,7 +10,7 @@ from pathlib import Path
 from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.daemon.client import DaemonClientConfig, DaemonPool
 from umbp_connectors.daemon.launch import Launcher
-from umbp_connectors.daemon.settings import check_supported, door_of, socket_path
+from umbp_connectors.daemon.settings import door_of, socket_path
 from umbp_connectors.pool.local import LocalPool, LocalPoolConfig
 from umbp_core.errors import ConfigError
 from umbp_core.ids import Identity
@@ -51,5 +51,4 @@ def pool_maker(config: UmbpConfig) -> Callable[[Identity, LocalPoolConfig], Loca
         raise ConfigError(f"mode {config.mode!r} has no pool of this kind; set mode to one of {', '.join(_MAKERS)}")
     if config.mode == "daemon":
         door_of(config)
-        check_supported(config)
     return lambda identity, wanted: make(config, identity, wanted)

@@ -129,7 +129,8 @@ class Welcome(msgspec.Struct, array_like=True, frozen=True, tag=27):
     """The daemon's first frame: which arena, how it is cut, how many objects a loan or grant may have.
 
     What was lent may change ``lease_ms`` milliseconds after it was asked for: what is copied later does not count.
-    ``pid`` is the daemon's, and ``memory`` for clients over TCP that have not mapped the arena already.
+    ``pid`` is the daemon's, and ``memory`` for clients over TCP that have not mapped the arena already.  With
+    ``strict`` a put counts when :class:`Secure` says that it is on SSD.
     """
 
     arena: Token
@@ -139,6 +140,7 @@ class Welcome(msgspec.Struct, array_like=True, frozen=True, tag=27):
     lease_ms: Annotated[int, msgspec.Meta(gt=0, le=TIMEOUT_MS)]
     pid: Natural
     memory: NamedMemory | None = None
+    strict: bool = False
 
 
 class Borrow(msgspec.Struct, array_like=True, frozen=True, tag=12):
@@ -264,6 +266,13 @@ class Flush(msgspec.Struct, array_like=True, frozen=True, tag=20):
     timeout_ms: Milliseconds
 
 
+class Secure(msgspec.Struct, array_like=True, frozen=True, tag=34):
+    """The same, and say which of ``keys`` are there (:class:`Found`, in their order)."""
+
+    keys: Keys
+    timeout_ms: Milliseconds
+
+
 class Count(msgspec.Struct, array_like=True, frozen=True, tag=21):
     """The answer to several: how many, or 0 and 1 for no and yes."""
 
@@ -322,6 +331,7 @@ Request = (
     | Doubt
     | Clear
     | Flush
+    | Secure
     | AskStats
     | TakePages
     | KeepPages

@@ -12,7 +12,7 @@ from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.launch import READY
 from umbp_connectors.daemon.server import DaemonServer
-from umbp_connectors.daemon.settings import check_supported, idle_exit_s, served_door
+from umbp_connectors.daemon.settings import idle_exit_s, served_door
 from umbp_connectors.logs import log_to_stderr
 from umbp_connectors.plugins import create_manager
 from umbp_connectors.pool import machine
@@ -33,7 +33,6 @@ def serve(config: UmbpConfig, path: Path) -> None:
     one ends it at once.  Prints one line to standard output when it can be reached.  The main thread only.  Raises
     ``UmbpError`` with one sentence when it cannot start.
     """
-    check_supported(config)
     door = served_door(config)
     log_to_stderr(config.log_level)
     limits = machine.memory_limits()

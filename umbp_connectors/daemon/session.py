@@ -43,6 +43,7 @@ from umbp_connectors.daemon.messages import (
     Reserve,
     Return,
     ReturnPages,
+    Secure,
     TakenPages,
     TakePages,
     Welcome,
@@ -263,7 +264,9 @@ class Session:
         memory = None
         if fd is not None and self._door is not None:
             memory, fd = name_memory(fd), None
-        answer = Welcome(kept.arena, kept.page_bytes, kept.pages, objects, lease_ms, os.getpid(), memory)
+        answer = Welcome(
+            kept.arena, kept.page_bytes, kept.pages, objects, lease_ms, os.getpid(), memory, kept.pool.is_strict
+        )
         self._socket.send(FrameType.HELLO, sequence, messages.encode(answer), time.monotonic() + TALK_S, fd)
 
     def _send(self, kind: FrameType, sequence: int, payload: bytes) -> None:
@@ -276,6 +279,11 @@ class Session:
         if request.prefix:
             return Found(kept.pool.count_prefix(request.keys), b"")
         there = bytes(kept.pool.exists(request.keys))
+        return Found((there + b"\x00").index(0), there)
+
+    def _secure(self, kept: KeptPool, number: int, request: Secure) -> Found:
+        durable = set(kept.pool.secure(request.keys, request.timeout_ms / 1000))
+        there = bytes(key in durable for key in request.keys)
         return Found((there + b"\x00").index(0), there)
 
     def _lend(self, kept: KeptPool, number: int, request: Borrow) -> Lent:
@@ -361,6 +369,7 @@ _ANSWERS: dict[type[Any], Callable[[Session, KeptPool, int, Any], Reply]] = {
     Doubt: lambda session, kept, number, request: Count(kept.pool.check(request.keys)),
     Clear: lambda session, kept, number, request: Count(kept.pool.clear()),
     Flush: lambda session, kept, number, request: Count(int(kept.pool.flush(request.timeout_ms / 1000))),
+    Secure: Session._secure,
     AskStats: lambda session, kept, number, request: stats_of(kept),
     TakePages: Session._take_pages,
     KeepPages: Session._keep_pages,

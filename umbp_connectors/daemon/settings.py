@@ -89,15 +89,6 @@ def socket_path(config: UmbpConfig) -> Path:
     return path
 
 
-def check_supported(config: UmbpConfig) -> None:
-    """Raises ``ConfigError`` when a daemon cannot do what ``config`` asks for."""
-    if config.ssd_durability == "strict":
-        raise ConfigError(
-            "ssd_durability 'strict' is not for a daemon yet, which answers a put before the disk does; "
-            "set 'batched', or mode 'local'"
-        )
-
-
 def idle_exit_s(config: UmbpConfig, started_by_engine: bool = False) -> float:
     """After how many seconds without clients the daemon ends; 0 is never."""
     if config.daemon_idle_exit_s is not None:

@@ -15,7 +15,7 @@ from umbp_connectors.pool.books import Books, PoolObserver
 from umbp_connectors.pool.buffers import ScatteredSource, ScatteredTarget, round_up
 from umbp_connectors.pool.granting import Grant, PageStock
 from umbp_connectors.pool.lending import ArenaOffer, Loan
-from umbp_connectors.pool.outcomes import GetStatus, PoolCounters, PutStatus
+from umbp_connectors.pool.outcomes import GetStatus, PoolCounters, PutStatus, secured
 from umbp_connectors.pool.rows import targets_of, views_of
 from umbp_connectors.pool.settings import LocalPoolConfig
 from umbp_connectors.pool.slab import ALIGNMENT
@@ -80,6 +80,11 @@ class LocalPool:
         prefixes = self._config.prefixes or (self._identity.digest,)
         return Stripes(prefixes, self.page_bytes // len(prefixes))
 
+    @property
+    def is_strict(self) -> bool:
+        """Whether a put waits until its objects are on SSD.  Raises ``StateError`` when closed."""
+        return self._config.durability == "strict" and self._opened().ssd is not None
+
     def observe(self, observer: PoolObserver) -> None:
         """Tell ``observer`` whatever becomes or stops being readable, from :meth:`open` on.  Closing is not told.
 
@@ -142,9 +147,10 @@ class LocalPool:
         batch = _put_batch(keys, buffers, depths, timeout)
         with self._using() as parts:
             statuses = parts.mover.put(batch)
-            if parts.ssd is None or self._config.durability != "strict":
+            ssd = parts.ssd
+            if ssd is None or not self.is_strict:
                 return statuses
-            return parts.ssd.secure(keys, statuses, batch.deadline)
+            return secured(keys, statuses, lambda stored: ssd.secure(stored, batch.deadline))
 
     def stage(
         self,
@@ -255,6 +261,11 @@ class LocalPool:
         with self._using() as parts:
             ssd = parts.ssd
             return True if ssd is None else ssd.flush(timeout)
+
+    def secure(self, keys: Sequence[bytes], timeout: float) -> list[bytes]:
+        """:meth:`flush`, and those of ``keys`` that are on SSD then: none when not all was written in time."""
+        with self._using() as parts:
+            return [] if parts.ssd is None else parts.ssd.secure(keys, _deadline(timeout))
 
     def wait_prefaulted(self, timeout: float) -> bool:
         """Wait until the arena's pages are present, for at most ``timeout`` seconds; true when prefaulting ended."""

@@ -20,7 +20,6 @@ from umbp_connectors.pool.fence import ReadFence, WriteFence
 from umbp_connectors.pool.folder import RankFolder, open_rank_slab
 from umbp_connectors.pool.io import IoThreads, Task
 from umbp_connectors.pool.loads import Loader
-from umbp_connectors.pool.outcomes import PutStatus
 from umbp_connectors.pool.settings import LocalPoolConfig
 from umbp_connectors.pool.stripes import Stripes
 from umbp_connectors.tier_ports import SsdTier
@@ -70,15 +69,10 @@ class PoolSsd:
             return False
         return self.catalogue.wait_written(barrier, max(0.0, deadline - time.monotonic()))
 
-    def secure(self, keys: Sequence[bytes], statuses: Sequence[PutStatus], deadline: float | None) -> list[PutStatus]:
-        """Wait until what was stored is on the device, until ``deadline``; what is not there is ``VOLATILE``."""
-        stored = [key for key, status in zip(keys, statuses, strict=True) if status is PutStatus.STORED]
+    def secure(self, keys: Sequence[bytes], deadline: float | None) -> list[bytes]:
+        """Wait until what was stored is on the device, until ``deadline``; those of ``keys`` that are there then."""
         patience = self.loader.patience_s if deadline is None else max(0.0, deadline - time.monotonic())
-        durable = set(self.books.held(stored, Tier.SSD)) if stored and self.flush(patience) else set()
-        return [
-            PutStatus.VOLATILE if status is PutStatus.STORED and key not in durable else status
-            for key, status in zip(keys, statuses, strict=True)
-        ]
+        return self.books.held(keys, Tier.SSD) if keys and self.flush(patience) else []
 
     def close(self, timeout: float) -> None:
         """Write what is still to be demoted and recorded, each for ``timeout`` seconds, and let the folder go."""

@@ -12,7 +12,7 @@ from umbp_connectors.daemon.doors import Door, is_missing
 from umbp_connectors.daemon.follower import PoolFollower
 from umbp_connectors.daemon.launch import Launcher
 from umbp_connectors.daemon.pages import PageClient, RankArena, WantedPages, engine_token
-from umbp_connectors.daemon.settings import check_supported, door_of, socket_path
+from umbp_connectors.daemon.settings import door_of, socket_path
 from umbp_connectors.plugins import PluginHost
 from umbp_connectors.pool.books import PoolObserver
 from umbp_core.ids import Identity
@@ -59,7 +59,6 @@ class HostPlan:
 
 def check_host(config: UmbpConfig) -> None:
     """Raises ``ConfigError`` for what an engine cannot do over the daemon."""
-    check_supported(config)
     door_of(config)
 
 

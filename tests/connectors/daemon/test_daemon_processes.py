@@ -169,7 +169,6 @@ def test_what_is_wrong_is_one_sentence(path: Path, tmp_path: Path) -> None:
     for options, message in (
         (["--dram-capacity", "lots"], "dram_capacity = 'lots'"),
         (["--dram-capacity", "900TiB"], "does not fit this machine"),
-        (["--set", "ssd_durability=strict"], "not for a daemon yet"),
         (["--metrics-listen", "nowhere"], "an address is HOST:PORT"),
         (["--metrics-listen", "192.0.2.1:1"], "metrics cannot be served"),
         (["--set", "daemon_qota=1"], "did you mean 'daemon_quota'"),
