@@ -11,6 +11,7 @@ export OMP_NUM_THREADS PYTHON
 
 VENV := .venv/bin/python
 VENV_READY := .venv/.ready
+PYTHONS := 3.10 3.11 3.12 3.13
 SOURCES := $(shell find umbp_connectors core vllm_plugin sglang_plugin -name '*.py')
 
 ifeq ($(VLLM_PYTHON),)
@@ -29,7 +30,7 @@ SGLANG_READY := .venv-sglang/.ready
 SGLANG := .venv-sglang/bin/python
 export TEST_VLLM_PYTHON TEST_VLLM_PYTHONPATH
 
-.PHONY: help venv venv-vllm venv-sglang demo demo-sglang demo-router test test-unit test-vllm test-sglang crash soak lint format bench docs clean
+.PHONY: help venv venv-vllm venv-sglang demo demo-sglang demo-router test test-unit test-vllm test-sglang test-pythons crash soak lint format bench docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -53,6 +54,11 @@ test-vllm: $(VLLM_READY) ## the tests that need a vLLM
 
 test-sglang: $(SGLANG_READY) $(VLLM_READY) ## the tests that need an SGLang; one of them starts a vLLM too
 	$(SGLANG) -m pytest tests/sglang
+
+test-pythons: $(PYTHONS:%=test-python-%) ## the tests that need no engine, with each Python that is promised; test-python-3.13 for one
+
+test-python-%: .venv-python-%/.ready
+	.venv-python-$*/bin/python -m pytest
 
 soak: $(VENV_READY) ## use a pool and a daemon under pressure for five minutes each: no wrong byte, nothing that grows
 	SOAK_SECONDS=300 $(VENV) -m pytest tests/connectors/pool/test_soak.py tests/connectors/daemon/test_daemon_soak.py --timeout 900
@@ -97,12 +103,19 @@ venv-vllm: .venv-vllm/.ready ## .venv-vllm: a CPU vLLM with this package, editab
 venv-sglang: $(SGLANG_READY) ## .venv-sglang: an SGLang that runs without a GPU, with this package, editable
 
 clean: ## remove what the targets above made
-	rm -rf .venv .venv-vllm .venv-sglang .overlay .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist bench-results demo-run
+	rm -rf .venv .venv-vllm .venv-sglang .venv-python-* .overlay .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist bench-results demo-run
 
 $(VENV_READY): pyproject.toml
 	@python=$$(sh scripts/find_python.sh "the tests and tools" 3.11 3.12 3.13 3.10) || exit 1; \
 	test -x $(VENV) || { echo "making .venv with $$python" && "$$python" -m venv .venv; } && \
 	$(VENV) -m pip install --quiet --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+.PRECIOUS: .venv-python-%/.ready
+.venv-python-%/.ready: pyproject.toml
+	@python=$$(sh scripts/find_python.sh "the tests with Python $*" $*) || exit 1; \
+	test -x $(@D)/bin/python || { echo "making $(@D) with $$python" && "$$python" -m venv $(@D); } && \
+	$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
 .venv-vllm/.ready: pyproject.toml scripts/setup_vllm.py scripts/engine_environment.py

@@ -20,7 +20,7 @@ BUDGET_S = 2.0
 def clone(tmp_path: Path) -> Path:
     """The repository after everything was installed: environments whose programs only say how they were called."""
     for path in ROOT.iterdir():
-        if path.name not in {*ENVIRONMENTS, ".overlay", ".git"}:
+        if not path.name.startswith(".venv") and path.name not in {".overlay", ".git"}:
             (tmp_path / path.name).symlink_to(path)
     for name in ENVIRONMENTS:
         ready(tmp_path / name)
@@ -91,6 +91,23 @@ def test_the_tests_are_linters_units_and_both_engines(clone: Path) -> None:
     assert [line.split()[2] for line in linters[:3]] == ["ruff", "ruff", "mypy"]
     assert linters[3:] == [".venv: --no-cache", ".venv: -m pytest -q tests/lint"]
     assert rest == [*make(clone, "test-unit"), *make(clone, "test-vllm"), *make(clone, "test-sglang")]
+
+
+def test_every_python_that_is_promised_is_tried(clone: Path) -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    promised = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project)
+    for version in promised:
+        ready(clone / f".venv-python-{version}")
+    assert make(clone, "test-pythons") == [f".venv-python-{version}: -m pytest" for version in promised]
+
+
+def test_a_python_that_is_not_there_is_named(clone: Path) -> None:
+    command = ["make", "--no-print-directory", "test-python-2.0"]
+    done = subprocess.run(
+        command, cwd=clone, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "No Python for the tests with Python 2.0: it needs one of 2.0" in done.stderr
 
 
 def test_a_vllm_that_is_there_is_used_beside_an_overlay(clone: Path) -> None:
