@@ -298,13 +298,16 @@ class UMBPStore(HiCacheStorage):
         if pool is None or not allowed:
             return Moved([False] * len(keys))
         wanted, indices = anchors[:allowed], host_indices[: allowed * pool.access.rows]
-        depths = depths_of(depth, allowed)
-        if self._sidecars.awaited(wanted):
-            stage = partial(pool.stage, wanted, indices, depths, Budget(self._timeout))
-            work = partial(self._put_together, wanted, stage)
-        else:
-            work = partial(pool.put, wanted, indices, depths, Budget(self._timeout))
-        return self._timed("put", pool, work)().followed_by(len(keys) - allowed)
+        pages = (wanted, indices, depths_of(depth, allowed), Budget(self._timeout))
+        moved = self._put_pages(pool, wanted, partial(pool.put, *pages), partial(pool.stage, *pages))
+        return moved.followed_by(len(keys) - allowed)
+
+    def _put_pages(
+        self, pool: StorePool, anchors: list[bytes], put: Callable[[], Moved], stage: Callable[[], StagedPages]
+    ) -> Moved:
+        """Store KV pages, with what side pools stored for them where there is something."""
+        together = partial(self._put_together, anchors, stage)
+        return self._timed("put", pool, together if self._sidecars.awaited(anchors) else put)()
 
     def _put_together(self, anchors: list[bytes], stage: Callable[[], StagedPages]) -> Moved:
         """Store KV pages whose side pools' pages wait for them: those are published first, so none is found without."""
@@ -365,12 +368,9 @@ class UMBPStore(HiCacheStorage):
         pages = [tensor_bytes(value.contiguous()) for value in values[:allowed]]
         if pool is None or not allowed or any(page.nbytes != pool.access.object_bytes for page in pages):
             return Moved([False] * len(keys))
-        wanted = anchors[:allowed]
-        if self._sidecars.awaited(wanted):
-            work = partial(self._put_together, wanted, partial(pool.stage_flat, wanted, pages, self._timeout))
-        else:
-            work = partial(pool.put_flat, wanted, pages, self._timeout)
-        return self._timed("put", pool, work)().followed_by(len(keys) - allowed)
+        flat = (anchors[:allowed], pages, self._timeout)
+        moved = self._put_pages(pool, flat[0], partial(pool.put_flat, *flat), partial(pool.stage_flat, *flat))
+        return moved.followed_by(len(keys) - allowed)
 
     def _uncut_anchor(self) -> StorePool | None:
         pool = self._pools.get(KV)
