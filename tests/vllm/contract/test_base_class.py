@@ -8,25 +8,12 @@ from typing import Any
 
 import pytest
 
+from tests.vllm.contract.releases import ADDED, NEVER, REMOVED, installed_release
 from umbp_vllm import compat
 from umbp_vllm.connector import UmbpConnector
 from umbp_vllm.metadata import HandshakeHello, StepMetadata, WorkerReport
 
 BASE = compat.KVConnectorBase_V1
-NEVER = (99, 0)
-ADDED: dict[str, tuple[int, int]] = {
-    "bind_kv_cache_manager": (0, 30),
-    "finish_forward": (0, 30),
-    "get_transfer_results": (0, 30),
-    "has_pending_block_frees": (0, 30),
-    "register_finished_partial_tail": (0, 30),
-    "reset_capture_state": (0, 30),
-    "get_mem_pool_context": (0, 31),
-    "get_external_cache_hit_sources": (0, 32),
-    "get_loaded_kv_cache_group_ids": (0, 32),
-}
-"""Public members by the version that brought them; everything else in ``MEMBERS`` was there in 0.28."""
-REMOVED: dict[str, tuple[int, int]] = {"prefer_cross_layer_blocks": (0, 29), "register_cross_layers_kv_cache": (0, 29)}
 MEMBERS = {
     *ADDED,
     *REMOVED,
@@ -85,12 +72,6 @@ def expected_members(release: tuple[int, int]) -> set[str]:
 
 def public(cls: type) -> set[str]:
     return {name for name in vars(cls) if not name.startswith("_")}
-
-
-def installed_release() -> tuple[int, int]:
-    release = compat.release_of(compat.vllm_version())
-    assert release is not None
-    return release
 
 
 def test_the_installed_base_class_has_the_members_we_know() -> None:

@@ -14,6 +14,7 @@ from tests.vllm.engine.local import Ask, Engine, engine, pool
 from tests.vllm.engine.oracle import Oracle
 from tests.vllm.engine.processes import children, in_child
 from tests.vllm.models import prompt
+from umbp_vllm import compat
 
 
 def test_ssd_hit_after_an_engine_restart(llama: Path, oracle: Oracle, tmp_path: Path) -> None:
@@ -32,7 +33,8 @@ def test_ssd_hit_after_an_engine_restart(llama: Path, oracle: Oracle, tmp_path: 
     assert [reply.tokens for reply in from_ssd] == right
     assert [reply.tokens for reply in from_dram] == right
     assert [reply.cached for reply in from_ssd] == [288] * 4
-    assert by_source == by_host == 4 * 288
+    if compat.CacheHitSource is not None:  # before 0.32, vLLM does not ask for it
+        assert by_source == by_host == 4 * 288
 
 
 def test_partial_ssd_hit_followed_by_more_prompt(llama: Path, oracle: Oracle, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.vllm.contract.releases import installed_release
 from tests.vllm.engine.local import BLOCK, Ask, Engine, engine, pool
 from tests.vllm.engine.oracle import Oracle
 from tests.vllm.models import prompt
@@ -106,7 +107,8 @@ def test_parallel_samples(shared: Engine, oracle: Oracle, llama: Path) -> None:
     cold = shared.ask_one(ask)
     shared.forget()
     hit = shared.ask_one(ask)
-    assert len(set(right.samples)) == 3
+    if installed_release() >= (0, 32):  # 0.28 and 0.31 gave all samples of a request the same seed
+        assert len(set(right.samples)) == 3
     assert cold.samples == right.samples
     assert hit.samples == right.samples
     assert hit.cached == 150 // BLOCK * BLOCK
