@@ -277,6 +277,12 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker = make_worker(self._vllm_config, self._cache_config, self._settings, kv_caches)
         self._open_window(f"vllm-rank{self._worker.hello.world_rank}")
 
+    @_guarded(lambda: None)
+    def unregister_kv_caches(self) -> None:
+        """Sleep mode of vLLM takes the KV tensors' memory away; when it wakes up, they are where they were (0.33)."""
+        if self._worker is not None:
+            self._worker.let_go_of_hbm()
+
     def get_handshake_metadata(self) -> Any:
         """This rank's hello."""
         return HandshakeHello(self._worker.hello) if self._worker is not None else None

@@ -240,6 +240,19 @@ class Worker:
                 "umbp: stores did not end within %.0f s before their blocks were reused; they are void", FENCE_S
             )
 
+    def let_go_of_hbm(self) -> None:
+        """End what reads or writes HBM, whose memory is taken away and comes back with other content (law L3).
+
+        A store that does not end within :data:`FENCE_S` counts as failed, whatever it brings.
+        """
+        if self.engine.wait([str(op["op_id"]) for op in self.engine.dump()], FENCE_S):
+            return
+        late = [op for op in self.engine.dump() if op["direction"] == Direction.STORE.name]
+        self._torn |= {str(op["op_id"]) for op in late}
+        logger.error(
+            "umbp: %d stores did not end within %.0f s before HBM went away; they are void", len(late), FENCE_S
+        )
+
     def _submit(self, metadata: StepMetadata) -> None:
         self._refused += metadata.refused_loads
         self._loads.update({op.op_id: op for op in metadata.ops if op.direction is Direction.LOAD})
