@@ -164,7 +164,8 @@ def test_what_the_page_hash_lacks_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     assert any(missing in line for line in env.said) is bool(missing)
 
 
-def test_full_disk_is_said_before_anything_is_done(tmp_path: Path) -> None:
+def test_full_disk_is_said_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common.sys, "version_info", (3, 11))  # an older one is said first
     with pytest.raises(common.SetupError, match="make room"):
         common.check_machine(tmp_path / "new", 1 << 60, "SGLang", "")
 
