@@ -40,6 +40,9 @@ ENGINE_ARGUMENTS: dict[str, Any] = {
     "disable_log_stats": False,
 }
 
+REFERENCE_MLA: dict[str, Any] = {"block_size": 16, "attention_backend": "CPU_MLA"}
+"""vLLM's reference for latent attention, for every dtype; with AMX it would choose one for bfloat16 alone."""
+
 DEFAULTS: dict[str, Any] = {"dram_capacity": "64MiB", "ssd_capacity": "256MiB", "dram_prefault": False}
 
 

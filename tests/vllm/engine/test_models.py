@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.vllm import models
-from tests.vllm.engine.local import Ask, Engine, Reply, engine, pool
+from tests.vllm.engine.local import REFERENCE_MLA, Ask, Engine, Reply, engine, pool
 from tests.vllm.engine.oracle import Oracle
 from tests.vllm.models import prompt
 from umbp_core.errors import ConfigError
@@ -101,11 +101,11 @@ def test_latent_attention(make_model: MakeModel, tmp_path: Path) -> None:
     """
     model = make_model(models.tiny_mla)
     ask = Ask(prompt(301, seed=301))
-    with engine(model, block_size=16) as plain:
+    with engine(model, **REFERENCE_MLA) as plain:
         computed = _layers(plain, plain.add(ask))
         plain.run()
     for source in ("host", "disk"):
-        with engine(model, block_size=16, kv_transfer_config=pool(tmp_path)) as opened:
+        with engine(model, **REFERENCE_MLA, kv_transfer_config=pool(tmp_path)) as opened:
             if source == "host":
                 opened.ask_one(ask)
                 opened.drain()

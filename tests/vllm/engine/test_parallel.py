@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.vllm import models
-from tests.vllm.engine.local import ENGINE_ARGUMENTS, Ask, pool
+from tests.vllm.engine.local import ENGINE_ARGUMENTS, REFERENCE_MLA, Ask, pool
 from tests.vllm.engine.oracle import Oracle
 from tests.vllm.engine.processes import in_child
 from tests.vllm.engine.ranks import RankView
@@ -62,7 +62,7 @@ def test_latent_kv_is_kept_once_for_all_ranks(make_model: Callable[..., Path], t
     model = make_model(models.tiny_mla)
     asks = [Ask(prompt(301, seed=seed)) for seed in range(3)]
     tiers = pool(tmp_path, dram_capacity="32MiB", ssd_capacity="64MiB")
-    arguments = {**TP, "block_size": 16}
+    arguments = {**TP, **REFERENCE_MLA}
     (_, dram), ranks = in_child(serve_and_look, model, tiers, arguments, asks, 2, timeout=280)
     (ssd,) = in_child(serve_ranks, model, tiers, arguments, asks, 1, timeout=280)
     assert [cached for _, cached in dram] == [288] * 3
