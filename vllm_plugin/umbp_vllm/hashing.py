@@ -43,7 +43,8 @@ def hash_stability(vllm_config: Any, env: Mapping[str, str], version: str | None
         reason = f"{algorithm} block hashes start from random bytes because {state}"
         remedy = f"use --prefix-caching-hash-algo sha256_cbor, or set {SEED_VARIABLE}=0 for every engine"
     return HashStability(
-        False, f"{reason}: sharing and the SSD tier are off, and nothing is reused after a restart; {remedy}."
+        False,
+        f"{reason}: sharing (mode daemon) and the SSD tier are off, and nothing is reused after a restart; {remedy}.",
     )
 
 

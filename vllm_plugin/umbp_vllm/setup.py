@@ -43,8 +43,8 @@ logger = logging.getLogger("vllm.umbp.setup")
 LAYERWISE = "layerwise"
 """The value of ``load_mode``."""
 
-DAEMON = "daemon"
-"""The value of ``mode``."""
+LOCAL, DAEMON = "local", "daemon"
+"""The values of ``mode``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def settings_of(vllm_config: Any) -> Settings:
     default is to fail the request.  Raises ``ConfigError`` for a bad configuration, which stops the start.
     """
     transfer = vllm_config.kv_transfer_config
-    config = _config_of(transfer.kv_connector_extra_config)
+    config = _shared_if_sensible(_config_of(transfer.kv_connector_extra_config), vllm_config)
     logs.join("vllm", config.log_level)
     transfer.kv_load_failure_policy = config.load_failure_policy
     notice = compat.version_notice(compat.vllm_version())
@@ -80,9 +80,16 @@ def needs_layers(extra_config: Mapping[str, Any]) -> bool:
 def _config_of(extra_config: Mapping[str, Any]) -> UmbpConfig:
     """Our configuration; where the engine serves was put beside the user's keys and is none of them."""
     config = resolve(extra={key: value for key, value in extra_config.items() if key != SERVING_KEY}).config
-    if config.mode not in ("local", DAEMON):
+    if config.mode not in (LOCAL, DAEMON):
         raise ConfigError(f"mode {config.mode!r} is not for vLLM; set mode 'local' or 'daemon'")
     return config
+
+
+def _shared_if_sensible(config: UmbpConfig, vllm_config: Any) -> UmbpConfig:
+    """``config``, but a pool of the engine's own where no other engine can ask for what this one would share."""
+    if config.mode != DAEMON or hash_stability(vllm_config, os.environ).stable:
+        return config
+    return config.model_copy(update={"mode": LOCAL})
 
 
 def make_leader(

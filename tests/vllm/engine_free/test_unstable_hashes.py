@@ -40,3 +40,18 @@ def test_sharing_is_off_until_the_start_of_the_hashes_is_fixed(
     else:
         assert said == []
         assert len(on_ssd) == 6
+
+
+def test_the_hosts_daemon_is_spared_what_nobody_could_ask_it_for(
+    make_umbp: MakeUmbp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    door = tmp_path / "run" / "daemon.sock"
+    mode = {"mode": "daemon", "daemon_socket": str(door), "daemon_auto_start": True, "log_level": "warning"}
+    engine = make_umbp(mode, hash_algo="xxhash")
+    engine.store(tokens(24))
+    name = engine.add(tokens(26), max_tokens=1)
+    engine.drain()
+    assert engine.external_tokens(name) == 24, "out of a pool of its own"
+    assert not door.exists()
+    assert "sharing (mode daemon)" in caplog.text
