@@ -11,20 +11,20 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
 from umbp_connectors.pool import catalogue_files
+from umbp_connectors.pool.catalogue_schema import COLUMNS, FORMAT_VERSION, TABLES, TYPED
 from umbp_connectors.pool.durability import Durability
 from umbp_connectors.pool.pending import Batch, PendingWords
+from umbp_connectors.pool.salvage import StoredRow, salvage
 from umbp_core.errors import StateError, TierUnavailable
 from umbp_core.ops import CHECKSUM_BYTES
 
 logger = logging.getLogger(__name__)
-
-FORMAT_VERSION = 1
 
 _BATCH_ROWS = 256
 """Rows per transaction; bounds the write-ahead log together with the checkpoint interval."""
@@ -34,26 +34,7 @@ _CHECKPOINT_PAGES = 128
 _LEAST_PAGES = 16
 """An empty catalogue needs five."""
 
-_SCHEMA = (
-    "CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID",
-    """CREATE TABLE objects (
-        key BLOB PRIMARY KEY,
-        slot INTEGER NOT NULL UNIQUE,
-        nbytes INTEGER NOT NULL,
-        checksums BLOB NOT NULL,
-        depth INTEGER NOT NULL,
-        last_used INTEGER NOT NULL
-    ) WITHOUT ROWID""",
-)
-
 NOTHING: Mapping[str, bytes] = MappingProxyType({})
-
-_NUMBERS = ("slot", "nbytes", "depth", "last_used")
-_TYPED = " AND ".join(
-    [f"typeof({column}) = 'blob'" for column in ("key", "checksums")]
-    + [f"typeof({column}) = 'integer' AND {column} BETWEEN 0 AND {1 << 60}" for column in _NUMBERS]
-)
-"""SQLite keeps any type in any column: a row is read only if its values are what they should be."""
 
 
 class CatalogueRow(NamedTuple):
@@ -142,7 +123,8 @@ class Catalogue:
         """Open or create the file, start the writer, and return the rows, least recently recorded first.
 
         Rows for slots that do not exist (any more) or with malformed checksums are left out and forgotten.  A file
-        that cannot be read is moved aside to ``<name>.corrupt-<n>`` with one warning; then the list is empty.
+        that cannot be read is moved aside to ``<name>.corrupt-<n>`` with one warning; then the list has what could
+        still be read of it.
         Raises ``TierUnavailable`` when not even an empty file can be made.
         """
         if self._connection is not None:
@@ -155,8 +137,9 @@ class Catalogue:
             self._abandon()
             if not self.path.exists() or "locked" in str(error):
                 raise self._unavailable(error) from error
-            catalogue_files.move_aside(self.path, error, self._spare)
-            rows = self._read_fresh()
+            found = salvage(self.path, self._meta)
+            catalogue_files.move_aside(self.path, error, self._spare, len(found))
+            rows = self._read_fresh(found)
         self._closing = False
         self._thread = threading.Thread(target=self._write_behind, name="umbp-catalogue", daemon=True)
         self._thread.start()
@@ -225,20 +208,40 @@ class Catalogue:
 
     # -- opening
 
-    def _read(self) -> list[CatalogueRow]:
+    def _read(self, found: Sequence[StoredRow] = ()) -> list[CatalogueRow]:
+        """What the file has and what is ``found`` elsewhere, the most recent first, as far as it fits."""
         connection = self._connect()
         (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if tables == 0:
             self._create(connection)
         self._verify(connection)
         connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", self._about.items())
-        connection.execute(f"DELETE FROM objects WHERE NOT ({_TYPED})")
+        connection.execute(f"DELETE FROM objects WHERE NOT ({TYPED})")
+        rows = self._rows(connection)
+        self._bound(connection)
+        if not found:
+            return rows
+        self._refill(connection, found)
+        return self._rows(connection)
+
+    def _refill(self, connection: sqlite3.Connection, found: Sequence[StoredRow]) -> None:
+        for start in range(0, len(found), _BATCH_ROWS):
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.executemany(
+                    "INSERT OR IGNORE INTO objects VALUES (?, ?, ?, ?, ?, ?)", found[start : start + _BATCH_ROWS]
+                )
+                connection.execute("COMMIT")
+            except sqlite3.OperationalError:  # it is full
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                return
+
+    def _rows(self, connection: sqlite3.Connection) -> list[CatalogueRow]:
+        """Those that can be used; the others are deleted."""
         rows: list[CatalogueRow] = []
         spoilt: list[tuple[bytes]] = []
-        found = connection.execute(
-            "SELECT key, slot, nbytes, checksums, depth, last_used FROM objects ORDER BY last_used"
-        )
-        for *columns, last_used in found:
+        for *columns, last_used in connection.execute(f"SELECT {COLUMNS} FROM objects ORDER BY last_used"):
             row = CatalogueRow(*columns)
             self._use = max(self._use, last_used)
             if self._is_sound(row):
@@ -246,12 +249,11 @@ class Catalogue:
             else:
                 spoilt.append((row.key,))
         connection.executemany("DELETE FROM objects WHERE key = ?", spoilt)
-        self._bound(connection)
         return rows
 
-    def _read_fresh(self) -> list[CatalogueRow]:
+    def _read_fresh(self, found: Sequence[StoredRow]) -> list[CatalogueRow]:
         try:
-            return self._read()
+            return self._read(found)
         except _UNREADABLE as error:
             self._abandon()
             raise self._unavailable(error) from error
@@ -294,7 +296,7 @@ class Catalogue:
     def _create(self, connection: sqlite3.Connection) -> None:
         self.path.chmod(0o600)
         connection.execute("BEGIN IMMEDIATE")
-        for statement in _SCHEMA:
+        for statement in TABLES:
             connection.execute(statement)
         connection.executemany("INSERT INTO meta VALUES (?, ?)", self._meta.items())
         connection.execute("COMMIT")

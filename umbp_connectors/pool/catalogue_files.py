@@ -36,11 +36,11 @@ def prune(path: Path, most: int) -> int:
     return kept
 
 
-def move_aside(path: Path, why: Exception, most: int) -> None:
+def move_aside(path: Path, why: Exception, most: int, found: int) -> None:
     """Take the catalogue at ``path`` out of the way, with one warning.
 
     It is kept as ``<name>.corrupt-<n>`` for whoever wants to look at it: the latest only, and only while it has at
-    most ``most`` bytes.  Raises ``TierUnavailable`` when it cannot be moved.
+    most ``most`` bytes.  ``found`` objects of it were read before.  Raises ``TierUnavailable`` when it cannot be moved.
     """
     earlier = list(path.parent.glob(f"{path.name}{_ASIDE}*"))
     numbers = [int(tail) for old in earlier if (tail := old.name.rpartition(_ASIDE)[2]).isdigit()]
@@ -58,7 +58,8 @@ def move_aside(path: Path, why: Exception, most: int) -> None:
     except OSError as error:
         raise TierUnavailable(f"{path} cannot be read ({why}) nor moved aside ({error.strerror}); remove it") from error
     outcome = f"moved to {aside}" if keep else "removed"
-    logger.warning("%s cannot be used (%s) and was %s; the SSD tier starts empty", path, why, outcome)
+    begins = f"with the {found} objects that it still tells of" if found else "empty"
+    logger.warning("%s cannot be used (%s) and was %s; the SSD tier starts %s", path, why, outcome, begins)
 
 
 def _belongs(file: Path, path: Path) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import shutil
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,6 +79,23 @@ def test_a_folder_that_disappears_costs_nothing_until_the_restart(make: Maker, t
     assert read(pool, KEYS) == [GetStatus.MISS] * 12
     fill(pool, KEYS)
     assert all(status.hit for status in read(pool, KEYS))
+
+
+def test_a_damaged_catalogue_costs_no_object_that_it_still_tells_of(
+    make: Maker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = make()
+    fill(pool, KEYS)
+    pool.close()
+    (catalogue,) = (tmp_path / "ssd").rglob("catalogue-*.sqlite")
+    with contextlib.closing(sqlite3.connect(catalogue)) as connection:
+        ((root,),) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name LIKE '%objects_2'").fetchall()
+    with catalogue.open("r+b") as file:
+        file.seek((root - 1) * 4096)
+        file.write(bytes(4096))
+    with caplog.at_level(logging.WARNING):
+        assert read(make(), KEYS) == [GetStatus.SSD] * 12
+    assert "the SSD tier starts with the 12 objects" in caplog.text
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EIO])
