@@ -11,12 +11,15 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.connectors.gate import Gate
 from umbp_connectors.pool.capacity import catalogue_allowance
-from umbp_connectors.pool.catalogue import Catalogue, CatalogueRow
+from umbp_connectors.pool.catalogue import Catalogue
+from umbp_connectors.pool.catalogue_file import CatalogueFile
+from umbp_connectors.pool.catalogue_schema import CatalogueRow
 from umbp_core.errors import StateError, TierUnavailable
 
 IDENTITY = b"i" * 32
@@ -246,7 +249,10 @@ def test_an_overflow_is_counted_and_costs_only_what_did_not_fit(
     assert catalogue.dropped == 5
     assert not catalogue.flush(0), "time ran out"
     gate.open()
-    assert catalogue.flush(10), "nothing was dropped since the last flush"
+    assert not catalogue.flush(10), "some are not recorded"
+    assert catalogue.unrecorded() == {b"k%d" % slot for slot in range(5, 10)}
+    catalogue.forget(catalogue.unrecorded())
+    assert catalogue.flush(10), "and nobody misses them"
     assert [row.key for row in _reopened(make, catalogue)] == [b"k1", b"k2", b"k3", b"k4"]
 
 
@@ -268,8 +274,8 @@ def test_a_disk_that_refuses_costs_one_warning(
 ) -> None:
     catalogue = make()
     catalogue.open()
-    assert catalogue._connection is not None
-    catalogue._connection.execute("PRAGMA max_page_count=8")
+    assert catalogue._file.connection is not None
+    catalogue._file.connection.execute("PRAGMA max_page_count=8")
     with caplog.at_level(logging.WARNING):
         for slot in range(SLOTS):
             catalogue.record([_row(b"%d" % slot * 400, slot)])
@@ -278,6 +284,105 @@ def test_a_disk_that_refuses_costs_one_warning(
     assert len(caplog.records) == 1
     assert "not found after a restart" in caplog.text
     assert len(_reopened(make, catalogue)) == SLOTS - catalogue.dropped
+
+
+class FullDisk:
+    """Takes nothing, while it is full."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._real = CatalogueFile._transact
+        self.full = False
+        monkeypatch.setattr(CatalogueFile, "_transact", lambda *args: self._transact(*args))
+
+    def _transact(self, file: CatalogueFile, *work: Any) -> None:
+        if self.full:
+            raise sqlite3.OperationalError("database or disk is full")
+        self._real(file, *work)
+
+
+def test_what_is_forgotten_while_the_disk_refuses_is_forgotten_later(
+    make: Callable[..., Catalogue], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = FullDisk(monkeypatch)
+    catalogue = make()
+    catalogue.open()
+    catalogue.record([_row(b"k%d" % slot, slot) for slot in range(SLOTS)])
+    assert catalogue.flush(10)
+    disk.full = True
+    catalogue.forget([b"k%d" % slot for slot in range(8)])
+    assert not catalogue.flush(60), "at once, not after a minute"
+    catalogue.record([_row(b"new", 3)])
+    assert not catalogue.flush(60)
+    disk.full = False
+    assert catalogue.wait_written(catalogue.seal(), 60)
+    recorded = {b"new"} - catalogue.unrecorded()
+    assert {row.key for row in _reopened(make, catalogue)} == {b"k%d" % slot for slot in range(8, SLOTS)} | recorded
+
+
+def test_a_catalogue_that_is_closed_while_the_disk_refuses_ends(
+    make: Callable[..., Catalogue], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = FullDisk(monkeypatch)
+    catalogue = make()
+    catalogue.open()
+    catalogue.record([_row(b"a", 1)])
+    assert catalogue.flush(10)
+    disk.full = True
+    catalogue.forget([b"a"])
+    catalogue.close()
+    assert not catalogue.flush(10)
+
+
+def test_everybody_whose_objects_are_not_recorded_is_told(
+    make: Callable[..., Catalogue], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = FullDisk(monkeypatch)
+    catalogue = make()
+    catalogue.open()
+    disk.full = True
+    catalogue.record([_row(b"a", 1), _row(b"b", 2)])
+    barriers = [catalogue.seal() for _ in range(3)]
+    for barrier in barriers:
+        catalogue.wait_written(barrier, 60)
+    disk.full = False
+    for barrier in barriers:
+        assert catalogue.wait_written(barrier, 60)
+        assert catalogue.unrecorded() == {b"a", b"b"}
+    catalogue.record([_row(b"a", 1)])
+    assert catalogue.wait_written(catalogue.seal(), 60)
+    assert catalogue.unrecorded() == {b"b"}
+
+
+def test_a_disk_that_is_full_at_the_start_takes_nothing_away(
+    make: Callable[..., Catalogue], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalogue = make()
+    catalogue.open()
+    rows = [_row(b"k%d" % slot, slot) for slot in range(SLOTS)]
+    catalogue.record(rows)
+    catalogue.close()
+    FullDisk(monkeypatch).full = True
+    assert _reopened(make, catalogue, slots=SLOTS - 1) == rows[:-1], "it cannot even be said that one does not fit"
+    assert not list(catalogue.path.parent.glob("*.corrupt-*"))
+
+
+@pytest.mark.parametrize("words", ["disk I/O error", "unable to open database file"])
+def test_a_catalogue_that_cannot_be_read_today_is_left_where_it_is(
+    make: Callable[..., Catalogue], monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    catalogue = make()
+    catalogue.open()
+    catalogue.record([_row(b"a", 1)])
+    catalogue.close()
+
+    def unreadable(*_: object) -> None:
+        raise sqlite3.OperationalError(words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CatalogueFile, "_verify", unreadable)
+        with pytest.raises(TierUnavailable, match=words):
+            make().open()
+    assert _reopened(make, catalogue) == [_row(b"a", 1)]
 
 
 def test_a_writer_that_dies_loses_rows_and_blocks_nobody(
@@ -353,7 +458,8 @@ def test_other_catalogues_go_when_they_take_too_much(make: Callable[..., Catalog
 def test_a_kill_leaves_what_was_flushed(make: Callable[..., Catalogue]) -> None:
     script = """
         import sys
-        from umbp_connectors.pool.catalogue import Catalogue, CatalogueRow
+        from umbp_connectors.pool.catalogue import Catalogue
+        from umbp_connectors.pool.catalogue_schema import CatalogueRow
         catalogue = Catalogue(sys.argv[1], b"i" * 32, 1, slots=64)
         catalogue.open()
         catalogue.record([CatalogueRow(b"k%d" % slot, slot, 100 + slot, bytes([slot]) * 16) for slot in range(40)])

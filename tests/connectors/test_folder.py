@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from umbp_connectors.pool.catalogue import CatalogueRow
+from umbp_connectors.pool.catalogue_schema import CatalogueRow
 from umbp_connectors.pool.folder import (
     FolderLock,
     NamespaceFolder,

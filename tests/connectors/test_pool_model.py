@@ -19,6 +19,7 @@ from tests.connectors.pool_follower import Follower
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus, StagedPut
 from umbp_connectors.pool.rows import ObjectRows
 from umbp_core.ids import Identity, RankScope
+from umbp_core.testing.fakes import FakeClock
 from umbp_core.tiers import Tier
 
 SIZE = 8192
@@ -51,6 +52,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.given_back: list[np.ndarray] = []
         self.number = 0
         self.follower = Follower()
+        self.clock = FakeClock()
         self.pool = self._open()
 
     @property
@@ -70,7 +72,7 @@ class PoolMachine(RuleBasedStateMachine):
             patience_s=0,
             ssd_failures=1 << 30,
         )
-        pool = LocalPool(Identity("model", b"\x11" * 32, RankScope()), config)
+        pool = LocalPool(Identity("model", b"\x11" * 32, RankScope()), config, self.clock)
         self.follower = Follower()
         pool.observe(self.follower)
         pool.open()
@@ -248,6 +250,8 @@ class PoolMachine(RuleBasedStateMachine):
     def heal(self) -> None:
         self.disk.work()
         self.disk.wait_free()
+        self.clock.advance(1000)  # a disk that refused writes is not left alone any more
+        self.pool.flush(30)  # says whether anything was lost meanwhile
         self.sound = True
 
     @precondition(lambda self: self.sound)

@@ -69,6 +69,24 @@ class PendingMachine(RuleBasedStateMachine):
             self.reached = batch.sealed
             assert self.file == self.barriers[self.reached - 1]
 
+    @rule(count=st.integers(1, 3), forgotten=st.booleans())
+    def fail_to_write(self, count: int, forgotten: bool) -> None:
+        """What cannot be written is gone, also from what the barriers behind it wait for; unless said again."""
+        batch = self.queue.take(count)
+        for key, slot in batch.words:
+            if slot is not None:
+                for state in [*self.barriers[self.reached :], self.truth]:
+                    if state.get(key) == slot:
+                        del state[key]
+        if forgotten:  # there was room for that much
+            for key, _ in batch.words:
+                self._apply(self.file, key, None)
+        if forgotten and batch.last:
+            self.reached = batch.sealed
+            assert self.file == self.barriers[self.reached - 1]
+        if not forgotten:
+            self.queue.give_back(batch)
+
     @rule()
     def write_all(self) -> None:
         while len(self.queue):

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from umbp_connectors.pool.catalogue import Catalogue, CatalogueRow
+from umbp_connectors.pool.catalogue import Catalogue
+from umbp_connectors.pool.catalogue_schema import CatalogueRow
 from umbp_connectors.pool.salvage import salvage
 
 IDENTITY = b"i" * 32

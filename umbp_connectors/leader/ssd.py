@@ -7,7 +7,8 @@ import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from umbp_connectors.pool.catalogue import Catalogue, CatalogueRow
+from umbp_connectors.pool.catalogue import Catalogue
+from umbp_connectors.pool.catalogue_schema import CatalogueRow
 from umbp_connectors.pool.durability import Durability
 from umbp_connectors.pool.folder import NamespaceFolder
 from umbp_core.directory import Change, Directory, EventKind

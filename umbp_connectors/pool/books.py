@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from umbp_connectors.pool.blank import BLANK, Blank, Filled
-from umbp_connectors.pool.catalogue import Catalogue, CatalogueRow
+from umbp_connectors.pool.catalogue import Catalogue
+from umbp_connectors.pool.catalogue_schema import CatalogueRow
 from umbp_connectors.pool.changes import record, together
 from umbp_connectors.pool.fence import ReadFence
 from umbp_connectors.pool.observing import Contents, PoolObserver

@@ -7,48 +7,37 @@ that the worst outcome is a miss.
 
 from __future__ import annotations
 
+import enum
 import logging
 import sqlite3
 import threading
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
 
 from umbp_connectors.pool import catalogue_files
-from umbp_connectors.pool.catalogue_schema import COLUMNS, FORMAT_VERSION, TABLES, TYPED
+from umbp_connectors.pool.catalogue_file import BATCH_ROWS, CatalogueFile
+from umbp_connectors.pool.catalogue_schema import FORMAT_VERSION, CatalogueRow
 from umbp_connectors.pool.durability import Durability
 from umbp_connectors.pool.pending import Batch, PendingWords
-from umbp_connectors.pool.salvage import StoredRow, salvage
-from umbp_core.errors import StateError, TierUnavailable
-from umbp_core.ops import CHECKSUM_BYTES
+from umbp_core.errors import StateError
 
 logger = logging.getLogger(__name__)
 
-_BATCH_ROWS = 256
-"""Rows per transaction; bounds the write-ahead log together with the checkpoint interval."""
 _BATCH_SECONDS = 0.1
-_PAGE_BYTES = 4096
-_CHECKPOINT_PAGES = 128
-_LEAST_PAGES = 16
-"""An empty catalogue needs five."""
+_RETRY_SECONDS = 0.5
+"""How long a disk that did not even take that something is forgotten is left alone."""
 
 NOTHING: Mapping[str, bytes] = MappingProxyType({})
 
 
-class CatalogueRow(NamedTuple):
-    """An object on SSD: ``key`` is the block key, ``slot`` the same on every rank.
+class _Outcome(enum.Enum):
+    """What was written of a batch."""
 
-    ``nbytes`` is the object's size, ``checksums`` holds 16 bytes per rank in world-rank order, ``depth`` is the
-    block's place in its prefix chain.
-    """
-
-    key: bytes
-    slot: int
-    nbytes: int
-    checksums: bytes
-    depth: int = 0
+    ALL = enum.auto()
+    NO_RECORD = enum.auto()
+    """That its keys have no rows any more."""
+    NOTHING = enum.auto()
 
 
 class Catalogue:
@@ -61,7 +50,8 @@ class Catalogue:
 
     :meth:`record` and :meth:`forget` never wait for the disk.  At most ``max_pending`` unwritten records are kept;
     those beyond are dropped and counted, which costs hits after a restart and nothing else.  A forgotten key is never
-    dropped, and the last word on a key or slot wins whatever was queued before.
+    dropped while the catalogue is open, whatever the disk says, and the last word on a key or slot wins whatever was
+    queued before.
     """
 
     def __init__(
@@ -78,28 +68,22 @@ class Catalogue:
         about: Mapping[str, bytes] = NOTHING,
     ) -> None:
         self.path = Path(path)
-        self._ranks = ranks
-        self._slots = slots
-        self._max_bytes = max_bytes
-        self._meta = {
+        meta = {
             "format": str(FORMAT_VERSION).encode(),
             "identity": identity,
             "ranks": str(ranks).encode(),
             "slot_bytes": str(slot_bytes).encode(),
         }
-        self._about = about
-        # With FULL every transaction is on the device when it has ended, with NORMAL those before a checkpoint are.
-        self._synchronous = "NORMAL" if durability == "relaxed" else "FULL"
-        self._connection: sqlite3.Connection | None = None
+        self._file = CatalogueFile(self.path, meta, about, ranks, slots, max_bytes, durability != "relaxed")
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
         self._pending: PendingWords[CatalogueRow] = PendingWords(max_pending)
         self._sealed = 0
         self._written = 0
-        self._lost = False
+        self._failures = 0
+        self._unrecorded: set[bytes] = set()
         self._closing = False
         self._broken = False
-        self._use = 0
         self._dropped = 0
         self._warned = False
 
@@ -114,11 +98,6 @@ class Catalogue:
         """Bytes on disk: the file, its log and an earlier file that was moved aside."""
         return catalogue_files.bytes_of(self.path)
 
-    @property
-    def _spare(self) -> int:
-        """Bytes that other catalogues, and what was moved aside, may take."""
-        return self._max_bytes // 3 if self._max_bytes else 1 << 62
-
     def open(self) -> list[CatalogueRow]:
         """Open or create the file, start the writer, and return the rows, least recently recorded first.
 
@@ -127,19 +106,9 @@ class Catalogue:
         still be read of it.
         Raises ``TierUnavailable`` when not even an empty file can be made.
         """
-        if self._connection is not None:
+        if self._file.connection is not None:
             raise StateError(f"{self.path} is already open")
-        if not self.path.parent.is_dir():
-            raise self._unavailable(FileNotFoundError(f"{self.path.parent} is not a folder"))
-        try:
-            rows = self._read()
-        except _UNREADABLE as error:
-            self._abandon()
-            if not self.path.exists() or "locked" in str(error):
-                raise self._unavailable(error) from error
-            found = salvage(self.path, self._meta)
-            catalogue_files.move_aside(self.path, error, self._spare, len(found))
-            rows = self._read_fresh(found)
+        rows = self._file.open()
         self._closing = False
         self._thread = threading.Thread(target=self._write_behind, name="umbp-catalogue", daemon=True)
         self._thread.start()
@@ -156,24 +125,33 @@ class Catalogue:
                 self._check(row)
                 if self._broken or not self._pending.record(row.key, row):
                     self._dropped += 1
-                    self._lost = True
+                    self._unrecorded.add(row.key)
+                else:
+                    self._unrecorded.discard(row.key)
             self._wake(idle)
 
     def forget(self, keys: Iterable[bytes]) -> None:
         """These objects are not on SSD any more.  Any thread; does not wait for the disk."""
         with self._changed:
             idle = not self._pending
-            for key in () if self._broken else keys:
-                self._pending.forget(key)
+            for key in keys:
+                self._unrecorded.discard(key)
+                if not self._broken:
+                    self._pending.forget(key)
             self._wake(idle)
 
     def flush(self, timeout: float) -> bool:
         """Wait until everything recorded and forgotten before is committed, for at most ``timeout`` seconds.
 
-        True when it is; false when time ran out, the catalogue is closed, or something was dropped since the last
-        flush.
+        True when it is; false when time ran out, the disk refused something, the catalogue is closed, or something is
+        not recorded that should be.
         """
-        return self.wait_written(self.seal(), timeout)
+        return self.wait_written(self.seal(), timeout) and not self.unrecorded()
+
+    def unrecorded(self) -> set[bytes]:
+        """Objects whose record was dropped: a restart does not find them."""
+        with self._changed:
+            return set(self._unrecorded)
 
     def seal(self) -> int:
         """Begin what :meth:`flush` does; the barrier to :meth:`wait_written` for."""
@@ -183,11 +161,17 @@ class Catalogue:
             return self._sealed
 
     def wait_written(self, barrier: int, timeout: float) -> bool:
-        """Wait until everything before ``barrier`` is committed; as :meth:`flush`."""
+        """Wait until everything before ``barrier`` is committed, what was dropped excepted; whether it is.
+
+        For at most ``timeout`` seconds, and no longer once the disk refuses something.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._written >= barrier or self._broken or self._thread is None, timeout)
-            lost, self._lost = self._lost, False
-            return self._written >= barrier and not lost
+            failures = self._failures
+            self._changed.wait_for(
+                lambda: self._written >= barrier or self._failures > failures or self._broken or self._thread is None,
+                timeout,
+            )
+            return self._written >= barrier
 
     def close(self, timeout: float = 10.0) -> None:
         """Write what is pending (for at most ``timeout`` seconds) and close; idempotent."""
@@ -204,132 +188,18 @@ class Catalogue:
         with self._changed:
             self._thread = None
             self._changed.notify_all()
-        self._abandon()
-
-    # -- opening
-
-    def _read(self, found: Sequence[StoredRow] = ()) -> list[CatalogueRow]:
-        """What the file has and what is ``found`` elsewhere, the most recent first, as far as it fits."""
-        connection = self._connect()
-        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if tables == 0:
-            self._create(connection)
-        self._verify(connection)
-        connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", self._about.items())
-        connection.execute(f"DELETE FROM objects WHERE NOT ({TYPED})")
-        rows = self._rows(connection)
-        self._bound(connection)
-        if not found:
-            return rows
-        self._refill(connection, found)
-        return self._rows(connection)
-
-    def _refill(self, connection: sqlite3.Connection, found: Sequence[StoredRow]) -> None:
-        for start in range(0, len(found), _BATCH_ROWS):
-            try:
-                connection.execute("BEGIN IMMEDIATE")
-                connection.executemany(
-                    "INSERT OR IGNORE INTO objects VALUES (?, ?, ?, ?, ?, ?)", found[start : start + _BATCH_ROWS]
-                )
-                connection.execute("COMMIT")
-            except sqlite3.OperationalError:  # it is full
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                return
-
-    def _rows(self, connection: sqlite3.Connection) -> list[CatalogueRow]:
-        """Those that can be used; the others are deleted."""
-        rows: list[CatalogueRow] = []
-        spoilt: list[tuple[bytes]] = []
-        for *columns, last_used in connection.execute(f"SELECT {COLUMNS} FROM objects ORDER BY last_used"):
-            row = CatalogueRow(*columns)
-            self._use = max(self._use, last_used)
-            if self._is_sound(row):
-                rows.append(row)
-            else:
-                spoilt.append((row.key,))
-        connection.executemany("DELETE FROM objects WHERE key = ?", spoilt)
-        return rows
-
-    def _read_fresh(self, found: Sequence[StoredRow]) -> list[CatalogueRow]:
-        try:
-            return self._read(found)
-        except _UNREADABLE as error:
-            self._abandon()
-            raise self._unavailable(error) from error
-
-    def _unavailable(self, error: Exception) -> TierUnavailable:
-        return TierUnavailable(
-            f"{self.path}: the SSD tier's catalogue cannot be used ({error}); "
-            "check that the SSD folder is writable, has space and belongs to one engine only"
-        )
-
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=0.0, isolation_level=None, check_same_thread=False)
-        self._connection = connection
-        connection.execute(f"PRAGMA page_size={_PAGE_BYTES}")
-        # One owner, no readers: then the log needs no shared memory, and no reader can hold back its truncation.
-        connection.execute("PRAGMA locking_mode=EXCLUSIVE")
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute(f"PRAGMA synchronous={self._synchronous}")
-        connection.execute("PRAGMA cache_spill=OFF")
-        connection.execute(f"PRAGMA wal_autocheckpoint={_CHECKPOINT_PAGES}")
-        connection.execute(f"PRAGMA journal_size_limit={_CHECKPOINT_PAGES * _PAGE_BYTES}")
-        return connection
-
-    def _bound(self, connection: sqlite3.Connection) -> None:
-        """Keep the file so small that with its log and the other catalogues it stays within ``max_bytes``.
-
-        The log holds at most what one checkpoint interval and one transaction write, the latter no more than the file.
-        """
-        if not self._max_bytes:
-            return
-        kept = catalogue_files.prune(self.path, self._spare)
-        log = _CHECKPOINT_PAGES * _PAGE_BYTES
-        pages = max(_LEAST_PAGES, (self._max_bytes - kept - log) // 2 // _PAGE_BYTES)
-        (used,) = connection.execute("PRAGMA page_count").fetchone()
-        if used > pages:
-            connection.execute("VACUUM")
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        connection.execute(f"PRAGMA max_page_count={pages}")
-
-    def _create(self, connection: sqlite3.Connection) -> None:
-        self.path.chmod(0o600)
-        connection.execute("BEGIN IMMEDIATE")
-        for statement in TABLES:
-            connection.execute(statement)
-        connection.executemany("INSERT INTO meta VALUES (?, ?)", self._meta.items())
-        connection.execute("COMMIT")
-
-    def _verify(self, connection: sqlite3.Connection) -> None:
-        found = dict(connection.execute("SELECT name, value FROM meta"))
-        for name, value in self._meta.items():
-            if found.get(name) != value:
-                raise _Mismatch(f"its {name} is another one")
-        (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-        if verdict != "ok":
-            raise sqlite3.DatabaseError(verdict)
-
-    def _is_sound(self, row: CatalogueRow) -> bool:
-        return 0 <= row.slot < self._slots and row.nbytes > 0 and len(row.checksums) == self._ranks * CHECKSUM_BYTES
-
-    def _abandon(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
-
-    # -- writing
+        self._file.close()
 
     def _wake(self, idle: bool) -> None:
         """Wake the writer when it has something to begin with or enough for a batch, not for every word between."""
-        if idle or len(self._pending) >= _BATCH_ROWS:
+        if idle or len(self._pending) >= BATCH_ROWS:
             self._changed.notify_all()
 
     def _check(self, row: CatalogueRow) -> None:
-        if not self._is_sound(row):
+        if not self._file.is_sound(row):
             raise StateError(
-                f"object {row.key.hex()}: slot {row.slot} of {self._slots}, {row.nbytes} bytes and "
-                f"{len(row.checksums)} bytes of checksums for {self._ranks} ranks cannot be recorded"
+                f"object {row.key.hex()}: slot {row.slot}, {row.nbytes} bytes and "
+                f"{len(row.checksums)} bytes of checksums cannot be recorded"
             )
 
     def _write_behind(self) -> None:
@@ -347,40 +217,50 @@ class Catalogue:
             with self._changed:
                 self._changed.wait_for(lambda: self._pending or self._closing or self._sealed > self._written)
                 self._changed.wait_for(self._is_due, _BATCH_SECONDS)
-                batch = self._pending.take(_BATCH_ROWS)
+                batch = self._pending.take(BATCH_ROWS)
                 if self._closing and not batch.words and batch.sealed == self._sealed == self._written:
                     return
-            committed = not batch.words or self._commit(batch)
+            outcome = self._commit(batch)
             with self._changed:
-                if not committed:
-                    self._dropped += sum(row is not None for _, row in batch.words)
-                    self._lost = True
-                self._written = batch.sealed
+                self._settle(batch, outcome)
                 self._changed.notify_all()
+                if outcome is _Outcome.NOTHING and not self._changed.wait_for(lambda: self._closing, _RETRY_SECONDS):
+                    continue
+                if outcome is _Outcome.NOTHING:
+                    self._broken = True
+                    return
+
+    def _settle(self, batch: Batch[CatalogueRow], outcome: _Outcome) -> None:
+        if outcome is not _Outcome.ALL:
+            for key, row in batch.words:
+                if row is not None:
+                    self._dropped += 1
+                    if key not in self._pending:
+                        self._unrecorded.add(key)
+        if outcome is _Outcome.NOTHING:
+            self._failures += 1
+            self._pending.give_back(batch)
+        else:
+            self._written = batch.sealed
 
     def _is_due(self) -> bool:
-        return self._closing or len(self._pending) >= _BATCH_ROWS or self._sealed > self._written
+        return self._closing or len(self._pending) >= BATCH_ROWS or self._sealed > self._written
 
-    def _commit(self, batch: Batch[CatalogueRow]) -> bool:
-        connection = self._connection
-        if connection is None:
-            return False
-        gone = [(key,) for key, row in batch.words if row is None]
+    def _commit(self, batch: Batch[CatalogueRow]) -> _Outcome:
+        """Write ``batch``; when there is no room for its records, at least that what they replace is gone."""
         rows = [row for _, row in batch.words if row is not None]
-        # Microseconds that only grow: the order of use, and for people the time.
-        self._use = max(self._use, time.time_ns() // 1000)
-        stamped = [(*row, self._use + number) for number, row in enumerate(rows, 1)]
+        if not batch.words or self._wrote([key for key, row in batch.words if row is None], rows):
+            return _Outcome.ALL
+        if rows and self._wrote([key for key, _ in batch.words], []):
+            return _Outcome.NO_RECORD
+        return _Outcome.NOTHING
+
+    def _wrote(self, gone: Sequence[bytes], rows: Sequence[CatalogueRow]) -> bool:
         try:
-            connection.execute("BEGIN IMMEDIATE")
-            connection.executemany("DELETE FROM objects WHERE key = ?", gone)
-            connection.executemany("INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?, ?)", stamped)
-            connection.execute("COMMIT")
+            self._file.commit(gone, rows)
         except sqlite3.Error as error:
             self._warn_once(error)
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
             return False
-        self._use += len(rows)
         return True
 
     def _warn_once(self, error: sqlite3.Error) -> None:
@@ -389,11 +269,3 @@ class Catalogue:
             logger.warning(
                 "%s: %s; what cannot be recorded works now but is not found after a restart", self.path, error
             )
-
-
-class _Mismatch(Exception):
-    """A readable catalogue that belongs to something else."""
-
-
-_UNREADABLE = (sqlite3.Error, UnicodeDecodeError, _Mismatch)
-"""What reading a catalogue raises that cannot be used: also text that is none any more."""

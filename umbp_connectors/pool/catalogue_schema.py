@@ -1,6 +1,8 @@
-"""The tables of a catalogue."""
+"""The tables of a catalogue, and a row of the one that has the objects."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 FORMAT_VERSION = 1
 
@@ -28,3 +30,17 @@ TYPED = " AND ".join(
 
 With the plus SQLite does not look for such rows in the index of the slots, which may be damaged where the table is not.
 """
+
+
+class CatalogueRow(NamedTuple):
+    """An object on SSD: ``key`` is the block key, ``slot`` the same on every rank.
+
+    ``nbytes`` is the object's size, ``checksums`` holds 16 bytes per rank in world-rank order, ``depth`` is the
+    block's place in its prefix chain.
+    """
+
+    key: bytes
+    slot: int
+    nbytes: int
+    checksums: bytes
+    depth: int = 0

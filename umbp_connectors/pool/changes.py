@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from umbp_connectors.pool.catalogue import Catalogue, CatalogueRow
+from umbp_connectors.pool.catalogue import Catalogue
+from umbp_connectors.pool.catalogue_schema import CatalogueRow
 from umbp_core.directory import Change, EventKind
 from umbp_core.tiers import Tier
 

@@ -71,6 +71,8 @@ class Demoter:
         self._dropped = 0
         self._done = 0
         self._failed = 0
+        self._lost = 0
+        self._told = 0
         self._gate: OffloadGate | None = None
         self._refused: Counter[str] = Counter()
 
@@ -118,6 +120,18 @@ class Demoter:
         with self._changed:
             return self._dropped
 
+    @property
+    def losses_told(self) -> int:
+        """What :meth:`tell_losses` said last."""
+        with self._changed:
+            return self._told
+
+    def tell_losses(self) -> int:
+        """Objects so far that the disk refused, or were not tried because it does."""
+        with self._changed:
+            self._told = self._lost
+            return self._told
+
     def __contains__(self, key: object) -> bool:
         """Whether ``key`` waits to be written, or is being written.  Takes no lock: it is asked under the books'.
 
@@ -145,10 +159,12 @@ class Demoter:
                 keys = list(keys)
                 keys = list(itertools.compress(keys, self._gate.admit(keys)))
             self._queue.update(dict.fromkeys(keys))
-            allowed = self._arena.pages if self._fence.passable else before
+            passable = self._fence.passable
+            allowed = self._arena.pages if passable else before
             while len(self._queue) > allowed:
                 self._queue.popitem(last=False)
                 self._dropped += 1
+                self._lost += not passable
             self._changed.notify(len(self._queue))
 
     def drain(self, timeout: float) -> bool:
@@ -191,6 +207,7 @@ class Demoter:
                     self._done += len(outcome.written)
                     self._failed += outcome.failed
                     self._dropped += outcome.dropped
+                    self._lost += outcome.failed + outcome.dropped
                     self._busy -= 1
                     self._taken.difference_update(keys)
                     if not self._queue and not self._busy:  # who waits for less is woken for nothing, each time

@@ -24,7 +24,7 @@ from umbp_connectors.pool.staged import StagedPut
 from umbp_connectors.pool.stripes import Stripes
 from umbp_connectors.pool.trimming import RoomKeeper
 from umbp_core.directory import Copy, TierStats
-from umbp_core.errors import ConfigError, StateError
+from umbp_core.errors import ConfigError, StateError, TierUnavailable
 from umbp_core.ids import Identity
 from umbp_core.ports import Clock
 from umbp_core.tiers import Tier
@@ -34,6 +34,8 @@ __all__ = ["GetStatus", "LocalPool", "LocalPoolConfig", "PoolCounters", "PutStat
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 10.0
+_FORGET_S = 2.0
+"""How long a disk may take to take that everything is forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,17 +240,32 @@ class LocalPool:
         return ArenaOffer(arena.fd, arena.page_bytes, arena.pages)
 
     def clear(self) -> int:
-        """Forget every object; returns how many copies could be read.
+        """Forget every object, for good; returns how many copies could be read.
 
-        What other calls, staged puts included, are writing now is not published.
+        What other calls, staged puts included, are writing now is not published.  Raises ``TierUnavailable`` when the
+        disk does not take it, or the SSD tier is off: nothing is found now, but a restart could find it again.
         """
+        with self._using() as parts:
+            gone = parts.books.clear()
+            if parts.ssd is not None:
+                parts.ssd.confirm_forgotten(_FORGET_S)
+            elif self._config.ssd_dir is not None:
+                raise TierUnavailable(
+                    f"the SSD tier in {self._config.ssd_dir} is off, and what is in it was not forgotten; "
+                    "clear again when it is on, or use `umbp pool clear`"
+                )
+        return gone
+
+    def forget_all(self) -> int:
+        """As :meth:`clear`, but a restart finds nothing either only once :meth:`flush` was true."""
         with self._using() as parts:
             return parts.books.clear()
 
     def evict(self, keys: Iterable[bytes]) -> int:
         """Forget the objects under ``keys`` in every tier; returns how many of them could be read.
 
-        What other calls, staged puts included, are writing under them now is not published.
+        What other calls, staged puts included, are writing under them now is not published.  A restart does not find
+        them either once :meth:`flush` was true.
         """
         with self._using() as parts:
             return parts.books.evict(keys)

@@ -12,10 +12,14 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Batch(Generic[Row]):
-    """Words to write together; ``None`` means forget.  ``sealed`` batches of words are complete with it."""
+    """Words to write together; ``None`` means forget.
+
+    When they are written, everything before the barrier ``sealed`` is; ``last`` says that it was not before.
+    """
 
     words: list[tuple[bytes, Row | None]]
     sealed: int
+    last: bool = False
 
 
 class PendingWords(Generic[Row]):
@@ -33,6 +37,9 @@ class PendingWords(Generic[Row]):
 
     def __len__(self) -> int:
         return sum(map(len, self._generations))
+
+    def __contains__(self, key: bytes) -> bool:
+        return any(key in generation for generation in self._generations)
 
     def record(self, key: bytes, row: Row) -> bool:
         """Queue ``row``; false when there are already too many records, and then nothing has changed."""
@@ -62,7 +69,17 @@ class PendingWords(Generic[Row]):
         if not oldest and len(self._generations) > 1:
             self._generations.popleft()
             self._taken += 1
+            return Batch(words, self._taken, last=True)
         return Batch(words, self._taken)
+
+    def give_back(self, batch: Batch[Row]) -> None:
+        """Queue before everything else that the keys of ``batch`` are gone: it was taken last and cannot be written."""
+        if batch.last:
+            self._generations.appendleft({})
+            self._taken -= 1
+        oldest = self._generations[0]
+        gone: dict[bytes, Row | None] = {key: None for key, _ in batch.words if key not in oldest}
+        self._generations[0] = gone | oldest
 
     def _put(self, key: bytes, row: Row | None) -> None:
         newest = self._generations[-1]

@@ -52,7 +52,16 @@ class PoolSsd:
     restored: int
 
     def flush(self, timeout: float) -> bool:
-        """Wait until what was stored is on the device and in the catalogue, for at most ``timeout`` seconds."""
+        """Wait until what was stored is on the device and in the catalogue, for at most ``timeout`` seconds.
+
+        False too when the disk refused something since this was asked last.
+        """
+        known = self.demoter.losses_told
+        written = self._written(timeout)
+        return self.demoter.tell_losses() == known and written and not self.catalogue.unrecorded()
+
+    def _written(self, timeout: float) -> bool:
+        """The same, of what got as far as being written."""
         deadline = time.monotonic() + timeout
         if not self.demoter.drain(timeout):
             return False
@@ -72,7 +81,18 @@ class PoolSsd:
     def secure(self, keys: Sequence[bytes], deadline: float | None) -> list[bytes]:
         """Wait until what was stored is on the device, until ``deadline``; those of ``keys`` that are there then."""
         patience = self.loader.patience_s if deadline is None else max(0.0, deadline - time.monotonic())
-        return self.books.held(keys, Tier.SSD) if keys and self.flush(patience) else []
+        if not keys or not self._written(patience):
+            return []
+        unrecorded = self.catalogue.unrecorded()
+        return [key for key in self.books.held(keys, Tier.SSD) if key not in unrecorded]
+
+    def confirm_forgotten(self, timeout: float) -> None:
+        """Wait until a restart does not find either what was forgotten.  Raises ``TierUnavailable`` when it may."""
+        if not self.catalogue.wait_written(self.catalogue.seal(), timeout):
+            raise TierUnavailable(
+                f"{self.catalogue.path}: the disk did not take that objects are forgotten; "
+                "forget them again when it does"
+            )
 
     def close(self, timeout: float) -> None:
         """Write what is still to be demoted and recorded, each for ``timeout`` seconds, and let the folder go."""

@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 from tests.connectors.disk import Disk
+from umbp_connectors.pool.catalogue_file import CatalogueFile
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
 from umbp_connectors.pool.slab import SlabFile
+from umbp_core.errors import TierUnavailable
 from umbp_core.ids import Identity, RankScope
 from umbp_core.testing.fakes import FakeClock
 from umbp_core.tiers import Tier
@@ -79,6 +81,53 @@ def test_a_folder_that_disappears_costs_nothing_until_the_restart(make: Maker, t
     assert read(pool, KEYS) == [GetStatus.MISS] * 12
     fill(pool, KEYS)
     assert all(status.hit for status in read(pool, KEYS))
+
+
+def test_what_was_cleared_is_not_found_after_a_kill(make: Maker, tmp_path: Path) -> None:
+    pool = make()
+    fill(pool, KEYS)
+    assert pool.clear() > 12
+    shutil.copytree(tmp_path / "ssd", tmp_path / "killed")  # what a kill would leave behind, here and now
+    pool.close()
+    shutil.rmtree(tmp_path / "ssd")
+    shutil.move(tmp_path / "killed", tmp_path / "ssd")
+    assert read(make(), KEYS) == [GetStatus.MISS] * 12
+
+
+def test_a_disk_that_does_not_take_the_clearing_is_told_of(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make()
+    fill(pool, KEYS)
+
+    def full(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CatalogueFile, "_transact", full)
+        with pytest.raises(TierUnavailable, match="did not take"):
+            pool.clear()
+        assert read(pool, KEYS) == [GetStatus.MISS] * 12
+    assert pool.clear() == 0, "now it does"
+    pool.close()
+    assert read(make(), KEYS) == [GetStatus.MISS] * 12
+
+
+def test_what_is_on_an_ssd_that_is_off_cannot_be_cleared(make: Maker) -> None:
+    first = make()
+    fill(first, KEYS)
+    second = make()
+    fill(second, KEYS[:4])
+    with pytest.raises(TierUnavailable, match="was not forgotten"):
+        second.clear()
+    assert read(second, KEYS) == [GetStatus.MISS] * 12
+
+
+def test_a_flush_that_leaves_something_behind_says_so(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make()
+    with monkeypatch.context() as patch:
+        Disk(patch).fail("write", number=errno.EIO)
+        assert pool.put(KEYS[:4], [object_of(key) for key in KEYS[:4]]) == [PutStatus.STORED] * 4
+        assert not pool.flush(30)
+        assert pool.flush(30), "nothing else was lost since"
 
 
 def test_a_damaged_catalogue_costs_no_object_that_it_still_tells_of(
@@ -192,6 +241,7 @@ def test_threads_that_work_while_the_disk_comes_and_goes(
     assert not any(thread.is_alive() for thread in threads)
     assert problems == []
     clock.advance(100)
+    pool.flush(30)  # says what was lost meanwhile
     fill(pool, KEYS[:4])
     assert set(KEYS[:4]) <= set(pool.holdings()[Tier.SSD]), "it is used again"
 
