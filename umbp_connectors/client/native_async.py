@@ -88,8 +88,9 @@ class NativeAsyncClient:
         Yields pages of changes, each as soon as there are some.  To go on later, give the ``incarnation`` and
         ``cursor`` of the last page.  A page that says ``lost`` comes first when that is not possible, or not any more:
         list nodes and blocks then, and apply the pages that follow to it; to apply a change twice does no harm.  A
-        reader that is slow is waited for.  Connecting may take ``timeout`` seconds; ends with ``MasterUnavailable``
-        when nothing comes for ``silence`` seconds, or the connection fails.
+        large change may come in several pages, as changes of the same number with a part of its hashes each.  A reader
+        that is slow is waited for.  Connecting may take ``timeout`` seconds; ends with ``MasterUnavailable`` when
+        nothing comes for ``silence`` seconds, or the connection fails.
         """
         return watch_events(self.address, self._identity, self._tls, (incarnation, cursor), timeout, silence)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from typing import cast
 
 from umbp_connectors.client.native_session import (
@@ -19,6 +20,8 @@ from umbp_core.wire.messages import Message
 
 _REPLY = int(FrameType.REPLY)
 Waiting = tuple[float, "asyncio.Future[memoryview]"]
+Turn = asyncio.Future[bool]
+"""Of one that waits for room: it got some, or its time is over."""
 
 
 class NativePipe(asyncio.Protocol):
@@ -36,7 +39,8 @@ class NativePipe(asyncio.Protocol):
         self._waiting: dict[int, Waiting] = {}
         self._out: list[bytes] = []
         self._stalled = False
-        self._queue: list[asyncio.Future[None]] = []
+        self._queue: OrderedDict[Turn, None] = OrderedDict()
+        self._given: set[Turn] = set()
         self._timer: asyncio.TimerHandle | None = None
 
     # asyncio.Protocol
@@ -86,17 +90,21 @@ class NativePipe(asyncio.Protocol):
     @property
     def full(self) -> bool:
         """Whether a new request has to wait."""
-        return self._stalled or len(self._waiting) >= self._limit
+        return self._stalled or len(self._waiting) + len(self._given) >= self._limit
 
     async def room(self, deadline: float) -> None:
         """Wait until there is room.  Raises ``MasterUnavailable`` when there is none in time."""
         while self.full and not self.broken:
-            turn = self._loop.create_future()
-            self._queue.append(turn)
+            turn: Turn = self._loop.create_future()
+            self._queue[turn] = None
+            timer = self._loop.call_at(deadline, _too_late, turn)
             try:
-                await asyncio.wait_for(turn, deadline - self._loop.time())
-            except asyncio.TimeoutError as error:
-                raise unreachable(self._address, TimeoutError()) from error
+                in_time = await turn
+            finally:
+                timer.cancel()
+                self._leave(turn)
+            if not in_time:
+                raise unreachable(self._address, TimeoutError())
         if self.broken:
             raise MasterUnavailable("the connection to the master ended while a request waited for its turn")
 
@@ -138,11 +146,19 @@ class NativePipe(asyncio.Protocol):
 
     def _let_in(self) -> None:
         """Wake as many of those that wait as there is room for; the others stay in line."""
-        room = len(self._queue) if self.broken else max(self._limit - len(self._waiting), 0)
-        turns, self._queue = self._queue[:room], self._queue[room:]
-        for turn in turns:
-            if not turn.done():
-                turn.set_result(None)
+        while self._queue and (self.broken or not self.full):
+            turn, _ = self._queue.popitem(last=False)
+            if not turn.done():  # else its waiter is about to leave
+                self._given.add(turn)
+                turn.set_result(True)
+
+    def _leave(self, turn: Turn) -> None:
+        """A waiter goes on, or gives up: what it leaves of the room that it was given is for the next."""
+        self._queue.pop(turn, None)
+        if turn in self._given:
+            self._given.remove(turn)
+            if self._queue:
+                self._loop.call_soon(self._let_in)  # after it asked, if it does
 
     def _fail(self, error: MasterError) -> None:
         if self.broken:
@@ -178,3 +194,8 @@ class NativePipe(asyncio.Protocol):
         if self._waiting:
             self._wake_at(min(deadline for deadline, _ in self._waiting.values()))
         self._let_in()
+
+
+def _too_late(turn: Turn) -> None:
+    if not turn.done():
+        turn.set_result(False)

@@ -367,7 +367,8 @@ class NativeConnection(asyncio.Protocol):
             raise TypeError(f"no call for {type(request).__name__}")
         if self._watch is not None:
             raise InvalidRequest("this connection watches already; cancel that first, or open another one")
-        self._watch = WatchStream(self, self._door.service, sequence, request, self._limits.watch_interval)
+        interval = self._limits.watch_interval
+        self._watch = WatchStream(self, self._door.service, sequence, request, interval, self._max_answer)
         self._watch.start()
 
     def _put(self, kind: int, sequence: int, payload: bytes, session: int | None = None) -> None:

@@ -1,7 +1,7 @@
 """The stream of a watch: changes of the index to one client, at the pace at which it reads.
 
 Nothing is queued for a client: the stream keeps a cursor into the feed of changes, and a client that is too slow for
-what the feed keeps is told that it lost some.
+what the feed keeps is told that it lost some, as is one that does not take frames as large as a single hash needs.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from umbp_connectors.master.service import MasterService, breathe
 from umbp_core.index_feed import FeedPage
 from umbp_core.wire.codes import ErrorCode
 from umbp_core.wire.messages import Message, Watch
-from umbp_core.wire.values_index import changes_message
+from umbp_core.wire.values_index import changes_message, part_of
 
 logger = logging.getLogger(__name__)
 
 PAGE_CHANGES = 256
 """Changes of one event; the feed bounds their hashes."""
+EVENT_BYTES = 1 << 20
+"""Bytes of one event, also for those that take more: others wait while it is made."""
+_NO_INCARNATION = 0
+"""Of no index: its changes are lost to everybody."""
 
 
 class Listener(Protocol):
@@ -40,10 +44,10 @@ class Listener(Protocol):
 
 
 class WatchStream:
-    """One watch of one connection.  The master's loop only."""
+    """One watch of one connection, whose client takes events of ``limit`` bytes.  The master's loop only."""
 
     def __init__(
-        self, listener: Listener, service: MasterService, sequence: int, request: Watch, interval: float
+        self, listener: Listener, service: MasterService, sequence: int, request: Watch, interval: float, limit: int
     ) -> None:
         self.sequence = sequence
         self._listener = listener
@@ -51,6 +55,8 @@ class WatchStream:
         self._incarnation = request.incarnation
         self._cursor = request.cursor
         self._interval = interval
+        self._limit = limit
+        self._told = 0
         self._writable = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._cancelled = False
@@ -97,8 +103,14 @@ class WatchStream:
     def _send_page(self) -> bool:
         """Send what comes next; whether there was anything."""
         page = self._service.since(self._incarnation, self._cursor, PAGE_CHANGES)
+        if page.changes:
+            page, self._told = part_of(page, self._told, min(self._limit, EVENT_BYTES))
+            if not page.changes:
+                page = self._service.since(_NO_INCARNATION, 0, PAGE_CHANGES)
         if not page.changes and not page.lost:
             return False
+        if page.lost:
+            self._told = 0
         self._incarnation, self._cursor = page.incarnation, page.cursor
         self._send(page)
         return True

@@ -35,10 +35,15 @@ def pack_column(code: str, values: Iterable[float]) -> bytes:
     return column.tobytes()
 
 
-def unpack_column(code: str, blob: bytes, count: int) -> array[int]:
-    """The ``count`` integers of ``blob``.  Raises ``ProtocolError`` when there are more or fewer."""
+def check_column(code: str, blob: bytes, count: int) -> None:
+    """Raises ``ProtocolError`` when ``blob`` has more or fewer than ``count`` numbers."""
     if len(blob) != WIDTHS[code] * count:
         raise ProtocolError(f"a column of {count} numbers of {WIDTHS[code]} bytes has {len(blob)} bytes")
+
+
+def unpack_column(code: str, blob: bytes, count: int) -> array[int]:
+    """The ``count`` integers of ``blob``.  Raises ``ProtocolError`` when there are more or fewer."""
+    check_column(code, blob, count)
     column = array(code)
     column.frombytes(blob)
     if _FOREIGN:
@@ -48,8 +53,7 @@ def unpack_column(code: str, blob: bytes, count: int) -> array[int]:
 
 def unpack_floats(blob: bytes, count: int) -> array[float]:
     """The ``count`` numbers of ``blob``, of 8 bytes each.  Raises ``ProtocolError`` when there are more or fewer."""
-    if len(blob) != WIDTHS["d"] * count:
-        raise ProtocolError(f"a column of {count} numbers of 8 bytes has {len(blob)} bytes")
+    check_column("d", blob, count)
     column = array("d")
     column.frombytes(blob)
     if _FOREIGN:

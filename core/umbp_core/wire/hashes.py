@@ -51,7 +51,7 @@ class Packing(enum.IntEnum):
 EMPTY = _HEAD.pack(Packing.LENGTHS, 0, 0)
 """No hashes."""
 PART = 8192
-"""Hashes, about, of one part of a list that is unpacked in parts."""
+"""Hashes, at most, of one part of a list that is unpacked in parts."""
 _PART_BYTES = PART * 16
 _PACKED_LENGTHS, _PACKED_FIXED, _PACKED_SEPARATED = map(int, Packing)
 
@@ -104,10 +104,12 @@ def view_hashes(blob: bytes, limit: int = bounds.HASHES) -> Sequence[bytes]:
 
 
 def unpack_in_parts(blob: bytes, limit: int = bounds.HASHES) -> Iterator[list[bytes]]:
-    """Like :func:`unpack_hashes`, some thousand hashes at a time, for those who have other things to do in between."""
+    """Like :func:`unpack_hashes`, up to ``PART`` hashes at a time, for those who have other things to do in between."""
     mode, count, parameter = _head_of(blob, limit)
-    if count <= PART or mode == Packing.LENGTHS:
+    if count <= PART:
         yield unpack_hashes(blob, limit)
+    elif mode == _PACKED_LENGTHS:
+        yield from _lengths_in_parts(blob, count)
     elif mode == _PACKED_FIXED:
         _check_fixed(blob, count, parameter)
         step = PART * parameter
@@ -171,7 +173,9 @@ def _split_in_parts(data: bytes, separator: bytes) -> Iterator[list[bytes]]:
     while True:
         end = data.find(separator, at + _PART_BYTES)
         part = data[at:] if end < 0 else data[at:end]
-        yield _checked(part.split(separator))
+        hashes = _checked(part.split(separator))
+        for begin in range(0, len(hashes), PART):
+            yield hashes[begin : begin + PART]
         if end < 0:
             return
         at = end + 1
@@ -187,14 +191,34 @@ def _unpack_fixed(data: bytes, count: int, width: int) -> list[bytes]:
 
 
 def _unpack_lengths(blob: bytes, count: int) -> list[bytes]:
+    start = _lengths_end(blob, count)
+    ends = array("Q", accumulate(unpack_column("H", blob[_HEAD_BYTES:start], count), initial=start))
+    _check_end(blob, ends[-1])
+    return [blob[begin:end] for begin, end in pairwise(ends)]
+
+
+def _lengths_in_parts(blob: bytes, count: int) -> Iterator[list[bytes]]:
+    at = start = _lengths_end(blob, count)
+    total = np.frombuffer(blob, "<u2", count, _HEAD_BYTES).sum(dtype=np.uint64)
+    _check_end(blob, start + int(total))
+    for column in range(_HEAD_BYTES, start, 2 * PART):
+        lengths = blob[column : min(column + 2 * PART, start)]
+        ends = array("Q", accumulate(unpack_column("H", lengths, len(lengths) // 2), initial=at))
+        yield [blob[begin:end] for begin, end in pairwise(ends)]
+        at = ends[-1]
+
+
+def _lengths_end(blob: bytes, count: int) -> int:
+    """Where the lengths end, and the hashes begin."""
     start = _HEAD_BYTES + 2 * count
     if start > len(blob):
         raise ProtocolError(f"a packed list ends within its {count} lengths")
-    lengths = unpack_column("H", blob[_HEAD_BYTES:start], count)
-    ends = array("Q", accumulate(lengths, initial=start))
-    if ends[-1] != len(blob):
-        raise ProtocolError(f"a packed list has {len(blob)} bytes, by its lengths {ends[-1]}")
-    return [blob[begin:end] for begin, end in pairwise(ends)]
+    return start
+
+
+def _check_end(blob: bytes, end: int) -> None:
+    if end != len(blob):
+        raise ProtocolError(f"a packed list has {len(blob)} bytes, by its lengths {end}")
 
 
 @lru_cache(maxsize=256)

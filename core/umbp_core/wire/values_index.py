@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from umbp_core.errors import InvalidRequest, ProtocolError
 from umbp_core.index_feed import Change, ChangeKind, FeedPage
@@ -16,6 +17,12 @@ from umbp_core.wire.columns import bitmap_bytes, pack_column, select, unpack_col
 from umbp_core.wire.hashes import EMPTY, pack_hashes, unpack_hashes
 from umbp_core.wire.names import pack_names, pack_table, read_table, unpack_names
 
+_EVENT_BYTES = 32
+"""Of an event beside its changes, at most."""
+_CHANGE_BYTES = 48
+"""Of a change beside its names and hashes, at most."""
+_LENGTH_BYTES = 2
+"""Of a hash beside itself, at most."""
 _CELL = struct.Struct("<Ii")
 _RUN = struct.Struct("<iI")
 _VERDICTS = {
@@ -177,6 +184,43 @@ def changes_message(page: FeedPage) -> replies.Changes:
         for change in page.changes
     ]
     return replies.Changes(page.incarnation, page.cursor, page.lost, tuple(rows))
+
+
+def part_of(page: FeedPage, told: int, limit: int) -> tuple[FeedPage, int]:
+    """The beginning of ``page`` that an event of at most ``limit`` bytes has room for.
+
+    ``told`` hashes of its first change were told before.  A change that is too large for an event of its own is told in
+    several: the cursor is that of the last change that is told wholly, and also returned is how many hashes of the next
+    one are told by then.  When not even one hash fits, or a change that names none, there are no changes.
+    """
+    room = limit - _EVENT_BYTES
+    changes: list[Change] = []
+    cursor = page.cursor - len(page.changes)
+    for change in page.changes:
+        hashes = change.hashes[told:]
+        room -= _CHANGE_BYTES + len(change.node.encode()) + len(change.reason.encode())
+        needed = sum(map(len, hashes)) + _LENGTH_BYTES * len(hashes)
+        if needed > room:
+            count = 0 if changes else _fitting(hashes, room)
+            if count:
+                changes.append(replace(change, hashes=hashes[:count]))
+                told += count
+            break
+        changes.append(replace(change, hashes=hashes) if told else change)
+        room -= needed
+        cursor, told = change.seq, 0
+    return FeedPage(page.incarnation, changes, cursor, lost=False), told
+
+
+def _fitting(hashes: Sequence[bytes], room: int) -> int:
+    """How many hashes, of more than fit, fit ``room`` bytes."""
+    count = 0
+    for one in hashes:
+        room -= len(one) + _LENGTH_BYTES
+        if room < 0:
+            break
+        count += 1
+    return count
 
 
 def changes_of(message: replies.Changes) -> FeedPage:

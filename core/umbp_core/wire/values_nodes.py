@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
+import numpy as np
+
 from umbp_core.errors import ProtocolError
 from umbp_core.journal import Bundle, Delta
 from umbp_core.master.model import (
@@ -19,7 +21,7 @@ from umbp_core.master.model import (
 )
 from umbp_core.master.samples import CounterDelta, GaugeValue, HistogramDelta, MetricSample
 from umbp_core.wire import messages, replies
-from umbp_core.wire.columns import pack_column, unpack_column, unpack_floats
+from umbp_core.wire.columns import check_column, pack_column, unpack_column, unpack_floats
 from umbp_core.wire.hashes import count_hashes, pack_hashes, unpack_in_parts
 from umbp_core.wire.names import NodeTable, check_refs, read_table
 
@@ -101,11 +103,19 @@ def deltas_in_parts(row: messages.BundleRow) -> Iterator[list[Delta]]:
     count, kinds = count_hashes(row.keys), row.kinds
     if len(kinds) != count:
         raise ProtocolError(f"bundle {row.seq} has {count} keys and {len(kinds)} kinds")
-    if max(kinds, default=_ADD) > _REMOVE:
-        raise ProtocolError(f"bundle {row.seq} has an event of kind {max(kinds)}; 0 is ADD, 1 is REMOVE")
-    columns = zip(kinds, unpack_column("i", row.tiers, count), unpack_column("Q", row.sizes, count), strict=True)
+    largest = int(np.frombuffer(kinds, np.uint8).max(initial=_ADD))
+    if largest > _REMOVE:
+        raise ProtocolError(f"bundle {row.seq} has an event of kind {largest}; 0 is ADD, 1 is REMOVE")
+    check_column("i", row.tiers, count)
+    check_column("Q", row.sizes, count)
+    begin = 0
     for keys in unpack_in_parts(row.keys):
-        yield [Delta(key, tier, None if kind else size) for key, (kind, tier, size) in zip(keys, columns, strict=False)]
+        end = begin + len(keys)
+        tiers = unpack_column("i", row.tiers[4 * begin : 4 * end], len(keys))
+        sizes = unpack_column("Q", row.sizes[8 * begin : 8 * end], len(keys))
+        rows = zip(keys, kinds[begin:end], tiers, sizes, strict=True)
+        yield [Delta(key, tier, None if kind else size) for key, kind, tier, size in rows]
+        begin = end
 
 
 def heartbeat_answer(reply: HeartbeatReply) -> replies.HeartbeatAnswer:

@@ -77,13 +77,22 @@ def test_fixed_widths_of_any_count(count: int, width: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "hashes", [[b"%d" % n for n in range(3 * PART + 1)], [b"\0%015d" % n for n in range(2 * PART)]]
+    ("hashes", "mode"),
+    [
+        ([b"%d" % n for n in range(3 * PART + 1)], Packing.SEPARATED),
+        ([b""] * (20 * PART), Packing.SEPARATED),
+        ([b"\0%015d" % n for n in range(2 * PART)], Packing.FIXED),
+        ([b"\0" * (n % 7) for n in range(PART + 1)], Packing.LENGTHS),
+        ([b"\0" * (n % 7) for n in range(4 * PART)], Packing.LENGTHS),
+    ],
 )
-def test_a_long_list_comes_in_parts(hashes: list[bytes]) -> None:
-    parts = list(unpack_in_parts(pack_hashes(hashes)))
+def test_a_long_list_comes_in_parts(hashes: list[bytes], mode: Packing) -> None:
+    blob = pack_hashes(hashes)
+    assert blob[0] == mode
+    parts = list(unpack_in_parts(blob))
     assert [one for part in parts for one in part] == hashes
     assert len(parts) > 1
-    assert max(map(len, parts)) <= 16 * PART
+    assert max(map(len, parts)) <= PART
 
 
 WRONG = {
@@ -131,6 +140,9 @@ def test_long_lists_that_are_wrong_are_refused_in_parts_too() -> None:
         packed(1, PART + 1, 3, bytes(3 * PART)),
         packed(2, PART + 1, 999, bytes(PART)),
         packed(2, PART + 1, 1, b"\1" * PART + b"x" * (bounds.HASH_BYTES + 1)),
+        packed(0, PART + 1, 0, bytes(2 * PART + 1)),
+        packed(0, PART + 1, 0, bytes(2 * PART + 3)),
+        packed(0, PART + 1, 0, bytes(2 * PART) + b"\2\0" + b"x"),
     ):
         with pytest.raises(ProtocolError):
             list(unpack_in_parts(blob))

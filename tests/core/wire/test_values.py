@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.core.wire import values
 from umbp_core.errors import InvalidRequest, ProtocolError
-from umbp_core.index_feed import FeedPage
+from umbp_core.index_feed import Change, FeedPage
 from umbp_core.index_gate import Batch
 from umbp_core.index_match import PositionMatch, PrefixMatch
-from umbp_core.journal import Bundle
+from umbp_core.journal import Bundle, Delta
 from umbp_core.master.model import (
     BlockPage,
     ExternalMatch,
@@ -30,7 +32,7 @@ from umbp_core.master.samples import MetricSample
 from umbp_core.wire import messages, replies, values_index, values_nodes
 from umbp_core.wire.codec import decode_as, decode_request, encode
 from umbp_core.wire.columns import pack_column, unpack_bitmap
-from umbp_core.wire.hashes import pack_hashes, unpack_hashes
+from umbp_core.wire.hashes import PART, Packing, pack_hashes, unpack_hashes
 from umbp_core.wire.messages import Message
 from umbp_core.wire.names import pack_names
 
@@ -62,6 +64,24 @@ def test_heartbeats(heartbeat: Heartbeat) -> None:
         for row in message.bundles
     ]
     assert values_nodes.heartbeat_of(message, bundles) == heartbeat
+
+
+@pytest.mark.parametrize(
+    ("key", "mode"),
+    [
+        (lambda _: b"", Packing.SEPARATED),
+        (lambda n: b"\0%07d" % n, Packing.FIXED),
+        (lambda n: b"\0" * (n % 3), Packing.LENGTHS),
+    ],
+)
+def test_large_bundles_come_in_parts(key: Callable[[int], bytes], mode: Packing) -> None:
+    """However their keys are packed: all of a part is worked on without letting others in."""
+    deltas = [Delta(key(n), n % 3, None if n % 2 else n) for n in range(2 * PART + 1)]
+    (row,) = values_nodes.heartbeat_message(Heartbeat("n", (Bundle(1, tuple(deltas)),))).bundles
+    assert row.keys[0] == mode
+    parts = list(values_nodes.deltas_in_parts(row))
+    assert [delta for part in parts for delta in part] == deltas
+    assert [len(part) for part in parts] == [PART, PART, 1]
 
 
 @given(values.HEARTBEAT_REPLIES)
@@ -147,6 +167,30 @@ def test_feed_pages(page: FeedPage) -> None:
     assert values_index.changes_of(answered(values_index.changes_message(page))) == page
 
 
+@given(st.lists(values.CHANGES, min_size=1, max_size=8), st.integers(0, 2**62), st.integers(0, 500))
+def test_a_page_is_told_in_events_of_any_bound(changes: list[Change], start: int, limit: int) -> None:
+    """Each within it, all of them the page; who goes on from the cursor of one of them misses nothing."""
+    numbered = [replace(change, seq=start + number) for number, change in enumerate(changes, 1)]
+    cursor, last, told = start, start + len(changes), 0
+    heard: dict[int, tuple[bytes, ...]] = {}
+    while cursor < last:
+        page = FeedPage(7, numbered[cursor - start :], last, lost=False)
+        part, told = values_index.part_of(page, told, limit)
+        if not part.changes:
+            assert limit < 256, "any of these changes could have been told"
+            return
+        assert len(encode(values_index.changes_message(part))) <= limit
+        for change in part.changes:
+            assert replace(change, hashes=()) == replace(numbered[change.seq - start - 1], hashes=())
+            heard[change.seq] = heard.get(change.seq, ()) + change.hashes
+        assert (part.incarnation, part.lost) == (7, False)
+        assert part.cursor >= cursor
+        cursor = part.cursor
+        assert all(heard[change.seq] == change.hashes for change in numbered if change.seq <= cursor)
+        assert told == (len(heard[cursor + 1]) if cursor + 1 in heard else 0)
+    assert list(heard) == [change.seq for change in numbered]
+
+
 @given(values.EXPLANATIONS)
 def test_explanations(explanation: HashExplanation) -> None:
     assert values_index.explanation_of(answered(values_index.explanation_message(explanation))) == explanation
@@ -161,6 +205,12 @@ ONE = pack_names(("a",))
 HALF_ANSWERS: dict[str, Callable[[], object]] = {
     "more kinds than keys": lambda: deltas(kinds=b"\0\0"),
     "a kind of event that is not known": lambda: deltas(kinds=b"\2"),
+    "one of many kinds": lambda: deltas(
+        kinds=bytes(PART) + b"\2",
+        keys=pack_hashes([b"k"] * (PART + 1)),
+        tiers=bytes(4 * PART + 4),
+        sizes=bytes(8 * PART + 8),
+    ),
     "fewer tiers than keys": lambda: deltas(tiers=b""),
     "more sizes than keys": lambda: deltas(sizes=bytes(16)),
     "keys that are none": lambda: deltas(keys=b"?"),

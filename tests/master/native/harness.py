@@ -159,9 +159,9 @@ class RawClient:
     def __exit__(self, *_: object) -> None:
         self.socket.close()
 
-    def greet(self, token: bytes = b"") -> list[Any]:
+    def greet(self, token: bytes = b"", max_frame: int = 1 << 24) -> list[Any]:
         """The server's welcome; its session counts from now on."""
-        self.send(encode_frame(FrameType.HELLO, 0, 0, msgspec.msgpack.encode([1, 1, "test", "", token])))
+        self.send(encode_frame(FrameType.HELLO, 0, 0, msgspec.msgpack.encode([1, 1, "test", "", token, max_frame])))
         kind, sequence, payload = self.receive()
         assert (kind, sequence) == (FrameType.HELLO, 0), payload
         self.session = payload[2]

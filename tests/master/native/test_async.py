@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,46 @@ def test_requests_wait_for_room_until_their_time_is_up(tmp_path: Path) -> None:
                 await call
 
     with FakeMaster(tmp_path / "s", silent) as fake:
+        run(work(fake.address))
+
+
+def test_who_waits_for_room_no_more_takes_nobodys_turn(tmp_path: Path) -> None:
+    """One is late, one is cancelled, one asks for too much: the room that there is belongs to the next in line."""
+    answer = threading.Event()
+
+    def script(end: RawServerEnd) -> None:
+        end.welcome()
+        _, first, _ = end.receive()
+        assert answer.wait(DEADLINE)
+        end.send(FrameType.REPLY, first, [FOUND, b"\1"])
+        _, last, _ = end.receive()
+        end.send(FrameType.REPLY, last, [FOUND, b"\0"])
+        end.until_closed()
+
+    async def work(address: str) -> None:
+        client = NativeAsyncClient(address, pending=1)
+        await client.open(DEADLINE)
+        first, late, cancelled, refused, last = [
+            asyncio.ensure_future(client.lookup(keys, timeout))
+            for keys, timeout in [
+                ([b"k"], DEADLINE),
+                ([b"k"], SHORT),
+                ([b"k"], DEADLINE),
+                ([bytes(60_000)] * 300, DEADLINE),
+                ([b"k"], DEADLINE),
+            ]
+        ]
+        with pytest.raises(MasterUnavailable, match="no answer in time"):
+            await late
+        cancelled.cancel()
+        answer.set()
+        assert await first == [True]
+        with pytest.raises(InvalidRequest, match="split it"):
+            await refused
+        assert await last == [False]
+        client.close()
+
+    with FakeMaster(tmp_path / "s", script) as fake:
         run(work(fake.address))
 
 

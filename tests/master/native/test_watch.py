@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections import defaultdict
 from collections.abc import AsyncGenerator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,15 @@ from tests.master.native.harness import DEADLINE, DRAM, HBM, INCARNATION, FakeMa
 from umbp_connectors.client.native_async import NativeAsyncClient
 from umbp_connectors.client.native_blocking import NativeBlockingClient
 from umbp_connectors.master.native_limits import NativeLimits
+from umbp_connectors.master.native_watch import EVENT_BYTES
 from umbp_core.errors import MasterUnavailable, ProtocolError
 from umbp_core.index_feed import ChangeFeed, ChangeKind, FeedPage
 from umbp_core.master.model import Registration
+from umbp_core.wire.codec import decode_as
 from umbp_core.wire.codes import ErrorCode
 from umbp_core.wire.frames import FrameType, encode_frame
+from umbp_core.wire.replies import Changes
+from umbp_core.wire.values_index import changes_of
 
 WATCH, DONE, CHANGES = 36, 4, 136
 Placed = dict[tuple[str, int], set[bytes]]
@@ -122,6 +127,85 @@ def test_silence_is_broken_now_and_then(running: Master, tmp_path: Path) -> None
         number = raw.request(WATCH, INCARNATION, 0)
         for _ in range(3):
             assert raw.receive() == (FrameType.EVENT, number, [CHANGES, INCARNATION, 0, False, []])
+
+
+def told(raw: RawClient, until: int) -> list[tuple[int, FeedPage]]:
+    """Bytes of payload and content of the events, until a cursor."""
+    found: list[tuple[int, FeedPage]] = []
+    while not found or found[-1][1].cursor < until:
+        payload = raw.receive_bytes()[40:]
+        found.append((len(payload), changes_of(decode_as(Changes, payload))))
+    return found
+
+
+@pytest.mark.statement("connector", 91)
+def test_a_client_that_takes_little_is_told_everything_in_small_events(
+    path: str, blocking: NativeBlockingClient
+) -> None:
+    """Where it is told a cursor, it was told all that is before."""
+    bound = 300
+    blocking.register(Registration("n"), DEADLINE)
+    hashes = [b"%020d" % number for number in range(100)]
+    blocking.report("n", hashes, DRAM, DEADLINE)
+    for one in hashes[:20]:
+        blocking.report("n", [one], HBM, DEADLINE)
+    blocking.revoke("n", hashes[10:60], DRAM, DEADLINE)
+    blocking.clear_tier("n", HBM, DEADLINE)
+    with RawClient(path) as raw:
+        raw.greet()
+        raw.request(WATCH, INCARNATION, 0)
+        whole = {change.seq: change for _, page in told(raw, 23) for change in page.changes}
+    assert len(whole) == 23
+    cursors = {0}
+    while cursors:
+        start = cursors.pop()
+        heard: dict[int, tuple[bytes, ...]] = {}
+        with RawClient(path) as raw:
+            raw.greet(max_frame=bound)
+            raw.request(WATCH, INCARNATION, start)
+            for size, page in told(raw, 23):
+                assert size <= bound
+                assert not page.lost
+                for change in page.changes:
+                    heard[change.seq] = heard.get(change.seq, ()) + change.hashes
+                assert all(heard[seq] == whole[seq].hashes for seq in range(start + 1, page.cursor + 1))
+                if not start and page.cursor < 23:
+                    cursors.add(page.cursor)
+        assert list(heard) == list(range(start + 1, 24))
+        cursors.discard(0)
+
+
+def test_a_client_that_does_not_take_as_much_as_one_hash_has_lost_it(
+    running: Master, path: str, blocking: NativeBlockingClient
+) -> None:
+    """Also in the middle of a change; what comes after it is told."""
+    bound = 300
+    blocking.register(Registration("n"), DEADLINE)
+    with RawClient(path) as raw:
+        raw.greet(max_frame=bound)
+        raw.request(WATCH, INCARNATION, 0)
+        for seq, hashes in enumerate([[b"0" * bound], [b"1" * 150, b"2" * 150, b"3" * bound]]):
+            running.run(running.service.report("n", hashes, DRAM))
+            pages = [page for _, page in told(raw, 2 * seq + 1)]
+            assert [page.lost for page in pages] == [False] * (2 * seq) + [True]
+            assert (pages[-1].cursor, pages[-1].changes) == (2 * seq + 1, [])
+            blocking.report("n", [b"%d" % seq], HBM, DEADLINE)
+            ((_, page),) = told(raw, 2 * seq + 2)
+            assert kinds_of([page]) == [(2 * seq + 2, ChangeKind.REPORTED, HBM, (b"%d" % seq,))]
+
+
+def test_an_event_is_not_larger_than_is_made_in_a_moment(running: Master, raw: RawClient) -> None:
+    """Whatever the client takes: others would have to wait."""
+    running.service.register(Registration("n"))
+    changes = [[b"%01000d" % (at + number) for number in range(1500)] for at in (0, 1500, 3000)]
+    for hashes in changes:
+        running.run(running.service.report("n", hashes, DRAM))
+    raw.request(WATCH, INCARNATION, 0)
+    events = told(raw, 3)
+    assert max(size for size, _ in events) <= EVENT_BYTES
+    assert [one for _, page in events for change in page.changes for one in change.hashes] == list(
+        chain.from_iterable(changes)
+    )
 
 
 def test_a_slow_reader_loses_changes_and_not_the_master_its_memory(running: Master, path: str, raw: RawClient) -> None:
