@@ -53,14 +53,16 @@ def layout_descriptor(
     heads: int,
     head_dim: int,
     access: str,
+    stage: object = None,
 ) -> dict[str, object]:
     """The canonical description of an object's bytes; JSON types only.
 
     ``kind`` is the class of SGLang's host pool, ``segments`` the sizes in bytes of an object's parts in their order,
-    ``access`` how the bytes were read from the pool.  It contains neither addresses nor the number of pages, so it
-    survives a restart with more or less memory.
+    ``access`` how the bytes were read from the pool, ``stage`` which layers these are where the model is divided by
+    layers, and nothing elsewhere.  It contains neither addresses nor the number of pages, so it survives a restart with
+    more or less memory.
     """
-    return {
+    descriptor: dict[str, object] = {
         "schema": SCHEMA,
         "kind": kind,
         "layout": layout,
@@ -73,6 +75,7 @@ def layout_descriptor(
         "head_dim": head_dim,
         "access": access,
     }
+    return descriptor if stage is None else {**descriptor, "stage": stage}
 
 
 def rank_scope(rank: RankFacts, replicated: bool, part: int | None = None) -> RankScope:

@@ -12,12 +12,11 @@ from typing import Any, Protocol
 
 from umbp_connectors.pool.buffers import round_up
 from umbp_connectors.pool.local import GetStatus, LocalPool, PutStatus, StagedPut
-from umbp_connectors.pool.sharing import SharedPoolServer
 from umbp_connectors.pool.slab import ALIGNMENT
 from umbp_core.directory import TierStats
-from umbp_core.errors import ConfigError
 from umbp_core.tiers import Tier
 from umbp_sglang.host_pages import PageAccess, PageBuffer
+from umbp_sglang.siblings import SiblingServer
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +117,7 @@ class StorePool:
     """
 
     def __init__(
-        self, name: str, access: PageAccess, shards: Sequence[Shard], servers: Sequence[SharedPoolServer] = ()
+        self, name: str, access: PageAccess, shards: Sequence[Shard], servers: Sequence[SiblingServer] = ()
     ) -> None:
         self.name = name
         self.access = access
@@ -204,19 +203,14 @@ class StorePool:
             shard.clear()
 
     def open(self) -> None:
-        """Make the shards ready.  Raises what they raise, with none of them left open.
-
-        A server that cannot be opened costs one warning, and the siblings their hits.
-        """
+        """Make the shards and the servers ready.  Raises what they raise, with none of them left open."""
         with contextlib.ExitStack() as undo:
             for shard in self.shards:
                 shard.open()
                 undo.callback(shard.close)
             for server in self._servers:
-                try:
-                    server.open()
-                except ConfigError as error:
-                    logger.warning("umbp: the other ranks cannot read SGLang's pool %s: %s", self.name, error)
+                server.open()
+                undo.callback(server.close)
             undo.pop_all()
         logger.info("umbp: pool %s open: pages of %.2f MiB, %s", self.name, self.page_bytes / 2**20, self._tiers_text())
 

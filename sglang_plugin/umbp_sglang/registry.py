@@ -14,7 +14,6 @@ from umbp_connectors.daemon.making import pool_maker
 from umbp_connectors.pool.buffers import round_up
 from umbp_connectors.pool.local import LocalPool, LocalPoolConfig
 from umbp_connectors.pool.settings import local_pool_config
-from umbp_connectors.pool.sharing import SharedPoolServer
 from umbp_connectors.pool.slab import ALIGNMENT
 from umbp_core.errors import ConfigError, StateError, UmbpError
 from umbp_core.ids import Identity
@@ -24,7 +23,7 @@ from umbp_sglang.identity import layout_descriptor, pool_identity, rank_scope
 from umbp_sglang.pool_teller import PoolTeller
 from umbp_sglang.pools import StorePool
 from umbp_sglang.settings import RankFacts, StoreSettings
-from umbp_sglang.siblings import SiblingPool, meeting_place
+from umbp_sglang.siblings import SiblingPool, SiblingServer, meeting_place
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +231,7 @@ class PoolRegistry:
             for identity, part in zip(identities, parts, strict=True)
         ]
         servers = [
-            SharedPoolServer(pool, meeting_place(pool.identity, rank.dp_rank))
+            SiblingServer(pool, meeting_place(pool.identity, rank.dp_rank))
             for pool in pools
             if shared and isinstance(pool, LocalPool)
         ]
@@ -250,9 +249,21 @@ class PoolRegistry:
             heads=int(compat.optional(pool, "head_num") or 0) // access.parts,
             head_dim=int(compat.optional(pool, "head_dim") or 0),
             access=access.name,
+            stage=self._stage(pool),
         )
         scope = rank_scope(rank, member.replicated, part)
         return pool_identity(rank, self._settings.config.namespace, member.name, layout, scope, self._weights)
+
+    def _stage(self, host_pool: Any) -> object:
+        """Which layers this pipeline stage has; ``None`` where there is only one stage.
+
+        Not every pool counts its layers from the model's first one, hence also how SGLang was told to divide them.
+        """
+        if self._settings.rank.pp_size == 1:
+            return None
+        ends = ("start_layer", "end_layer")
+        spans = [[int(compat.optional(pool, end) or 0) for end in ends] for pool in (self.anchor, host_pool)]
+        return {"spans": spans, "split": self._settings.rank.layer_split}
 
     def _config(self, identity: Identity, member: _Member, part: int | None, share: float) -> LocalPoolConfig:
         config, rank = self._settings.config, self._settings.rank

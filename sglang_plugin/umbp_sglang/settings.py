@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ ENGINE_KEYS = frozenset(
     }
 )
 """Keys of the extra config that SGLang itself reads; some of them it takes out before a backend sees the rest."""
+_LAYER_SPLIT = "SGLANG_PP_LAYER_PARTITION"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,8 @@ class RankFacts:
 
     ``replicated`` says that all TP ranks hold the same KV (MLA); then only the ``writer`` stores it.  ``head_parts`` is
     the number of equal ranges into which ``tp_lcm_size`` cuts all heads, 0 when heads are not cut.  ``dp_size`` caches
-    are independent of each other, whether SGLang has replicas or data-parallel attention.
+    are independent of each other, whether SGLang has replicas or data-parallel attention.  ``layer_split`` is how many
+    layers each pipeline stage was given; empty where SGLang divides them evenly.
     """
 
     model: str = ""
@@ -56,6 +59,7 @@ class RankFacts:
     replicated: bool = False
     writer: bool = True
     head_parts: int = 0
+    layer_split: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,7 @@ def read_settings(storage_config: Any, env: Mapping[str, str] | None = None) -> 
     plugins = create_manager(resolved.config)
     return StoreSettings(
         resolved.config,
-        _rank_facts(storage_config),
+        _rank_facts(storage_config, os.environ if env is None else env),
         plugins.eviction_maker(),
         plugins.ssd_gate_maker(),
         bool(storage_config.enable_storage_metrics),
@@ -91,7 +95,7 @@ def read_settings(storage_config: Any, env: Mapping[str, str] | None = None) -> 
     )
 
 
-def _rank_facts(storage_config: Any) -> RankFacts:
+def _rank_facts(storage_config: Any, env: Mapping[str, str]) -> RankFacts:
     replicated = bool(storage_config.is_mla_model)
     dp_rank, dp_size = data_parallel()
     return RankFacts(
@@ -109,6 +113,7 @@ def _rank_facts(storage_config: Any) -> RankFacts:
         replicated=replicated,
         writer=bool(storage_config.is_storage_writer),
         head_parts=0 if replicated else _head_parts(storage_config.tp_lcm_size, int(storage_config.tp_size)),
+        layer_split=env.get(_LAYER_SPLIT, "").replace(" ", ""),
     )
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from umbp_connectors.pool.local import GetStatus, PutStatus, StagedPut
-from umbp_connectors.pool.sharing import SharedPoolReader
+from torch import distributed
+
+from umbp_connectors.pool.local import GetStatus, LocalPool, PutStatus, StagedPut
+from umbp_connectors.pool.sharing import SharedPoolReader, SharedPoolServer
+from umbp_connectors.pool.sharing.sockets import PathInUse
 from umbp_core.directory import TierStats
 from umbp_core.ids import Identity, digest_of
 from umbp_core.tiers import Tier
@@ -21,11 +25,49 @@ _LOOKUP_S = 1.0
 def meeting_place(identity: Identity, dp_rank: int) -> Path:
     """The socket where the ranks of one engine find the writer of ``identity``.
 
-    Ranks of an engine are children of the same process, and those of another engine, of another; a data-parallel group
-    of attention ranks has a writer of its own.
+    Ranks of an engine are children of the same process and have one store of process groups.  Another engine has
+    another store, also where its ranks are children of that process too, as with Ray or several engines in a script.
+    A data-parallel group of attention ranks has a writer of its own.
     """
-    name = digest_of({"identity": identity.digest.hex(), "engine": os.getppid(), "dp": dp_rank}).hex()[:24]
+    engine = [os.getppid(), _rendezvous()]
+    name = digest_of({"identity": identity.digest.hex(), "engine": engine, "dp": dp_rank}).hex()[:24]
     return Path(tempfile.gettempdir()) / f"umbp-{os.geteuid()}" / f"{name}.sock"
+
+
+def _rendezvous() -> str:
+    """Where the ranks of this engine found each other; empty in a process without process groups."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return ""
+    store = distributed.group.WORLD.get_group_store()
+    while isinstance(store, distributed.PrefixStore):
+        store = store.underlying_store
+    if isinstance(store, distributed.TCPStore):
+        return f"{store.host}:{store.port}"
+    return str(store.path) if isinstance(store, distributed.FileStore) else ""
+
+
+class SiblingServer:
+    """Lets the siblings of this rank read ``pool`` at ``path``."""
+
+    def __init__(self, pool: LocalPool, path: Path) -> None:
+        self._server = SharedPoolServer(pool, path)
+        self._path = path
+
+    def open(self) -> None:
+        """Be found.  Raises ``ConfigError`` when the path cannot be used.
+
+        When that is because another pool is found there, nobody is any more: who comes could not tell whose it is.
+        """
+        try:
+            self._server.open()
+        except PathInUse:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+            raise
+
+    def close(self) -> None:
+        """Let nobody read any more; idempotent."""
+        self._server.close()
 
 
 class SiblingPool:

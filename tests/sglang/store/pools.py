@@ -30,8 +30,9 @@ def mha_pool(
     dtype: torch.dtype = torch.bfloat16,
     page: int = PAGE,
     head_dim: int = 8,
+    start: int = 0,
 ) -> Any:
-    """A host pool of keys and values."""
+    """A host pool of keys and values, of the layers from ``start`` on."""
     device = MHATokenToKVPool(
         size=page,
         page_size=page,
@@ -41,6 +42,8 @@ def mha_pool(
         layer_num=LAYERS,
         device="cpu",
         enable_memory_saver=False,
+        start_layer=start,
+        end_layer=start + LAYERS,
     )
     info = device.get_device_pool_infos()[0].buffer_info
     return _filled(
@@ -52,15 +55,15 @@ def mha_pool(
             layout,
             pin_memory=False,
             device_capacity_tokens=page,
-            start_layer=0,
-            end_layer=LAYERS,
+            start_layer=start,
+            end_layer=start + LAYERS,
             host_token_capacity=pages * page,
         )
     )
 
 
-def mla_pool(layout: str = "page_first", pages: int = PAGES) -> Any:
-    """A host pool of latents, the same on every TP rank."""
+def mla_pool(layout: str = "page_first", pages: int = PAGES, start: int = 0) -> Any:
+    """A host pool of latents, the same on every TP rank, of the layers from ``start`` on."""
     device = MLATokenToKVPool(
         size=PAGE,
         page_size=PAGE,
@@ -70,6 +73,8 @@ def mla_pool(layout: str = "page_first", pages: int = PAGES) -> Any:
         layer_num=LAYERS,
         device="cpu",
         enable_memory_saver=False,
+        start_layer=start,
+        end_layer=start + LAYERS,
     )
     return _filled(
         MLATokenToKVPoolHost(
@@ -80,8 +85,8 @@ def mla_pool(layout: str = "page_first", pages: int = PAGES) -> Any:
             layout,
             pin_memory=False,
             device_capacity_tokens=PAGE,
-            start_layer=0,
-            end_layer=LAYERS,
+            start_layer=start,
+            end_layer=start + LAYERS,
             target_layer_num=LAYERS,
             host_token_capacity=pages * PAGE,
         )

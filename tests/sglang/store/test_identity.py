@@ -48,8 +48,63 @@ def test_whoever_differs_finds_nothing(stores: Stores, tmp_path: Path, name: str
     other = start(stores, tmp_path, mha_pool(**shape), **facts)
     assert other.batch_exists(keys) == 0
     other.close()
-    if facts:  # a new layout of the same model takes the place of the old one on the disk
+    if facts and name != "pp size":  # a new layout of the same model takes the place of the old one on the disk
         assert start(stores, tmp_path, mha_pool()).batch_exists(keys) == 2
+
+
+STAGES = {"keys and values": mha_pool, "latents": mla_pool}
+
+
+@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize("first", [10, 11], ids=["same", "other"])
+def test_a_stage_with_as_many_other_layers_finds_nothing(stores: Stores, tmp_path: Path, kind: str, first: int) -> None:
+    """The second of three stages with layers 10 to 12, and then with others, as SGLANG_PP_LAYER_PARTITION has it."""
+    keys, facts = hashes(2), {"pp": (1, 3), "mla": kind == "latents"}
+    before = start(stores, tmp_path, STAGES[kind](start=10), **facts)
+    assert before.batch_set_v1(keys, rows(0, 1)) == [True, True]
+    before.close()
+    same = first == 10
+    after = start(stores, tmp_path, STAGES[kind](start=first), **facts)
+    assert after.batch_exists(keys) == (2 if same else 0)
+    assert after.batch_get_v1(keys, rows(2, 3)) == [same, same]
+
+
+@pytest.mark.parametrize("name", [PoolName.SWA, PoolName.MAMBA, PoolName.DRAFT, PoolName.INDEXER])
+@pytest.mark.parametrize("anchor", [10, 0], ids=["counted from the model's", "counted from the stage's"])
+def test_side_pools_of_other_layers_are_apart(
+    stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: PoolName, anchor: int
+) -> None:
+    """A side pool counts layers from its own first one, and so do all pools of a model with several kinds."""
+    key = hashes(1)
+    asked = PoolTransfer(name, rows(3), keys=key)
+
+    def life(moved: int) -> UMBPStore:
+        monkeypatch.setenv("SGLANG_PP_LAYER_PARTITION", f"{10 + moved},11,{11 - moved}")
+        sides = {name: mha_pool()}
+        pool = mha_pool(start=anchor + moved if anchor else 0)
+        tiers = {"ssd_dir": str(tmp_path), "ssd_capacity": "64MiB", "ssd_engines": 4}
+        return stores(storage_config(extra=tiers, pp=(1, 3)), pool, sides)
+
+    before = life(0)
+    assert before.batch_set_v2([asked]) == {name: [True]}
+    assert before.batch_set_v1(key, rows(3)) == [True]
+    assert before.batch_get_v2([asked]) == {name: [True]}
+    before.close()
+    after = life(1)
+    assert after.batch_get_v2([asked]) == {name: [False]}
+    assert after.batch_exists(key) == 0
+
+
+def test_without_stages_it_does_not_matter_where_layers_are_counted_from(
+    stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was stored by a model that is not divided is found whatever else is set."""
+    keys = hashes(2)
+    first = start(stores, tmp_path, mha_pool())
+    first.batch_set_v1(keys, rows(0, 1))
+    first.close()
+    monkeypatch.setenv("SGLANG_PP_LAYER_PARTITION", "3")
+    assert start(stores, tmp_path, mha_pool(start=1)).batch_exists(keys) == 2
 
 
 def test_the_number_of_pages_makes_no_difference(stores: Stores, tmp_path: Path) -> None:

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from torch import distributed
 
 from tests.sglang.store.conftest import Stores
 from tests.sglang.store.pools import MLA_LAYOUTS, contents, hashes, mha_pool, mla_pool, rows, storage_config, wipe
+
+
+@contextlib.contextmanager
+def engine() -> Iterator[None]:
+    """In it, this process is a rank of an engine of its own, by the process groups that SGLang makes for one."""
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def filled(value: int) -> Any:
+    pool = mla_pool()
+    pool.kv_buffer.view(-1).view(torch.uint8).fill_(value)
+    return pool
 
 
 @pytest.mark.parametrize("layout", MLA_LAYOUTS)
@@ -109,3 +131,45 @@ def test_a_writer_that_comes_back_is_found_again(stores: Stores, tmp_path: Path)
     assert reader.batch_exists(keys) == 1
     assert reader.batch_get_v1(keys, rows(5)) == [True], "brought from the writer's disk"
     assert contents(reader.mem_pool_host, [5]) == want
+
+
+def test_engines_whose_ranks_have_one_parent_do_not_meet(stores: Stores) -> None:
+    """Two engines in one script, or under Ray: each rank reads what its own engine's writer has."""
+    keys = hashes(2)
+    with engine():
+        one = stores(storage_config(mla=True, tp=(0, 2)), filled(1))
+        of_one = stores(storage_config(mla=True, tp=(1, 2)), filled(0))
+    with engine():
+        two = stores(storage_config(mla=True, tp=(0, 2)), filled(2))
+        of_two = stores(storage_config(mla=True, tp=(1, 2)), filled(0))
+    assert one.batch_set_v1(keys[:1], rows(0)) == [True]
+    assert (of_one.batch_exists(keys), of_two.batch_exists(keys)) == (1, 0)
+    assert two.batch_set_v1(keys, rows(0, 1)) == [True, True]
+    assert (of_one.batch_exists(keys), of_two.batch_exists(keys)) == (1, 2)
+    for reader, value in ((of_one, 1), (of_two, 2)):
+        assert reader.batch_get_v1(keys[:1], rows(3)) == [True]
+        assert set(contents(reader.mem_pool_host, [3])[0]) == {value}
+
+
+def test_a_writer_whose_place_is_taken_leaves_nobody_with_the_others_pages(stores: Stores) -> None:
+    """Nobody can tell whose siblings come there then: none of them finds anything, nor does the second writer."""
+    keys = hashes(1)
+    first = stores(storage_config(mla=True, tp=(0, 2)), filled(1))
+    assert first.batch_set_v1(keys, rows(0)) == [True]
+    second = stores(storage_config(mla=True, tp=(0, 2)), filled(2))
+    reader = stores(storage_config(mla=True, tp=(1, 2)), filled(0))
+    second.batch_set_v1(keys, rows(0))
+    assert [second.batch_exists(keys), reader.batch_exists(keys)] == [0, 0]
+    assert reader.batch_get_v1(keys, rows(3)) == second.batch_get_v1(keys, rows(3)) == [False]
+    assert set(contents(reader.mem_pool_host, [3])[0]) == {0}
+    assert first.batch_exists(keys) == 1
+
+
+def test_a_writer_whose_siblings_cannot_come_finds_nothing_itself(
+    stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang loads what all ranks find; a writer that is alone with its pages must not answer for the others."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    writer, keys = stores(storage_config(mla=True, tp=(0, 2)), mla_pool()), hashes(1)
+    assert writer.batch_set_v1(keys, rows(0)) == [False]
+    assert writer.batch_exists(keys) == 0
