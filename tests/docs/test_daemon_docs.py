@@ -10,6 +10,7 @@ from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.daemon.follower import SILENT_S
 from umbp_connectors.daemon.messages import GREETING_BYTES, REVISION
 from umbp_connectors.daemon.metrics import FAMILIES, Family
+from umbp_connectors.daemon.process import PREDECESSOR_S
 from umbp_connectors.daemon.server import DRAIN_S, LEASE_S, MAX_STRANGERS
 from umbp_connectors.daemon.session import TALK_S
 from umbp_connectors.daemon.settings import STARTED_BY_ENGINE_IDLE_S
@@ -35,6 +36,7 @@ def test_times_are_those_of_the_code() -> None:
     assert f"lease ends after {LEASE_S:.0f} s" in PAGE
     assert f"get {DRAIN_S:.0f} s, then" in PAGE
     assert f"for up to {CLOSE_TIMEOUT_S:.0f} s" in PAGE
+    assert f"for up to {PREDECESSOR_S:.0f} s, and its log" in PAGE
     assert f"or {STARTED_BY_ENGINE_IDLE_S:.0f} for one that an engine started" in PAGE
     assert REVISION == 2
     assert f"one frame of at most {GREETING_BYTES >> 10} KiB and gives it\n  {TALK_S:.0f} s;" in PAGE

@@ -30,7 +30,8 @@ class PoolKeeper:
     """Opens pools when they are wanted, keeps them when their clients have left, and closes them for lack of memory.
 
     The makers are those of ``ClientSpec``.  ``config.dram_capacity`` is for all pools together, ``config.daemon_quota``
-    for those of one namespace.  A pool keeps the size that it was opened with.  Any thread.
+    for those of one namespace; both hold at any moment, also while one pool is closed for another.  A pool keeps the
+    size that it was opened with.  Any thread.
     """
 
     def __init__(
@@ -46,6 +47,8 @@ class PoolKeeper:
         self._make_ssd = make_ssd
         self._lock = threading.Lock()
         self._pools: dict[bytes, KeptPool] = {}
+        self._mapped: list[KeptPool] = []
+        """Those that have memory: open, being opened, or being closed."""
         self._closed = False
 
     @property
@@ -60,11 +63,9 @@ class PoolKeeper:
         Raises ``TierUnavailable`` when it cannot be had, ``ConfigError`` when it does not fit this machine.
         """
         with self._lock:
-            kept, idle = self._find(wanted)
+            kept = self._find(wanted)
             number = kept.join(wanted.client, wanted.label)
         try:
-            for pool in idle:
-                pool.close()
             self._open(kept)
             yield kept, number
         finally:
@@ -90,7 +91,8 @@ class PoolKeeper:
         """Close all of them at once, each within its own ``timeout`` and a little; idempotent."""
         with self._lock:
             self._closed = True
-            pools, self._pools = list(self._pools.values()), {}
+            pools = list(dict.fromkeys([*self._pools.values(), *self._mapped]))
+            self._pools = {}
         if pools:
             with ThreadPoolExecutor(len(pools), "umbp-close") as threads:
                 for kept in pools:
@@ -98,15 +100,37 @@ class PoolKeeper:
 
     def _open(self, kept: KeptPool) -> None:
         try:
-            kept.open()
+            kept.open(lambda: self._make_room(kept))
         except UmbpError:
             with self._lock:
-                if self._pools.get(kept.pool.identity.digest) is kept:
+                self._mapped = [other for other in self._mapped if other is not kept]
+                if self._keeps(kept):
                     del self._pools[kept.pool.identity.digest]
             raise
 
-    def _find(self, wanted: Attach) -> tuple[KeptPool, list[KeptPool]]:
-        """The pool, which may be new, and those that have to be closed before it is opened.  With the lock held."""
+    def _make_room(self, kept: KeptPool) -> None:
+        """Wait until nothing that is being closed is in the way of ``kept``, which has its memory from then on."""
+        while (other := self._in_the_way(kept)) is not None:
+            other.close()
+
+    def _in_the_way(self, kept: KeptPool) -> KeptPool | None:
+        """A pool that has to be closed before: for lack of memory, or because both have the same SSD folder."""
+        with self._lock:
+            self._mapped = others = [other for other in self._mapped if other is not kept and not other.is_closed]
+            going = [other for other in others if not self._keeps(other)]
+            if sum(other.nbytes for other in others) + kept.nbytes <= self._config.dram_capacity:
+                going = [other for other in going if other.namespace == kept.namespace]
+            if going:
+                return going[0]
+            others.append(kept)
+            return None
+
+    def _keeps(self, kept: KeptPool) -> bool:
+        """Whether it is not to be closed.  With the lock held."""
+        return self._pools.get(kept.pool.identity.digest) is kept
+
+    def _find(self, wanted: Attach) -> KeptPool:
+        """The pool, which may be new: it closes those that it takes the place of.  With the lock held."""
         if self._closed:
             raise TierUnavailable("the daemon is stopping")
         digest = wanted.identity.digest
@@ -123,7 +147,7 @@ class PoolKeeper:
                     f"pool {digest.hex()[:12]} has pages of {kept.page_bytes} bytes, and {page_bytes} are wanted; "
                     "clients of one identity have the same layout"
                 )
-            return kept, []
+            return kept
         asked = max(1, wanted.dram_bytes // page_bytes) * page_bytes
         going, room = self._room(wanted.namespace, asked)
         pages = min(asked, room) // page_bytes
@@ -144,8 +168,8 @@ class PoolKeeper:
             logger.info("umbp: pool %s, which nobody uses, makes room", name.hex()[:12])
         closing = [self._pools.pop(name) for name in going]
         pool = LocalPool(wanted.identity, self._pool_config(wanted, pages * page_bytes))
-        kept = self._pools[digest] = KeptPool(pool, pages, page_bytes)
-        return kept, closing
+        kept = self._pools[digest] = KeptPool(pool, pages, page_bytes, closing)
+        return kept
 
     def _room(self, namespace: str, asked: int) -> tuple[list[bytes], int]:
         """Which idle pools, longest left first, have to go for ``asked`` bytes, and how much room there is then."""

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from umbp_connectors.daemon.holdings import ClientHoldings
@@ -32,9 +32,12 @@ class _Engine:
 
 
 class KeptPool:
-    """A pool of the daemon, the clients that it has, and how many of its pages each of them holds.  Any thread."""
+    """A pool of the daemon, the clients that it has, and how many of its pages each of them holds.  Any thread.
 
-    def __init__(self, pool: LocalPool, pages: int, page_bytes: int) -> None:
+    It is opened ``instead_of`` others, which it closes before.
+    """
+
+    def __init__(self, pool: LocalPool, pages: int, page_bytes: int, instead_of: Sequence[KeptPool] = ()) -> None:
         self.pool = pool
         self.arena = os.urandom(TOKEN_BYTES)
         self.stripes = pool.stripes
@@ -53,8 +56,12 @@ class KeptPool:
         self._engines: dict[tuple[bytes, bytes], _Engine] = {}
         """By client and life."""
         self._held: Counter[bytes] = Counter()
-        self._opening = threading.Lock()
+        self._instead_of = instead_of
+        self._changing = threading.Lock()
+        """Held while the pool is opened or closed."""
         self._is_open = False
+        self._ending = False
+        self._is_closed = False
         self._failed = ""
 
     @property
@@ -84,13 +91,27 @@ class KeptPool:
         """Whether it can be used already."""
         return self._is_open
 
-    def open(self) -> None:
-        """Open the pool, once; others who call wait for that.  Raises as ``LocalPool.open`` does."""
-        with self._opening:
+    @property
+    def is_closed(self) -> bool:
+        """Whether its memory and its SSD folder were given back."""
+        return self._is_closed
+
+    def open(self, make_room: Callable[[], None] = lambda: None) -> None:
+        """Close those whose place it takes, ``make_room()``, open the pool, once; others who call wait for that.
+
+        Raises as ``LocalPool.open`` does, and ``TierUnavailable`` when it is to be closed by then.
+        """
+        with self._changing:
             if self._failed:
                 raise TierUnavailable(self._failed)
             if self._is_open:
                 return
+            for other in self._instead_of:
+                other.close()
+            self._instead_of = ()
+            make_room()
+            if self._ending:
+                raise TierUnavailable("the daemon is stopping")
             try:
                 self.pool.observe(self.watches)
                 self.pool.open()
@@ -100,9 +121,15 @@ class KeptPool:
             self._is_open = True
 
     def close(self, timeout: float = CLOSE_TIMEOUT_S) -> None:
-        """Close the pool, see ``LocalPool.close``; who follows it is told no more."""
+        """Close the pool for ever, see ``LocalPool.close``; who follows it is told no more.
+
+        Who calls while another does waits for that one.
+        """
+        self._ending = True
         self.watches.end()
-        self.pool.close(timeout)
+        with self._changing:
+            self.pool.close(timeout)
+            self._is_closed = True
 
     def join(self, client: bytes, label: str) -> int:
         """``client`` has one more connection: its number."""
@@ -143,13 +170,15 @@ class KeptPool:
     def take(self, client: bytes, pages: int) -> int:
         """How many of ``pages`` more pages ``client`` may hold; they count as held from now on.
 
-        All clients together never hold more than half of the arena for longer than one of their calls takes.
+        Each client holds its part of half of the arena at most, and all together half of it: who comes when others have
+        more than their part, because they were fewer, gets what is left until they are through with theirs.  Who holds
+        nothing may hold one page even beyond that, so that every client gets on.
         """
         self._end_late()
         with self._lock:
-            clients = len(set(self._connections.values()))
-            limit = max(1, self.pages // (2 * max(1, clients)))
-            taken = max(0, min(pages, limit - self._held[client]))
+            clients, mine = len(set(self._connections.values())), self._held[client]
+            part, left = self.pages // (2 * max(1, clients)), self.pages // 2 - self._held.total()
+            taken = max(0, min(pages, max(1 - mine, min(part - mine, left))))
             self._held[client] += taken
             return taken
 

@@ -6,12 +6,13 @@ import contextlib
 import logging
 import signal
 import sys
+import time
 from pathlib import Path
 
 from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.launch import READY
-from umbp_connectors.daemon.server import DaemonServer
+from umbp_connectors.daemon.server import DaemonEnding, DaemonServer
 from umbp_connectors.daemon.settings import idle_exit_s, served_door
 from umbp_connectors.logs import log_to_stderr
 from umbp_connectors.plugins import create_manager
@@ -22,16 +23,20 @@ from umbp_core.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+PREDECESSOR_S = 60.0
+"""How long a start waits for the last daemon at its path to end: longer than closing pools takes, see ``LocalPool``."""
 _NEVER_S = 86_400.0
 """How often it looks when there is nothing to look for."""
+_RETRY_S = 0.1
 
 
 def serve(config: UmbpConfig, path: Path) -> None:
     """Be the daemon at ``path`` until a signal comes, or until nobody used it for as long as ``config`` says.
 
-    The first signal ends it gracefully: calls under way come to their end, what is in DRAM only goes to SSD.  A second
-    one ends it at once.  Prints one line to standard output when it can be reached.  The main thread only.  Raises
-    ``UmbpError`` with one sentence when it cannot start.
+    One that is ending there is waited for: its SSD folder is free then.  The first signal ends it gracefully: calls
+    under way come to their end, what is in DRAM only goes to SSD.  A second one ends it at once.  Prints one line to
+    standard output when it can be reached.  The main thread only.  Raises ``UmbpError`` with one sentence when it
+    cannot start.
     """
     door = served_door(config)
     log_to_stderr(config.log_level)
@@ -48,9 +53,13 @@ def serve(config: UmbpConfig, path: Path) -> None:
     server = DaemonServer(keeper, path, door=door)
     with contextlib.ExitStack() as ending:
         ending.callback(logger.info, "umbp: the daemon has ended")
+        ending.callback(server.close, 0.0)  # not before the pools are closed: the next daemon wants their folders
         ending.callback(keeper.close, CLOSE_TIMEOUT_S)
-        server.open()
-        ending.callback(server.close, 0.0)
+        why = _open(server, path)
+        if why:
+            logger.info("umbp: %s: the daemon does not start", why)
+            return
+        ending.callback(server.stop, 0.0)
         metrics = _open_metrics(config, keeper, server, ending)
         tcp = f", tcp://{server.endpoint}" if server.endpoint is not None else ""
         sys.stdout.write(f"{READY}: {path}{tcp}, {_tiers(config)}{metrics}\n")
@@ -58,7 +67,25 @@ def serve(config: UmbpConfig, path: Path) -> None:
         why = _until_over(server, idle_exit_s(config))
         logger.info("umbp: %s: the daemon stops", why)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        server.close()
+        server.stop()
+
+
+def _open(server: DaemonServer, path: Path) -> str:
+    """Listen, once the last daemon at ``path`` has ended; the signal that came before that, if one did."""
+    deadline = 0.0
+    while True:
+        try:
+            server.open()
+            return ""
+        except DaemonEnding:
+            now = time.monotonic()
+            if not deadline:
+                deadline = now + PREDECESSOR_S
+                logger.info("umbp: waiting for the last daemon at %s, which is closing its pools", path)
+            elif now >= deadline:
+                raise
+        if (got := signal.sigtimedwait(SIGNALS, _RETRY_S)) is not None:
+            return signal.Signals(got.si_signo).name
 
 
 def _open_metrics(config: UmbpConfig, keeper: PoolKeeper, server: DaemonServer, ending: contextlib.ExitStack) -> str:

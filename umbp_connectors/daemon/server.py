@@ -25,6 +25,10 @@ LEASE_S = 30.0
 DRAIN_S = 5.0
 
 
+class DaemonEnding(ConfigError):
+    """The last daemon at this path serves nobody any more, and has not closed its pools yet."""
+
+
 class DaemonServer:
     """Serves the pools of ``keeper`` at the Unix socket ``path``, which only this user can reach.  Any thread.
 
@@ -65,12 +69,20 @@ class DaemonServer:
         return self._tcp.endpoint if self._tcp is not None else None
 
     def open(self) -> None:
-        """Listen.  Raises ``ConfigError`` when the path or port cannot be used or a daemon listens there already."""
+        """Listen.
+
+        Raises ``ConfigError`` when the path or port cannot be used or a daemon listens there already, ``DaemonEnding``
+        when that will do so no more: it may be tried again then.
+        """
         if self._threads:
             raise StateError("this daemon listens already")
         try:
             self._listener.open(min(128, self._max_connections))
         except PathInUse as error:
+            if not self._path.exists():
+                raise DaemonEnding(
+                    f"the last daemon at {self._path} has not ended yet; wait until it has, or give another path"
+                ) from error
             raise ConfigError(f"a daemon is running at {self._path} already; use it, or give another path") from error
         with contextlib.ExitStack() as undo:
             undo.callback(self._listener.close)
@@ -90,11 +102,19 @@ class DaemonServer:
             return 0.0 if used else time.monotonic() - self._idle_since
 
     def close(self, drain_s: float = DRAIN_S) -> None:
-        """Take no more clients, let those that hold something come to its end for so long, end them; idempotent."""
+        """:meth:`stop`, and let the next daemon listen at the path; idempotent."""
+        self.stop(drain_s)
+        self._listener.close()
+
+    def stop(self, drain_s: float = DRAIN_S) -> None:
+        """Take no more clients, let those that hold something come to its end for so long, end them; idempotent.
+
+        No other daemon can listen at the path before :meth:`close`: what this one's pools have on SSD is theirs still.
+        """
         with self._lock:
             self._closing = True
             sessions = dict(self._sessions)
-        self._listener.close()
+        self._listener.stop()
         if self._tcp is not None:
             self._tcp.close()
         for session in sessions:

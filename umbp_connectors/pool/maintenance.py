@@ -80,7 +80,7 @@ def evict(catalogue: StoredCatalogue, keys: Sequence[bytes]) -> int:
     Raises ``StateError`` while an engine uses it, ``TierUnavailable`` when it cannot be written.
     """
     gone = 0
-    with held(catalogue):
+    with held([catalogue]):
         try:
             connection = sqlite3.connect(catalogue.path, timeout=0.0, isolation_level=None)
         except sqlite3.Error as error:
@@ -104,27 +104,20 @@ def clear(catalogues: Iterable[StoredCatalogue]) -> int:
 
     Raises ``StateError`` while an engine uses one of them; then nothing is removed.
     """
-    freed = 0
-    with contextlib.ExitStack() as locked:
-        found = list(catalogues)
+    found, freed = list(catalogues), 0
+    with held(found):
         for catalogue in found:
-            locked.enter_context(held(catalogue))
-        for catalogue in found:
-            files = [file for file, _ in our_files(catalogue.path.parent) if file.name.startswith(catalogue.path.name)]
-            slabs = zip(catalogue.folders, catalogue.layouts, strict=False)
-            files += [folder / f"slab-{layout.hex()[:12]}.bin" for folder, layout in slabs]
-            for file in files:
-                with contextlib.suppress(FileNotFoundError):
-                    nbytes = file.stat().st_size
-                    file.unlink()
-                    freed += nbytes
+            try:
+                freed += _remove(catalogue)
+            except OSError as error:
+                raise unusable(catalogue.path.parent, error) from error
     return freed
 
 
 @contextlib.contextmanager
-def held(catalogue: StoredCatalogue) -> Iterator[None]:
-    """Nobody else may use this catalogue and its slabs meanwhile.  Raises ``StateError`` when somebody does."""
-    folders = dict.fromkeys([catalogue.path.parent, *catalogue.folders])
+def held(catalogues: Iterable[StoredCatalogue]) -> Iterator[None]:
+    """Nobody else may use these catalogues and their slabs meanwhile.  Raises ``StateError`` when somebody does."""
+    folders = dict.fromkeys(folder for each in catalogues for folder in (each.path.parent, *each.folders))
     with contextlib.ExitStack() as undo:
         for folder in folders:
             for name in LOCKS:
@@ -136,10 +129,21 @@ def held(catalogue: StoredCatalogue) -> Iterator[None]:
                 except TierUnavailable as error:
                     raise StateError(f"{folder} is in use: end the engine first, or ask it ({error})") from error
                 undo.callback(lock.release)
-        try:
-            yield
-        except OSError as error:
-            raise unusable(catalogue.path.parent, error) from error
+        yield
+
+
+def _remove(catalogue: StoredCatalogue) -> int:
+    """Remove its files; how many bytes they had."""
+    freed = 0
+    files = [file for file, _ in our_files(catalogue.path.parent) if file.name.startswith(catalogue.path.name)]
+    slabs = zip(catalogue.folders, catalogue.layouts, strict=False)
+    files += [folder / f"slab-{layout.hex()[:12]}.bin" for folder, layout in slabs]
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):
+            nbytes = file.stat().st_size
+            file.unlink()
+            freed += nbytes
+    return freed
 
 
 def _examine(catalogue: StoredCatalogue, slabs: Sequence[SlabFile], stored: StoredObject) -> str:

@@ -40,8 +40,9 @@ class Daemon:
         return sum(fill.pinned + fill.reserved for fill in fills if fill is not None)
 
     def close(self) -> None:
-        self.server.close(0.5)
+        self.server.stop(0.5)
         self.keeper.close(10)
+        self.server.close(0)
 
 
 @pytest.fixture

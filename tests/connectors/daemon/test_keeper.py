@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tests.connectors.daemon.conftest import Daemon
-from tests.connectors.daemon.kit import IDENTITY, SIZE, get, key_of, object_of, put
+from tests.connectors.daemon.kit import IDENTITY, SIZE, client_of, get, key_of, object_of, put
+from tests.connectors.gate import Gate
 from tests.connectors.waiting import until
 from umbp_connectors.daemon.client import DaemonPool
 from umbp_connectors.pool.local import LocalPool
@@ -55,6 +60,104 @@ def test_a_pool_that_nobody_uses_makes_room(start: Start, connect: Connect) -> N
     assert _pages(new) == 4
     assert get(connect(_other("old"), pages=5), range(3)) == [GetStatus.DRAM] * 3, "the other one had to go"
     assert {kept.namespace for kept in daemon.keeper.pools()} == {"old", "new"}
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """The closing of pools of the namespace "old" waits here."""
+    closing = LocalPool.close
+    gate = Gate(closing, only=lambda pool, *_: pool.identity.namespace == "old")
+    monkeypatch.setattr(LocalPool, "close", lambda pool, *timeout: gate(pool, *timeout))
+    yield gate
+    gate.open()
+
+
+def test_a_pool_waits_for_the_one_whose_place_it_takes(
+    start: Start, connect: Connect, held: Gate, tmp_path: Path
+) -> None:
+    ssd = {"ssd_dir": tmp_path / "ssd", "ssd_capacity": 16 << 20, "ssd_engines": 4}
+    daemon = start(dram_capacity=10 * SIZE, **ssd)
+    old = connect(_other("old"), pages=6)
+    put(old, range(3))
+    old.close()
+    until(lambda: daemon.server.connections == 0)
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(connect, _other("new"), pages=8)
+        held.wait_until_held()
+        others = [connect(_other("new"), pages=8, timeout_s=0.3), connect(_other("old"), pages=1, timeout_s=0.3)]
+        assert [_pages(pool) for pool in others] == [0, 0], "the memory and the folder are not free yet"
+        assert _pages(connect(_other("another"), pages=1)) == 1, "its memory is"
+        assert [kept.namespace for kept in daemon.keeper.pools()] == ["another"]
+        assert not first.done()
+        held.open()
+        assert _pages(first.result()) == 8
+    until(lambda: [_pages(pool) for pool in others] == [8, 1])
+    assert all(pool.stats(Tier.SSD) is not None for pool in (first.result(), others[1])), "each has its folder"
+    assert [get(others[1], [number]) for number in range(3)] == [[GetStatus.SSD]] * 3
+
+
+def test_memory_that_is_not_free_yet_is_waited_for(start: Start, connect: Connect, held: Gate) -> None:
+    daemon = start(dram_capacity=10 * SIZE)
+    connect(_other("old"), pages=8).close()
+    until(lambda: daemon.server.connections == 0)
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(connect, _other("new"), pages=3)
+        held.wait_until_held()
+        other = connect(_other("another"), pages=7, timeout_s=0.3)
+        assert (_pages(other), daemon.keeper.pools()) == (0, [])
+        held.open()
+        first.result()
+    until(lambda: _pages(other) == 7)
+
+
+def test_a_daemon_does_not_end_before_what_is_being_closed(start: Start, connect: Connect, held: Gate) -> None:
+    daemon = start(dram_capacity=10 * SIZE)
+    connect(_other("old"), pages=8).close()
+    until(lambda: daemon.server.connections == 0)
+    (old,) = daemon.keeper.pools()
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(connect, _other("new"), pages=8)
+        held.wait_until_held()
+        ending = threads.submit(lambda: (daemon.keeper.close(10), old.is_closed))
+        until(lambda: put(connect(_other("another"), pages=1, timeout_s=0.3), [1]) == [PutStatus.NO_ROOM])
+        assert not ending.done()
+        held.open()
+        assert ending.result()[1]
+        assert put(first.result(), [1]) == [PutStatus.NO_ROOM], "nothing is opened any more"
+    assert daemon.keeper.pools() == []
+
+
+def test_pools_that_come_and_go_at_once_have_never_more_than_there_is(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper, mapped, most, lock = start(dram_capacity=10 * SIZE).keeper, Counter[str](), [0], threading.Lock()
+    opening, closing = LocalPool.open, LocalPool.close
+
+    def open_(pool: LocalPool) -> None:
+        with lock:
+            mapped[pool.identity.namespace] += pool._config.dram_bytes
+            most.append(mapped.total())
+        opening(pool)
+
+    def close(pool: LocalPool, *timeout: float) -> None:
+        was_open = pool._parts is not None
+        closing(pool, *timeout)
+        with lock:
+            mapped[pool.identity.namespace] -= was_open * pool._config.dram_bytes
+
+    monkeypatch.setattr(LocalPool, "open", open_)
+    monkeypatch.setattr(LocalPool, "close", close)
+
+    def come_and_go(seed: int) -> None:
+        dice = random.Random(seed)
+        for _ in range(100):
+            wanted = client_of(Path("nowhere"), _other(str(dice.randrange(5))), pages=dice.randrange(2, 8))._greeting
+            with contextlib.suppress(TierUnavailable), keeper.attached(wanted) as (kept, _):
+                assert kept.is_open
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(come_and_go, range(4)))
+    assert max(most) <= 10 * SIZE
 
 
 def test_a_namespace_has_a_quota(start: Start, connect: Connect) -> None:

@@ -199,6 +199,22 @@ def test_an_engine_may_hold_its_part_of_half_of_the_arena(start: Start, run: Run
     assert len(one.take(PAGES)) == PAGES // 2, "nothing of its former life counts"
 
 
+def test_engines_that_come_one_after_the_other_leave_room_for_others(start: Start, run: Run, connect: Connect) -> None:
+    daemon = start()
+    engines = []
+    for number in range(4):
+        engines.append(run(1, str(number)))
+        while engines[-1].take(8):
+            pass
+    assert daemon.pinned() == PAGES // 2 + 3, "those who came late have one page each beyond half of the arena"
+    pool = connect()
+    assert [put(pool, [number]) for number in range(8)] == [[PutStatus.STORED]] * 8
+    assert [get(pool, [number]) for number in range(8)] == [[GetStatus.DRAM]] * 8
+    engines[0].close()
+    until(lambda: daemon.pinned() == 3)
+    assert len(engines[1].take(PAGES)) == PAGES // 8 - 1, "there are four clients now"
+
+
 def test_a_clear_refuses_once_what_was_taken_before(start: Start, run: Run) -> None:
     start()
     engine, other = run(1, "one"), run(1, "two")

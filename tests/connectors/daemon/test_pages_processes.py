@@ -255,14 +255,18 @@ def test_quotas_and_the_view_of_an_engine(
     _daemon(path, tmp_path / "ssd", closing, "--set", f"daemon_quota={quota}")
     mine = engine()
     assert mine.open().pages == 8
-    assert len(mine.take(PAGES)) == 4
+    pages = mine.take(PAGES)
+    assert len(pages) == 4
     told = _status(path)
     assert (told["clients"], told["dram_bytes"], told["page_bytes"]) == (["engine"], quota, 2 * SIZE)
     assert told["fills"][0]["reserved"] == 4
     second = PageClient(wanted(path, 2, "second"))
     closing.callback(second.close)
     assert second.connect(soon()).pages == 8, "it shares the pool"
-    assert len(second.take_pages(8, soon())) == 2
+    assert len(second.take_pages(8, soon())) == 1, "the first one has all of their half"
+    mine.leader.return_pages(pages[:2], soon())
+    until(lambda: second.take_pages(8, soon()))
+    assert (len(mine.take(8)), _status(path)["fills"][0]["reserved"]) == (0, 4)
 
 
 def _status(path: Path) -> dict[str, Any]:

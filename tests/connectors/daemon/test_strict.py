@@ -89,7 +89,8 @@ def test_a_daemon_that_goes_meanwhile_has_secured_nothing(
 
     stopping = threading.Thread(target=stop)
     stopping.start()
-    assert put(pool, SECOND, 20.0) == [PutStatus.VOLATILE] * 4
+    # Nothing was published where the daemon went before it could say so.
+    assert set(put(pool, SECOND, 20.0)) <= {PutStatus.VOLATILE, PutStatus.NO_ROOM}
     stopping.join()
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,18 @@ def test_clear_gives_the_space_back(run: Run, stored: Path) -> None:
     assert (stored / "precious.txt").exists()
     with closing(open_pool(stored)) as pool:
         assert not any(pool.exists(KEYS))
+
+
+def test_clear_of_one_folder_with_two_catalogues(run: Run, stored: Path) -> None:
+    with closing(open_pool(stored, replace(IDENTITY, layout=b"\x22" * 32))) as pool:
+        assert pool.put(KEYS[:2], [object_of(key) for key in KEYS[:2]]) == [PutStatus.STORED] * 2
+        assert pool.flush(30)
+    assert len({Path(row["catalogue"]).parent for row in run("stats", "--json")[1]["catalogues"]}) == 1
+    assert len(run("stats", "--json")[1]["catalogues"]) == 2
+    code, told = run("clear", "--yes")
+    assert (code, "are free again" in told) == (0, True), told
+    assert run("stats", "--json")[1]["catalogues"] == []
+    assert not list(stored.rglob("slab-*.bin"))
 
 
 def test_beside_a_running_engine_one_may_look_but_not_touch(

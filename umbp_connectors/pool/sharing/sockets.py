@@ -95,7 +95,7 @@ def check_peer(sock: socket.socket) -> None:
 
 
 class PathInUse(ConfigError):
-    """A living process listens there."""
+    """A living process listens there, or did and holds the path still."""
 
 
 class Acceptor:
@@ -151,8 +151,8 @@ class Listener(Acceptor):
     def open(self, backlog: int) -> None:
         """Make the folder if it is missing, take over what a dead process left at the path, and listen.
 
-        Raises ``ConfigError`` when the folder is open to others, a living process listens there, or the path cannot
-        be used.
+        Raises ``PathInUse`` when a living process listens there or has not let go of the path yet, ``ConfigError`` when
+        the folder is open to others or the path cannot be used.
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -173,11 +173,15 @@ class Listener(Acceptor):
             raise ConfigError(f"a pool cannot be shared at {self._path}: {error}; give another path") from error
         self._listens(sock)
 
-    def close(self) -> None:
-        """Wake :meth:`accept`, and let the path go; idempotent."""
+    def stop(self) -> None:
+        """Wake :meth:`accept`, and listen no more; nobody else can listen at the path yet.  Idempotent."""
         if self._end():
             self._path.unlink(missing_ok=True)
-            self._lock.release()
+
+    def close(self) -> None:
+        """The same, and let the path go; idempotent."""
+        self.stop()
+        self._lock.release()
 
     def _check_folder(self) -> None:
         folder = self._path.parent
