@@ -245,6 +245,25 @@ def own_address() -> str:
     return socket.gethostname() if address == "0.0.0.0" else address
 
 
+def page_writer(vllm_config: Any, layer: str, spec: Any) -> dict[str, str]:
+    """Who decides what the bytes of ``layer`` mean inside its pages, beyond their layout; empty where vLLM has no word.
+
+    The name of the attention backend; on CPUs also the instruction set that K and V are packed for, which vLLM chooses
+    by the machine.  Only workers have the layers.
+    """
+    backend = optional(vllm_config.compilation_config.static_forward_context.get(layer), "get_attn_backend")
+    if backend is None:
+        return {}
+    name = str(backend().get_name())
+    if name != "CPU_ATTN":
+        return {"backend": name}
+    choose = optional(importlib.import_module("vllm.v1.attention.backends.cpu_attn"), "_get_attn_isa")
+    if choose is None:
+        return {"backend": name}
+    dtype, kv_dtype = vllm_config.model_config.dtype, vllm_config.cache_config.cache_dtype
+    return {"backend": name, "isa": str(choose(dtype, spec.block_size, spec.head_size, kv_dtype))}
+
+
 def hash_tokens(vllm_config: Any, kv_cache_config: Any) -> int:
     """Tokens per block hash, as ``Request.block_hashes`` has them.
 

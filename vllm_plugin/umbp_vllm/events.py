@@ -15,6 +15,7 @@ from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from umbp_core.tiers import Tier
 from umbp_vllm.groups import KvGroup
+from umbp_vllm.matching import block_hash_of
 
 MEDIA = {Tier.DRAM: "CPU", Tier.SSD: "STORAGE"}
 
@@ -106,4 +107,4 @@ def _group_index(key: bytes) -> int:
 
 
 def _published(key: bytes) -> Any:
-    return maybe_convert_block_hash(key[:-4])
+    return maybe_convert_block_hash(block_hash_of(key))

@@ -140,7 +140,7 @@ def make_host_worker(
 
     def look() -> StagePages:
         check_host(config)
-        return pages_of(kv_cache_config, geometry_of(kv_cache_config, kv_caches), tp_size)
+        return pages_of(kv_cache_config, geometry_of(kv_cache_config, kv_caches), tp_size, vllm_config)
 
     stages = share_stages(look, parallel.pipeline_parallel_size)
     geometry = geometry_of(kv_cache_config, kv_caches)

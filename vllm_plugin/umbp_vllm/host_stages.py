@@ -39,10 +39,10 @@ def largest(stages: Sequence[StagePages]) -> tuple[int, ...]:
     return tuple(max(sizes) for sizes in zip(*(stage.object_bytes for stage in stages), strict=True))
 
 
-def pages_of(kv_cache_config: Any, geometry: KvGeometry, tp_size: int) -> StagePages:
+def pages_of(kv_cache_config: Any, geometry: KvGeometry, tp_size: int, vllm_config: Any | None = None) -> StagePages:
     """What this rank has."""
     return StagePages(
-        layout_digest(kv_cache_config, geometry),
+        layout_digest(kv_cache_config, geometry, vllm_config),
         geometry.page_bytes,
         tuple(geometry.object_bytes(group.index) for group in geometry.groups),
         kv_is_replicated(kv_cache_config, geometry, tp_size),

@@ -33,27 +33,28 @@ _SPEC_FIELDS = (
 """Spec fields that say what the bytes of a page mean; a version of vLLM that lacks one leaves it out."""
 
 
-def layout_descriptor(kv_cache_config: Any, geometry: KvGeometry) -> dict[str, object]:
+def layout_descriptor(kv_cache_config: Any, geometry: KvGeometry, vllm_config: Any | None = None) -> dict[str, object]:
     """The canonical description of an object's bytes; JSON types only.
 
     Two engines whose descriptors differ never share bytes, even when all sizes agree.  It contains neither
-    addresses nor the number of blocks, so it survives a restart with more or less memory.
+    addresses nor the number of blocks, so it survives a restart with more or less memory.  ``vllm_config`` is that of
+    the worker that has the layers: how an attention backend packs a page, only the backend knows.
     """
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     return {
         "format": FORMAT_VERSION,
         "layout": geometry.layout_name,
-        "groups": [_describe_group(group, specs[group.index]) for group in geometry.groups],
+        "groups": [_describe_group(group, specs[group.index], vllm_config) for group in geometry.groups],
     }
 
 
-def layout_digest(kv_cache_config: Any, geometry: KvGeometry) -> bytes:
+def layout_digest(kv_cache_config: Any, geometry: KvGeometry, vllm_config: Any | None = None) -> bytes:
     """SHA-256 of :func:`layout_descriptor`."""
-    return digest_of(layout_descriptor(kv_cache_config, geometry))
+    return digest_of(layout_descriptor(kv_cache_config, geometry, vllm_config))
 
 
-def _describe_group(group: GroupGeometry, spec: Any) -> dict[str, object]:
-    layers = [[layer, _describe_spec(layer_spec(spec, layer))] for layer in group.layers]
+def _describe_group(group: GroupGeometry, spec: Any, vllm_config: Any | None) -> dict[str, object]:
+    layers = [[layer, _describe_layer(layer, layer_spec(spec, layer), vllm_config)] for layer in group.layers]
     return {
         "kind": group.kind,
         "block_tokens": group.block_tokens,
@@ -61,6 +62,11 @@ def _describe_group(group: GroupGeometry, spec: Any) -> dict[str, object]:
         "layers": layers,
         "page_orders": [[list(dimension) for dimension in order] for order in group.page_orders],
     }
+
+
+def _describe_layer(layer: str, spec: Any, vllm_config: Any | None) -> dict[str, object]:
+    writer = {} if vllm_config is None else compat.page_writer(vllm_config, layer, spec)
+    return {**_describe_spec(spec), **writer}
 
 
 def _describe_spec(spec: Any) -> dict[str, object]:

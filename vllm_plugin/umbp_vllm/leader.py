@@ -17,6 +17,7 @@ from umbp_core.errors import StateError, UmbpError
 from umbp_core.ops import LeaderTransferRequest, NewWorkerSlot, OpStatus
 from umbp_core.ports import Clock
 from umbp_core.slots import SlotTable
+from umbp_vllm.adapters import Adapters
 from umbp_vllm.agenda import Agenda
 from umbp_vllm.compat import ended_by_itself, is_running
 from umbp_vllm.dump import leader_state
@@ -42,6 +43,7 @@ class Leader:
         self._groups: Sequence[KvGroup] = setup.groups
         self._slots = SlotTable()
         self._requests: dict[str, RequestState] = {}
+        self._adapters = Adapters()
         self._agenda = Agenda(setup.tokens_per_step)
         self._lives = 0
         self._hellos: dict[int, RankHello] = {}
@@ -94,7 +96,7 @@ class Leader:
         # Numbered, because an earlier request of this id may be over while its last stores are not.
         self._lives += 1
         slot = self._slots.create(f"{request_id}#{self._lives}")
-        self._requests[request_id] = state = RequestState.of(request, slot, self._groups)
+        self._requests[request_id] = state = RequestState.of(request, slot, self._groups, self._adapters)
         if self._pool is not None and self._setup.may_load:
             self._pool.loads.arrived(state)
 
@@ -186,6 +188,7 @@ class Leader:
     def begin_step(self) -> None:
         """A new engine step; exactly once per ``build_connector_meta``."""
         self._iteration += 1
+        self._adapters.take()
         if self._pool is not None:
             self._pool.loads.step_planned()
         else:

@@ -16,7 +16,7 @@ from umbp_vllm.directories import Read
 from umbp_vllm.enquiries import Enquirer
 from umbp_vllm.events import EventLog
 from umbp_vllm.groups import KvGroup
-from umbp_vllm.matching import Matcher, StagedMatch
+from umbp_vllm.matching import Matcher, StagedMatch, bare
 from umbp_vllm.requests import RequestState
 from umbp_vllm.stats import UmbpStats, counter
 
@@ -50,6 +50,8 @@ class LoadPolicy:
     """Whether a second request may wait for another's load; useless without vLLM's own prefix cache."""
     layerwise: bool = False
     """Whether what lies in DRAM is loaded by the step that schedules the request."""
+    lookup_timeout_s: float = 0.0
+    """How long a request waits until its keys are known."""
 
 
 class LoadPlanner:
@@ -98,12 +100,14 @@ class LoadPlanner:
         Asking again for the same ``start`` repeats the answer and renews the promise.
         """
         if state.staged is not None:
-            if state.staged.start == start and not self._is_stale(state):
+            if state.staged.start == start and not self._is_stale(state) and not state.keys.are_refused:
                 state.staged = msgspec.structs.replace(state.staged, since=now)
                 return state.promised
             self.unstage(state)
-        if not state.may_load or not state.slot.may_match:
+        if not state.may_load or not state.slot.may_match or state.keys.are_refused:
             return 0
+        if not state.keys.are_known:
+            return self._not_yet(state, now)
         if self._enquirer is None:
             return self._match(state, start, now)
         if not self._enquirer.ready(state, start, now):
@@ -113,6 +117,15 @@ class LoadPlanner:
         if tokens is not None:
             self._enquirer.settled(state)
         return tokens
+
+    def _not_yet(self, state: RequestState, now: float) -> int | None:
+        """Not yet, until the time for lookups is over; then a miss."""
+        if state.asked_since is None:
+            state.asked_since = now
+        if now - state.asked_since >= self._policy.lookup_timeout_s:
+            return 0
+        self._stats.add("vllm:umbp_lookup_waits", 1, "adapter")
+        return None
 
     def _match(self, state: RequestState, start: int, now: float) -> int | None:
         """Look for a match and stage it; as :meth:`match`."""
@@ -154,7 +167,7 @@ class LoadPlanner:
         if not self._filling or not tokens:
             return False
         return any(
-            not self._filling.isdisjoint(state.keys.of(group)[: tokens // group.block_tokens]) for group in self._groups
+            not self._filling.isdisjoint(state.keys.bare(group, tokens // group.block_tokens)) for group in self._groups
         )
 
     def step_planned(self) -> None:
@@ -198,7 +211,8 @@ class LoadPlanner:
 
     def arrived(self, state: RequestState) -> None:
         """A request came that may load."""
-        if self._enquirer is not None and not state.request.skip_reading_prefix_cache:
+        asks = state.keys.are_known and not state.request.skip_reading_prefix_cache
+        if self._enquirer is not None and asks:
             self._enquirer.arrived(state)
 
     def forget(self, state: RequestState) -> None:
@@ -238,7 +252,7 @@ class LoadPlanner:
                 self._loading_again.update(again)
             self._loading.update(state.shared_keys)
         if state.at_once:
-            self._filling.update(state.shared_keys)
+            self._filling.update(map(bare, state.shared_keys))
         self._in_flight[match.op_id] = _Load(state, match.in_dram)
         if self._events.enabled:
             for run in match.runs:

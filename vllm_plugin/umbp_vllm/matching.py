@@ -18,8 +18,12 @@ from umbp_core.errors import StateError
 from umbp_core.ids import key_suffix
 from umbp_core.ops import BlockCopy
 from umbp_core.tiers import Tier
+from umbp_vllm.adapters import AdapterKey
 from umbp_vllm.directories import Holds, Read
 from umbp_vllm.groups import KvGroup
+
+_ADAPTER_BYTES = 32
+_SUFFIX_BYTES = len(key_suffix(0))
 
 _Run: TypeAlias = "tuple[KvGroup, int, list[bytes]]"
 """Neighbouring blocks: their group, the index of the first, and their keys."""
@@ -40,24 +44,59 @@ class BlockHashes(Protocol):
 
 
 class RequestKeys:
-    """The block keys of one request, per group, made once as its hashes grow."""
+    """The block keys of one request, per group, made once as its hashes grow.
 
-    __slots__ = ("_groups", "_keys", "_request")
+    Those of a request with an ``adapter`` begin with what that is; there are none before it is known.
+    """
 
-    def __init__(self, request: BlockHashes, groups: Sequence[KvGroup]) -> None:
+    __slots__ = ("_adapter", "_groups", "_keys", "_request")
+
+    def __init__(self, request: BlockHashes, groups: Sequence[KvGroup], adapter: AdapterKey | None = None) -> None:
         self._request = request
         self._groups = groups
+        self._adapter = adapter
         self._keys: list[list[bytes]] = [[] for _ in groups]
+
+    @property
+    def are_known(self) -> bool:
+        """Whether there are keys, which may still become known unless :attr:`are_refused`."""
+        return self._adapter is None or (self._adapter.prefix is not None and not self._adapter.refused)
+
+    @property
+    def are_refused(self) -> bool:
+        """Whether nothing of the request may be loaded or stored."""
+        return self._adapter is not None and self._adapter.refused
 
     def of(self, group: KvGroup) -> list[bytes]:
         """The keys of all complete blocks of ``group`` whose tokens are known."""
+        if self._adapter is not None and not self.are_known:
+            return []
         keys = self._keys[group.index]
         hashes = self._request.block_hashes
         each = group.hashes_per_block
         if len(hashes) // each > len(keys):
-            suffix = key_suffix(group.index)
-            keys += [block_hash + suffix for block_hash in hashes[(len(keys) + 1) * each - 1 :: each]]
+            new = self._bare(group, len(keys))
+            prefix = self._adapter.prefix if self._adapter is not None else None
+            keys += new if prefix is None else [prefix + key for key in new]
         return keys
+
+    def bare(self, group: KvGroup, count: int) -> list[bytes]:
+        """The first ``count`` keys of ``group`` as :func:`bare` makes them, known or not."""
+        return self.of(group)[:count] if self._adapter is None else self._bare(group, 0)[:count]
+
+    def _bare(self, group: KvGroup, first: int) -> list[bytes]:
+        suffix, each = key_suffix(group.index), group.hashes_per_block
+        return [block_hash + suffix for block_hash in self._request.block_hashes[(first + 1) * each - 1 :: each]]
+
+
+def bare(key: bytes) -> bytes:
+    """``key`` without what it says of an adapter: vLLM's block hash, which has at most 32 bytes, and the group."""
+    return key[_ADAPTER_BYTES:] if len(key) > _ADAPTER_BYTES + _SUFFIX_BYTES else key
+
+
+def block_hash_of(key: bytes) -> bytes:
+    """The engine's block hash in ``key``."""
+    return bare(key)[:-_SUFFIX_BYTES]
 
 
 class StagedRun(msgspec.Struct, frozen=True, gc=False):

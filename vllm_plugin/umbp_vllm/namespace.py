@@ -19,6 +19,7 @@ from umbp_connectors.model_origin import model_origin
 from umbp_core.ids import RankScope, digest_of
 from umbp_vllm import compat
 from umbp_vllm.hashing import describe_hashing
+from umbp_vllm.model_length import length_facts
 
 SCHEMA = 1
 """Raised when the form of the description changes, which voids everything stored before."""
@@ -48,7 +49,7 @@ def namespace_of(
         "cache": _cache(vllm_config, kv_cache_config),
         "hashing": describe_hashing(vllm_config, env, version),
         "parallel": _parallel(vllm_config.parallel_config),
-        "draft": _draft(compat.optional(vllm_config, "speculative_config")),
+        "draft": _draft(compat.optional(vllm_config, "speculative_config"), vllm_config.model_config),
     }
     return f"{_slug(str(model['name']))}-{digest_of(description).hex()[:32]}", description
 
@@ -98,7 +99,40 @@ def _model(vllm_config: Any) -> dict[str, object]:
         "sliding_window_off": bool(compat.optional(model, "disable_sliding_window", False)),
         "mm_processor": _plain(compat.optional(multimodal, "mm_processor_kwargs")),
         "video_pruning": _plain(compat.optional(multimodal, "video_pruning_rate")),
+        **_config_source(model),
+        **_length(length_facts(model)),
+        **_adapters(compat.optional(vllm_config, "lora_config"), model),
     }
+
+
+def _config_source(model: Any) -> dict[str, object]:
+    """Where the model's configuration comes from, as far as that is not where its weights do, as usual."""
+    told: dict[str, object] = {}
+    path = compat.optional(model, "hf_config_path")
+    if path and path != model.model:
+        told["config_from"] = model_origin(path, compat.optional(model, "_hf_config_revision") or model.revision)
+    code = compat.optional(model, "code_revision")
+    if code:
+        told["code_revision"] = code
+    form = _plain(compat.optional(model, "config_format", "auto"))
+    if form != "auto":
+        told["config_format"] = form
+    return told
+
+
+def _adapters(lora: Any | None, model: Any) -> dict[str, object]:
+    """How LoRA adapters are applied, where that is not as usual; which ones is the block keys' matter."""
+    told = {
+        "modules": _plain(compat.optional(lora, "target_modules")),
+        "tower": bool(compat.optional(lora, "enable_tower_connector_lora", False)),
+        "dtype": str(compat.optional(lora, "lora_dtype", model.dtype)).removeprefix("torch."),
+    }
+    usual = {"modules": None, "tower": False, "dtype": str(model.dtype).removeprefix("torch.")}
+    return {} if told == usual else {"adapters": told}
+
+
+def _length(facts: Mapping[str, object]) -> dict[str, object]:
+    return {"length": facts} if facts else {}
 
 
 def _cache(vllm_config: Any, kv_cache_config: Any | None) -> dict[str, object]:
@@ -144,14 +178,16 @@ def _parallel(parallel: Any) -> dict[str, object]:
     }
 
 
-def _draft(speculative: Any | None) -> dict[str, object] | None:
+def _draft(speculative: Any | None, target: Any) -> dict[str, object] | None:
     """The draft model, whose layers' KV lies in the same blocks; ``None`` without speculative decoding."""
     if speculative is None:
         return None
+    model = compat.optional(speculative, "draft_model_config")
     return {
         **model_origin(compat.optional(speculative, "model") or "", compat.optional(speculative, "revision")),
         "method": _plain(compat.optional(speculative, "method")),
         "quantization": _plain(compat.optional(speculative, "quantization")),
+        **_length(length_facts(model, target) if model is not None else {}),
     }
 
 

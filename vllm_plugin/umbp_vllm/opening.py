@@ -115,6 +115,7 @@ class Opening:
             least_tokens=config.min_load_blocks * min(group.block_tokens for group in setup.groups),
             share=setup.share_loads,
             layerwise=setup.layerwise,
+            lookup_timeout_s=setup.lookup_timeout_s,
         )
 
     @property

@@ -16,6 +16,7 @@ from umbp_connectors.reporting.words import Word, WordKind
 from umbp_core.ids import key_suffix
 from umbp_core.tiers import Tier
 from umbp_vllm.groups import KvGroup
+from umbp_vllm.matching import block_hash_of
 
 INT64 = "int64"
 HEX = "hex"
@@ -39,7 +40,7 @@ def _as_int64(keys: Iterable[bytes]) -> list[bytes]:
 
 
 def _as_hex(keys: Iterable[bytes]) -> list[bytes]:
-    return [key[:-_SUFFIX_BYTES].hex().encode() for key in keys]
+    return [block_hash_of(key).hex().encode() for key in keys]
 
 
 _FORMS: dict[str, Callable[[Iterable[bytes]], list[bytes]]] = {INT64: _as_int64, HEX: _as_hex}

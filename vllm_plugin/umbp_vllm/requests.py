@@ -8,6 +8,7 @@ from typing import Any
 
 from umbp_core.slot_table import LIFE, LifeEvent
 from umbp_core.slots import Slot
+from umbp_vllm.adapters import Adapters
 from umbp_vllm.enquiries import Enquiry
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.matching import RequestKeys, StagedMatch
@@ -54,15 +55,18 @@ class RequestState:
     enquiry: Enquiry | None = None
 
     @classmethod
-    def of(cls, request: Any, slot: Slot, groups: Sequence[KvGroup]) -> RequestState:
+    def of(cls, request: Any, slot: Slot, groups: Sequence[KvGroup], adapters: Adapters) -> RequestState:
         """A state for a request that vLLM has just received."""
-        return cls(request, RequestKeys(request, groups), slot, [0] * len(groups))
+        keys = RequestKeys(request, groups, adapters.of(request.lora_request))
+        return cls(request, keys, slot, [0] * len(groups))
 
     def looked_at(self, tokens: int) -> int:
         """Everything that ``tokens`` computed tokens bring is decided: set ``quiet_until``; how far off it is.
 
         The next token after it fills a block or is the first one decoded.
         """
+        if self.keys.are_refused:
+            self.next_full = NEVER
         prompt: int = self.request.num_prompt_tokens
         self.quiet_until = prompt if tokens <= prompt < self.next_full else self.next_full - 1
         return self.quiet_until - tokens

@@ -162,7 +162,7 @@ def make_worker(vllm_config: Any, kv_cache_config: Any, settings: Settings, kv_c
     pp_rank, tp_rank = divmod(world_rank, tp_size)
     geometry = geometry_of(kv_cache_config, kv_caches)
     namespace, _ = namespace_of(vllm_config, kv_cache_config, settings.config.namespace)
-    layout = layout_digest(kv_cache_config, geometry)
+    layout = layout_digest(kv_cache_config, geometry, vllm_config)
     plan = _RankPlan(settings, geometry.page_bytes, tp_size, parallel.pipeline_parallel_size)
     arena, shared = plan.open_arena(tp_rank, replicated=kv_is_replicated(kv_cache_config, geometry, tp_size))
     writer_rank = pp_rank * tp_size if shared else world_rank

@@ -43,6 +43,7 @@ class Played:
     num_tokens: int = 0
     num_computed_tokens: int = 0
     skip_reading_prefix_cache: bool = False
+    lora_request: None = None
     priority: int = 0
     status: Any = field(default_factory=lambda: SimpleNamespace(name="WAITING"))
 

@@ -183,6 +183,9 @@ class UmbpHarness(Harness):
         step = self._step
 
         def paced_step() -> bool:
+            for thread in threading.enumerate():
+                if thread.name == "umbp-adapter":
+                    thread.join(GATE_SECONDS)
             for direction in (Direction.LOAD, Direction.STORE):
                 self.hold(direction)
             executed = step()
