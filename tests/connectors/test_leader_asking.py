@@ -108,6 +108,31 @@ def test_a_rank_that_answers_no_more_is_lost_and_its_part_of_everything_fails() 
 
 
 @pytest.mark.statement("connector", 49)
+@pytest.mark.parametrize("answered", [False, True])
+def test_an_op_that_is_opened_when_a_rank_is_lost_ends_without_it(answered: bool) -> None:
+    """In the step that gives the rank up, what it asks for may have been decided before."""
+    clock = FakeClock()
+    ledger = OpLedger([0, 1], clock)
+    ledger.open(op("a"))
+    assert silence(ledger, clock, QUESTIONS + 1, answers=(0,)) == [1]
+    ledger.open(op("late"))
+    if answered:
+        assert ledger.add(0, done("late")) is None
+    clock.advance(HEARTBEAT_S)
+    assert ledger.step()
+    ledger.overdue()
+    lost, verdicts = ledger.give_up_silent()
+    assert lost == []
+    if not answered:
+        verdicts = [verdict for verdict in (ledger.add(0, done("late")),) if verdict is not None]
+    assert [(verdict.op.op_id, verdict.reasons, verdict.quarantined) for verdict in verdicts] == [
+        ("late", (RANK_LOST,), True)
+    ]
+    ledger.add(0, done("a"))
+    assert (len(ledger), ledger.quarantined) == (0, 0)
+
+
+@pytest.mark.statement("connector", 49)
 @pytest.mark.parametrize("answers", [(0, 1), (1,)])
 def test_a_rank_that_answers_is_not_lost_however_long_its_op_takes(answers: tuple[int, ...]) -> None:
     clock = FakeClock()

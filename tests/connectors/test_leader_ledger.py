@@ -118,6 +118,23 @@ def test_memory_is_released_when_the_last_quarantined_rank_lets_go() -> None:
     assert ledger.quarantined == 0
 
 
+@pytest.mark.statement("connector", 46)
+def test_an_op_ends_with_its_memory_unless_a_rank_was_left_at_work() -> None:
+    ledger = OpLedger([0, 1])
+    first, second = store("a"), store("b")
+    assert not ledger.will_end("a")
+    for op in (first, second):
+        ledger.open(op)
+    ledger.add(0, ended(first, OpStatus.EXPIRED, held=True))
+    ledger.add(0, done(second))
+    assert [ledger.will_end(op_id) for op_id in "ab"] == [False, True]
+    assert not ledger.release(0, "a")
+    assert ledger.will_end("a"), "it let go while the other one is still to answer"
+    for op in (first, second):
+        ledger.add(1, ended(op, OpStatus.EXPIRED, held=True))
+    assert [ledger.will_end(op_id) for op_id in "ab"] == [False, False]
+
+
 def test_a_release_before_the_verdict_leaves_nothing_to_wait_for() -> None:
     ledger = OpLedger([0, 1])
     op = store("a")

@@ -7,15 +7,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from umbp_connectors.daemon.messages import HELD
 from umbp_connectors.pool.books import Filled
 from umbp_connectors.pool.granting import Grant, PageStock
 from umbp_connectors.pool.lending import Loan
 from umbp_connectors.pool.outcomes import PutStatus
 from umbp_core.errors import StateError
 from umbp_core.wire.codes import ErrorCode, WireError
-
-_MAX_HELD = 256
-"""Loans and grants of one client."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,28 +57,27 @@ class ClientHoldings:
             later, self._turn = turn > self._turn, max(turn, self._turn)
             return later
 
-    def check_number(self, number: int) -> None:
-        """Raises ``WireError`` when no loan or grant can have this number, or there are too many."""
+    def has_room(self, number: int) -> bool:
+        """Whether a loan or grant of this number may be held too.  Raises ``WireError`` when one is held already."""
         with self._lock:
-            if number in self._loans or number in self._grants or len(self._loans) + len(self._grants) >= _MAX_HELD:
-                raise WireError(
-                    ErrorCode.INVALID_REQUEST, f"loan or grant {number} is held already, or there are too many"
-                )
+            if number in self._loans or number in self._grants:
+                raise WireError(ErrorCode.INVALID_REQUEST, f"loan or grant {number} is held already")
+            return len(self._loans) + len(self._grants) < HELD
 
     def add_loan(self, turn: int, number: int, loan: Loan, until: float) -> int:
-        """Hold ``loan`` until then; returns how many pages that are."""
+        """Hold ``loan`` until then, unless nothing is lent; returns how many pages that are."""
         pages = sum(lent.status.hit for lent in loan.objects)
         with self._lock:
-            if not self._is_current(turn):
+            if not pages or not self._is_current(turn):
                 loan.release()
                 return 0
             self._loans[number] = _HeldLoan(loan, pages, until)
         return pages
 
     def add_grant(self, turn: int, number: int, held: HeldGrant) -> int:
-        """Hold a grant; returns how many pages that are."""
+        """Hold a grant, unless nothing is granted; returns how many pages that are."""
         with self._lock:
-            if not self._is_current(turn):
+            if not held.grant.pages or not self._is_current(turn):
                 held.grant.discard()
                 return 0
             self._grants[number] = held

@@ -37,6 +37,8 @@ KEYS = 1 << 14
 """Keys of one lookup."""
 OBJECTS = 512
 """Objects of one loan or grant."""
+HELD = 256
+"""Loans and grants of one client at a time: beyond, it is lent and granted nothing."""
 TOKEN_BYTES = 16
 STRIPES = 128
 """Parts of an object, at most."""

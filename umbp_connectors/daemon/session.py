@@ -189,7 +189,7 @@ class Session:
         if isinstance(order, Evict):
             return Count(kept.pool.evict(order.keys))
         if isinstance(order, Clear):
-            return Count(kept.pool.clear())
+            return Count(kept.pool.forget_all())
         return Count(int(kept.pool.flush(order.timeout_ms / 1000)))
 
     def _end_watch(self) -> None:
@@ -287,7 +287,8 @@ class Session:
         return Found((there + b"\x00").index(0), there)
 
     def _lend(self, kept: KeptPool, number: int, request: Borrow) -> Lent:
-        self._holdings.check_number(number)
+        if not self._holdings.has_room(number):
+            return Lent([])
         allowed = kept.take(self._client, len(request.keys))
         pages = 0
         try:
@@ -299,9 +300,10 @@ class Session:
         return Lent([_place(lent) for lent in loan.objects])
 
     def _grant(self, kept: KeptPool, number: int, request: Reserve) -> Granted:
-        self._holdings.check_number(number)
         if not len(request.keys) == len(request.sizes) == len(request.depths):
             raise WireError(ErrorCode.MALFORMED, "keys, sizes and depths of a request do not match")
+        if not self._holdings.has_room(number):
+            return Granted([])
         allowed = kept.take(self._client, len(request.keys))
         pages = 0
         try:

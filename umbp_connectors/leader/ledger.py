@@ -97,6 +97,10 @@ class OpLedger:
     def __contains__(self, op_id: str) -> bool:
         return op_id in self._in_flight
 
+    def will_end(self, op_id: str) -> bool:
+        """Whether the end of ``op_id`` is still to come and leaves nobody at work on its memory, as far as is known."""
+        return op_id in self._in_flight and op_id not in self._quarantine
+
     def blocks_in_flight(self, direction: Direction) -> int:
         """Blocks of all ops of ``direction`` that have not ended on every rank."""
         return self._blocks[direction]
@@ -179,17 +183,17 @@ class OpLedger:
         return [flight.op for flight in late] + [self._in_quarantine[op_id] for op_id in kept]
 
     def give_up_silent(self) -> tuple[list[int], list[Verdict]]:
-        """The ranks that are lost now, and the verdicts on all that waited for them alone.
+        """The ranks that are lost now, and the verdicts on all that waits for nobody but lost ranks.
 
         To be called after :meth:`overdue`: the question that was asked last still counts as open.
         """
-        if self._steps < STEPS:
-            return [], []
-        silent = [rank for rank, questions in self._unanswered.items() if questions > QUESTIONS]
-        verdicts: list[Verdict] = []
+        unanswered = self._unanswered.items() if self._steps >= STEPS else ()
+        silent = [rank for rank, questions in unanswered if questions > QUESTIONS]
         for rank in silent:
             del self._unanswered[rank]
-            self._lost.add(rank)
+        self._lost.update(silent)
+        verdicts: list[Verdict] = []
+        for rank in self._lost:
             for flight in tuple(self._in_flight.values()):
                 verdict = self.add(rank, _nothing_known(flight.op))
                 if verdict is not None:

@@ -256,8 +256,9 @@ class UmbpConnector(KVConnectorBase_V1, SupportsHMA):
 
     @_guarded(lambda: False)
     def has_pending_block_frees(self) -> bool:
-        """True while stores hold HBM blocks that will come free without preempting anyone."""
-        return bool(len(self.leader.held))
+        """True while transfers hold HBM blocks that will come free without preempting anyone."""
+        pool = self.leader.pool
+        return pool is not None and pool.frees_blocks
 
     @_guarded(lambda: False)
     def reset_cache(self) -> bool | None:

@@ -1,7 +1,8 @@
 """What a request asks the daemon before it is matched: what is there, and then the loan of what it needs.
 
 The first question goes out when the request arrives, the second when the engine first asks for it, because only then
-it is known what the engine has itself.  Until the answer is there, the request is told "not yet".
+it is known what the engine has itself.  Until the answer is there, the request is told "not yet"; so it is while the
+daemon would lend it nothing because other requests hold too many loans.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from umbp_core.ports import Clock
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.host_loans import Loan
 from umbp_vllm.host_pool import HostPool
-from umbp_vllm.host_words import Borrow, GiveBack, Lent, LookUp, There
+from umbp_vllm.host_words import Lent, LookUp, There
 from umbp_vllm.stats import UmbpStats
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class Stage(enum.Enum):
     """It was asked what is there."""
     FOUND = enum.auto()
     """That is known."""
+    WANTING = enum.auto()
+    """So is what of it is needed; it is asked for when there is room for one more loan."""
     BORROWING = enum.auto()
     """What is needed was asked for."""
     HELD = enum.auto()
@@ -51,6 +54,7 @@ class Enquiry:
     number: int
     stage: Stage = Stage.LOOKING
     found: AbstractSet[bytes] = frozenset()
+    needed: Sequence[bytes] = ()
     start: int = -1
     since: float | None = None
     epoch: int = 0
@@ -122,15 +126,25 @@ class Enquirer:
             self._end_loan(enquiry)
             enquiry.stage, enquiry.since = Stage.FOUND, now
         if enquiry.stage is Stage.FOUND:
-            self._borrow(state, enquiry, now)
+            self._decide(state, enquiry, now)
+        if enquiry.stage is Stage.WANTING:
+            self._borrow(enquiry, now)
         if enquiry.stage in (Stage.HELD, Stage.OVER):
             return True
-        if now - enquiry.since < self._timeout_s and (pool.line.usable or pool.line.starting):
+        if self._waits(enquiry, now):
             return False
         if pool.line.usable:
-            self._stats.add("vllm:umbp_degraded", 1, "daemon_late")
+            late = "too_many_loans" if enquiry.stage is Stage.WANTING else "daemon_late"
+            self._stats.add("vllm:umbp_degraded", 1, late)
         self._over(enquiry)
         return True
+
+    def _waits(self, enquiry: Enquiry, now: float) -> bool:
+        """Whether it is worth waiting: for an answer, or for loans, which others give back all the time."""
+        line, since = self._pool.line, now if enquiry.since is None else enquiry.since
+        if enquiry.stage is Stage.WANTING:
+            since = max(since, self._pool.loans.given_back_at)
+        return now - since < self._timeout_s and (line.usable or line.starting)
 
     def settled(self, state: RequestState) -> None:
         """The request has its answer: what it needs is pinned."""
@@ -180,20 +194,29 @@ class Enquirer:
         self._over(enquiry)
         enquiry.stage, enquiry.since = Stage.FOUND, now
 
-    def _borrow(self, state: RequestState, enquiry: Enquiry, now: float) -> None:
+    def _decide(self, state: RequestState, enquiry: Enquiry, now: float) -> None:
+        """Find out what is needed of what was found, if anything."""
         if not self._pool.line.usable:
             self._over(enquiry)
             return
         start, matcher = enquiry.start, self._matcher
         limit = matcher.most(state.request.num_tokens)
         end = matcher.longest(state.keys, start, limit, Among(enquiry.found))
-        needed = matcher.keys_needed(state.keys, start, end) if end - start >= self._least_tokens else []
-        if not needed or len(self._open) >= MOST_OPEN:
+        enquiry.needed = matcher.keys_needed(state.keys, start, end) if end - start >= self._least_tokens else []
+        if enquiry.needed:
+            enquiry.stage, enquiry.since = Stage.WANTING, now
+        else:
             self._over(enquiry)
-            return
-        enquiry.number, enquiry.stage, enquiry.since = self._number(), Stage.BORROWING, now
-        self._open[enquiry.number] = enquiry
-        self._pool.line.say(Borrow(enquiry.number, needed, now + self._timeout_s))
+
+    def _borrow(self, enquiry: Enquiry, now: float) -> None:
+        """Ask for what is needed, if there is room for it."""
+        loans = self._pool.loans
+        if not self._pool.line.usable or len(self._open) >= MOST_OPEN:
+            self._over(enquiry)
+        elif loans.has_room(enquiry.needed):
+            enquiry.number, enquiry.stage, enquiry.since = self._number(), Stage.BORROWING, now
+            self._open[enquiry.number] = enquiry
+            loans.ask(enquiry.number, enquiry.needed, now + self._timeout_s)
 
     def _take(self, answer: There | Lent) -> None:
         """Take an answer; a loan that nobody waits for any more goes back at once."""
@@ -203,8 +226,7 @@ class Enquirer:
                 self._there(enquiry, answer)
             return
         if enquiry is None:
-            if answer.loans:
-                self._pool.line.say(GiveBack(answer.life, answer.loans))
+            self._pool.loans.turn_down(answer)
             return
         enquiry.loan, enquiry.stage = self._pool.loans.install(answer), Stage.HELD
 

@@ -9,7 +9,7 @@ already forgotten.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from umbp_core.errors import StateError
@@ -30,6 +30,10 @@ class HeldBlocks:
 
     def __len__(self) -> int:
         return len(self._held)
+
+    def __iter__(self) -> Iterator[str]:
+        """The ops that hold blocks."""
+        return iter(self._held)
 
     def bind(self, block_pool: Any) -> bool:
         """Take vLLM's ``BlockPool``; False when it has been taken already."""

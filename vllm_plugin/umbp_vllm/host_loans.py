@@ -6,13 +6,13 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from umbp_connectors.daemon.messages import LENT
+from umbp_connectors.daemon.messages import HELD, LENT
 from umbp_core.directory import Copy
 from umbp_core.errors import UnknownOwner
 from umbp_core.ops import CHECKSUM_BYTES
 from umbp_core.tiers import Tier, TierSet
 from umbp_vllm.host_line import HostLine, RankStripes
-from umbp_vllm.host_words import GiveBack, Lent
+from umbp_vllm.host_words import Borrow, GiveBack, Lent
 
 FRESH_PART = 0.3
 """How much of a lease may pass before what was lent is begun to be loaded."""
@@ -46,6 +46,12 @@ class HostLoans:
         self._fresh: deque[Loan] = deque()
         """Loans in the order in which they grow stale."""
         self._pins: dict[str, list[Loan]] = {}
+        self._asked: dict[int, int] = {}
+        """How many loans what was asked for may become, by the number of the question."""
+        self._out = 0
+        """Those, and the loans that are not given back."""
+        self.given_back_at = NEVER
+        """When this engine last had one loan less."""
 
     def __len__(self) -> int:
         """Objects that may be read."""
@@ -65,8 +71,37 @@ class HostLoans:
         """``key`` is matched no more; whether it was on loan."""
         return self._lent.pop(key, None) is not None
 
+    def has_room(self, keys: Sequence[bytes]) -> bool:
+        """Whether the daemon lends ``keys`` too: it lends one client no more than so many times at once."""
+        return not self._out or self._out + self._loans_for(keys) <= HELD
+
+    def ask(self, number: int, keys: Sequence[bytes], until: float) -> None:
+        """Ask for ``keys``.  The answer goes to :meth:`install`, or to :meth:`turn_down`."""
+        loans = self._asked[number] = self._loans_for(keys)
+        self._out += loans
+        self._line.say(Borrow(number, keys, until))
+
+    def _loans_for(self, keys: Sequence[bytes]) -> int:
+        arena = self._line.arena
+        return -(-len(keys) // arena.objects) if arena is not None else 1
+
+    def turn_down(self, answer: Lent) -> None:
+        """Nobody wants what was lent any more."""
+        self._answered(answer)
+        self._give_back(answer.life, answer.loans)
+
+    def _answered(self, answer: Lent) -> None:
+        self._out += len(answer.loans) - self._asked.pop(answer.number, 0)
+
+    def _give_back(self, life: int, loans: tuple[int, ...]) -> None:
+        if loans:
+            self._out -= len(loans)
+            self.given_back_at = self._line.clock()
+            self._line.say(GiveBack(life, loans))
+
     def install(self, answer: Lent) -> Loan:
         """What was lent, held by the caller, who has to :meth:`let_go` of it."""
+        self._answered(answer)
         arena = self._line.arena
         copies: dict[bytes, Copy] = {}
         if arena is not None and answer.life == self._line.life:
@@ -104,8 +139,7 @@ class HostLoans:
         loan.holders -= 1
         if not loan.holders:
             self._unlist(loan)
-            if loan.numbers:
-                self._line.say(GiveBack(loan.life, loan.numbers))
+            self._give_back(loan.life, loan.numbers)
 
     def stale(self, owner: str) -> bool:
         """Whether something that ``owner`` has pinned was lent too long ago to begin a load."""

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from umbp_core.errors import StateError, UmbpError
 from umbp_core.ops import Direction, LeaderTransferRequest, OpResult, OpStatus
+from umbp_core.ports import Clock
 from umbp_core.wire.codes import WireError
 from umbp_vllm.metadata import StepMetadata
 from umbp_vllm.rank_kit import Closable, RankKit
@@ -99,14 +100,22 @@ def no_pages(page_bytes: int) -> HostPages:
 
 
 class RankHost:
-    """Maps arenas for one rank.  :meth:`open` may wait; the other methods are the forward thread's and never do."""
+    """Maps arenas for one rank.  :meth:`open` may wait; the other methods are the forward thread's and never do.
+
+    ``clock`` says until when what was lent may be read: that of this host, ``time.monotonic``.
+    """
 
     def __init__(
-        self, new_mapping: Callable[[], Mapping], make_kit: Callable[[bytes, HostPages], RankKit], page_bytes: int
+        self,
+        new_mapping: Callable[[], Mapping],
+        make_kit: Callable[[bytes, HostPages], RankKit],
+        page_bytes: int,
+        clock: Clock = time.monotonic,
     ) -> None:
         self._new_mapping = new_mapping
         self._make_kit = make_kit
         self._page_bytes = page_bytes
+        self._clock = clock
         self._wanted: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._made: deque[RankKit] = deque()
         self._retired: deque[RankKit] = deque()
@@ -159,7 +168,7 @@ class RankHost:
         """Those of the step's ``ops``, by id, that must not be carried out here, and why."""
         if not self.means(metadata):
             return dict.fromkeys([op.op_id for op in ops], ARENA)
-        now, until = time.monotonic(), metadata.until
+        now, until = self._clock(), metadata.until
         self._until.update({op.op_id: until[op.op_id] for op in ops if until.get(op.op_id, 0.0) >= now})
         return {op.op_id: LEASE for op in ops if until.get(op.op_id, now) < now}
 
@@ -168,7 +177,7 @@ class RankHost:
         if result.direction is not Direction.LOAD:
             return result
         until = self._until.pop(result.op_id, None)
-        if until is None or result.status is not OpStatus.DONE or time.monotonic() <= until:
+        if until is None or result.status is not OpStatus.DONE or self._clock() <= until:
             return result
         return msgspec.structs.replace(result, status=OpStatus.FAILED, failed=(), reason=LEASE)
 

@@ -69,6 +69,14 @@ class LeaderPool:
         ledger, waiting = self.ledger, self.demotions
         return bool(len(ledger) or ledger.quarantined or (waiting is not None and len(waiting)) or self._trimming)
 
+    @property
+    def frees_blocks(self) -> bool:
+        """Whether HBM blocks are held that come free when their op ends.
+
+        What is held for an op that was given up comes free when the rank that is at work on it says so: perhaps never.
+        """
+        return any(self.ledger.will_end(op_id) for op_id in self.held)
+
     def objects(self, tier: Tier) -> int:
         """Published objects in ``tier``; 0 when there is no such tier."""
         return self.directory.stats(tier).objects if tier is Tier.DRAM or self.catalogue is not None else 0

@@ -171,10 +171,12 @@ class Worker:
 
     def _admitted(self, metadata: StepMetadata, ops: list[LeaderTransferRequest]) -> list[LeaderTransferRequest]:
         """Those of the step's ``ops`` whose pages are what the leader means."""
-        if self._host is None:
-            return ops
-        refused = self._host.refused(metadata, ops)
+        refused = self._not_to_start(metadata, ops)
         return [op for op in ops if op.op_id not in refused]
+
+    def _not_to_start(self, metadata: StepMetadata, ops: list[LeaderTransferRequest]) -> dict[str, str]:
+        """The others, by id, and why.  To be asked once where both count: the clock goes on in between."""
+        return self._host.refused(metadata, ops) if self._host is not None else {}
 
     def _follow(self, host: RankHost) -> None:
         """Change to the daemon's new arena: nothing is being copied in the old one."""
@@ -262,10 +264,9 @@ class Worker:
         self._results += [
             _not_mine(op) for op in metadata.ops if not self._writes and op.direction is not Direction.LOAD
         ]
-        if self._host is not None:
-            refused = self._host.refused(metadata, mine)
-            self._results += [_failed(op, refused[op.op_id]) for op in mine if op.op_id in refused]
-        mine = self._admitted(metadata, mine)
+        refused = self._not_to_start(metadata, mine)
+        self._results += [_failed(op, refused[op.op_id]) for op in mine if op.op_id in refused]
+        mine = [op for op in mine if op.op_id not in refused]
         try:
             self.engine.submit(mine)
         except UmbpError:

@@ -19,7 +19,7 @@ from tests.connectors.daemon.impostor import Impostor
 from tests.connectors.daemon.kit import IDENTITY, PAGES, SIZE, client_of, get, key_of, object_of, put
 from tests.connectors.talking import talk
 from tests.connectors.waiting import until
-from umbp_connectors.daemon import messages, transfers
+from umbp_connectors.daemon import holdings, messages, transfers
 from umbp_connectors.daemon.client import DaemonPool
 from umbp_connectors.daemon.link import Link, attach
 from umbp_connectors.daemon.messages import (
@@ -214,6 +214,43 @@ def test_what_is_held_counts_until_it_is_over(start: Start, path: Path, connect:
         link.give_back(number, _later())
     assert link.stats(_later()).fills[0].pinned == 0
     assert daemon.pinned() == 0
+    link.close()
+
+
+def test_a_client_that_holds_too_many_loans_and_grants_gets_no_more_until_one_ends(
+    start: Start, path: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holdings, "HELD", 4)
+    daemon = start()
+    put(connect(), range(4))
+    link = _attach(path)
+    loans = [link.borrow([key_of(number)], _later())[0] for number in range(3)]
+    grant, places = _reserve(link, [key_of(9)])
+    assert len(places) == 1
+    assert link.borrow([key_of(3)], _later())[1] == []
+    assert _reserve(link, [key_of(10)])[1] == []
+    assert daemon.pinned() == 4
+    link.give_back(loans[0], _later())
+    number, lent = link.borrow([key_of(3)], _later())
+    assert [messages.LENT[place.status] for place in lent] == [GetStatus.DRAM]
+    for held in (*loans[1:], number, grant):
+        link.give_back(held, _later())
+    assert link.stats(_later()).fills[0].pinned == daemon.pinned() == 0
+    link.close()
+
+
+def test_loans_and_grants_of_nothing_are_not_held(start: Start, path: Path) -> None:
+    """A client that has all that it may have goes on asking, and gets on when it has given something back."""
+    start()
+    link = _attach(path)
+    keys = [key_of(number) for number in range(PAGES)]
+    number, places = _reserve(link, keys)
+    assert len(places) == PAGES // 2
+    for _ in range(messages.HELD + 1):
+        assert _reserve(link, keys[-1:])[1] == []
+        assert link.borrow(keys[-1:], _later())[1] == []
+    link.give_back(number, _later())
+    assert [len(_reserve(link, [key])[1]) for key in keys[-3:]] == [1, 1, 1]
     link.close()
 
 

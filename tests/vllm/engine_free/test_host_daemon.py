@@ -13,6 +13,8 @@ from tests.connectors.waiting import until
 from tests.vllm.engine_free.test_host import STAGED, STAGED_IDS, UNEVEN
 from tests.vllm.harness import GroupSpec
 from tests.vllm.harness.host import HostHarness
+from umbp_connectors.daemon.messages import HELD
+from umbp_connectors.pool.outcomes import GetStatus
 from umbp_core.tiers import Tier
 
 PROMPT = list(range(1, 97))
@@ -64,6 +66,31 @@ def test_what_an_engine_that_is_gone_stored_the_next_one_loads(host: Host, optio
     host.engines.clear()
     until(lambda: daemon.pinned() == 0)
     assert host.engine(**options).hits(PROMPT) >= len(PROMPT) - 4
+
+
+def test_more_requests_with_hits_than_loans_all_load(host: Host) -> None:
+    """Those that are too many wait until the others have loaded; the daemon lends to the last as to the first."""
+    host.config["dram_capacity"] = "64MiB"
+    daemon = host.daemon()
+    extra = {"dram_capacity": "32MiB"}
+    engine = host.engine(extra=extra, num_blocks=400, max_num_seqs=64, max_num_batched_tokens=1024)
+    engine.step_until(engine.is_attached)
+    prompts = [[number // 30, 100 + number % 30, *range(200, 211)] for number in range(HELD + 44)]
+    for start in range(0, len(prompts), 10):
+        for prompt in prompts[start : start + 10]:
+            engine.add(prompt, max_tokens=1)
+        engine.drain()
+    (kept,) = daemon.keeper.pools()
+    assert len(dict(kept.pool.copies(Tier.DRAM))) == 3 * len(prompts)
+    assert engine.reset_prefix_cache()
+    before = engine.stat("hit_tokens", "dram")
+    for prompt in prompts:
+        engine.add(prompt, max_tokens=1)
+    engine.run_until_finished()
+    assert engine.stat("hit_tokens", "dram") - before == 12 * len(prompts)
+    assert [engine.stat("degraded", reason) for reason in ("daemon_gone", "daemon_late", "too_many_loans")] == [0, 0, 0]
+    engine.drain()
+    assert kept.lent[GetStatus.DRAM] == 3 * len(prompts)
 
 
 def test_stages_that_are_divided_in_another_way_share_nothing(host: Host) -> None:

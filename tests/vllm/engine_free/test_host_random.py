@@ -11,6 +11,7 @@ from tests.vllm.engine_free.test_host import UNEVEN
 from tests.vllm.harness.fake_daemon import FakeDaemon
 from tests.vllm.harness.host import HostHarness
 from tests.vllm.harness.traffic import Traffic
+from umbp_vllm import host_loans
 
 STEPS = 120
 PROMPT = list(range(1, 98))
@@ -64,6 +65,23 @@ def test_a_daemon_that_is_upset_costs_hits_only(daemon: FakeDaemon, options: dic
         engine.drain()
         engine.check_stored()
         engine.step_until(lambda: is_served(engine))
+
+
+@pytest.mark.parametrize("most", [1, 2])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_daemon_that_lends_little_at_once_is_asked_for_no_more(
+    daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch, most: int, seed: int
+) -> None:
+    """Requests wait for each other's loans, and load what a daemon without this bound would have lent them."""
+    monkeypatch.setattr(host_loans, "HELD", most)
+    daemon.most_loans, daemon.objects = most, 512
+    with HostHarness(daemon) as engine:
+        Traffic(engine, random.Random(seed)).run(steps=STEPS)
+        engine.check_stored()
+        assert engine.stat("hit_tokens", "dram") > 0
+        assert engine.stat("degraded", "too_many_loans") == engine.stat("degraded", "daemon_late") == 0
+    assert not daemon.refused_loans
+    assert not daemon.pinned()
 
 
 def is_served(engine: HostHarness) -> bool:

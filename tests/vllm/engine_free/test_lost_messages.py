@@ -164,6 +164,40 @@ def test_a_rank_that_says_nothing_any_more_is_given_up_and_the_engine_goes_on(ma
     assert (engine.finish_reasons[later], engine.copiers[0].calls[Direction.STORE]) == ("length", stores)
 
 
+@pytest.mark.statement("connector", 49)
+def test_requests_that_need_all_of_hbm_end_although_a_lost_rank_keeps_some_of_it(make_umbp: MakeUmbp) -> None:
+    """What is held for its stores never comes free: vLLM must not wait for it, but preempt."""
+    engine = make_umbp({**EXTRA, "store_timeout_s": 1000.0}, tp=2, num_blocks=24, max_model_len=64)
+    put_wires(engine, lambda m: Fault.DROP if m.kind == "report" and m.rank == 1 else NONE)
+    engine.add(tokens(8), max_tokens=2)
+    engine.step_until(lambda: engine.stat("degraded", "rank_lost") == 1)
+    engine.drain()
+    assert len(engine.pool.held) > 0
+    names = [engine.add(tokens(12, 100 * number), max_tokens=24) for number in range(1, 5)]
+    engine.run_until_finished()
+    assert {engine.finish_reasons[name] for name in names} == {"length"}
+
+
+@pytest.mark.statement("connector", 49)
+def test_a_rank_is_lost_while_requests_fill_hbm(make_umbp: MakeUmbp) -> None:
+    """Some of their stores begin in the very step in which it is given up; the engine comes to rest all the same."""
+    engine = make_umbp({**EXTRA, "store_timeout_s": 1000.0}, tp=2, num_blocks=160, max_model_len=64)
+    put_wires(engine, lambda m: Fault.DROP if m.kind == "report" and m.rank == 1 else NONE)
+
+    fresh = itertools.count(1)
+
+    def is_lost() -> bool:
+        if not engine.scheduler.requests:
+            for more in range(4):  # so that one of them fills a block in every step
+                engine.add([next(fresh), *range(500, 503 + more)], max_tokens=40)
+        return engine.stat("degraded", "rank_lost") == 1
+
+    engine.step_until(is_lost)
+    names = [engine.add(tokens(12, 100 * number), max_tokens=48) for number in range(4, 20)]
+    engine.drain()
+    assert {engine.finish_reasons[name] for name in names} == {"length"}
+
+
 @pytest.mark.statement("connector", 47)
 @pytest.mark.parametrize(
     "spec",

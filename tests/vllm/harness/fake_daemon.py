@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from umbp_connectors.daemon.messages import LENT, TierFill
+from umbp_connectors.daemon.messages import HELD, LENT, TierFill
 from umbp_connectors.daemon.pages import DaemonArena, Found, NewObject, Place
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_core.tiers import Tier
@@ -44,6 +44,9 @@ class FakeDaemon:
         self.memory: Any = None
         self._shape = (0, 0)
         self.grants_nothing = False
+        self.most_loans = HELD
+        self.refused_loans = 0
+        """How often it was asked for one more."""
         self.holds_at = ""
         """The call at which it stops to answer."""
         self.fails: list[str] = []
@@ -200,6 +203,9 @@ class FakeClient:
         number = next(daemon.numbers)
         places = []
         with daemon.lock:
+            if sum(map(bool, daemon.loans.values())) >= daemon.most_loans:
+                daemon.refused_loans += 1
+                return number, []
             pages = daemon.loans[number] = []
             for key in keys:
                 known = daemon.objects_of.get(key)

@@ -1,0 +1,69 @@
+"""Loads whose time ends while a rank looks at it: every one is reported, well or not, exactly once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from tests.vllm.harness.played import NoDevice, PlayedEngine
+from umbp_core.ops import BlockCopy, Direction, LeaderTransferRequest, NewWorkerSlot, OpStatus
+from umbp_core.scheduler import Limits
+from umbp_core.testing.fakes import FakeClock
+from umbp_vllm.host_rank import LEASE, RankHost
+from umbp_vllm.layer_gate import LayerGate
+from umbp_vllm.metadata import PROTOCOL_VERSION, RankHello, StepMetadata
+from umbp_vllm.rank_kit import RankKit
+from umbp_vllm.worker import Worker
+
+LOOKS = 4
+"""More than a load is worth."""
+
+
+def ticking() -> Callable[[], float]:
+    """A clock on which a second passes between any two looks."""
+    clock = FakeClock()
+
+    def look() -> float:
+        clock.advance(1.0)
+        return clock()
+
+    return look
+
+
+def no_daemon(*_: object) -> RankKit:
+    raise AssertionError("nothing is mapped here")
+
+
+def rank_with(clock: Callable[[], float]) -> Worker:
+    """A rank whose transfers are played."""
+    engine = PlayedEngine(FakeClock(), random.Random(5), 0.0, 0.0, Limits())
+    gate = LayerGate(engine, {}, engine.clock)  # type: ignore[arg-type]
+    hello = RankHello(PROTOCOL_VERSION, 0, 0, b"", b"", 1, 1, 1, 1, (1,))
+    kit = RankKit(b"", engine, NoDevice(), gate)  # type: ignore[arg-type]
+    return Worker(hello, kit, writes=True, host=RankHost(no_daemon, no_daemon, 4096, clock))  # type: ignore[arg-type]
+
+
+@pytest.mark.statement("connector", 47)
+@pytest.mark.parametrize("seconds", [look + 0.5 for look in range(LOOKS)])
+def test_a_load_whose_time_ends_between_two_looks_is_reported(seconds: float) -> None:
+    """Refused, or begun and then too late, or in time; never neither refused nor begun."""
+    clock = ticking()
+    worker = rank_with(clock)
+    load = LeaderTransferRequest("op", "request", Direction.LOAD, (BlockCopy(b"k", 0, 1, 1),))
+    slot = NewWorkerSlot("request", ("op",))
+    worker.step(StepMetadata(1, ops=[load], new_slots=[slot], until={"op": clock() + seconds}))
+    outcome = worker.poll(idle=False)
+    for _ in range(50):
+        if outcome.ended:
+            break
+        outcome = worker.poll(idle=True)
+    assert outcome.ended == {"request"}
+    report = worker.take_report()
+    assert report is not None
+    (result,) = report.results[0]
+    in_time = result.status is OpStatus.DONE
+    assert in_time or (result.reason, result.quarantined) == (LEASE, False)
+    assert in_time if seconds > LOOKS - 1 else not in_time or seconds > 1
+    assert bool(outcome.failed) != in_time
