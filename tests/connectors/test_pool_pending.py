@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from umbp_connectors.pool.pending import PendingWords
 
+Row = tuple[int, int]
+"""A slot, and a number that no other row has."""
 KEYS = st.sampled_from([b"a", b"b", b"c", b"d", b"e"])
 SLOTS = st.integers(0, 2)
 MOST = 4
@@ -20,27 +24,29 @@ class PendingMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.queue: PendingWords[int] = PendingWords(MOST)
+        self.queue: PendingWords[Row] = PendingWords(MOST)
+        self.numbers = itertools.count()
         self.owners: dict[bytes, int] = {}
-        self.truth: dict[bytes, int] = {}
-        self.file: dict[bytes, int] = {}
-        self.barriers: list[dict[bytes, int]] = []
+        self.truth: dict[bytes, Row] = {}
+        self.file: dict[bytes, Row] = {}
+        self.barriers: list[dict[bytes, Row]] = []
         self.reached = 0
 
-    def _apply(self, target: dict[bytes, int], key: bytes, slot: int | None) -> None:
+    def _apply(self, target: dict[bytes, Row], key: bytes, row: Row | None) -> None:
         target.pop(key, None)
-        if slot is not None:
-            for other in [other for other, taken in target.items() if taken == slot]:
+        if row is not None:
+            for other in [other for other, (taken, _) in target.items() if taken == row[0]]:
                 del target[other]
-            target[key] = slot
+            target[key] = row
 
     @rule(key=KEYS, slot=SLOTS)
     def record(self, key: bytes, slot: int) -> None:
         for old in [old for old, taken in self.owners.items() if old == key or taken == slot]:
             self.forget(old)
         self.owners[key] = slot
-        if self.queue.record(key, slot):
-            self._apply(self.truth, key, slot)
+        row = (slot, next(self.numbers))
+        if self.queue.record(key, row):
+            self._apply(self.truth, key, row)
 
     @rule(key=KEYS)
     def forget(self, key: bytes) -> None:
@@ -58,12 +64,12 @@ class PendingMachine(RuleBasedStateMachine):
         batch = self.queue.take(count)
         assert len(batch.words) <= count
         # The catalogue deletes first and then inserts in order.
-        for key, slot in batch.words:
-            if slot is None:
+        for key, row in batch.words:
+            if row is None:
                 self._apply(self.file, key, None)
-        for key, slot in batch.words:
-            if slot is not None:
-                self._apply(self.file, key, slot)
+        for key, row in batch.words:
+            if row is not None:
+                self._apply(self.file, key, row)
         if batch.sealed > self.reached:
             assert batch.sealed == self.reached + 1
             self.reached = batch.sealed
@@ -73,10 +79,10 @@ class PendingMachine(RuleBasedStateMachine):
     def fail_to_write(self, count: int, forgotten: bool) -> None:
         """What cannot be written is gone, also from what the barriers behind it wait for; unless said again."""
         batch = self.queue.take(count)
-        for key, slot in batch.words:
-            if slot is not None:
+        for key, row in batch.words:
+            if row is not None:
                 for state in [*self.barriers[self.reached :], self.truth]:
-                    if state.get(key) == slot:
+                    if state.get(key) == row:
                         del state[key]
         if forgotten:  # there was room for that much
             for key, _ in batch.words:

@@ -33,7 +33,7 @@ def test_a_disk_that_refuses_is_left_alone_and_tried_again(
     before = on_ssd(pool)
     disk.fail("write", number=number)
     assert put(pool, FIRST) == [PutStatus.STORED] * 4
-    assert pool.flush(30), "nothing waits for a disk that refuses"
+    assert not pool.flush(30), "it says so, and does not wait for a disk that refuses"
     tried = pool.counters().demotions_failed
     assert tried == (3 if number == errno.EIO else 1)
     assert pool.counters().demotions_dropped == 4 - tried
@@ -42,7 +42,7 @@ def test_a_disk_that_refuses_is_left_alone_and_tried_again(
     check_hits(pool, FIRST + SECOND)
     clock.advance(10)
     assert put(pool, THIRD[:1]) == [PutStatus.STORED]
-    assert pool.flush(30)
+    assert not pool.flush(30)
     assert pool.counters().demotions_failed == tried + 1, "one write tries"
     disk.work()
     clock.advance(100)
