@@ -19,7 +19,7 @@ from umbp_connectors.pool.outcomes import GetStatus, PoolCounters, PutStatus, se
 from umbp_connectors.pool.rows import targets_of, views_of
 from umbp_connectors.pool.settings import LocalPoolConfig
 from umbp_connectors.pool.slab import ALIGNMENT
-from umbp_connectors.pool.ssd import PoolSsd, open_ssd
+from umbp_connectors.pool.ssd import PoolSsd, may_hold_something, open_ssd
 from umbp_connectors.pool.staged import StagedPut
 from umbp_connectors.pool.stripes import Stripes
 from umbp_connectors.pool.trimming import RoomKeeper
@@ -243,13 +243,13 @@ class LocalPool:
         """Forget every object, for good; returns how many copies could be read.
 
         What other calls, staged puts included, are writing now is not published.  Raises ``TierUnavailable`` when the
-        disk does not take it, or the SSD tier is off: nothing is found now, but a restart could find it again.
+        disk does not take it, or the SSD tier is off and holds some: a restart could find them again.
         """
         with self._using() as parts:
             gone = parts.books.clear()
             if parts.ssd is not None:
                 parts.ssd.confirm_forgotten(_FORGET_S)
-            elif self._config.ssd_dir is not None:
+            elif may_hold_something(self._identity, self._config):
                 raise TierUnavailable(
                     f"the SSD tier in {self._config.ssd_dir} is off, and what is in it was not forgotten; "
                     "clear again when it is on, or use `umbp pool clear`"

@@ -145,6 +145,24 @@ def open_ssd(
     return PoolSsd(tier, folder, catalogue, demoter, threads, loader, fence, books, restored)
 
 
+def may_hold_something(identity: Identity, config: LocalPoolConfig) -> bool:
+    """Whether an SSD tier that is off may hold objects, which a later life would find."""
+    if config.ssd_dir is None:
+        return False
+    folder = RankFolder(config.ssd_dir, config.ssd_namespace or identity.namespace, config.rank)
+    try:
+        _catalogue_path(identity, folder).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:  # nobody can say
+        return True
+    return True
+
+
+def _catalogue_path(identity: Identity, folder: RankFolder) -> Path:
+    return folder.path / f"catalogue-{identity.digest.hex()[:12]}.sqlite"
+
+
 def _tier(namespace: str, layout: bytes, config: LocalPoolConfig, ssd_dir: Path, page_bytes: int) -> SsdTier:
     if config.make_ssd is not None:
         return config.make_ssd(
@@ -182,7 +200,7 @@ def _catalogue(
 ) -> Catalogue:
     digest = identity.digest
     return Catalogue(
-        folder.path / f"catalogue-{digest.hex()[:12]}.sqlite",
+        _catalogue_path(identity, folder),
         digest,
         stripes.count,
         slots=slots,

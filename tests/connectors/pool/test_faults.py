@@ -121,6 +121,14 @@ def test_what_is_on_an_ssd_that_is_off_cannot_be_cleared(make: Maker) -> None:
     assert read(second, KEYS) == [GetStatus.MISS] * 12
 
 
+def test_an_ssd_that_never_was_has_nothing_to_clear(make: Maker, tmp_path: Path) -> None:
+    (tmp_path / "ssd").write_bytes(b"no folder")
+    pool = make()
+    assert pool.put(KEYS[:2], [object_of(key) for key in KEYS[:2]]) == [PutStatus.STORED] * 2
+    assert pool.stats(Tier.SSD) is None
+    assert pool.clear() == 2
+
+
 def test_a_flush_that_leaves_something_behind_says_so(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = make()
     with monkeypatch.context() as patch:
