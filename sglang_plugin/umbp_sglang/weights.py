@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from umbp_connectors.adapter_origin import adapter_origin
 from umbp_connectors.model_origin import model_origin
 from umbp_sglang import compat
-from umbp_sglang.adapters import adapter_origin
 
 _DECIDING = (
     *("dtype", "quantization", "quantization_param_path", "model_impl", "json_model_override_args"),
@@ -82,9 +82,13 @@ def _adapters() -> dict[str, object]:
     """
     lora = _published("lora")
     started = compat.optional(lora, "lora_paths") if compat.optional(lora, "enable_lora") else None
-    found: dict[str, object] = {str(ref.lora_id): adapter_origin(str(ref.lora_path)) for ref in started or ()}
+    found: dict[str, object] = {str(ref.lora_id): _adapter(str(ref.lora_path)) for ref in started or ()}
     path = compat.optional(_published("spec"), _DRAFT_ADAPTER)
-    return {**found, _DRAFT_ADAPTER: adapter_origin(str(path))} if path else found
+    return {**found, _DRAFT_ADAPTER: _adapter(str(path))} if path else found
+
+
+def _adapter(path: str) -> dict[str, object]:
+    return dict(adapter_origin(path)._asdict())
 
 
 def _settings() -> dict[str, object]:

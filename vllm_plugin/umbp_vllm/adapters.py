@@ -7,22 +7,18 @@ adapter's files are is part of the keys of its blocks.  Threads read them; until
 from __future__ import annotations
 
 import hashlib
-import importlib
 import logging
 import os
 import threading
 from collections import deque
-from pathlib import Path
 from typing import Any, TypeAlias
 
-from umbp_connectors.model_origin import model_origin
+from umbp_connectors.adapter_origin import adapter_origin
 from umbp_core.ids import digest_of
 from umbp_vllm import compat
 
 logger = logging.getLogger("vllm.umbp.adapters")
 
-_CONFIG = "adapter_config.json"
-_CONFIGS = (_CONFIG, "added_tokens.json")
 _NOTHING = hashlib.sha256().hexdigest()
 
 _Place: TypeAlias = "tuple[str, str]"
@@ -84,7 +80,11 @@ class Adapters:
 
     def _look(self, lora: Any, place: _Place, key: AdapterKey) -> None:
         """Thread: find out what the adapter is."""
-        origin = _origin(lora.lora_path)
+        try:
+            origin = _origin(lora.lora_path)
+        except Exception:  # op boundary: what one adapter's files do to their reader must not keep its requests waiting
+            logger.exception("umbp: what adapter %s is cannot be found out", place[0])
+            origin = None
         if origin is None:
             origin = {"own": self._own, "number": lora.lora_int_id, "path": lora.lora_path}
             logger.info("umbp: the files of adapter %s are not to be read; its KV is kept for this engine", place[0])
@@ -103,29 +103,11 @@ class Adapters:
 
 def _origin(path: str) -> dict[str, object] | None:
     """Digests of the adapter's files, or the commit of its repository; ``None`` where neither is to be had."""
-    folder = _folder(path)
-    config = folder / _CONFIG
     try:
-        if not config.is_file():
-            return None
-        weights = model_origin(str(folder), None)
-        configs = {name: model_origin(str(folder / name), None)["files"] for name in _CONFIGS}
+        weights, configs = adapter_origin(path)
     except OSError:
         return None
     files = weights["files"]
-    if not weights["commit"] and (not isinstance(files, dict) or files["weights"] == _NOTHING):
+    if not configs or (not weights["commit"] and (not isinstance(files, dict) or files["weights"] == _NOTHING)):
         return None
     return {"commit": weights["commit"], "files": files, "configs": configs}
-
-
-def _folder(path: str) -> Path:
-    """Where vLLM finds the adapter: ``path``, or for a hub's repository what the Hugging Face cache holds of it."""
-    local = Path(path).expanduser()
-    if local.exists() or local.is_absolute():
-        return local
-    hub = importlib.import_module("huggingface_hub")
-    try:
-        found = hub.try_to_load_from_cache(path, _CONFIG)
-    except ValueError:  # not a name that a hub's repository could have
-        return local
-    return Path(found).parent if isinstance(found, str) else local

@@ -95,6 +95,21 @@ def test_an_adapter_whose_files_cannot_be_read_is_known_to_this_engine_only(
     assert run(make_umbp, disk(tmp_path)) == 0
 
 
+def test_an_adapter_at_which_the_reader_breaks_is_known_to_this_engine_only(
+    make_umbp: MakeUmbp, poet: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody waits for a thread that has died."""
+
+    def break_down(path: str) -> Any:
+        raise RuntimeError(path)
+
+    monkeypatch.setattr(adapters, "adapter_origin", break_down)
+    engine = make_umbp({"lookup_timeout_ms": 60_000})
+    assert [external(engine), external(engine)] == [0, 24]
+    engine.close()
+    assert f"what adapter {NAME} is cannot be found out" in caplog.text
+
+
 def test_an_adapter_loaded_in_place_is_not_kept(make_umbp: MakeUmbp, poet: Path) -> None:
     """vLLM loads it again in every step that uses it; nobody knows what was there then."""
     engine = make_umbp()
