@@ -24,6 +24,8 @@ ObjectKey = NewType("ObjectKey", bytes)
 """Identity digest (32 bytes) ‖ block key; names one rank's bytes of a block."""
 
 IDENTITY_BYTES = 32
+GROUP_BYTES = 4
+"""How many bytes at the end of a block key name its KV group."""
 
 
 def block_key(block_hash: bytes, group: int) -> BlockKey:
@@ -34,7 +36,12 @@ def block_key(block_hash: bytes, group: int) -> BlockKey:
 @functools.cache
 def key_suffix(group: int) -> bytes:
     """What follows the engine's block hash in the block keys of KV group ``group``."""
-    return group.to_bytes(4, "big")
+    return group.to_bytes(GROUP_BYTES, "big")
+
+
+def group_of(key: bytes) -> int:
+    """The KV group of a block key."""
+    return int.from_bytes(key[-GROUP_BYTES:], "big")
 
 
 def digest_of(description: Mapping[str, object]) -> bytes:

@@ -13,6 +13,7 @@ from typing import Any
 from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVCacheEvent
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
+from umbp_core.ids import group_of
 from umbp_core.tiers import Tier
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.matching import block_hash_of
@@ -74,9 +75,7 @@ class EventLog:
     def _removed(self, key: bytes, tier: Tier) -> None:
         tiers = self._tiers.get(key, set())
         tiers.discard(tier)
-        self._events.append(
-            BlockRemoved(block_hashes=[_published(key)], medium=MEDIA[tier], group_idx=_group_index(key))
-        )
+        self._events.append(BlockRemoved(block_hashes=[_published(key)], medium=MEDIA[tier], group_idx=group_of(key)))
         if not tiers:
             self._tiers.pop(key, None)
             self._origins.pop(key, None)
@@ -87,11 +86,11 @@ class EventLog:
             block_hashes=[_published(key)],
             parent_block_hash=maybe_convert_block_hash(origin.parent) if origin and origin.parent else None,
             token_ids=list(origin.token_ids) if origin else [],
-            block_size=self._groups[_group_index(key)].block_tokens,
+            block_size=self._groups[group_of(key)].block_tokens,
             lora_id=origin.lora_id if origin else None,
             lora_name=origin.lora_name if origin else None,
             medium=MEDIA[tier],
-            group_idx=_group_index(key),
+            group_idx=group_of(key),
         )
 
     def take(self) -> list[KVCacheEvent]:
@@ -100,10 +99,6 @@ class EventLog:
             return []
         events, self._events = self._events, []
         return events
-
-
-def _group_index(key: bytes) -> int:
-    return int.from_bytes(key[-4:], "big")
 
 
 def _published(key: bytes) -> Any:

@@ -15,7 +15,7 @@ import msgspec
 
 from umbp_core.directory import Copy
 from umbp_core.errors import StateError
-from umbp_core.ids import key_suffix
+from umbp_core.ids import GROUP_BYTES, key_suffix
 from umbp_core.ops import BlockCopy
 from umbp_core.tiers import Tier
 from umbp_vllm.adapters import AdapterKey
@@ -23,7 +23,6 @@ from umbp_vllm.directories import Holds, Read
 from umbp_vllm.groups import KvGroup
 
 _ADAPTER_BYTES = 32
-_SUFFIX_BYTES = len(key_suffix(0))
 
 _Run: TypeAlias = "tuple[KvGroup, int, list[bytes]]"
 """Neighbouring blocks: their group, the index of the first, and their keys."""
@@ -91,12 +90,12 @@ class RequestKeys:
 
 def bare(key: bytes) -> bytes:
     """``key`` without what it says of an adapter: vLLM's block hash, which has at most 32 bytes, and the group."""
-    return key[_ADAPTER_BYTES:] if len(key) > _ADAPTER_BYTES + _SUFFIX_BYTES else key
+    return key[_ADAPTER_BYTES:] if len(key) > _ADAPTER_BYTES + GROUP_BYTES else key
 
 
 def block_hash_of(key: bytes) -> bytes:
     """The engine's block hash in ``key``."""
-    return bare(key)[:-_SUFFIX_BYTES]
+    return bare(key)[:-GROUP_BYTES]
 
 
 class StagedRun(msgspec.Struct, frozen=True, gc=False):

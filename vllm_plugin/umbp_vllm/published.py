@@ -1,7 +1,8 @@
 """Block keys as the words that a master is told: in the form of the engine's events, and only what all groups hold.
 
-A key is the engine's block hash followed by the KV group, in our pool and in vLLM's block pool alike.  A master knows
-hashes without groups, as routers do.  So a hash counts on a tier when every group whose attention sees all tokens has
+A key is the engine's block hash followed by the KV group, in our pool and in vLLM's block pool alike; in our pool the
+digest of a LoRA adapter may come first, and says nothing to a master.  A master knows hashes without groups, as
+routers do.  So a hash counts on a tier when every group whose attention sees all tokens has
 it there.  Groups with a window do not count: what they must hold for a hit depends on where the hit ends, and is a
 tail only.  When no group sees all tokens, every group counts.
 """
@@ -13,15 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from umbp_connectors.reporting.words import Word, WordKind
-from umbp_core.ids import key_suffix
+from umbp_core.ids import GROUP_BYTES, key_suffix
 from umbp_core.tiers import Tier
 from umbp_vllm.groups import KvGroup
 from umbp_vllm.matching import block_hash_of
 
 INT64 = "int64"
 HEX = "hex"
-
-_SUFFIX_BYTES = len(key_suffix(0))
 
 
 def hash_form() -> str:
@@ -36,7 +35,7 @@ def counting_groups(groups: Sequence[KvGroup]) -> list[KvGroup]:
 
 def _as_int64(keys: Iterable[bytes]) -> list[bytes]:
     number = int.from_bytes
-    return [b"%d" % number(key[-_SUFFIX_BYTES - 8 : -_SUFFIX_BYTES], "big") for key in keys]
+    return [b"%d" % number(key[-GROUP_BYTES - 8 : -GROUP_BYTES], "big") for key in keys]
 
 
 def _as_hex(keys: Iterable[bytes]) -> list[bytes]:
@@ -89,9 +88,9 @@ class GroupWords:
         """Those of ``keys`` with which every counting group has their hash."""
         masks, whole, complete = self._masks.setdefault(tier, {}), self._all, []
         for key in keys:
-            bit = self._bits.get(key[-_SUFFIX_BYTES:], 0)
+            bit = self._bits.get(key[-GROUP_BYTES:], 0)
             if bit:
-                hashed = key[:-_SUFFIX_BYTES]
+                hashed = key[:-GROUP_BYTES]
                 before = masks.get(hashed, 0)
                 masks[hashed] = before | bit
                 if before != whole == before | bit:
@@ -102,9 +101,9 @@ class GroupWords:
         """Those of ``keys`` without which not every counting group has their hash any more."""
         masks, whole, broken = self._masks.setdefault(tier, {}), self._all, []
         for key in keys:
-            hashed = key[:-_SUFFIX_BYTES]
+            hashed = key[:-GROUP_BYTES]
             before = masks.get(hashed, 0)
-            after = before & ~self._bits.get(key[-_SUFFIX_BYTES:], 0)
+            after = before & ~self._bits.get(key[-GROUP_BYTES:], 0)
             if after:
                 masks[hashed] = after
             else:

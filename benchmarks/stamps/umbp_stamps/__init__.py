@@ -40,11 +40,11 @@ def in_vllm() -> None:
     """Entry point of ``vllm.general_plugins``."""
     if "BENCHMARK_STAMPS" not in os.environ:
         return
-    from umbp_core.ids import key_suffix
+    from umbp_core.ids import GROUP_BYTES
     from umbp_vllm.hbm_watch import BlockLog
     from umbp_vllm.reporting import PoolTeller
 
-    end = -len(key_suffix(0))
+    end = -GROUP_BYTES
     stamps = Stamps(Path(os.environ["BENCHMARK_STAMPS"]))
 
     def number(key: bytes) -> int:

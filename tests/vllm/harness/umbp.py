@@ -20,7 +20,7 @@ from tests.vllm.harness.model import Prefix, start_state
 from tests.vllm.harness.rank import make_layers, object_of
 from tests.vllm.harness.spec import EngineSpec
 from umbp_core.errors import TransferError
-from umbp_core.ids import block_key
+from umbp_core.ids import block_key, group_of
 from umbp_core.ops import Direction
 from umbp_core.ports import DeviceCopier, LayerCopier
 from umbp_core.tiers import Tier
@@ -254,7 +254,7 @@ class UmbpHarness(Harness):
         copy = self.pool.directory.copy(key, tier)
         assert copy is not None, f"{key.hex()} is not in {tier.name}"
         tools = self.workers[rank].engine._tools
-        nbytes = tools.object_bytes[int.from_bytes(key[-4:], "big")]
+        nbytes = tools.object_bytes[group_of(key)]
         if tier is Tier.DRAM:
             return np.array(tools.pages.page(copy.pages[0], nbytes))
         assert tools.slots is not None
