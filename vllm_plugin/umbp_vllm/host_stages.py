@@ -39,7 +39,7 @@ def largest(stages: Sequence[StagePages]) -> tuple[int, ...]:
     return tuple(max(sizes) for sizes in zip(*(stage.object_bytes for stage in stages), strict=True))
 
 
-def pages_of(kv_cache_config: Any, geometry: KvGeometry, tp_size: int, vllm_config: Any | None = None) -> StagePages:
+def pages_of(kv_cache_config: Any, geometry: KvGeometry, tp_size: int, vllm_config: Any) -> StagePages:
     """What this rank has."""
     return StagePages(
         layout_digest(kv_cache_config, geometry, vllm_config),

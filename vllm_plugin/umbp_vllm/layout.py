@@ -33,7 +33,7 @@ _SPEC_FIELDS = (
 """Spec fields that say what the bytes of a page mean; a version of vLLM that lacks one leaves it out."""
 
 
-def layout_descriptor(kv_cache_config: Any, geometry: KvGeometry, vllm_config: Any | None = None) -> dict[str, object]:
+def layout_descriptor(kv_cache_config: Any, geometry: KvGeometry, vllm_config: Any) -> dict[str, object]:
     """The canonical description of an object's bytes; JSON types only.
 
     Two engines whose descriptors differ never share bytes, even when all sizes agree.  It contains neither
@@ -48,12 +48,12 @@ def layout_descriptor(kv_cache_config: Any, geometry: KvGeometry, vllm_config: A
     }
 
 
-def layout_digest(kv_cache_config: Any, geometry: KvGeometry, vllm_config: Any | None = None) -> bytes:
+def layout_digest(kv_cache_config: Any, geometry: KvGeometry, vllm_config: Any) -> bytes:
     """SHA-256 of :func:`layout_descriptor`."""
     return digest_of(layout_descriptor(kv_cache_config, geometry, vllm_config))
 
 
-def _describe_group(group: GroupGeometry, spec: Any, vllm_config: Any | None) -> dict[str, object]:
+def _describe_group(group: GroupGeometry, spec: Any, vllm_config: Any) -> dict[str, object]:
     layers = [[layer, _describe_layer(layer, layer_spec(spec, layer), vllm_config)] for layer in group.layers]
     return {
         "kind": group.kind,
@@ -64,9 +64,8 @@ def _describe_group(group: GroupGeometry, spec: Any, vllm_config: Any | None) ->
     }
 
 
-def _describe_layer(layer: str, spec: Any, vllm_config: Any | None) -> dict[str, object]:
-    writer = {} if vllm_config is None else compat.page_writer(vllm_config, layer, spec)
-    return {**_describe_spec(spec), **writer}
+def _describe_layer(layer: str, spec: Any, vllm_config: Any) -> dict[str, object]:
+    return {**_describe_spec(spec), **compat.page_writer(vllm_config, layer, spec)}
 
 
 def _describe_spec(spec: Any) -> dict[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,8 @@ from umbp_vllm.layout import kv_is_replicated, layout_descriptor, layout_digest
 COMMON: dict[str, Any] = {"block_size": 16, "num_kv_heads": 2, "head_size": 8, "dtype": torch.bfloat16}
 FULL = FullAttentionSpec(**COMMON)
 MLA = MLAAttentionSpec(**{**COMMON, "num_kv_heads": 1, "head_size": 32})
+NO_BACKENDS = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
+"""vLLM's configuration where it has no layers."""
 
 
 def registered(
@@ -54,11 +57,11 @@ def registered(
 
 
 def digest(**changes: Any) -> bytes:
-    return layout_digest(*registered(**changes))
+    return layout_digest(*registered(**changes), NO_BACKENDS)
 
 
 def test_the_descriptor_is_json_and_states_every_agreed_fact() -> None:
-    descriptor = layout_descriptor(*registered())
+    descriptor = layout_descriptor(*registered(), NO_BACKENDS)
     assert json.loads(json.dumps(descriptor)) == descriptor
     spec = {
         "spec": "FullAttentionSpec",
@@ -117,7 +120,7 @@ SAME_SIZE = {
 def test_equal_sizes_are_not_equal_layouts(changes: dict[str, Any]) -> None:
     config, geometry = registered(**changes)
     assert geometry.object_bytes(0) == registered()[1].object_bytes(0)
-    assert layout_digest(config, geometry) != digest()
+    assert layout_digest(config, geometry, NO_BACKENDS) != digest()
 
 
 def test_no_two_of_these_layouts_share_an_identity() -> None:

@@ -25,8 +25,11 @@ _MOST_WAITS = 20_000
 
 def stages_of(spec: EngineSpec) -> tuple[StagePages, ...]:
     """What the stages of such an engine tell each other over vLLM's process groups, which there are none of here."""
-    firsts = make_geometry(spec, make_vllm_config(spec)).ranks[:: spec.tp]
-    return tuple(pages_of(config, geometry_of(config, make_layers(config, 0)[0]), spec.tp) for config in firsts)
+    vllm_config = make_vllm_config(spec)
+    firsts = make_geometry(spec, vllm_config).ranks[:: spec.tp]
+    return tuple(
+        pages_of(config, geometry_of(config, make_layers(config, 0)[0]), spec.tp, vllm_config) for config in firsts
+    )
 
 
 class HostHarness(UmbpHarness):
