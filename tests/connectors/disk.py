@@ -1,13 +1,16 @@
-"""A disk that hangs or fails when a test says so."""
+"""Disks that hang, fail or are full when a test says so."""
 
 from __future__ import annotations
 
 import errno
 import os
+import sqlite3
 import threading
 from typing import Any
 
 import pytest
+
+from umbp_connectors.pool.catalogue_file import CatalogueFile
 
 
 class Disk:
@@ -72,3 +75,17 @@ class Disk:
         if failing:
             raise OSError(self._number, os.strerror(self._number))
         return self._real[kind](*arguments)
+
+
+class FullDisk:
+    """Takes no rows of a catalogue, while it is full."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._real = CatalogueFile._transact
+        self.full = False
+        monkeypatch.setattr(CatalogueFile, "_transact", lambda *args: self._transact(*args))
+
+    def _transact(self, file: CatalogueFile, *work: Any) -> None:
+        if self.full:
+            raise sqlite3.OperationalError("database or disk is full")
+        self._real(file, *work)

@@ -11,10 +11,10 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.connectors.disk import FullDisk
 from tests.connectors.gate import Gate
 from umbp_connectors.pool.capacity import catalogue_allowance
 from umbp_connectors.pool.catalogue import Catalogue
@@ -41,6 +41,15 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Catalogue]]:
 
 def _row(key: bytes, slot: int, ranks: int = 1, depth: int = 0) -> CatalogueRow:
     return CatalogueRow(key, slot, 100 + slot, bytes([slot]) * 16 * ranks, depth)
+
+
+def _holding(make: Callable[..., Catalogue], rows: list[CatalogueRow]) -> Catalogue:
+    """An open catalogue with ``rows`` on disk."""
+    catalogue = make()
+    catalogue.open()
+    catalogue.record(rows)
+    assert catalogue.flush(10)
+    return catalogue
 
 
 def _reopened(make: Callable[..., Catalogue], old: Catalogue, **options: int) -> list[CatalogueRow]:
@@ -286,28 +295,11 @@ def test_a_disk_that_refuses_costs_one_warning(
     assert len(_reopened(make, catalogue)) == SLOTS - catalogue.dropped
 
 
-class FullDisk:
-    """Takes nothing, while it is full."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._real = CatalogueFile._transact
-        self.full = False
-        monkeypatch.setattr(CatalogueFile, "_transact", lambda *args: self._transact(*args))
-
-    def _transact(self, file: CatalogueFile, *work: Any) -> None:
-        if self.full:
-            raise sqlite3.OperationalError("database or disk is full")
-        self._real(file, *work)
-
-
 def test_what_is_forgotten_while_the_disk_refuses_is_forgotten_later(
     make: Callable[..., Catalogue], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = FullDisk(monkeypatch)
-    catalogue = make()
-    catalogue.open()
-    catalogue.record([_row(b"k%d" % slot, slot) for slot in range(SLOTS)])
-    assert catalogue.flush(10)
+    catalogue = _holding(make, [_row(b"k%d" % slot, slot) for slot in range(SLOTS)])
     disk.full = True
     catalogue.forget([b"k%d" % slot for slot in range(8)])
     assert not catalogue.flush(60), "at once, not after a minute"
@@ -323,10 +315,7 @@ def test_a_catalogue_that_is_closed_while_the_disk_refuses_ends(
     make: Callable[..., Catalogue], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = FullDisk(monkeypatch)
-    catalogue = make()
-    catalogue.open()
-    catalogue.record([_row(b"a", 1)])
-    assert catalogue.flush(10)
+    catalogue = _holding(make, [_row(b"a", 1)])
     disk.full = True
     catalogue.forget([b"a"])
     catalogue.close()
@@ -337,8 +326,7 @@ def test_everybody_whose_objects_are_not_recorded_is_told(
     make: Callable[..., Catalogue], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = FullDisk(monkeypatch)
-    catalogue = make()
-    catalogue.open()
+    catalogue = _holding(make, [])
     disk.full = True
     catalogue.record([_row(b"a", 1), _row(b"b", 2)])
     barriers = [catalogue.seal() for _ in range(3)]

@@ -55,7 +55,7 @@ from umbp_connectors.pool.books import Filled
 from umbp_connectors.pool.lending import LentObject
 from umbp_connectors.pool.outcomes import PutStatus
 from umbp_connectors.pool.sharing.sockets import FrameSocket, check_peer
-from umbp_core.errors import AccessDenied, UmbpError
+from umbp_core.errors import AccessDenied, TierUnavailable, UmbpError
 from umbp_core.ops import CHECKSUM_BYTES
 from umbp_core.wire.codes import ErrorCode, WireError
 from umbp_core.wire.frames import FrameType
@@ -326,6 +326,13 @@ class Session:
                 held.grant.discard()
                 kept.put_back(self._client, held.grant.pages)
 
+    def _clear(self, kept: KeptPool, number: int, request: Clear) -> Count:
+        try:
+            return Count(kept.pool.clear())
+        except TierUnavailable as error:
+            logger.warning("umbp: a client ordered a clear that failed, and its connection ends: %s", error)
+            raise
+
     def _take_pages(self, kept: KeptPool, number: int, request: TakePages) -> TakenPages:
         allowed = kept.take(self._client, min(request.count, messages.OBJECTS))
         taken: list[int] = []
@@ -369,7 +376,7 @@ _ANSWERS: dict[type[Any], Callable[[Session, KeptPool, int, Any], Reply]] = {
     Reserve: Session._grant,
     Publish: Session._publish,
     Doubt: lambda session, kept, number, request: Count(kept.pool.check(request.keys)),
-    Clear: lambda session, kept, number, request: Count(kept.pool.clear()),
+    Clear: Session._clear,
     Flush: lambda session, kept, number, request: Count(int(kept.pool.flush(request.timeout_ms / 1000))),
     Secure: Session._secure,
     AskStats: lambda session, kept, number, request: stats_of(kept),

@@ -14,8 +14,9 @@ import pytest
 
 from tests.connectors.daemon.conftest import Daemon
 from tests.connectors.daemon.kit import IDENTITY, SIZE, get, key_of, put
-from tests.connectors.disk import Disk
+from tests.connectors.disk import Disk, FullDisk
 from tests.connectors.talking import talk
+from tests.connectors.waiting import until
 from umbp_connectors import cli
 from umbp_connectors.daemon import messages
 from umbp_connectors.daemon.client import DaemonPool
@@ -125,6 +126,19 @@ def test_a_disk_that_takes_no_note_of_it_is_said(run: Run, pool: DaemonPool, mon
     assert code
     assert "its disk has not taken note of it yet" in said
     assert pool.exists([key_of(3)]) == [False]
+
+
+def test_a_client_that_clears_is_told_and_the_log_when_the_disk_does_not_take_it(
+    pool: DaemonPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        FullDisk(patch).full = True
+        with pytest.raises(TierUnavailable, match="did not say that it forgot"):
+            pool.clear()
+    assert "a client ordered a clear that failed" in caplog.text
+    until(lambda: put(pool, [9]) == [PutStatus.STORED])
+    assert pool.clear() > 0
+    assert get(pool, [*ALL, 9]) == [GetStatus.MISS] * 9
 
 
 def test_another_folder_or_pool_is_refused(pool: DaemonPool, folder: Path, path: Path, tmp_path: Path) -> None:

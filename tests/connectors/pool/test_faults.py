@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.connectors.disk import Disk
-from umbp_connectors.pool.catalogue_file import CatalogueFile
+from tests.connectors.disk import Disk, FullDisk
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
 from umbp_connectors.pool.slab import SlabFile
 from umbp_core.errors import TierUnavailable
@@ -97,12 +96,8 @@ def test_what_was_cleared_is_not_found_after_a_kill(make: Maker, tmp_path: Path)
 def test_a_disk_that_does_not_take_the_clearing_is_told_of(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = make()
     fill(pool, KEYS)
-
-    def full(*_: object) -> None:
-        raise sqlite3.OperationalError("database or disk is full")
-
     with monkeypatch.context() as patch:
-        patch.setattr(CatalogueFile, "_transact", full)
+        FullDisk(patch).full = True
         with pytest.raises(TierUnavailable, match="did not take"):
             pool.clear()
         assert read(pool, KEYS) == [GetStatus.MISS] * 12
