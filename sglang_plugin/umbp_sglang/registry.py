@@ -20,8 +20,9 @@ from umbp_core.ids import Identity
 from umbp_sglang import compat
 from umbp_sglang.host_pages import PageAccess, is_logical, layout_of, page_access
 from umbp_sglang.identity import layout_descriptor, pool_identity, rank_scope
-from umbp_sglang.pool_teller import PoolTeller
-from umbp_sglang.pools import StorePool
+from umbp_sglang.keys import block_keys
+from umbp_sglang.pool_teller import WHOLE_POOLS, PoolTeller
+from umbp_sglang.pools import Budget, StorePool
 from umbp_sglang.settings import RankFacts, StoreSettings
 from umbp_sglang.siblings import SiblingPool, SiblingServer, meeting_place
 
@@ -135,6 +136,15 @@ class PoolRegistry:
                     logger.warning("umbp: SGLang's pool %s is not stored: %s", member.name, error)
                     continue
                 self._open[member.name] = pool
+
+    def whole_prefix(self, keys: Sequence[str], anchor: int, budget: Budget) -> int:
+        """Of the first ``anchor`` pages of ``keys``, how many are in all the side pools that SGLang reads whole."""
+        chain = block_keys(keys[:anchor])
+        for name in WHOLE_POOLS:
+            pool = self.get(name) if name != KV else None
+            if pool is not None:
+                anchor = min(anchor, pool.count_prefix(chain[:anchor], budget))
+        return anchor
 
     def pools(self) -> list[StorePool]:
         """Every open pool."""

@@ -50,10 +50,14 @@ class Sidecars:
         with self._lock:
             self._barred.update(anchors)
 
-    def allowed(self, anchors: Sequence[bytes]) -> int:
-        """How many of ``anchors``, from the first on, may be stored.  Called when a node's KV pages come."""
+    def come(self) -> None:
+        """A node's KV pages come.  What waits for some that are not stored then is given up by :meth:`begin`."""
         with self._lock:
             self._settled = True
+
+    def allowed(self, anchors: Sequence[bytes]) -> int:
+        """How many of ``anchors``, from the first on, may be stored."""
+        with self._lock:
             if not self._barred:
                 return len(anchors)
             return next((i for i, anchor in enumerate(anchors) if anchor in self._barred), len(anchors))

@@ -22,6 +22,7 @@ _KEPT_CALLS = 1024
 """Calls that are remembered for SGLang's collector, should it not ask for a while."""
 _WATCH_S = 1.0
 """How often the pools are asked how full they are, at most."""
+_USED, _CAPACITY = "umbp_sglang_tier_used_bytes", "umbp_sglang_tier_capacity_bytes"
 
 
 class StoreStats:
@@ -38,6 +39,7 @@ class StoreStats:
         self._lock = threading.Lock()
         self._watched = -math.inf
         self._refused: dict[tuple[str, str], int] = {}
+        self._tiers: set[tuple[str, str]] = set()
         self._calls: dict[str, deque[tuple[int, float]]] = {
             direction: deque(maxlen=_KEPT_CALLS) for direction in ("get", "put")
         }
@@ -78,14 +80,21 @@ class StoreStats:
             except StateError:  # it is being closed
                 continue
             for tier, (used, capacity) in tiers.items():
-                self._metrics["umbp_sglang_tier_used_bytes"].labels(pool.name, tier).set(used)
-                self._metrics["umbp_sglang_tier_capacity_bytes"].labels(pool.name, tier).set(capacity)
+                self._tiers.add((pool.name, tier))
+                self._metrics[_USED].labels(pool.name, tier).set(used)
+                self._metrics[_CAPACITY].labels(pool.name, tier).set(capacity)
             for policy, pages in refused.items():
                 before = self._refused.get((pool.name, policy), 0)
                 self._refused[pool.name, policy] = pages
                 # A pool that was opened again counts from zero.
                 new = pages - before if pages >= before else pages
                 self._metrics["umbp_sglang_refused_pages_total"].labels(pool.name, policy).inc(new)
+
+    def ended(self) -> None:
+        """The pools are closed.  A gauge would show its last value until the process ends, in multi-process mode."""
+        for labels in list(self._tiers):
+            for name in (_USED, _CAPACITY):
+                self._metrics[name].labels(*labels).set(0)
 
     def reported(self, readings: Iterable[Reading], untold: int) -> None:
         """What was told to a master since the last time, and how many pages it cannot be told."""

@@ -115,8 +115,9 @@ class UMBPStore(HiCacheStorage):
     # Pages in place (v1), and pools by name (v2)
 
     def batch_exists(self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None) -> int:
-        """How many pages of KV, from the first on without a gap, can be read now."""
-        found = self._asks.answer(lambda: self._anchor_prefix(keys, Budget(self._timeout)), 0)
+        """How many pages, from the first on without a gap, can be read now: KV, and side pools that are read whole."""
+        budget = Budget(self._timeout)
+        found = self._asks.answer(lambda: self._pools.whole_prefix(keys, self._anchor_prefix(keys, budget), budget), 0)
         self._stats.looked_up(len(keys), found)
         return found
 
@@ -142,7 +143,7 @@ class UMBPStore(HiCacheStorage):
     ) -> list[bool]:
         """Store the host pages of KV, and publish what side pools stored for them; which of them are there."""
         depth = len(extra_info.prefix_keys or ()) if extra_info is not None else 0
-        there = self._puts.move(lambda: self._put_anchor(keys, host_indices, depth), len(keys))
+        there = self._move_anchor(lambda: self._put_anchor(keys, host_indices, depth), len(keys))
         self.tell_names()
         return there
 
@@ -193,7 +194,7 @@ class UMBPStore(HiCacheStorage):
         pages = list(values or [])
         if len(pages) != len(keys) or any(page is None for page in pages):
             return False
-        return all(self._puts.move(lambda: self._put_flat(keys, pages), len(keys)))
+        return all(self._move_anchor(lambda: self._put_flat(keys, pages), len(keys)))
 
     def exists(self, key: str) -> bool:
         """Whether KV page ``key`` can be read now."""
@@ -219,6 +220,7 @@ class UMBPStore(HiCacheStorage):
         if not self._clearing.done():
             logger.warning("umbp: closed before the storage could be cleared: what it holds will be found again")
         self._asks.answer(self._pools.close, None)
+        self._stats.ended()
         reporting, self._reporting = self._reporting, None
         if reporting is not None:
             self._asks.answer(lambda: reporting.release(_HOLDER), None)
@@ -288,6 +290,11 @@ class UMBPStore(HiCacheStorage):
         work = self._timed("get", pool, lambda: pool.get(block_keys(keys), host_indices, budget))
         return self._gets.move(work, len(keys))
 
+    def _move_anchor(self, work: Callable[[], Moved], pages: int) -> list[bool]:
+        """Store KV pages; those that are turned away at the door have come all the same."""
+        self._sidecars.come()
+        return self._puts.move(work, pages)
+
     def _put_anchor(self, keys: Sequence[str], host_indices: Any, depth: int) -> Moved:
         anchors = block_keys(keys)
         if self._pools.logical:
@@ -318,10 +325,10 @@ class UMBPStore(HiCacheStorage):
 
     def _set_side(self, transfer: PoolTransfer, depth: int, budget: Budget) -> list[bool]:
         keys, pool = transfer.keys or [], self._pools.get(str(transfer.name))
-        if pool is None:
+        if pool is None or transfer.host_indices is None:
             return [False] * len(keys)
         if str(transfer.name) == KV:
-            return self._puts.move(lambda: self._put_anchor(keys, transfer.host_indices, depth), len(keys))
+            return self._move_anchor(lambda: self._put_anchor(keys, transfer.host_indices, depth), len(keys))
         ok: list[bool] = []
         for start in range(0, len(keys), BATCH_PAGES):
             part = block_keys(keys[start : start + BATCH_PAGES])

@@ -108,11 +108,13 @@ def test_side_pools_that_fail_do_not_stop_kv(stores: Stores, faults: Faults) -> 
 
 
 @pytest.mark.parametrize("bad", [None, "none", [None]])
-def test_arguments_that_make_no_sense_are_misses(store: UMBPStore, bad: Any) -> None:
-    keys = hashes(1)
+def test_arguments_that_make_no_sense_are_misses(stores: Stores, bad: Any) -> None:
+    keys, store = hashes(1), stores(storage_config(), mha_pool(), {PoolName.SWA: mha_pool(heads=1)})
     assert store.batch_set_v1(keys, bad) == [False]
     assert store.batch_get_v1(keys, bad) == [False]
-    assert store.batch_set_v2([PoolTransfer(PoolName.SWA, bad, keys=keys)]) == {PoolName.SWA: [False]}
+    for name in (PoolName.SWA, PoolName.DRAFT):
+        assert store.batch_set_v2([PoolTransfer(name, bad, keys=keys)]) == {name: [False]}
+        assert store.batch_get_v2([PoolTransfer(name, bad, keys=keys)]) == {name: [False]}
     assert store.batch_exists(bad or "") == 0
 
 

@@ -10,7 +10,7 @@ from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTr
 from sglang.srt.mem_cache.memory_pool_host import LogicalHostPool
 
 from tests.sglang.store.conftest import Stores
-from tests.sglang.store.faults import Faults
+from tests.sglang.store.faults import FakeClock, Faults
 from tests.sglang.store.pools import PAGE, contents, hashes, mha_pool, rows, storage_config, wipe
 from umbp_core.tiers import Tier
 from umbp_sglang.keys import block_keys
@@ -88,6 +88,29 @@ def test_clear_gives_up_what_waits(store: UMBPStore) -> None:
     assert store.batch_get_v2([side(keys, 5)])[PoolName.SWA] == [False]
 
 
+@pytest.mark.parametrize("logical", [False, True])
+def test_side_pages_whose_kv_is_turned_away_are_given_up(stores: Stores, logical: bool) -> None:
+    """One side pool found room, another one's time was over until no call was made any more, not for KV either."""
+    faults, clock, later = Faults(), FakeClock(), hashes(1)
+    anchor = LogicalHostPool(24 * PAGE, PAGE) if logical else mha_pool()
+    sides = {PoolName.SWA: mha_pool(), PoolName.INDEXER: mha_pool()}
+    store = stores(storage_config(), anchor, sides, make_pool=faults.make, clock=clock)
+    free = [pool.stats(Tier.DRAM).free_pages for pool in faults.pools]
+    for _ in range(2):
+        keys = hashes(3)
+        assert store.batch_set_v2([side(keys, 0, 1, 2)]) == {PoolName.SWA: [True] * 3}
+        faults.error = OSError("no")
+        for _ in range(3):
+            assert store.batch_set_v2([indexer(keys, 0, 1, 2)]) == {PoolName.INDEXER: [False] * 3}
+        faults.error = None
+        assert store.batch_set_v1(keys, rows(0, 1, 2)) == [False] * 3
+        clock.now += 60
+    assert store.batch_set_v2([side(later, 0), indexer(later, 0)]) == {PoolName.SWA: [True], PoolName.INDEXER: [True]}
+    assert store.batch_set_v1(later, rows(0)) == [True]
+    left = [pool.stats(Tier.DRAM).free_pages for pool in faults.pools]
+    assert left == [pages - 1 for pages in free], "nothing but the last page of each pool is kept"
+
+
 def test_kv_is_not_stored_without_the_part_that_it_needs(stores: Stores) -> None:
     """An indexer page that found no room: its KV page would never be restored, nor those behind it."""
     faults, keys = Faults(), hashes(3)
@@ -123,6 +146,15 @@ def test_a_pool_that_needs_all_pages_shortens_the_prefix(store: UMBPStore) -> No
     found = store.batch_exists_v2(keys, [PoolTransfer(PoolName.INDEXER, keys=keys)])
     assert (found.kv_hit_pages, found.restorable_prefix_pages) == (3, [1, 2, 3])
     assert found.extra_pool_hit_pages == {"kv": 5, "indexer": 3}
+
+
+def test_a_question_without_pools_counts_those_that_are_read_whole(store: UMBPStore) -> None:
+    """A decoding engine promises what it is told to the prefilling one, and a request whose promise breaks fails."""
+    keys = hashes(5)
+    store.batch_set_v1(keys, rows(*range(5)))
+    assert store.batch_exists(keys) == 0
+    store.batch_set_v2([indexer(keys[:3], 0, 1, 2)])
+    assert store.batch_exists(keys) == 3, "windows are not asked for by everybody"
 
 
 def test_block_groups_report_and_do_not_shorten(store: UMBPStore) -> None:
@@ -164,7 +196,7 @@ def test_all_pools_together_stay_within_the_configured_space(stores: Stores, tmp
     want = contents(kv, [0, 1])
     store.batch_set_v1(keys, rows(0, 1))
     store.register_mem_host_pool_v2(mha_pool(heads=1), PoolName.DRAFT)
-    assert store.batch_exists(keys) == 2
+    assert store.batch_exists_v2(keys).kv_hit_pages == 2
     assert store.batch_get_v1(keys, rows(5, 6)) == [True, True]
     assert contents(kv, [5, 6]) == want
     alive = faults.pools[-3:]

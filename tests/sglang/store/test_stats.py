@@ -75,6 +75,17 @@ def test_pages_that_are_read_again_go_to_ssd_and_those_that_did_not_are_counted(
     assert stores(config, mha_pool()).batch_exists(keys) == 2
 
 
+def test_a_store_that_is_closed_has_no_tiers(stores: Stores) -> None:
+    """A detached storage: what a process's gauges show outlives it, also where the next one has no such tier."""
+    store = stores(storage_config(), mha_pool(), clock=FakeClock())
+    store.batch_set_v1(hashes(1), rows(0))
+    tiers = {name: value for name, value in values(store).items() if "_tier_" in name}
+    assert len(tiers) == 2
+    assert all(tiers.values())
+    store.close()
+    assert {name: values(store)[name] for name in tiers} == dict.fromkeys(tiers, 0)
+
+
 def test_pages_from_ssd_are_told_apart(stores: Stores, tmp_path: Path) -> None:
     config = storage_config(extra={"ssd_dir": str(tmp_path), "ssd_capacity": "16MiB"})
     keys = hashes(2)
