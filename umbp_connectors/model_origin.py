@@ -64,7 +64,7 @@ def _files(model: str) -> dict[str, str] | None:
         return {"config": "", "weights": _digest(_weights([root]))}
     if not root.is_dir():
         return None
-    weights = sorted(path for path in root.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
+    weights = sorted(path for path in root.iterdir() if path.suffix in _WEIGHT_SUFFIXES and path.is_file())
     return {"config": _digest(_configs(root)), "weights": _digest(_weights(weights))}
 
 
