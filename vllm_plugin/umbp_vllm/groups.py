@@ -15,7 +15,7 @@ class KvGroup:
 
     ``block_tokens`` is the group's block size in tokens and ``hashes_per_block`` the number of engine
     hashes that cover it; the last of them names the block.  ``reach`` is the number of tokens before a
-    position that its attention can still see: ``None`` means all of them.
+    position that vLLM keeps, which are at least those that its attention can still see: ``None`` means all of them.
     """
 
     index: int
@@ -29,8 +29,8 @@ class KvGroup:
         """The first block that must be there when ``end`` tokens are computed and the next one comes.
 
         ``end`` is a multiple of ``block_tokens``.  Sliding windows see the ``window - 1`` tokens before the
-        next one (vLLM, ``SlidingWindowManager.find_longest_cache_hit``); chunked attention sees its
-        own chunk only.
+        next one, and vLLM may keep some more (``SlidingWindowManager.get_num_skipped_tokens``); chunked attention
+        sees its own chunk only.
         """
         if self.reach is not None:
             return max(0, end - self.reach) // self.block_tokens
@@ -44,7 +44,8 @@ def _full(_spec: Any) -> tuple[int | None, int | None]:
 
 
 def _sliding_window(spec: Any) -> tuple[int | None, int | None]:
-    return int(spec.sliding_window) - 1, None
+    """What its attention sees, and what vLLM keeps (so allocates, and lists by hash) behind that for some drafts."""
+    return int(spec.sliding_window) - 1 + int(spec.extra_retained_tokens), None
 
 
 def _chunked(spec: Any) -> tuple[int | None, int | None]:

@@ -46,8 +46,8 @@ class HostLoans:
         self._fresh: deque[Loan] = deque()
         """Loans in the order in which they grow stale."""
         self._pins: dict[str, list[Loan]] = {}
-        self._asked: dict[int, int] = {}
-        """How many loans what was asked for may become, by the number of the question."""
+        self._asked: dict[int, tuple[int, int]] = {}
+        """How many loans what was asked for may become, and the line's epoch then, by the number of the question."""
         self._out = 0
         """Those, and the loans that are not given back."""
         self.given_back_at = NEVER
@@ -77,7 +77,8 @@ class HostLoans:
 
     def ask(self, number: int, keys: Sequence[bytes], until: float) -> None:
         """Ask for ``keys``.  The answer goes to :meth:`install`, or to :meth:`turn_down`."""
-        loans = self._asked[number] = self._loans_for(keys)
+        loans = self._loans_for(keys)
+        self._asked[number] = loans, self._line.epoch
         self._out += loans
         self._line.say(Borrow(number, keys, until))
 
@@ -90,8 +91,11 @@ class HostLoans:
         self._answered(answer)
         self._give_back(answer.life, answer.loans)
 
-    def _answered(self, answer: Lent) -> None:
-        self._out += len(answer.loans) - self._asked.pop(answer.number, 0)
+    def _answered(self, answer: Lent) -> bool:
+        """Whether what was lent counts: the daemon may have been told to forget it since it was asked for."""
+        loans, epoch = self._asked.pop(answer.number, (0, self._line.epoch))
+        self._out += len(answer.loans) - loans
+        return epoch == self._line.epoch
 
     def _give_back(self, life: int, loans: tuple[int, ...]) -> None:
         if loans:
@@ -101,10 +105,10 @@ class HostLoans:
 
     def install(self, answer: Lent) -> Loan:
         """What was lent, held by the caller, who has to :meth:`let_go` of it."""
-        self._answered(answer)
+        counts = self._answered(answer)
         arena = self._line.arena
         copies: dict[bytes, Copy] = {}
-        if arena is not None and answer.life == self._line.life:
+        if arena is not None and answer.life == self._line.life and counts:
             width = arena.stripes * CHECKSUM_BYTES
             for key, place in answer.places:
                 if LENT[place.status].hit and len(place.checksum) == width:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+import pytest
+
 from umbp_connectors.daemon.messages import LENT
 from umbp_connectors.daemon.pages import DaemonArena, NewObject, Place
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
@@ -12,7 +14,7 @@ from umbp_core.ops import BlockCopy, Direction, LeaderTransferRequest
 from umbp_core.tiers import Tier
 from umbp_vllm.host_line import HostLine, RankStripes
 from umbp_vllm.host_pool import HostPool
-from umbp_vllm.host_words import Attached, Lent, PublishAll, Published, Taken
+from umbp_vllm.host_words import Attached, Cleared, Lent, PublishAll, Published, Taken, There
 from umbp_vllm.known_keys import KnownKeys
 from umbp_vllm.metadata import StepMetadata
 from umbp_vllm.stats import UmbpStats
@@ -89,6 +91,31 @@ def test_a_match_is_not_begun_when_a_third_of_its_lease_is_over() -> None:
     pool.loans.expire(now[0])
     assert pool.count_prefix([b"k"]) == 0
     assert pool.loans.stale("op")
+
+
+@pytest.mark.parametrize("answered_first", [True, False], ids=["before", "after"])
+def test_what_was_asked_for_before_a_reset_is_matched_no_more(answered_first: bool) -> None:
+    """The daemon lent it, then forgot it; whether the leader hears of the loan before it resets, or afterwards."""
+    script, now = Script(), [100.0]
+    pool = pool_of(script, now)
+
+    def install(answer: There | Lent) -> None:
+        assert isinstance(answer, Lent)
+        pool.loans.install(answer)
+
+    pool.on_answer = install
+    pool.loans.ask(5, [b"k"], 110.0)
+    place = Place(LENT.index(GetStatus.DRAM), 9, 100, SUM)
+    script.answers.append(Lent(5, 1, (7,), [(b"k", place)], 130.0))
+    if answered_first:
+        pool.take_answers()
+        assert pool.count_prefix([b"k"]) == 1
+    pool.clear(Tier.DRAM)
+    script.answers.append(Cleared())
+    pool.take_answers()
+    assert pool.line.usable
+    assert pool.count_prefix([b"k"]) == 0
+    assert b"k" not in pool.line.known
 
 
 def test_pages_that_a_broken_connection_has_left_are_used_again_but_not_those_under_way() -> None:
