@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -441,6 +442,29 @@ def test_other_catalogues_go_when_they_take_too_much(make: Callable[..., Catalog
         "catalogue-2.sqlite",
         "catalogue-3.sqlite",
     ]
+
+
+def test_a_folder_beside_a_catalogue_is_left_alone(make: Callable[..., Catalogue], tmp_path: Path) -> None:
+    (tmp_path / "catalogue-of-mine").mkdir()
+    (tmp_path / "catalogue-1.sqlite").write_bytes(bytes(1 << 20))
+    rows = [_row(b"key", 1)]
+    held = _holding(lambda: make(max_bytes=1 << 20), rows)
+    assert _reopened(make, held, max_bytes=1 << 20) == rows
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["catalogue-0.sqlite", "catalogue-of-mine"]
+
+
+def test_a_folder_that_nothing_can_be_removed_from_makes_the_tier_unavailable(
+    make: Callable[..., Catalogue], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    (tmp_path / "catalogue-1.sqlite").write_bytes(bytes(1 << 20))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with pytest.raises(TierUnavailable, match="Input/output"):
+            make(max_bytes=1 << 20).open()
+    assert make(max_bytes=1 << 20).open() == []
 
 
 def test_a_kill_leaves_what_was_flushed(make: Callable[..., Catalogue]) -> None:

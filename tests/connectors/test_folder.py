@@ -413,3 +413,38 @@ def test_a_lock_is_idempotent_and_waits_when_asked(tmp_path: Path) -> None:
     assert second.held
     assert not first.held
     second.release()
+
+
+_FORKING = textwrap.dedent(
+    """
+    import os, sys
+    from umbp_connectors.pool.folder import FolderInUse, FolderLock
+
+    lock, other = FolderLock(sys.argv[1]), FolderLock(sys.argv[1])
+    lock.acquire()
+    (told, tell), (end, ends) = os.pipe(), os.pipe()
+    for releases in (True, False):
+        if os.fork() == 0:
+            os.close(ends)
+            if releases:
+                lock.release()
+            os.write(tell, b"x")
+            os.read(end, 1)
+            os._exit(0)
+        os.read(told, 1)
+    try:
+        other.acquire()
+    except FolderInUse:
+        print("held")
+    lock.release()
+    other.acquire()
+    print("free")
+    """
+)
+
+
+def test_who_was_forked_meanwhile_neither_gives_a_lock_back_nor_keeps_it(tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
+    command = [sys.executable, "-c", _FORKING, str(tmp_path)]
+    said = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=env)
+    assert said.stdout.split() == ["held", "free"], said.stderr

@@ -55,6 +55,14 @@ class PendingMachine(RuleBasedStateMachine):
         self._apply(self.truth, key, None)
 
     @rule()
+    def forget_all(self) -> None:
+        self.owners.clear()
+        self.queue.forget_all()
+        assert all(key in self.queue for key in (b"a", b"of nobody"))
+        for state in [*self.barriers[self.reached :], self.truth]:
+            state.clear()
+
+    @rule()
     def seal(self) -> None:
         self.barriers.append(dict(self.truth))
         assert self.queue.seal() == len(self.barriers)
@@ -64,6 +72,8 @@ class PendingMachine(RuleBasedStateMachine):
         batch = self.queue.take(count)
         assert len(batch.words) <= count
         # The catalogue deletes first and then inserts in order.
+        if batch.everything:
+            self.file.clear()
         for key, row in batch.words:
             if row is None:
                 self._apply(self.file, key, None)
@@ -85,6 +95,8 @@ class PendingMachine(RuleBasedStateMachine):
                     if state.get(key) == row:
                         del state[key]
         if forgotten:  # there was room for that much
+            if batch.everything:
+                self.file.clear()
             for key, _ in batch.words:
                 self._apply(self.file, key, None)
         if forgotten and batch.last:

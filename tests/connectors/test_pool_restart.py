@@ -8,10 +8,12 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from umbp_connectors.pool.catalogue_file import CatalogueFile
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig
 from umbp_core.ids import Identity, RankScope
 
@@ -154,3 +156,43 @@ def test_a_smaller_capacity_keeps_what_fits(tmp_path: Path) -> None:
     pool.close()
     hits = [status.hit for status in _serve(tmp_path, 20, 40)]
     assert sum(hits) == 20
+
+
+@pytest.mark.parametrize("depth", [-1, 1 << 61, 1 << 64])
+def test_what_has_an_odd_depth_is_found_again(tmp_path: Path, depth: int) -> None:
+    for status in (GetStatus.DRAM, GetStatus.SSD):
+        pool, buffer = LocalPool(IDENTITY, _config(tmp_path, 20)), bytearray(SIZE)
+        pool.open()
+        if status is GetStatus.DRAM:
+            pool.put([b"odd", b"even"], [bytes(SIZE)] * 2, [depth, 2])
+            assert pool.flush(30)
+        assert pool.get([b"odd", b"even"], [buffer, bytearray(SIZE)]) == [status] * 2
+        pool.close()
+
+
+def test_to_clear_many_objects_is_as_little_work_for_the_disk_as_to_clear_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, count = 4096, 700
+    config = LocalPoolConfig(size, 100 * size, tmp_path, (1 << 20) + count * (size + 768))
+    keys = [b"%036d" % number for number in range(count)]
+    written: list[int] = []
+
+    def transact(file: CatalogueFile, *work: Any) -> None:
+        written.extend(len(values) for _, values in work)
+        real(file, *work)
+
+    pool, real = LocalPool(IDENTITY, config), CatalogueFile._transact
+    pool.open()
+    for start in range(0, count, 50):
+        pool.put(keys[start : start + 50], [bytes(size)] * 50)
+        assert pool.flush(30)
+    monkeypatch.setattr(CatalogueFile, "_transact", transact)
+    assert pool.clear() > 600
+    assert sum(written) == 1
+    pool.put(keys[:2], [bytes(size)] * 2)
+    pool.close()
+    pool = LocalPool(IDENTITY, config)
+    pool.open()
+    assert pool.exists(keys) == [True] * 2 + [False] * (count - 2)
+    pool.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -170,3 +171,41 @@ def _damage(pool: LocalPool, key: bytes) -> None:
     loan = pool.lend([key])
     memory_of(pool)[loan.objects[0].page, 100] ^= 1
     loan.release()
+
+
+def test_a_call_that_gets_no_thread_copies_alone_and_touches_nothing_later(
+    make: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pool, keys, whole = make(copy_threads=2), _keys(), _whole()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert pool.put(keys, ObjectRows(whole, list(range(COUNT)))) == [PutStatus.STORED] * COUNT
+        first = np.zeros((COUNT, SIZE), np.uint8)
+        assert pool.get(keys, list(first)) == [GetStatus.DRAM] * COUNT
+    assert np.array_equal(first.reshape(whole.shape), whole)
+    first[:] = 7
+    again = np.zeros_like(first)
+    for _ in range(3):
+        assert pool.get(keys, list(again)) == [GetStatus.DRAM] * COUNT
+    assert np.array_equal(again, whole.reshape(COUNT, SIZE))
+    assert np.all(first == 7), "the memory of a call that is over is the caller's again"
+
+
+def test_what_a_helping_thread_raises_is_raised(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = threading.current_thread()
+
+    def copy(*arguments: object) -> bytes:
+        if threading.current_thread() is not mine:
+            helps.set()
+            raise MemoryError("of a helper")
+        assert helps.wait(60)
+        return bytes(16)
+
+    helps = threading.Event()
+    pool = make(copy_threads=2)
+    monkeypatch.setattr(batches, "copy_checksummed", copy)
+    with pytest.raises(MemoryError, match="of a helper"):
+        pool.put(_keys(), [bytes(SIZE)] * COUNT)

@@ -149,7 +149,7 @@ class PoolKeeper:
                 )
             return kept
         asked = max(1, wanted.dram_bytes // page_bytes) * page_bytes
-        going, room = self._room(wanted.namespace, asked)
+        going, room = self._room(wanted, asked)
         pages = min(asked, room) // page_bytes
         if pages < 1:
             raise TierUnavailable(
@@ -168,24 +168,33 @@ class PoolKeeper:
             logger.info("umbp: pool %s, which nobody uses, makes room", name.hex()[:12])
         closing = [self._pools.pop(name) for name in going]
         pool = LocalPool(wanted.identity, self._pool_config(wanted, pages * page_bytes))
-        kept = self._pools[digest] = KeptPool(pool, pages, page_bytes, closing)
+        kept = self._pools[digest] = KeptPool(pool, pages, page_bytes, (wanted.rank, wanted.ranks), closing)
         return kept
 
-    def _room(self, namespace: str, asked: int) -> tuple[list[bytes], int]:
-        """Which idle pools, longest left first, have to go for ``asked`` bytes, and how much room there is then."""
+    def _room(self, wanted: Attach, asked: int) -> tuple[list[bytes], int]:
+        """Which idle pools have to go for ``asked`` bytes, and how much room there is then.
+
+        First those that have the SSD folder, then others, longest left first.
+        """
+        namespace = wanted.namespace
         capacity = self._config.dram_capacity
         quota = self._config.daemon_quota or capacity
         left = capacity - sum(kept.nbytes for kept in self._pools.values())
         mine = quota - sum(kept.nbytes for kept in self._pools.values() if kept.namespace == namespace)
+        idle = {digest: kept for digest, kept in self._pools.items() if kept.is_idle}
         going: list[bytes] = []
-        for digest, kept in sorted(self._pools.items(), key=lambda item: item[1].left_at):
-            is_mine = kept.namespace == namespace
+        if self._config.ssd_active:
+            going += [each for each in idle if idle[each].shares_folder(namespace, wanted.rank, wanted.ranks)]
+            freed = sum(idle[each].nbytes for each in going)
+            left, mine = left + freed, mine + freed
+        for digest in sorted(idle.keys() - set(going), key=lambda each: idle[each].left_at):
+            is_mine = idle[digest].namespace == namespace
             if min(left, mine) >= asked:
                 break
-            if kept.is_idle and (left < asked or is_mine):
+            if left < asked or is_mine:
                 going.append(digest)
-                left += kept.nbytes
-                mine += kept.nbytes if is_mine else 0
+                left += idle[digest].nbytes
+                mine += idle[digest].nbytes if is_mine else 0
         return going, min(left, mine)
 
     def _pool_config(self, wanted: Attach, dram_bytes: int) -> LocalPoolConfig:

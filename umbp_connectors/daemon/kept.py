@@ -34,11 +34,19 @@ class _Engine:
 class KeptPool:
     """A pool of the daemon, the clients that it has, and how many of its pages each of them holds.  Any thread.
 
-    It is opened ``instead_of`` others, which it closes before.
+    It is opened ``instead_of`` others, which it closes before.  ``place`` is its rank, and of how many.
     """
 
-    def __init__(self, pool: LocalPool, pages: int, page_bytes: int, instead_of: Sequence[KeptPool] = ()) -> None:
+    def __init__(
+        self,
+        pool: LocalPool,
+        pages: int,
+        page_bytes: int,
+        place: tuple[int, int] = (0, 1),
+        instead_of: Sequence[KeptPool] = (),
+    ) -> None:
         self.pool = pool
+        self._place = place
         self.arena = os.urandom(TOKEN_BYTES)
         self.stripes = pool.stripes
         self.watches = Watches()
@@ -68,6 +76,10 @@ class KeptPool:
     def namespace(self) -> str:
         """Whose objects these are."""
         return self.pool.identity.namespace
+
+    def shares_folder(self, namespace: str, rank: int, ranks: int) -> bool:
+        """Whether the SSD tier of such a pool has the same folder, or divides it up otherwise."""
+        return self.namespace == namespace and (self._place[0] == rank or self._place[1] != ranks)
 
     @property
     def nbytes(self) -> int:

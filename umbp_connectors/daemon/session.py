@@ -57,6 +57,7 @@ from umbp_connectors.pool.outcomes import PutStatus
 from umbp_connectors.pool.sharing.sockets import FrameSocket, check_peer
 from umbp_core.errors import AccessDenied, TierUnavailable, UmbpError
 from umbp_core.ops import CHECKSUM_BYTES
+from umbp_core.tiers import Tier
 from umbp_core.wire.codes import ErrorCode, WireError
 from umbp_core.wire.frames import FrameType
 
@@ -172,7 +173,7 @@ class Session:
     def _manage(self, greeting: Manage, sequence: int) -> None:
         """Do what somebody at the command line orders who says it in time."""
         kept = self._keeper.find(greeting.identity)
-        if kept is None or not self._keeper.keeps_in(Path(greeting.folder)):
+        if kept is None or not self._keeper.keeps_in(Path(greeting.folder)) or kept.pool.stats(Tier.SSD) is None:
             self._refuse(sequence, f"there is no such pool with its SSD tier in {greeting.folder}")
             return
         self._send(FrameType.REPLY, sequence, messages.encode(Count(0)))

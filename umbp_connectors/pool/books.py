@@ -285,7 +285,9 @@ class Books:
             self._void |= self._writing.keys()
             self._clears += 1
             gone = sum(self._directory.clear(tier) for tier in self._tiers)
-            self._follow()
+            if self._catalogue is not None:
+                self._catalogue.forget_all()
+            self._tell(self._directory.drain_changes())
         return gone
 
     def evict(self, keys: Iterable[bytes]) -> int:

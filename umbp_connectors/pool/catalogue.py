@@ -140,6 +140,15 @@ class Catalogue:
                     self._pending.forget(key)
             self._wake(idle)
 
+    def forget_all(self) -> None:
+        """No object is on SSD any more.  Any thread; does not wait for the disk, which has as little to do for many."""
+        with self._changed:
+            idle = not self._pending
+            self._unrecorded.clear()
+            if not self._broken:
+                self._pending.forget_all()
+            self._wake(idle)
+
     def flush(self, timeout: float) -> bool:
         """Wait until everything recorded and forgotten before is committed, for at most ``timeout`` seconds.
 
@@ -218,7 +227,7 @@ class Catalogue:
                 self._changed.wait_for(lambda: self._pending or self._closing or self._sealed > self._written)
                 self._changed.wait_for(self._is_due, _BATCH_SECONDS)
                 batch = self._pending.take(BATCH_ROWS)
-                if self._closing and not batch.words and batch.sealed == self._sealed == self._written:
+                if self._closing and not self._says(batch) and batch.sealed == self._sealed == self._written:
                     return
             outcome = self._commit(batch)
             with self._changed:
@@ -243,21 +252,29 @@ class Catalogue:
         else:
             self._written = batch.sealed
 
+    @staticmethod
+    def _says(batch: Batch[CatalogueRow]) -> bool:
+        """Whether there is something to write."""
+        return bool(batch.words) or batch.everything
+
     def _is_due(self) -> bool:
         return self._closing or len(self._pending) >= BATCH_ROWS or self._sealed > self._written
 
     def _commit(self, batch: Batch[CatalogueRow]) -> _Outcome:
         """Write ``batch``; when there is no room for its records, at least that what they replace is gone."""
         rows = [row for _, row in batch.words if row is not None]
-        if not batch.words or self._wrote([key for key, row in batch.words if row is None], rows):
+        everything = batch.everything
+        if not self._says(batch):
             return _Outcome.ALL
-        if rows and self._wrote([key for key, _ in batch.words], []):
+        if self._wrote([key for key, row in batch.words if row is None], rows, everything):
+            return _Outcome.ALL
+        if rows and self._wrote([key for key, _ in batch.words], [], everything):
             return _Outcome.NO_RECORD
         return _Outcome.NOTHING
 
-    def _wrote(self, gone: Sequence[bytes], rows: Sequence[CatalogueRow]) -> bool:
+    def _wrote(self, gone: Sequence[bytes], rows: Sequence[CatalogueRow], everything: bool) -> bool:
         try:
-            self._file.commit(gone, rows)
+            self._file.commit(gone, rows, everything)
         except sqlite3.Error as error:
             self._warn_once(error)
             return False

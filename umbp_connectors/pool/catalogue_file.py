@@ -66,6 +66,9 @@ class CatalogueFile:
             raise self._unavailable(FileNotFoundError(f"{self.path.parent} is not a folder"))
         try:
             return self._read()
+        except OSError as error:
+            self.close()
+            raise self._unavailable(error) from error
         except _UNREADABLE as error:
             self.close()
             if not self.path.exists() or self._is_blameless(error):
@@ -74,17 +77,21 @@ class CatalogueFile:
             catalogue_files.move_aside(self.path, error, self._spare, len(found))
         try:
             return self._read(found)
-        except _UNREADABLE as error:
+        except (*_UNREADABLE, OSError) as error:
             self.close()
             raise self._unavailable(error) from error
 
-    def commit(self, gone: Sequence[bytes], rows: Sequence[CatalogueRow]) -> None:
-        """Delete the rows of the keys ``gone``, then write ``rows``: all or nothing.  Raises ``sqlite3.Error``."""
+    def commit(self, gone: Sequence[bytes], rows: Sequence[CatalogueRow], everything: bool = False) -> None:
+        """Delete the rows of the keys ``gone``, or ``everything``, then write ``rows``: all or nothing.
+
+        Raises ``sqlite3.Error``.
+        """
         # Microseconds that only grow: the order of use, and for people the time.
         self._use = max(self._use, time.time_ns() // 1000)
         stamped = [(*row, self._use + number) for number, row in enumerate(rows, 1)]
         self._transact(
-            ("DELETE FROM objects WHERE key = ?", [(key,) for key in gone]),
+            ("DELETE FROM objects", [()] if everything else []),
+            ("DELETE FROM objects WHERE key = ?", [] if everything else [(key,) for key in gone]),
             ("INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?, ?)", stamped),
         )
         self._use += len(rows)

@@ -26,7 +26,7 @@ def prune(path: Path, most: int) -> int:
     """
     others = [other for other in path.parent.glob("catalogue-*") if not _belongs(other, path)]
     others += path.parent.glob(f"{path.name}{_ASIDE}*")
-    by_age = sorted(others, key=lambda other: (other.stat().st_mtime, other.name))
+    by_age = sorted(filter(Path.is_file, others), key=lambda other: (other.stat().st_mtime, other.name))
     kept = _size(by_age)
     for other in by_age:
         if kept <= most:

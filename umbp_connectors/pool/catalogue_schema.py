@@ -21,10 +21,13 @@ TABLES = (
 COLUMNS = "key, slot, nbytes, checksums, depth, last_used"
 """Of ``objects``."""
 
+MOST = 1 << 60
+"""What no number of a row is above."""
+
 _NUMBERS = ("slot", "nbytes", "depth", "last_used")
 TYPED = " AND ".join(
     [f"typeof({column}) = 'blob'" for column in ("key", "checksums")]
-    + [f"typeof({column}) = 'integer' AND +{column} BETWEEN 0 AND {1 << 60}" for column in _NUMBERS]
+    + [f"typeof({column}) = 'integer' AND +{column} BETWEEN 0 AND {MOST}" for column in _NUMBERS]
 )
 """SQLite keeps any type in any column: a row is read only if its values are what they should be.
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from umbp_connectors.pool.catalogue import Catalogue
-from umbp_connectors.pool.catalogue_schema import CatalogueRow
+from umbp_connectors.pool.catalogue_schema import MOST, CatalogueRow
 from umbp_core.directory import Change, EventKind
 from umbp_core.tiers import Tier
 
 
 def record(catalogue: Catalogue, changes: Sequence[Change]) -> None:
-    """Write down what came to SSD and what left it, in order."""
+    """Write down what came to SSD and what left it, in order.
+
+    A depth that no row can have, as one below 0 for an unknown one, is written as the nearest that it can.
+    """
     for change in changes:
         if change.tier is not Tier.SSD:
             continue
         for kind, key, _, pages, nbytes, checksum, depth in change.events():
             if kind is EventKind.ADDED:
-                catalogue.record([CatalogueRow(key, pages[0], nbytes, checksum, depth)])
+                catalogue.record([CatalogueRow(key, pages[0], nbytes, checksum, min(max(0, depth), MOST))])
             else:
                 catalogue.forget([key])
 

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from umbp_connectors.offload import GateMaker, OffloadGate
@@ -191,7 +191,7 @@ class Demoter:
         """Thread: some objects at a time until closed."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closing)
+                self._changed.wait_for(lambda: self._closing or next(self._ready(), None) is not None)
                 if self._closing:
                     return
                 keys = self._take()
@@ -213,12 +213,19 @@ class Demoter:
                     if not self._queue and not self._busy:  # who waits for less is woken for nothing, each time
                         self._changed.notify_all()
 
+    def _ready(self) -> Iterator[bytes]:
+        """What can be written next: nothing that a thread has already.
+
+        What is stored again after it was cleared waits until that one is through.
+        """
+        return (key for key in self._queue if key not in self._taken)
+
     def _take(self) -> list[bytes]:
         """What a thread writes next: less when little is left, so that all end at about the same time."""
         share = -(-len(self._queue) // len(self._threads))
         # A write that tries whether the disk works again may fail: then no more than one object was evicted for it.
         count = 1 if self._fence.doubtful else min(self._together, share)
-        keys = list(itertools.islice(self._queue, count))
+        keys = list(itertools.islice(self._ready(), count))
         self._taken.update(keys)
         for key in keys:
             del self._queue[key]

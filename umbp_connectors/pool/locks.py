@@ -18,11 +18,16 @@ class FolderInUse(TierUnavailable):
 
 
 class FolderLock:
-    """An exclusive lock on a folder: ``flock`` on a file in it.  The kernel releases it when the holder dies."""
+    """An exclusive lock on a folder: ``flock`` on a file in it.  The kernel releases it when the holder dies.
+
+    A process that was forked meanwhile has the file open too: it cannot give the lock back, and keeps it when the
+    holder dies before it does.
+    """
 
     def __init__(self, folder: str | os.PathLike[str], name: str = "LOCK") -> None:
         self.path = Path(folder) / name
         self._fd = -1
+        self._holder = 0
 
     @property
     def held(self) -> bool:
@@ -52,7 +57,7 @@ class FolderLock:
                 f"{self.path.parent} is in use by process {holder or 'unknown'}: a second engine with the same model "
                 "needs an SSD folder of its own; this one goes on without an SSD tier"
             ) from error
-        self._fd = fd
+        self._fd, self._holder = fd, os.getpid()
         # Always as long, written in place: a full disk must not keep an engine from what it stored.
         with contextlib.suppress(OSError):
             os.pwrite(fd, f"{os.getpid():<{_PID_BYTES}}\n".encode(), 0)
@@ -61,6 +66,8 @@ class FolderLock:
         """Give the lock back; idempotent.  The file stays, for removing it could race with the next holder."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
+            if self._holder == os.getpid():
+                _unlock(fd)
             os.close(fd)
 
 
@@ -75,11 +82,18 @@ def is_locked(path: Path) -> bool:
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _unlock(fd)
     except OSError:
         return True
     finally:
         os.close(fd)
     return False
+
+
+def _unlock(fd: int) -> None:
+    """To close it alone would not do: processes that were forked meanwhile have it open too."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
 
 
 def unusable(folder: Path, error: OSError) -> TierUnavailable:

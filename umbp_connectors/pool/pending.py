@@ -12,7 +12,7 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Batch(Generic[Row]):
-    """Words to write together; ``None`` means forget.
+    """Words to write together; ``None`` means forget, ``everything`` that all keys are gone before them.
 
     When they are written, everything before the barrier ``sealed`` is; ``last`` says that it was not before.
     """
@@ -20,6 +20,7 @@ class Batch(Generic[Row]):
     words: list[tuple[bytes, Row | None]]
     sealed: int
     last: bool = False
+    everything: bool = False
 
 
 class PendingWords(Generic[Row]):
@@ -32,14 +33,16 @@ class PendingWords(Generic[Row]):
         self._max_records = max_records
         self._records = 0
         self._generations: deque[dict[bytes, Row | None]] = deque([{}])
+        self._everything = False
+        """Whether all keys are to be forgotten, before any other word."""
         self._sealed = 0
         self._taken = 0
 
     def __len__(self) -> int:
-        return sum(map(len, self._generations))
+        return sum(map(len, self._generations)) + self._everything
 
     def __contains__(self, key: bytes) -> bool:
-        return any(key in generation for generation in self._generations)
+        return self._everything or any(key in generation for generation in self._generations)
 
     def record(self, key: bytes, row: Row) -> bool:
         """Queue ``row``; false when there are already too many records, and then nothing has changed."""
@@ -53,6 +56,13 @@ class PendingWords(Generic[Row]):
         """Queue that ``key`` is gone.  Never refused: there can be no more of them than keys that were recorded."""
         self._put(key, None)
 
+    def forget_all(self) -> None:
+        """Queue that every key is gone, in place of all that was said before; barriers stay."""
+        for generation in self._generations:
+            generation.clear()
+        self._records = 0
+        self._everything = True
+
     def seal(self) -> int:
         """Close what is queued off from what follows; returns the number of barriers up to and with this one."""
         self._generations.append({})
@@ -62,6 +72,7 @@ class PendingWords(Generic[Row]):
     def take(self, count: int) -> Batch[Row]:
         """Remove the oldest ``count`` words at most, none of them from beyond the next barrier."""
         oldest = self._generations[0]
+        everything, self._everything = self._everything, False
         words = list(islice(oldest.items(), count))
         for key, row in words:
             del oldest[key]
@@ -69,11 +80,12 @@ class PendingWords(Generic[Row]):
         if not oldest and len(self._generations) > 1:
             self._generations.popleft()
             self._taken += 1
-            return Batch(words, self._taken, last=True)
-        return Batch(words, self._taken)
+            return Batch(words, self._taken, True, everything)
+        return Batch(words, self._taken, False, everything)
 
     def give_back(self, batch: Batch[Row]) -> None:
         """Queue before everything else that the keys of ``batch`` are gone: it was taken last and cannot be written."""
+        self._everything |= batch.everything
         if batch.last:
             self._generations.appendleft({})
             self._taken -= 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from umbp_connectors.cpus import Apart
 from umbp_connectors.pool.rows import Views, count_stretches, sizes_of
@@ -25,7 +27,10 @@ _SHARED_COPY_BYTES = 192 << 10
 
 
 class CopyShares:
-    """``threads`` threads for copies, of which the caller is one.  Any number of threads may call at once."""
+    """``threads`` threads for copies, of which the caller is one.  Any number of threads may call at once.
+
+    Where there are no more threads to be had, the caller does more, or all.
+    """
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
@@ -35,28 +40,25 @@ class CopyShares:
     def run(self, views: Views, work: Callable[[int, int], list[Status]]) -> list[Status]:
         """``work`` on ranges that together are the whole batch; their results in order.
 
-        Each thread takes the next range that nobody has begun, so that all end at about the same time.
+        Each thread takes the next range that nobody has begun, so that all end at about the same time.  None is at
+        work when the call ends, however it does.
         """
         ranges = self._ranges(views)
         if len(ranges) == 1:
             return work(0, len(views))
-        waiting = deque(ranges)
-        results: dict[int, list[Status]] = {}
-
-        def take_turns() -> None:
-            for start, stop in _taken_from(waiting):
-                results[start] = work(start, stop)
-
-        helping = self._apart.from_here(take_turns)
-        others = [self._copies.submit(helping) for _ in range(min(self._threads, len(ranges)) - 1)]
+        turns = _Turns(ranges, work)
+        helping = self._apart.from_here(turns.help)
+        others: list[Future[None]] = []
         try:
-            take_turns()
+            with contextlib.suppress(RuntimeError):  # the system has no more threads, or these are ended
+                others += (self._copies.submit(helping) for _ in range(min(self._threads, len(ranges)) - 1))
+            turns.take()
         finally:
-            begun = [other for other in others if not other.cancel()]
-            wait(begun)
-        for other in begun:
-            other.result()
-        return [status for start, _ in ranges for status in results[start]]
+            turns.end()
+        for other in others:
+            if not other.cancel():
+                other.result()
+        return [status for start, _ in ranges for status in turns.results[start]]
 
     def _ranges(self, views: Views) -> list[tuple[int, int]]:
         count = len(views)
@@ -72,9 +74,43 @@ class CopyShares:
         self._copies.shutdown(wait=wait_for_them)
 
 
-def _taken_from(waiting: deque[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    while True:
+class _Turns(Generic[Status]):
+    """The ranges of one call, which its thread and others take in turns until the call is over."""
+
+    def __init__(self, ranges: Sequence[tuple[int, int]], work: Callable[[int, int], list[Status]]) -> None:
+        self._waiting = deque(ranges)
+        self._work = work
+        self._changed = threading.Condition()
+        self._helpers = 0
+        self._over = False
+        self.results: dict[int, list[Status]] = {}
+        """By the start of each range."""
+
+    def take(self) -> None:
+        """Do what nobody has begun."""
+        while self._waiting:
+            try:
+                start, stop = self._waiting.popleft()
+            except IndexError:  # another thread was faster
+                return
+            self.results[start] = self._work(start, stop)
+
+    def help(self) -> None:
+        """Thread: the same, unless the call is over by now."""
+        with self._changed:
+            if self._over:
+                return
+            self._helpers += 1
         try:
-            yield waiting.popleft()
-        except IndexError:
-            return
+            self.take()
+        finally:
+            with self._changed:
+                self._helpers -= 1
+                self._changed.notify_all()
+
+    def end(self) -> None:
+        """Wait for those who help, and let nobody begin any more, not even who was called and never came."""
+        self._waiting.clear()
+        with self._changed:
+            self._over = True
+            self._changed.wait_for(lambda: not self._helpers)

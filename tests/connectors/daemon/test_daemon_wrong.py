@@ -182,6 +182,14 @@ def test_a_path_that_is_in_use_or_wrong(start: Start, path: Path) -> None:
         Daemon(path.with_name("file"))
 
 
+def test_a_daemon_whose_lock_was_tidied_away_keeps_its_path(start: Start, path: Path, connect: Connect) -> None:
+    start()
+    path.with_name(f"{path.name}.lock").unlink()
+    with pytest.raises(ConfigError, match="running at"):
+        start()
+    assert put(connect(), [1]) == [PutStatus.STORED]
+
+
 def test_a_client_may_hold_half_of_the_arena(start: Start, path: Path) -> None:
     daemon = start()
     link, other = _attach(path), _attach(path, client=b"d" * 16)

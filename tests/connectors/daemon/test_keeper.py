@@ -21,7 +21,7 @@ from umbp_connectors.daemon.client import DaemonPool
 from umbp_connectors.pool.local import LocalPool
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_core.errors import TierUnavailable
-from umbp_core.ids import Identity
+from umbp_core.ids import Identity, RankScope
 from umbp_core.tiers import Tier
 
 Start = Callable[..., Daemon]
@@ -94,6 +94,37 @@ def test_a_pool_waits_for_the_one_whose_place_it_takes(
     until(lambda: [_pages(pool) for pool in others] == [8, 1])
     assert all(pool.stats(Tier.SSD) is not None for pool in (first.result(), others[1])), "each has its folder"
     assert [get(others[1], [number]) for number in range(3)] == [[GetStatus.SSD]] * 3
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kept"),
+    [
+        ([(0, 1)], (0, 1), 0),
+        ([(0, 2), (1, 2)], (0, 1), 0),
+        ([(0, 2), (1, 2)], (1, 2), 1),
+    ],
+    ids=["another layout", "less ranks", "another layout of a rank"],
+)
+def test_a_pool_that_nobody_uses_makes_room_on_ssd(
+    start: Start, connect: Connect, tmp_path: Path, before: list[tuple[int, int]], after: tuple[int, int], kept: int
+) -> None:
+    daemon = start(dram_capacity=100 * SIZE, ssd_dir=tmp_path / "ssd", ssd_capacity=16 << 20)
+    for rank, ranks in before:
+        scope = RankScope(tp_rank=rank, tp_size=ranks)
+        old = connect(replace(IDENTITY, rank=scope), rank=rank, ranks=ranks, pages=6)
+        put(old, range(3))
+        old.close()
+    until(lambda: daemon.server.connections == 0)
+    rank, ranks = after
+    new = connect(Identity(IDENTITY.namespace, b"\x22" * 32, RankScope()), rank=rank, ranks=ranks, pages=6)
+    assert len(daemon.keeper.pools()) == kept + 1
+    put(new, range(3))
+    assert new.flush(30)
+    used = new.stats(Tier.SSD)
+    assert used is not None
+    assert used.objects == 3
+    files = [path.stat().st_size for path in (tmp_path / "ssd").rglob("*") if path.is_file()]
+    assert sum(files) <= 16 << 20, "together they keep to the capacity"
 
 
 def test_memory_that_is_not_free_yet_is_waited_for(start: Start, connect: Connect, held: Gate) -> None:

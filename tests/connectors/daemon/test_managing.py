@@ -24,6 +24,7 @@ from umbp_connectors.daemon.link import manage
 from umbp_connectors.daemon.managing import KEYS, Evict, Manage
 from umbp_connectors.pool.local import LocalPool, LocalPoolConfig
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
+from umbp_connectors.pool.slab import SlabFile
 from umbp_core.errors import TierUnavailable
 from umbp_core.ids import Identity
 from umbp_core.wire.frames import FrameType, encode_frame
@@ -98,6 +99,33 @@ def test_clear_keeps_the_files_of_a_daemon(run: Run, pool: DaemonPool, folder: P
     assert put(pool, ALL) == [PutStatus.STORED] * 8
     assert pool.flush(30)
     assert len(listed(run)) == 8
+
+
+def test_a_daemon_whose_ssd_is_off_forgets_nothing_for_an_engine_that_has_it(
+    run: Run,
+    start: Callable[..., Daemon],
+    connect: Callable[..., DaemonPool],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(slab: SlabFile) -> None:
+        raise TierUnavailable("no room")
+
+    start(ssd_dir=folder, ssd_capacity="8MiB")
+    with monkeypatch.context() as patch:
+        patch.setattr(SlabFile, "open", refuse)
+        pool = connect()
+    assert put(pool, ALL) == [PutStatus.STORED] * 8
+    config = LocalPoolConfig(SIZE, 8 * SIZE, folder, 8 << 20, prefault=False, rank=0)
+    with contextlib.closing(LocalPool(IDENTITY, config)) as engine:
+        engine.open()
+        assert engine.put([b"key"], [bytes(SIZE)]) == [PutStatus.STORED]
+        assert engine.flush(30)
+        for command in (["evict", b"key".hex(), "--yes"], ["clear", "--yes"]):
+            code, said = run(*command)
+            assert (code, "is in use, and not by a daemon that answers" in said) == (2, True)
+        assert engine.exists([b"key"]) == [True]
+    assert pool.exists([key_of(0)]) == [True]
 
 
 def test_what_an_engine_uses_by_itself_is_left_alone(

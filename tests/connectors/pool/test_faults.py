@@ -267,3 +267,22 @@ def test_several_transfers_are_in_flight_at_once(make: Maker, monkeypatch: pytes
     reader.join(30)
     assert not reader.is_alive()
     assert read(pool, KEYS[:1])[0].hit
+
+
+@pytest.mark.parametrize("forget", [LocalPool.clear, lambda pool: pool.evict(KEYS[:1])], ids=["clear", "evict"])
+def test_what_is_stored_again_while_it_is_written_comes_to_ssd(
+    make: Maker, monkeypatch: pytest.MonkeyPatch, forget: Callable[[LocalPool], int]
+) -> None:
+    pool = make(demote_threads=2)
+    disk = Disk(monkeypatch)
+    disk.hang("write")
+    assert pool.put(KEYS[:1], [object_of(KEYS[0])]) == [PutStatus.STORED]
+    disk.wait_held(1)
+    assert forget(pool) == 1
+    assert pool.put(KEYS[:2], [object_of(key) for key in KEYS[:2]]) == [PutStatus.STORED] * 2
+    disk.wait_held(2)
+    disk.work()
+    assert pool.flush(30)
+    assert sorted(pool.holdings()[Tier.SSD]) == KEYS[:2]
+    pool.close()
+    assert read(make(), KEYS[:2]) == [GetStatus.SSD] * 2

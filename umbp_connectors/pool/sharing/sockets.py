@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -196,6 +197,10 @@ class Listener(Acceptor):
     def _clear(self) -> None:
         if self._path.exists() and not stat.S_ISSOCK(self._path.stat().st_mode):
             raise ConfigError(f"{self._path} is not a socket; give a path where nothing is")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.setblocking(False)  # who has no time for one more listens all the same
+            if sock.connect_ex(str(self._path)) in (0, errno.EAGAIN):  # its lock was removed, as who tidies /tmp does
+                raise PathInUse(f"another process shares its pool at {self._path}; give another path")
         self._path.unlink(missing_ok=True)
 
 
