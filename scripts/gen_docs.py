@@ -51,7 +51,7 @@ def signature(function: types.FunctionType) -> str:
 
 def kind_of(field: FieldInfo) -> str:
     """What a value of ``field`` looks like."""
-    if any(isinstance(m, BeforeValidator) and m.func is parse_size for m in field.metadata):
+    if _is_size(field.metadata):
         return "size"
     if any(isinstance(m, Le) and m.le == 1 for m in field.metadata):
         return "0 to 1"
@@ -61,12 +61,16 @@ def kind_of(field: FieldInfo) -> str:
 def _kind(annotation: object) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        return _kind(arguments[0])
+        return "size" if _is_size(arguments[1:]) else _kind(arguments[0])
     if origin in (types.UnionType, typing.Union):
         return _kind(next(a for a in arguments if a is not type(None)))
     if origin is typing.Literal:
         return ", ".join(f"`{choice}`" for choice in arguments)
     return _PLAIN[typing.cast("type", origin or annotation)]
+
+
+def _is_size(metadata: Iterable[object]) -> bool:
+    return any(isinstance(each, BeforeValidator) and each.func is parse_size for each in metadata)
 
 
 def default_of(field: FieldInfo) -> str:

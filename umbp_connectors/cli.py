@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from umbp_connectors import cli_ask, cli_daemon, cli_debug, cli_follow, cli_master, cli_pool, cli_watch, cli_why
 from umbp_connectors import doctor as examination
 from umbp_connectors._version import __version__
+from umbp_connectors.cli_entry import run
+from umbp_connectors.cli_tables import console, table
 from umbp_connectors.config import ResolvedConfig, resolve
-from umbp_core.errors import ConfigError, UmbpError
+from umbp_core.errors import ConfigError
 
 app = typer.Typer(
     name="umbp",
@@ -46,12 +44,12 @@ def config(extra: ExtraOption = "", file: FileOption = None, as_json: JsonOption
     if as_json:
         print(json.dumps(_as_json(resolved), indent=2))
         return
-    table = Table("key", "value", "from", box=box.SIMPLE, pad_edge=False)
+    shown = table("key", "value", "from")
     values = _values(resolved)
     for key, origin in resolved.origins.items():
         style = "dim" if origin == "default" else "bold"
-        table.add_row(key, escape(_shown(key, values[key])), escape(origin), style=style)
-    Console(soft_wrap=True).print(table)
+        shown.add_row(key, escape(_shown(key, values[key])), escape(origin), style=style)
+    console().print(shown)
 
 
 @app.command()
@@ -60,20 +58,20 @@ def doctor(extra: ExtraOption = "", file: FileOption = None, as_json: JsonOption
 
     Exits with 1 when there is a problem, with 0 otherwise.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    out = console(highlight=False)
     findings = []
     for finding in examination.examine(_extra(extra), os.environ, str(file) if file else None):
         findings.append(finding)
         if not as_json:
             style = _STYLES[finding.status.value]
-            console.print(f"[{style}]{finding.status.value:>8}[/]  {escape(finding.topic)}: {escape(finding.found)}")
+            out.print(f"[{style}]{finding.status.value:>8}[/]  {escape(finding.topic)}: {escape(finding.found)}")
             if finding.advice:
-                console.print(f"{'':>8}  -> {escape(finding.advice)}", style="italic")
+                out.print(f"{'':>8}  -> {escape(finding.advice)}", style="italic")
     if as_json:
         print(json.dumps([finding.as_dict() for finding in findings], indent=2))
     problems = sum(finding.status is examination.Status.PROBLEM for finding in findings)
     if not as_json:
-        console.print("[green]no problems[/]" if not problems else f"[bold red]{problems} problem(s)[/]")
+        out.print("[green]no problems[/]" if not problems else f"[bold red]{problems} problem(s)[/]")
     raise typer.Exit(1 if problems else 0)
 
 
@@ -94,12 +92,8 @@ def version() -> None:
 
 
 def main() -> None:
-    """Entry point of the console script: an error of ours is one sentence and exit code 2."""
-    try:
-        app()
-    except UmbpError as error:
-        print(f"umbp: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point of the console script."""
+    run(app, "umbp")
 
 
 def _extra(text: str) -> dict[str, Any]:

@@ -44,8 +44,15 @@ CaOption = Annotated[
 ]
 CertOption = Annotated[Path | None, typer.Option("--tls-cert", metavar="PATH", help="Certificate to show (PEM).")]
 KeyOption = Annotated[Path | None, typer.Option("--tls-key", metavar="PATH", help="Its private key (PEM).")]
-TimeoutOption = Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0.01, help="Deadline of a call.")]
+LONGEST_S = 86_400.0
+"""No command waits longer for one thing."""
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+TimeoutOption = Annotated[
+    float, typer.Option("--timeout", metavar="SECONDS", min=0.01, max=LONGEST_S, help="Deadline of a call.")
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,12 @@ from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from umbp_connectors.cli_access import HASHES_PER_CALL, MasterAccess, asks_master, native_of
+from umbp_connectors.cli_access import HASHES_PER_CALL, LONGEST_S, MasterAccess, asks_master, native_of
+from umbp_connectors.cli_tables import console
 from umbp_core.errors import ConfigError, MasterUnavailable
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def hits(
 def top(
     access: MasterAccess,
     interval: Annotated[
-        float, typer.Option("--interval", metavar="SECONDS", min=0.1, help="Time between two looks.")
+        float, typer.Option("--interval", metavar="SECONDS", min=0.1, max=LONGEST_S, help="Time between two looks.")
     ] = 1.0,
     looks: Annotated[int, typer.Option("--looks", metavar="N", min=0, help="End after so many; 0: never.")] = 0,
 ) -> None:
@@ -125,7 +126,7 @@ def top(
                     print(json.dumps(look.values()), flush=True)
                     pause.wait(interval)
             else:
-                with Live(console=Console(highlight=False), auto_refresh=False, screen=False) as live:
+                with Live(console=console(highlight=False), auto_refresh=False, screen=False) as live:
                     for _ in rounds:
                         live.update(look.view(), refresh=True)
                         pause.wait(interval)
@@ -236,4 +237,4 @@ def _print_json(values: object) -> None:
 
 
 def _print(shown: Any) -> None:
-    Console(soft_wrap=True, highlight=False).print(shown)
+    console(highlight=False).print(shown)

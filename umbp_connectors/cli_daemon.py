@@ -80,7 +80,7 @@ def daemon(
     lets calls end and writes to SSD what is in DRAM only. What is not given here comes from the environment (UMBP_*),
     the file, or the defaults. --status exits with 1 when no daemon answers.
     """
-    from umbp_connectors.config import resolve
+    from umbp_connectors.config import COMMAND_LINE, resolve
     from umbp_connectors.daemon.settings import door_of, socket_path
 
     options = {
@@ -95,7 +95,7 @@ def daemon(
         "daemon_address": address,
         "daemon_token_file": token_file,
     }
-    resolved = resolve(_given(options, settings or []), file=config).config
+    resolved = resolve(_given(options, settings or []), file=config, giver=COMMAND_LINE).config
     if status:
         by_socket = socket is not None and address is None
         raise typer.Exit(_show_status(socket_path(resolved) if by_socket else door_of(resolved), as_json))
@@ -134,23 +134,21 @@ def _show_status(door: Door, as_json: bool) -> int:
 
 
 def _print(door: Door, overview: Overview) -> None:
-    from rich import box
-    from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
+    from umbp_connectors.cli_tables import console, table
     from umbp_core.tiers import Tier
 
-    console = Console(highlight=False, soft_wrap=True)
+    out = console(highlight=False)
     used = sum(pool.dram_bytes for pool in overview.pools)
-    console.print(
+    out.print(
         f"daemon {overview.pid} at {escape(str(door))}: {len(overview.pools)} pool(s), "
         f"{used / 2**30:.2f} of {overview.dram_bytes / 2**30:.2f} GiB DRAM given out"
     )
-    table = Table("pool", "namespace", "page", "DRAM", "SSD", "hits", "clients", box=box.SIMPLE, pad_edge=False)
+    rows = table("pool", "namespace", "page", "DRAM", "SSD", "hits", "clients")
     for pool in overview.pools:
         fills = {fill.tier: f"{fill.objects}/{fill.total_pages}" for fill in pool.fills}
-        table.add_row(
+        rows.add_row(
             pool.identity[:12],
             escape(pool.namespace),
             f"{pool.page_bytes / 2**10:.0f}KiB",
@@ -159,4 +157,4 @@ def _print(door: Door, overview: Overview) -> None:
             str(pool.counters.get("get_dram", 0) + pool.counters.get("get_ssd", 0)),
             escape(", ".join(pool.clients)) or "none",
         )
-    console.print(table)
+    out.print(rows)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from umbp_connectors.cli_access import LONGEST_S
+from umbp_connectors.cli_tables import console, table
 from umbp_core.errors import UmbpError
 
 app = typer.Typer(name="debug", help="Look into live engines: what every request, op and thread is doing.")
@@ -23,7 +24,9 @@ DirOption = Annotated[
 ]
 RequestOption = Annotated[str, typer.Option("--request", metavar="ID", help="Only requests whose id contains this.")]
 StacksOption = Annotated[bool, typer.Option("--stacks", help="Also where every thread is.")]
-TimeoutOption = Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="How long to wait.")]
+TimeoutOption = Annotated[
+    float, typer.Option("--timeout", metavar="SECONDS", min=0.1, max=LONGEST_S, help="How long to wait.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output: a list with an entry per door.")]
 
 
@@ -59,18 +62,18 @@ def dump(
             continue
         if answer is not None:
             answers.append(only(answer, request))
-    console = Console(highlight=False, soft_wrap=True)
+    out = console(highlight=False)
     if as_json:
         print(json.dumps(answers, indent=2))
     else:
         for answer in answers:
             for part in shown(answer):
-                console.print(part)
+                out.print(part)
     for problem in silent:
         Console(stderr=True, soft_wrap=True).print(f"umbp: {escape(str(problem))}")
     if not answers:
         if not silent:
-            Console(stderr=True, soft_wrap=True).print(f"umbp: no live engine has a door in {where}")
+            Console(stderr=True, soft_wrap=True).print(f"umbp: no live engine has a door in {escape(str(where))}")
         raise typer.Exit(1)
 
 
@@ -103,10 +106,10 @@ def shown(answer: Mapping[str, Any]) -> Iterator[Any]:
 
 def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(*columns, title=f"{name} ({len(rows)})", title_justify="left", box=box.SIMPLE, pad_edge=False)
+    shown = table(*columns, title=f"{name} ({len(rows)})", title_justify="left")
     for row in rows:
-        table.add_row(*(escape(_words(row.get(column, ""))) for column in columns))
-    return table
+        shown.add_row(*(escape(_words(row.get(column, ""))) for column in columns))
+    return shown
 
 
 def _words(value: Any) -> str:

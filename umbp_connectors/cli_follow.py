@@ -152,7 +152,7 @@ def _server(text: str) -> tuple[str, int]:
 
 def _config(access: MasterAccess, node_id: str, tags: tuple[str, ...]) -> UmbpConfig:
     """What a plug-in in the engine would have for a configuration, with the options of this command in it."""
-    from umbp_connectors.config import resolve
+    from umbp_connectors.config import COMMAND_LINE, resolve
 
     ca, certificate, key = access.tls_files
     given: dict[str, Any] = {
@@ -164,7 +164,7 @@ def _config(access: MasterAccess, node_id: str, tags: tuple[str, ...]) -> UmbpCo
         "node_id": node_id,
         "node_tags": ",".join(tags),
     }
-    return resolve({name: str(value) for name, value in given.items() if value}).config
+    return resolve({name: str(value) for name, value in given.items() if value}, giver=COMMAND_LINE).config
 
 
 def _reporter(config: UmbpConfig, facts: NodeFacts) -> Reporter:

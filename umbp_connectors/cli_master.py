@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from umbp_core.errors import UmbpError
+from umbp_connectors import cli_entry
+from umbp_connectors.cli_tables import console, table
 
 MASTER_PANEL = "Where it listens"
 STATE_PANEL = "What it remembers"
@@ -171,12 +168,12 @@ def _show(resolved: Any, as_json: bool) -> None:
         told = {key: {"value": values[key], "origin": origin} for key, origin in resolved.origins.items()}
         print(json.dumps(told, indent=2))
         return
-    table = Table("key", "value", "from", "environment", box=box.SIMPLE, pad_edge=False)
+    rows = table("key", "value", "from", "environment")
     for key, origin in resolved.origins.items():
         shown = "not set" if values[key] in (None, "") else str(values[key])
         style = "dim" if origin == "default" else "bold"
-        table.add_row(key, escape(shown), escape(origin), MasterConfig.env_name(key), style=style)
-    Console(soft_wrap=True).print(table)
+        rows.add_row(key, escape(shown), escape(origin), MasterConfig.env_name(key), style=style)
+    console().print(rows)
 
 
 ORIGINAL_LISTEN = "0.0.0.0:50051"
@@ -215,9 +212,5 @@ def _metrics_address(text: str | None) -> str | None:
 
 
 def main() -> None:
-    """Entry point of ``umbp-master``: an error of ours is one sentence and exit code 2."""
-    try:
-        _positional()
-    except UmbpError as error:
-        print(f"umbp-master: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point of ``umbp-master``."""
+    cli_entry.run(_positional, "umbp-master")

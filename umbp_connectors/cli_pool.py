@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from umbp_connectors.cli_pool_wanted import Wanted, age_text, key_of, size_of
+from umbp_connectors.cli_pool_wanted import Wanted, age_text, closed_folders, key_of, size_of
+from umbp_connectors.cli_tables import console, table
 from umbp_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,6 +41,10 @@ SocketOption = Annotated[
     Path | None, typer.Option("--socket", metavar="PATH", help="The daemon's, where one uses the folder.")
 ]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do it; without, say what would be done.")]
+
+
+_COPIES = 4
+"""So often an object has memory while it is measured: twice in the pool, and on both sides of it."""
 
 
 class Where(str, enum.Enum):
@@ -72,23 +74,21 @@ def stats(folder: DirOption = None, name: NameOption = "", as_json: JsonOption =
 
     where = _folder(folder)
     rows = [_stats_of(catalogue) for catalogue in _catalogues(where, name)]
-    lost = [str(path) for path in unreadable_catalogues(where)]
+    lost = [str(path) for path in (*unreadable_catalogues(where), *closed_folders(where))]
     if as_json:
         print(json.dumps({"catalogues": rows, "unreadable": lost}, indent=2))
         return
-    table = Table(
-        "catalogue", "namespace", "objects", "bytes", "fill", "slots", "files", "used", box=box.SIMPLE, pad_edge=False
-    )
+    shown = table("catalogue", "namespace", "objects", "bytes", "fill", "slots", "files", "used")
     for row in rows:
         slots = f"{row['slots']:,}" if row["slots"] is not None else "-"
         use = "by an engine" if row["in_use"] else "no"
         fill = "-" if row["fill"] is None else f"{row['fill']:.0%}"
         sizes = size_text(row["bytes"]), fill, slots, size_text(row["file_bytes"])
-        table.add_row(escape(row["catalogue"]), escape(row["namespace"]), f"{row['objects']:,}", *sizes, use)
-    console = Console(soft_wrap=True)
-    console.print(table)
+        shown.add_row(escape(row["catalogue"]), escape(row["namespace"]), f"{row['objects']:,}", *sizes, use)
+    out = console()
+    out.print(shown)
     for path in lost:
-        console.print(f"[yellow]unreadable[/]  {escape(path)}")
+        out.print(f"[yellow]unreadable[/]  {escape(path)}")
 
 
 @app.command()
@@ -116,21 +116,23 @@ def ls(
 
         show(socket, wanted.in_memory(name, limit), as_json)
         return
-    found = [pair for catalogue in _catalogues(_folder(folder), name) for pair in _matching(catalogue, wanted)]
+    where = _folder(folder)
+    found = [pair for catalogue in _catalogues(where, name) for pair in _matching(catalogue, wanted)]
+    _tell_unseen(where)
     found.sort(key=lambda pair: pair[1].written or 0.0, reverse=True)
     shown = found[:limit] if limit else found
     if as_json:
         print(json.dumps([_values(catalogue, stored) for catalogue, stored in shown], indent=2))
         return
-    table = Table("key", "size", "depth", "age", "slot", "catalogue", box=box.SIMPLE, pad_edge=False)
+    rows = table("key", "size", "depth", "age", "slot", "catalogue")
     for catalogue, stored in shown:
         age = "-" if stored.written is None else age_text(time.time() - stored.written)
         sizes = size_text(stored.nbytes), str(stored.depth), age, str(stored.slot)
-        table.add_row(stored.key.hex(), *sizes, escape(catalogue.name))
-    console = Console(soft_wrap=True)
-    console.print(table)
+        rows.add_row(stored.key.hex(), *sizes, escape(catalogue.name))
+    out = console()
+    out.print(rows)
     if len(shown) < len(found):
-        console.print(f"{len(found) - len(shown):,} more; see --limit")
+        out.print(f"{len(found) - len(shown):,} more; see --limit")
 
 
 @app.command()
@@ -147,13 +149,15 @@ def get(
     from umbp_connectors.pool.maintenance import load
 
     wanted = key_of(key)
-    for catalogue in _catalogues(_folder(folder), name):
+    where = _folder(folder)
+    for catalogue in _catalogues(where, name):
         for stored in catalogue.objects():
             if stored.key == wanted:
                 data = load(catalogue, stored, rank)
                 output.write_bytes(data)
                 print(f"{len(data)} bytes of {key} are in {output}")
                 return
+    _tell_unseen(where)
     raise ConfigError(f"no catalogue has the object {key}; `umbp pool ls` lists what there is")
 
 
@@ -167,7 +171,7 @@ def verify(folder: DirOption = None, name: NameOption = "", as_json: JsonOption 
     where = _folder(folder)
     catalogues = _catalogues(where, name)
     verdicts = [(catalogue, walk(catalogue)) for catalogue in catalogues]
-    lost = [str(path) for path in unreadable_catalogues(where)]
+    lost = [str(path) for path in (*unreadable_catalogues(where), *closed_folders(where))]
     problems = [problem for _, verdict in verdicts for problem in verdict.problems]
     if as_json:
         rows = [
@@ -218,8 +222,10 @@ def evict(
             print(f"{catalogue.name}: {len(gone):,} objects would go; say --yes")
         elif gone and catalogue.in_use:
             print(f"{catalogue.name}: {cli_pool_daemon.evict(socket, where, catalogue, gone):,} objects are gone")
-        elif gone:
-            print(f"{catalogue.name}: {maintenance.evict(catalogue, gone):,} objects are gone")
+        else:
+            count = maintenance.evict(catalogue, gone) if gone else 0
+            print(f"{catalogue.name}: {count:,} objects are gone")
+    raise typer.Exit(_tell_unseen(where))
 
 
 @app.command()
@@ -238,13 +244,14 @@ def clear(folder: DirOption = None, name: NameOption = "", socket: SocketOption 
         for catalogue in catalogues:
             row = _stats_of(catalogue)
             print(f"{catalogue.name}: {row['objects']:,} objects would go; say --yes")
-        return
+        raise typer.Exit(_tell_unseen(where))
     for catalogue in catalogues:
         if catalogue.in_use:
             cli_pool_daemon.clear(socket, where, catalogue)
             print(f"{catalogue.name}: all objects are gone; its files are the daemon's")
     unused = [catalogue for catalogue in catalogues if not catalogue.in_use]
     print(f"{size_text(maintenance.clear(unused))} are free again")
+    raise typer.Exit(_tell_unseen(where))
 
 
 @app.command()
@@ -261,19 +268,46 @@ def bench(
     """Measure put, get and exists beside what memory and disk give in the same minute."""
     from umbp_connectors.pool.bench import measure
 
-    figures = measure(size_of(size) or 1, objects, rounds, threads, folder)
+    nbytes = size_of(size) or 1
+    _check_memory(_COPIES * nbytes * objects)
+    figures = measure(nbytes, objects, rounds, threads, folder)
     if as_json:
         rows = [
             {"what": f.what, "value": f.value, "unit": f.unit, "ceiling": f.ceiling, "ratio": f.ratio} for f in figures
         ]
         print(json.dumps(rows, indent=2))
         return
-    table = Table("what", "measured", "ceiling", "ratio", box=box.SIMPLE, pad_edge=False)
+    shown = table("what", "measured", "ceiling", "ratio")
     for figure in figures:
         ceiling = "-" if figure.ceiling is None else f"{figure.ceiling:.2f} {figure.unit}"
         ratio = "-" if figure.ratio is None else f"{figure.ratio:.2f}"
-        table.add_row(figure.what, f"{figure.value:.2f} {figure.unit}", ceiling, ratio)
-    Console(soft_wrap=True).print(table)
+        shown.add_row(figure.what, f"{figure.value:.2f} {figure.unit}", ceiling, ratio)
+    console().print(shown)
+
+
+def _check_memory(nbytes: int) -> None:
+    from umbp_connectors.pool import machine
+
+    limits = machine.memory_limits()
+    if nbytes > limits.usable:
+        raise ConfigError(
+            f"objects that need {nbytes / 2**30:.1f} GiB do not fit this machine, which has {limits.describe()}; "
+            "give a smaller --size or fewer --objects"
+        )
+
+
+def _tell_unseen(folder: Path) -> int:
+    """Say on standard error what of ``folder`` cannot be read; the exit code, 1 where there is any.
+
+    What an engine moved aside does not count.
+    """
+    from umbp_connectors.pool.inspection import unreadable_catalogues
+
+    unreadable = unreadable_catalogues(folder)
+    unseen = [*(path for path in unreadable if path.suffix == ".sqlite"), *closed_folders(folder)]
+    for path in unseen:
+        print(f"umbp: {path} cannot be read, and was left out", file=sys.stderr)
+    return 1 if unseen else 0
 
 
 def _folder(given: Path | None) -> Path:
@@ -291,7 +325,11 @@ def _catalogues(folder: Path, name: str) -> list[StoredCatalogue]:
     from umbp_connectors.pool.inspection import find_catalogues
     from umbp_connectors.pool.maintenance import catalogues_below
 
-    return catalogues_below(find_catalogues(folder), name)
+    found = catalogues_below(find_catalogues(folder), name)
+    if not found:
+        named = f" whose namespace or path contains {name!r}" if name else ""
+        print(f"umbp: there is no catalogue below {folder}{named}", file=sys.stderr)
+    return found
 
 
 def _matching(catalogue: StoredCatalogue, wanted: Wanted) -> Iterator[tuple[StoredCatalogue, StoredObject]]:

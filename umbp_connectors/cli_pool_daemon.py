@@ -8,13 +8,11 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from rich import box
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from umbp_connectors.cli_tables import console, table
 from umbp_connectors.cli_views import size_text
-from umbp_connectors.config import resolve
+from umbp_connectors.config import COMMAND_LINE, resolve
 from umbp_connectors.daemon.doors import Door
 from umbp_connectors.daemon.link import ManagingLink, list_objects, manage
 from umbp_connectors.daemon.listing import ListObjects
@@ -50,14 +48,14 @@ def show(socket: Path | None, wanted: ListObjects, as_json: bool) -> None:
         ]
         print(json.dumps(told, indent=2))
         return
-    table = Table("key", "size", "depth", "page", "pool", "namespace", box=box.SIMPLE, pad_edge=False)
+    rows = table("key", "size", "depth", "page", "pool", "namespace")
     for each in listing.objects:
         row = each.key.hex(), size_text(each.nbytes), str(each.depth), str(each.page), each.pool
-        table.add_row(*row, escape(each.namespace))
-    console = Console(soft_wrap=True)
-    console.print(table)
+        rows.add_row(*row, escape(each.namespace))
+    out = console()
+    out.print(rows)
     if listing.found > len(listing.objects):
-        console.print(f"{listing.found - len(listing.objects):,} more; see --limit")
+        out.print(f"{listing.found - len(listing.objects):,} more; see --limit")
 
 
 def evict(socket: Path | None, folder: Path, catalogue: StoredCatalogue, keys: Sequence[bytes]) -> int:
@@ -94,5 +92,5 @@ def _ordered(
 def _door(socket: Path | None) -> Door:
     """At ``socket``, or where the configuration says."""
     if socket is not None:
-        return socket_path(resolve({"daemon_socket": str(socket)}).config)
+        return socket_path(resolve({"daemon_socket": str(socket)}, giver=COMMAND_LINE).config)
     return door_of(resolve().config)

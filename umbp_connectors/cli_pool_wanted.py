@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from umbp_core.errors import ConfigError
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
 _TIME = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+_NAMESPACE = re.compile(r"[0-9a-f]{16}")
 _HEX = re.compile(r"(?:[0-9a-fA-F]{2})+")
 
 
@@ -50,6 +53,13 @@ class Wanted:
             and stored.nbytes >= self._least
             and (self._most is None or stored.nbytes <= self._most)
         )
+
+
+def closed_folders(ssd_dir: Path) -> list[Path]:
+    """The folders of namespaces and ranks below ``ssd_dir`` that this user may not look into."""
+    homes = [path for path in sorted(ssd_dir.iterdir()) if _NAMESPACE.fullmatch(path.name) and path.is_dir()]
+    folders = [folder for home in homes for folder in (home, *sorted(home.glob("rank*")))]
+    return [folder for folder in folders if not os.access(folder, os.R_OK | os.X_OK)]
 
 
 def key_of(text: str) -> bytes:

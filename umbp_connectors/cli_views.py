@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from umbp_connectors.cli_tables import table
 from umbp_core.index_match import PrefixMatch
 from umbp_core.master.model import ExternalMatch, HashExplanation, NodeInfo, NodeStatus
 from umbp_core.tiers import Tier
@@ -55,7 +55,7 @@ def by_name(counts: Mapping[int, int]) -> dict[str, int]:
 def node_table(infos: Sequence[NodeInfo], rates: Mapping[str, float] | None = None) -> Table:
     """All nodes; with ``rates`` also how their numbers of hashes change per second."""
     columns = ["node", "status", "peer", "heard", "capacity", "blocks", "external"]
-    table = Table(*columns, *(["change/s"] if rates is not None else []), "tags", box=box.SIMPLE, pad_edge=False)
+    shown = table(*columns, *(["change/s"] if rates is not None else []), "tags")
     for info in infos:
         row = [
             escape(info.node_id),
@@ -68,8 +68,8 @@ def node_table(infos: Sequence[NodeInfo], rates: Mapping[str, float] | None = No
         ]
         if rates is not None:
             row.append(f"{rates.get(info.node_id, 0.0):+,.0f}")
-        table.add_row(*row, escape(" ".join(info.tags)))
-    return table
+        shown.add_row(*row, escape(" ".join(info.tags)))
+    return shown
 
 
 def match_values(match: ExternalMatch) -> dict[str, Any]:
@@ -84,12 +84,12 @@ def match_values(match: ExternalMatch) -> dict[str, Any]:
 
 def match_table(matches: Sequence[ExternalMatch], asked: int) -> Table:
     """Who holds how many of ``asked`` hashes."""
-    table = Table("node", "peer", "matched", "by tier", box=box.SIMPLE, pad_edge=False)
+    shown = table("node", "peer", "matched", "by tier")
     for match in sorted(matches, key=lambda m: (-m.matched_hash_count(), m.node_id)):
         counts = {tier: len(keys) for tier, keys in match.tiers.items()}
         matched = f"{match.matched_hash_count()} of {asked}"
-        table.add_row(escape(match.node_id), escape(match.peer_address) or _MISSING, matched, _counts(counts))
-    return table
+        shown.add_row(escape(match.node_id), escape(match.peer_address) or _MISSING, matched, _counts(counts))
+    return shown
 
 
 def prefix_values(match: PrefixMatch) -> dict[str, Any]:
@@ -100,19 +100,19 @@ def prefix_values(match: PrefixMatch) -> dict[str, Any]:
 
 def prefix_table(matches: Sequence[PrefixMatch], asked: int) -> Table:
     """How long a prefix of ``asked`` blocks each node has, the longest first."""
-    table = Table("node", "prefix", "runs", box=box.SIMPLE, pad_edge=False)
+    shown = table("node", "prefix", "runs")
     for match in matches:
         runs = ", ".join(f"{run.length} {tier_name(run.tier)}" for run in match.runs)
-        table.add_row(escape(match.node), f"{match.length} of {asked}", runs)
-    return table
+        shown.add_row(escape(match.node), f"{match.length} of {asked}", runs)
+    return shown
 
 
 def hit_table(counts: Sequence[tuple[bytes, int]]) -> Table:
     """Hit counters."""
-    table = Table("hash", "hits", box=box.SIMPLE, pad_edge=False)
+    shown = table("hash", "hits")
     for key, count in counts:
-        table.add_row(escape(text_of(key)), f"{count:,}")
-    return table
+        shown.add_row(escape(text_of(key)), f"{count:,}")
+    return shown
 
 
 def explanation_values(key: bytes, explanation: HashExplanation) -> dict[str, Any]:

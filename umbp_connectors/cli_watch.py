@@ -11,10 +11,10 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from umbp_connectors.cli_access import MasterAccess, asks_master
+from umbp_connectors.cli_tables import console
 from umbp_core.errors import ConfigError
 from umbp_core.tiers import Tier
 
@@ -140,7 +140,7 @@ class _People:
     """Prints lines that name ``hashes`` hashes of a change at most."""
 
     def __init__(self, hashes: int) -> None:
-        self._console = Console(soft_wrap=True, highlight=False)
+        self._console = console(highlight=False)
         self._hashes = hashes
         self._sentences: dict[str, Callable[[dict[str, Any]], str]] = {
             "connected": lambda told: f"connected to the master at {told['master']}",

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from umbp_connectors.cli_access import HASHES_PER_CALL, MasterAccess, asks_master, native_of
+from umbp_connectors.cli_tables import console, table
 from umbp_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -259,17 +257,17 @@ def _values(node: NodeInfo, judgement: Judgement) -> dict[str, Any]:
 def _show(node: NodeInfo, hasher: PromptHasher, judgement: Judgement, *, one_by_one: bool) -> None:
     from umbp_core.master.model import NodeStatus
 
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(f"node {escape(node.node_id)}, {hasher.block_tokens} tokens per block")
+    out = console(highlight=False)
+    out.print(f"node {escape(node.node_id)}, {hasher.block_tokens} tokens per block")
     if node.status is not NodeStatus.ALIVE:
-        console.print(f"[yellow]the node is {node.status.name.lower()}: what it held is not known any more[/]")
-    table = Table("blocks", "tokens from", "hash", "on", "verdict", "why", box=box.SIMPLE, pad_edge=False)
+        out.print(f"[yellow]the node is {node.status.name.lower()}: what it held is not known any more[/]")
+    rows = table("blocks", "tokens from", "hash", "on", "verdict", "why")
     runs = [(block, block) for block in judgement.blocks] if one_by_one else judgement.runs()
     for first, last in runs:
-        table.add_row(*_row(first, last, judgement.block_tokens))
+        rows.add_row(*_row(first, last, judgement.block_tokens))
     if judgement.blocks:
-        console.print(table)
-    console.print(escape(judgement.summary()))
+        out.print(rows)
+    out.print(escape(judgement.summary()))
 
 
 def _row(first: JudgedBlock, last: JudgedBlock, block_tokens: int) -> list[str]:

@@ -32,6 +32,7 @@ EXTRA_ALIASES = {"cpu_bytes_to_use": "dram_capacity", "dram_bytes": "dram_capaci
 """Names under which the engine itself delivers a key (vLLM's ``--kv-offloading-size``)."""
 
 EXTRA = "engine extra-config"
+COMMAND_LINE = "command line"
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,17 @@ def resolve(
     env: Mapping[str, str] | None = None,
     file: str | os.PathLike[str] | None = None,
     engine_keys: Collection[str] = (),
+    giver: str = EXTRA,
 ) -> ResolvedConfig:
     """The configuration of this process.
 
     ``extra`` is what the engine passes on from the user, ``env`` the environment (the process's own by
     default), ``file`` a TOML file (by default the one that ``config_file`` names in ``extra`` or ``env``).
-    ``engine_keys`` are names in ``extra`` that the engine itself reads; they are left alone.
+    ``engine_keys`` are names in ``extra`` that the engine itself reads; they are left alone.  ``giver`` is what the
+    origin of ``extra`` is called.
     Raises ``ConfigError`` with one line per problem; nothing else.
     """
-    layers = [_from_extra(extra or {}, engine_keys), _from_env(os.environ if env is None else env)]
+    layers = [_from_extra(extra or {}, engine_keys, giver), _from_env(os.environ if env is None else env)]
     merged = merge(layers)
     if file is not None:
         merged["config_file"] = Given(str(file), "argument")
@@ -66,16 +69,16 @@ def resolve(
     return ResolvedConfig(config, origins(KEYS, merged))
 
 
-def _from_extra(extra: Mapping[str, Any], engine_keys: Collection[str]) -> Layer:
+def _from_extra(extra: Mapping[str, Any], engine_keys: Collection[str], giver: str) -> Layer:
     layer = Layer()
     for name, value in extra.items():
         key = EXTRA_ALIASES.get(name, name)
         if name in engine_keys:
             continue
         if key not in UmbpConfig.model_fields:
-            layer.unknown(name, EXTRA, [*KEYS, *EXTRA_ALIASES, *engine_keys])
+            layer.unknown(name, giver, [*KEYS, *EXTRA_ALIASES, *engine_keys])
         elif value is not None:
-            layer.add(key, value, EXTRA if key == name else f"{EXTRA} ({name})")
+            layer.add(key, value, giver if key == name else f"{giver} ({name})")
     return layer
 
 

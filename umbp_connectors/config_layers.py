@@ -97,7 +97,9 @@ def read_file(layer: Layer, path: Path, keys: Collection[str]) -> None:
         layer.problems.append(f"config_file {path} is not TOML: {error}")
         return
     for name, value in content.items():
-        if name in keys and name != "config_file":
+        if name == "config_file":
+            layer.problems.append(f"config_file in file {path}: a file names no other one; leave it out")
+        elif name in keys:
             layer.add(name, value, f"file {path}")
         else:
             layer.unknown(name, f"file {path}", keys)

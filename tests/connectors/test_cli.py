@@ -1,6 +1,9 @@
 """The command ``umbp``, through its own door."""
 
 import json
+import os
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -114,3 +117,77 @@ def test_doctor_gets_what_the_engine_would_get(
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "version") == 0
     assert capsys.readouterr().out.strip() == __version__
+
+
+def as_process(arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """``umbp`` with ``arguments`` and redirections in a shell, as a process whose streams are its own."""
+    program = f"{shlex.quote(sys.executable)} -c 'from umbp_connectors.cli import main; main()'"
+    path = os.pathsep.join(each for each in sys.path if each)
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    return subprocess.run(
+        ["sh", "-c", f"{program} {arguments}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env=environment | {"PYTHONPATH": path} | (env or {}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ("config --json >/dev/full", 2, "umbp: [Errno 28] No space left on device\n"),
+        ("config >/dev/full", 2, "umbp: [Errno 28] No space left on device\n"),
+        ("match - <&-", 2, "umbp: no hashes on standard input; give one per line\n"),
+        ("config >&-", 0, ""),
+    ],
+)
+def test_streams_that_are_full_or_closed_cost_one_sentence(arguments: str, code: int, said: str) -> None:
+    done = as_process(arguments)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_a_daemon_serves_without_standard_output(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    door = shlex.quote(str(tmp_path / "x.sock"))
+    done = as_process(f"daemon --socket {door} --dram-capacity 1MiB --idle-exit 0.01 >&-")
+    assert done.returncode == 0, done.stderr
+    assert "the daemon has ended" in done.stderr
+
+
+def test_a_table_shows_long_values_whole() -> None:
+    folder = "/nvme/" + "a-long-name/" * 9 + "pool"
+    extra = shlex.quote(json.dumps({"ssd_dir": folder}))
+    piped = as_process(f"config --extra {extra}").stdout
+    assert any(line.split() == ["ssd_dir", folder, "engine", "extra-config"] for line in piped.splitlines())
+    narrow = as_process(f"config --extra {extra}", {"COLUMNS": "60"}).stdout
+    heads = next(line for line in narrow.splitlines() if "value" in line)
+    start, end = heads.index("value"), heads.index("from")
+    assert folder in "".join(line[start:end].strip() for line in narrow.splitlines())
+    assert max(map(len, narrow.splitlines())) <= 60
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nodes", "--timeout", "inf"], ["top", "--interval", "1e300"], ["debug", "dump", "--timeout", "inf"]]
+)
+def test_what_never_ends_is_no_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert run(monkeypatch, *arguments) == 2
+    assert "86400" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["daemon", "--dram-capacity", "4 bananas"], "dram_capacity = '4 bananas' from command line: a size is"),
+        (["daemon", "--set", "dram_capcity=1"], "unknown key 'dram_capcity' in command line; did you mean"),
+        (["follow", "--http", "h:1", "--node-tag", "x"], "node_tags = 'x' from command line: 'x' is no tag"),
+    ],
+)
+def test_an_option_that_cannot_be_used_is_named_as_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert run(monkeypatch, *arguments) == 2
+    assert said in capsys.readouterr().err

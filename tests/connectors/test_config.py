@@ -196,6 +196,13 @@ def test_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     assert "is not TOML" in problems_of(file=tmp_path / "binary.toml")
 
 
+def test_a_file_names_no_other_file(tmp_path: Path) -> None:
+    path = tmp_path / "umbp.toml"
+    path.write_text('config_file = "other.toml"\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match="a file names no other one; leave it out"):
+        resolve({}, {}, path)
+
+
 def test_variables_of_the_original_and_of_the_platform_are_not_ours() -> None:
     env = dict.fromkeys(FOREIGN, "1") | {
         "UMBP_SPDK_PROXY_SHM": "x",

@@ -10,9 +10,10 @@ import pytest
 
 from umbp_connectors import hookspecs
 from umbp_connectors.cli import app
-from umbp_connectors.config import ENV_KEYS, KEYS, UmbpConfig
+from umbp_connectors.config import ENV_KEYS, KEYS, UmbpConfig, resolve
 from umbp_connectors.config_env import FOREIGN, OF_THE_MASTER, OURS_BUT_NO_KEY
 from umbp_connectors.master import settings as master_settings
+from umbp_core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -101,3 +102,14 @@ def test_configuration_keys_that_pages_name_exist() -> None:
     known |= {*master_settings.ENV_KEYS, *FOREIGN, *OF_THE_MASTER, "UMBP_REDIS_SHARD_URIS", "UMBP_HEARTBEAT_TTL_SECS"}
     platform = {name for name in named if name.endswith(("_SERVICE_HOST", "_"))}
     assert named - known - platform == set()
+
+
+def test_a_key_that_takes_a_size_is_documented_as_one() -> None:
+    def takes_a_size(key: str) -> bool:
+        try:
+            return getattr(resolve({key: "1GiB"}, {}).config, key) == 1 << 30
+        except ConfigError:
+            return False
+
+    kinds = dict(re.findall(r"^\| `(\w+)` \| `UMBP_\w+` \| ([^|]+) \|", page("configuration.md"), re.MULTILINE))
+    assert {key for key, kind in kinds.items() if kind == "size"} == set(filter(takes_a_size, KEYS))

@@ -283,3 +283,48 @@ def test_what_is_no_time_or_size_is_said(run: Run, stored: Path, arguments: list
     code, text = run("ls", *arguments)
     assert code == 2
     assert arguments[1] in text
+
+
+def test_a_folder_that_may_not_be_entered_is_said(run: Run, stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home,) = (path for path in stored.iterdir() if path.is_dir())
+    monkeypatch.setattr(os, "access", lambda path, _mode: Path(path) != home)
+    for arguments in (["verify"], ["evict", "--older-than", "0s"], ["evict", "ff", "--yes"], ["clear", "--yes"]):
+        code, said = run(*arguments)
+        assert code == 1
+        assert f"{home} cannot be read" in said
+    code, told = run("stats", "--json")
+    assert (code, told["unreadable"]) == (0, [str(home)])
+
+
+def test_what_an_engine_moved_aside_is_not_left_out(run: Run, stored: Path) -> None:
+    (catalogue,) = stored.rglob("catalogue-*.sqlite")
+    catalogue.with_name(f"{catalogue.name}.corrupt-1").write_bytes(b"moved aside")
+    code, said = run("evict", "--older-than", "0s", "--yes")
+    assert (code, said.count("\n"), said.endswith(": 12 objects are gone\n")) == (0, 1, True)
+
+
+def test_keys_that_are_nowhere_are_said_to_be_none(run: Run, stored: Path) -> None:
+    code, said = run("evict", "ffff", "--yes")
+    assert code == 0
+    assert said.endswith(": 0 objects are gone\n")
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence(run: Run, stored: Path) -> None:
+    there = stored / "gone" / "object"
+    code, said = run("get", KEYS[0].hex(), "-o", str(there))
+    assert (code, said) == (2, f"umbp: [Errno 2] No such file or directory: '{there}'\n")
+
+
+def test_bench_refuses_what_does_not_fit_the_machine(run: Run) -> None:
+    code, said = run("bench", "--size", "100TiB")
+    assert code == 2
+    assert "do not fit this machine" in said
+
+
+@pytest.mark.parametrize("arguments", [["verify"], ["evict", "--older-than", "0s"], ["clear"]])
+def test_a_folder_without_catalogues_is_said(run: Run, tmp_path: Path, arguments: list[str]) -> None:
+    code, said = run(*arguments, "--name", "x")
+    assert (code, said) == (
+        0,
+        f"umbp: there is no catalogue below {tmp_path} whose namespace or path contains 'x'\n",
+    )
