@@ -147,3 +147,22 @@ def test_no_room_on_ssd_drops_the_object() -> None:
     assert node.queue.dropped == 1
     node.end(op)
     assert node.directory.copy(b"a", Tier.SSD) is not None
+
+
+def test_what_is_stored_again_after_a_reset_is_written_when_the_void_op_is_through() -> None:
+    node = Node()
+    node.store(b"a", b"b")
+    (void,) = node.queue.plan()
+    node.queue.void()
+    node.directory.clear(Tier.DRAM)
+    node.store(b"a", b"c")
+    (op,) = node.queue.plan()
+    assert [block.key for block in op.blocks] == [b"c"]
+    assert b"a" in node.queue
+    node.end(void)
+    assert node.directory.tiers_of(b"a") == TierSet.of(Tier.DRAM)
+    (again,) = node.queue.plan()
+    node.end(again)
+    node.end(op)
+    assert node.directory.tiers_of(b"a") == node.directory.tiers_of(b"c") == TierSet.of(Tier.DRAM, Tier.SSD)
+    assert node.queue.plan() == []

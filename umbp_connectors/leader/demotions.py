@@ -47,8 +47,8 @@ class DemotionQueue:
         self._new_op_id = new_op_id
         self._waiting: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
         """Group and depth of each."""
-        self._in_flight: dict[str, int] = {}
-        self._void: set[str] = set()
+        self._in_flight: dict[str, frozenset[bytes]] = {}
+        self._void: dict[str, frozenset[bytes]] = {}
         self._failures = 0
         self._fence_s = FIRST_FENCE_S
         self._fenced_until: float | None = None
@@ -78,13 +78,20 @@ class DemotionQueue:
     def plan(self) -> list[LeaderTransferRequest]:
         """The demotions to send now; pins their DRAM copies and reserves their SSD slots."""
         ops = []
-        room = self._in_flight_limit - sum(self._in_flight.values())
+        room = self._in_flight_limit - sum(map(len, self._in_flight.values()))
+        later = self._take_what_void_ops_write()
         while self._waiting and room > 0:
             op = self._next_op(min(self._batch, room))
             if op is not None:
                 ops.append(op)
                 room -= len(op.blocks)
+        self._waiting.update(later)
         return ops
+
+    def _take_what_void_ops_write(self) -> dict[bytes, tuple[int, int]]:
+        """What was stored again after a reset waits until the op is through that writes it for nothing."""
+        written = (key for keys in self._void.values() for key in keys)
+        return {key: self._waiting.pop(key) for key in written if key in self._waiting}
 
     def _next_op(self, most: int) -> LeaderTransferRequest | None:
         op_id = self._new_op_id()
@@ -96,7 +103,7 @@ class DemotionQueue:
                 blocks.append(block)
         if not blocks:
             return None
-        self._in_flight[op_id] = len(blocks)
+        self._in_flight[op_id] = frozenset(block.key for block in blocks)
         return LeaderTransferRequest(
             op_id=op_id,
             request_id="",
@@ -127,9 +134,7 @@ class DemotionQueue:
         if self._in_flight.pop(op.op_id, None) is None:
             return
         bad = set(failed)
-        if op.op_id in self._void:
-            self._void.remove(op.op_id)
-        else:
+        if self._void.pop(op.op_id, None) is None:
             written = {block.key: block.checksums for index, block in enumerate(op.blocks) if index not in bad}
             self._directory.commit_many(op.op_id, written, Tier.SSD)
         self._judge(bool(bad))

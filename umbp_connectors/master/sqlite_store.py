@@ -1,6 +1,7 @@
 """The embedded store of a master's nodes: one SQLite file in a folder that belongs to one master.
 
 Whatever lies in the folder, the master starts: a file that cannot be used is moved aside with one sentence (law L9).
+One that cannot be read today, as its disk is full or fails, is left where it is, and the store is not available.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import IO
 
 from umbp_connectors.master.settings import MasterConfig
 from umbp_connectors.master.stores import StoreUnavailable
+from umbp_connectors.sqlite_errors import is_blameless
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +116,7 @@ class SqliteBackend:
 
     def _move_aside(self, why: Exception) -> None:
         """Take the file out of the way, as ``nodes.sqlite.corrupt``, with one warning; an earlier one is replaced."""
-        if not self.path.exists() or "locked" in str(why):
+        if not self.path.exists() or is_blameless(why, self.path):
             raise self._unavailable(why) from why
         aside = f"{_FILE}.corrupt"
         try:

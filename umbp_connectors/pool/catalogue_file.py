@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import time
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from umbp_connectors.pool import catalogue_files
 from umbp_connectors.pool.catalogue_schema import COLUMNS, TABLES, TYPED, CatalogueRow
 from umbp_connectors.pool.salvage import StoredRow, salvage
+from umbp_connectors.sqlite_errors import FULL, is_blameless
 from umbp_core.errors import StateError, TierUnavailable
 from umbp_core.ops import CHECKSUM_BYTES
 
@@ -20,10 +20,6 @@ _PAGE_BYTES = 4096
 _CHECKPOINT_PAGES = 128
 _LEAST_PAGES = 16
 """An empty catalogue needs five."""
-
-_FULL = "full"
-_SURROUNDINGS = ("locked", _FULL, "unable to open", "disk I/O error", "access permission")
-"""SQLite's words for what is no fault of the file: it is left as it is, and may be good tomorrow."""
 
 
 class CatalogueFile:
@@ -71,7 +67,7 @@ class CatalogueFile:
             raise self._unavailable(error) from error
         except _UNREADABLE as error:
             self.close()
-            if not self.path.exists() or self._is_blameless(error):
+            if not self.path.exists() or is_blameless(error, self.path):
                 raise self._unavailable(error) from error
             found = salvage(self.path, self._meta)
             catalogue_files.move_aside(self.path, error, self._spare, len(found))
@@ -115,14 +111,6 @@ class CatalogueFile:
         if self.connection is None:
             raise StateError(f"{self.path} is not open")
         return self.connection
-
-    def _is_blameless(self, error: Exception) -> bool:
-        words = str(error)
-        if not isinstance(error, sqlite3.OperationalError) or not self.path.is_file():
-            return False
-        return any(known in words for known in _SURROUNDINGS) or (
-            "readonly" in words and not os.access(self.path, os.W_OK)
-        )
 
     def _read(self, found: Sequence[StoredRow] = ()) -> list[CatalogueRow]:
         """What the file has and what is ``found`` elsewhere, the most recent first, as far as it fits."""
@@ -196,7 +184,7 @@ class CatalogueFile:
                 ("DELETE FROM objects WHERE key = ?", [(key,) for key in spoilt]),
             )
         except sqlite3.OperationalError as error:
-            if _FULL not in str(error):
+            if FULL not in str(error):
                 raise
 
     def _bound(self, connection: sqlite3.Connection) -> None:
@@ -221,7 +209,7 @@ class CatalogueFile:
             try:
                 self._transact(("INSERT OR IGNORE INTO objects VALUES (?, ?, ?, ?, ?, ?)", rows))
             except sqlite3.OperationalError as error:
-                if _FULL not in str(error):
+                if FULL not in str(error):
                     raise
                 return
 

@@ -159,6 +159,28 @@ def test_a_file_that_cannot_be_used_is_moved_aside_with_one_sentence(
     assert kept_in(tmp_path) == [record()]
 
 
+@pytest.mark.parametrize("words", ["database or disk is full", "disk I/O error", "unable to open database file"])
+def test_a_file_that_cannot_be_read_today_is_left_where_it_is(
+    tmp_path: Path, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = opened(tmp_path)
+    store.save(record())
+    store.close()
+
+    def unreadable(_: SqliteBackend) -> None:
+        raise sqlite3.OperationalError(words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SqliteBackend, "_read", unreadable)
+        for _ in range(2):
+            backend = SqliteBackend(tmp_path)
+            with pytest.raises(StoreUnavailable, match=words):
+                backend.open()
+            backend.close()
+    assert kept_in(tmp_path) == [record()]
+    assert not list(tmp_path.glob("*.corrupt*"))
+
+
 @pytest.mark.parametrize("content", [b"", b"\xc1", b"\x80", "text", None, 5])
 def test_a_record_that_cannot_be_read_is_left_out(
     tmp_path: Path, content: object, caplog: pytest.LogCaptureFixture
