@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from umbp_core.errors import UmbpError
 def run(command: Callable[[], object], name: str) -> None:
     """Be the console script ``name``.  An error of ours, or of the system, is one sentence and exit code 2.
 
-    A standard stream that is closed is an empty one, and takes everything.
+    A standard stream that is closed is an empty one, and takes everything.  A character that standard output does not
+    have is printed as its escape.
     """
     _open_streams()
     try:
@@ -46,6 +48,13 @@ def _open_streams() -> None:
         sys.stdout = _nothing("w")
     if sys.stderr is None:
         sys.stderr = _nothing("w")
+    _escape_what_is_not_there(sys.stdout)
+
+
+def _escape_what_is_not_there(out: TextIO) -> None:
+    """A name of a file that is no text is printed as it is where UTF-8 allows that."""
+    if isinstance(out, io.TextIOWrapper) and (out.errors == "strict" or not out.encoding.lower().startswith("utf")):
+        out.reconfigure(errors="backslashreplace")
 
 
 def _nothing(mode: Literal["r", "w"]) -> TextIO:

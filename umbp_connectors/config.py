@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from umbp_connectors.config_env import OURS_BUT_NO_KEY, is_foreign
+from umbp_connectors.config_env import OF_OTHERS, OURS_BUT_NO_KEY, is_foreign
 from umbp_connectors.config_layers import Given, Layer, build, merge, origins, read_environment, read_file
 from umbp_connectors.config_model import UmbpConfig, parse_size
 
@@ -84,7 +84,7 @@ def _from_extra(extra: Mapping[str, Any], engine_keys: Collection[str], giver: s
 
 def _from_env(env: Mapping[str, str]) -> Layer:
     layer = Layer()
-    foreign = read_environment(layer, env, ENV_KEYS, is_foreign, OURS_BUT_NO_KEY)
+    foreign = read_environment(layer, env, ENV_KEYS, is_foreign, OURS_BUT_NO_KEY, OF_OTHERS)
     if foreign:
         _log.debug("umbp: not used by this release: %s", ", ".join(sorted(foreign)))
     return layer

@@ -42,15 +42,13 @@ _MASTER_NAMES = """
 OF_THE_MASTER = frozenset(f"UMBP_MASTER_{name}" for name in _MASTER_NAMES.split())
 """Read by ``umbp master`` and the commands that ask it; they may stand in the environment of an engine too."""
 
+OF_OTHERS = FOREIGN | OF_THE_MASTER
+"""What the original and a master know; some are keys of an engine, too."""
+
 # A Kubernetes service called umbp-anything puts these into every pod of its namespace.
 _SERVICE_LINK = re.compile(r"UMBP_\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP)(_(PROTO|PORT|ADDR))?)")
 
 
 def is_foreign(name: str) -> bool:
     """Whether ``name`` belongs to the original, to a master or to the platform, and is none of an engine's business."""
-    return (
-        name in FOREIGN
-        or name in OF_THE_MASTER
-        or name.startswith(_FOREIGN_FAMILIES)
-        or _SERVICE_LINK.fullmatch(name) is not None
-    )
+    return name in OF_OTHERS or name.startswith(_FOREIGN_FAMILIES) or _SERVICE_LINK.fullmatch(name) is not None

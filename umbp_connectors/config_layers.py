@@ -23,6 +23,7 @@ else:  # pragma: no cover
     import tomli as tomllib
 
 DEFAULT = "default"
+_PREFIX = "UMBP_"
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -55,8 +56,9 @@ class Layer:
 
     def unknown(self, name: str, origin: str, known: Iterable[str]) -> None:
         """Note that nobody knows ``name``."""
-        near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else self._advice
+        rest = {each.removeprefix(_PREFIX): each for each in known}  # what all have in common makes none the nearest
+        near = difflib.get_close_matches(name.removeprefix(_PREFIX), rest, n=1, cutoff=0.5)
+        hint = f"did you mean {rest[near[0]]!r}?" if near else self._advice
         self.problems.append(f"unknown key {name!r} in {origin}; {hint}")
 
 
@@ -66,15 +68,16 @@ def read_environment(
     known: Mapping[str, str],
     is_foreign: Callable[[str], bool],
     no_keys: Collection[str] = (),
+    of_others: Collection[str] = (),
 ) -> list[str]:
     """Put the variables of ``env`` that begin with ``UMBP_`` into ``layer``; ``known`` maps them to keys.
 
-    ``no_keys`` are read elsewhere.  Returns the names that ``is_foreign`` accepts and nobody uses.  An empty variable
-    counts as not set, as in the original.
+    ``no_keys`` are read elsewhere; a misspelt name may be near one of ``of_others``, too.  Returns the names that
+    ``is_foreign`` accepts and nobody uses.  An empty variable counts as not set, as in the original.
     """
     foreign = []
     for name, value in env.items():
-        if not name.startswith("UMBP_") or name in no_keys:
+        if not name.startswith(_PREFIX) or name in no_keys:
             continue
         if name in known:
             if value.strip():
@@ -82,7 +85,7 @@ def read_environment(
         elif is_foreign(name):
             foreign.append(name)
         else:
-            layer.unknown(name, "the environment", [*known, *no_keys])
+            layer.unknown(name, "the environment", [*known, *no_keys, *of_others])
     return foreign
 
 

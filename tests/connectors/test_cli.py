@@ -168,6 +168,13 @@ def test_a_table_shows_long_values_whole() -> None:
     assert max(map(len, narrow.splitlines())) <= 60
 
 
+def test_a_table_escapes_what_standard_output_has_no_character_for() -> None:
+    extra = shlex.quote(json.dumps({"ssd_dir": "/caf\u00e9"}))
+    done = as_process(f"config --extra {extra}", {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "/caf\\xe9" in done.stdout.split()
+
+
 @pytest.mark.parametrize(
     "arguments", [["nodes", "--timeout", "inf"], ["top", "--interval", "1e300"], ["debug", "dump", "--timeout", "inf"]]
 )

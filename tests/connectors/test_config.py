@@ -96,6 +96,7 @@ def test_two_names_of_one_key_must_agree() -> None:
     [
         ({"extra": {"dram_capcity": 1}}, ["'dram_capcity'", "engine extra-config", "'dram_capacity'"]),
         ({"env": {"UMBP_DRAM_CAPACTY": "1"}}, ["'UMBP_DRAM_CAPACTY'", "environment", "'UMBP_DRAM_CAPACITY'"]),
+        ({"env": {"UMBP_MASTER_LISTN": "1"}}, ["'UMBP_MASTER_LISTN'", "environment", "'UMBP_MASTER_LISTEN'"]),
         ({"extra": {"zzzzzz": 1}}, ["'zzzzzz'", "`umbp config`"]),
     ],
 )

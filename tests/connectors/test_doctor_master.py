@@ -14,6 +14,7 @@ from umbp_connectors.doctor import master as module
 from umbp_connectors.doctor.findings import Finding, Status
 from umbp_connectors.doctor.master import answers
 
+CERTS = Path(__file__).resolve().parents[1] / "master" / "certs"
 TOKEN = "one-that-nobody-guesses"
 
 
@@ -54,6 +55,7 @@ def test_a_master_that_does_not_let_us_in(master: MasterProcess, door: str) -> N
     (finding,) = findings(master_address=door.format(**master.doors), master_token="wrong")
     assert finding.status is Status.PROBLEM
     assert "token" in finding.found
+    assert finding.advice.startswith("give master_token_file the master's token")
 
 
 def test_the_token_may_stand_in_a_file(master: MasterProcess, tmp_path: Path) -> None:
@@ -79,6 +81,23 @@ def test_an_address_that_does_not_answer_is_named_and_the_next_is_asked(
     first, second = findings(master_address=f"{closed},umbp://{master.doors['native']}", master_token=TOKEN)
     assert (first.status, second.status) == (Status.WARNING, Status.OK)
     assert f"{closed} does not answer" in first.found
+
+
+@pytest.mark.parametrize(
+    ("keys", "advice"),
+    [
+        ({}, "look whether `umbp master` is running there; "),
+        ({"master_tls_ca": "/no/such/file.pem"}, "correct master_tls_ca, "),
+        ({"master_tls_ca": str(CERTS / "stranger.pem")}, "look whether the master has TLS, "),
+    ],
+)
+def test_the_advice_is_for_the_cause(tmp_path: Path, keys: dict[str, str], advice: str) -> None:
+    files = [f"--{name}={CERTS / file}" for name, file in (("tls-cert", "server.pem"), ("tls-key", "server.key"))]
+    with MasterProcess(tmp_path, *files) as running:
+        port = running.doors["native"].rpartition(":")[2]
+        (finding,) = findings(master_address=f"umbp://localhost:{port if keys else 1}", **keys)
+    assert (finding.status, finding.advice[: len(advice)]) == (Status.PROBLEM, advice)
+    assert finding.advice.endswith("; the engine works on, and reports later")
 
 
 def test_reports_that_are_off_are_named(master: MasterProcess) -> None:

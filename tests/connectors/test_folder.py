@@ -24,6 +24,7 @@ from umbp_connectors.pool.folder import (
     open_rank_slab,
     plan_capacity,
     slab_path,
+    try_folder,
 )
 from umbp_core.errors import TierUnavailable
 
@@ -396,6 +397,18 @@ def test_planning_changes_nothing(ssd: Path, rank: Callable[..., RankSlab]) -> N
     assert first == plan_capacity(ssd, "new", 0, LAYOUT, SLOT, CAPACITY)
     assert [unit.path for unit in first.remove] == [namespace_dir(ssd, "old")]
     assert before == sorted((path, path.stat().st_mtime_ns) for path in ssd.rglob("*"))
+
+
+def test_a_folder_is_made_and_tried_without_waiting_for_anybody(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    try_folder(folder)
+    busy = FolderLock(folder, "umbp.lock")
+    busy.acquire()
+    try_folder(folder)
+    busy.release()
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(TierUnavailable, match=r"the SSD folder .*/file cannot be used \(File exists\)"):
+        try_folder(tmp_path / "file")
 
 
 def test_a_lock_is_idempotent_and_waits_when_asked(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from umbp_connectors.client.addresses import MasterAddress, Wire
 from umbp_core.errors import InvalidRequest, MasterError, MasterUnavailable, ProtocolError
 from umbp_core.wire import bounds
 from umbp_core.wire.codec import decode_failure, decode_welcome, encode
@@ -101,7 +102,7 @@ def failure_of(payload: memoryview) -> MasterError:
 
 def describe(address: NativeAddress) -> str:
     """``address`` for people."""
-    return address if isinstance(address, str) else f"{address[0]}:{address[1]}"
+    return address if isinstance(address, str) else MasterAddress(Wire.NATIVE_TCP, *address).target
 
 
 def unreachable(address: NativeAddress, error: Exception) -> MasterUnavailable:

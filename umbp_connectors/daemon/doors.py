@@ -56,7 +56,7 @@ def dial(door: Door, deadline: float) -> FrameSocket:
 
     Raises ``OSError``, ``WireError``, and ``AccessDenied`` when it is somebody else.
     """
-    raw = socket.socket(socket.AF_UNIX if isinstance(door, Path) else _family(door.endpoint), socket.SOCK_STREAM)
+    raw = socket.socket(socket.AF_UNIX if isinstance(door, Path) else family_of(door.endpoint), socket.SOCK_STREAM)
     sock = FrameSocket(raw, _KINDS, messages.GREETING_BYTES)
     with contextlib.ExitStack() as undo:
         undo.callback(sock.close)
@@ -88,7 +88,7 @@ class TcpListener(Acceptor):
 
     def open(self, backlog: int) -> None:
         """Listen.  Raises ``ConfigError`` when that is not possible."""
-        sock = socket.socket(_family(self._endpoint), socket.SOCK_STREAM)
+        sock = socket.socket(family_of(self._endpoint), socket.SOCK_STREAM)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(tuple(self._endpoint))
@@ -114,5 +114,6 @@ class TcpListener(Acceptor):
         self._end()
 
 
-def _family(endpoint: Endpoint) -> socket.AddressFamily:
+def family_of(endpoint: Endpoint) -> socket.AddressFamily:
+    """What a socket at ``endpoint`` has to be."""
     return socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET

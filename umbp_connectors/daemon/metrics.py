@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from http import HTTPStatus
@@ -13,11 +14,12 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from umbp_connectors.daemon.doors import family_of
 from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.messages import Overview, PoolView, TierFill
 from umbp_connectors.daemon.overview import TRIMMED, overview_of
 from umbp_connectors.daemon.server import DaemonServer
-from umbp_connectors.master.settings import parse_endpoint
+from umbp_connectors.master.settings import Endpoint, parse_endpoint
 from umbp_core.errors import ConfigError
 from umbp_core.tiers import Tier
 
@@ -66,12 +68,13 @@ class MetricsDoor:
     @property
     def address(self) -> str:
         """Where it is; empty unless open."""
-        return f"{self._endpoint.host}:{self._http.server_port}" if self._http is not None else ""
+        return str(Endpoint(self._endpoint.host, self._http.server_port)) if self._http is not None else ""
 
     def open(self) -> None:
         """Listen.  Raises ``ConfigError`` when that cannot be."""
+        kind = _SERVERS[family_of(self._endpoint)]
         try:
-            self._http = ThreadingHTTPServer((self._endpoint.host, self._endpoint.port), _handler(self._pages))
+            self._http = kind((self._endpoint.host, self._endpoint.port), _handler(self._pages))
         except OSError as error:
             raise ConfigError(
                 f"metrics cannot be served at {self._endpoint}: {error}; give another daemon_metrics_listen, or none"
@@ -85,6 +88,13 @@ class MetricsDoor:
         if http is not None:
             http.shutdown()
             http.server_close()
+
+
+class _Ipv6Server(ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+
+
+_SERVERS = {socket.AF_INET: ThreadingHTTPServer, socket.AF_INET6: _Ipv6Server}
 
 
 def render(overview: Overview, connections: int) -> bytes:

@@ -17,8 +17,9 @@ from umbp_connectors.daemon.settings import idle_exit_s, served_door
 from umbp_connectors.logs import log_to_stderr
 from umbp_connectors.plugins import create_manager
 from umbp_connectors.pool import machine
+from umbp_connectors.pool.folder import try_folder
 from umbp_connectors.pool.local import CLOSE_TIMEOUT_S
-from umbp_core.errors import ConfigError
+from umbp_core.errors import ConfigError, TierUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -112,5 +113,16 @@ def _until_over(server: DaemonServer, idle_exit: float) -> str:
 
 
 def _tiers(config: UmbpConfig) -> str:
-    ssd = f"SSD {config.ssd_capacity / 2**30:.2f} GiB in {config.ssd_dir}" if config.ssd_active else "no SSD"
-    return f"DRAM {config.dram_capacity / 2**30:.2f} GiB, {ssd}"
+    return f"DRAM {config.dram_capacity / 2**30:.2f} GiB, {_ssd(config)}"
+
+
+def _ssd(config: UmbpConfig) -> str:
+    """What there is of the SSD tier.  A folder that cannot be used costs one warning, as it does with every pool."""
+    if config.ssd_dir is None or not config.ssd_active:
+        return "no SSD"
+    try:
+        try_folder(config.ssd_dir)
+    except TierUnavailable as error:
+        logger.warning("the SSD tier is off: %s", error)
+        return "no SSD"
+    return f"SSD {config.ssd_capacity / 2**30:.2f} GiB in {config.ssd_dir}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import time
 from collections.abc import Iterator
 
@@ -10,7 +11,7 @@ from umbp_connectors.client.dial import Dialer
 from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.doctor.findings import Finding, Status
 from umbp_connectors.reporting.opening import dialer_of
-from umbp_core.errors import ConfigError, MasterError
+from umbp_core.errors import AccessDenied, ConfigError, MasterError
 from umbp_core.master.model import NodeStatus
 from umbp_core.master.transport import is_native
 
@@ -40,12 +41,26 @@ def answers(config: UmbpConfig) -> Iterator[Finding]:
         yield from _others(failed, Status.WARNING, "the next address is used until it does")
         yield Finding("master", Status.OK, found)
         return
-    yield from _others(failed, Status.PROBLEM, "is `umbp master` running there? The engine works on, and reports later")
+    yield from _others(failed, Status.PROBLEM, "the engine works on, and reports later")
 
 
-def _others(failed: list[tuple[MasterAddress, MasterError]], status: Status, advice: str) -> Iterator[Finding]:
+def _others(failed: list[tuple[MasterAddress, MasterError]], status: Status, until: str) -> Iterator[Finding]:
     for address, error in failed:
-        yield Finding("master", status, f"{address} does not answer: {error}", advice)
+        yield Finding("master", status, f"{address} does not answer: {error}", f"{_remedy(error)}; {until}")
+
+
+def _remedy(error: MasterError) -> str:
+    """What to look at."""
+    cause = error.__cause__
+    if isinstance(error, AccessDenied):
+        return "give master_token_file the master's token, and master_client_cert where it wants a certificate"
+    if isinstance(cause, ConfigError):
+        return "correct master_tls_ca, master_client_cert or master_client_key"
+    if isinstance(cause, ImportError):
+        return "install what is missing, or give an address that begins with umbp://"
+    if isinstance(cause, ssl.SSLError):
+        return "look whether the master has TLS, and whether master_tls_ca is who signed its certificate"
+    return "look whether `umbp master` is running there"
 
 
 def _ask(dialer: Dialer, address: MasterAddress) -> str:

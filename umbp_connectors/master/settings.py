@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from umbp_connectors import config as engine_config
-from umbp_connectors.config_env import OURS_BUT_NO_KEY, is_foreign
+from umbp_connectors.config_env import OF_OTHERS, OURS_BUT_NO_KEY, is_foreign
 from umbp_connectors.config_layers import Given, Layer, build, merge, origins, read_environment, read_file
 from umbp_connectors.config_model import AbsolutePath, Count, LogLevel, Size
 from umbp_core.master.model import MasterSettings
@@ -286,7 +286,7 @@ def _from_options(options: Mapping[str, Any]) -> Layer:
 
 def _from_env(env: Mapping[str, str]) -> Layer:
     layer = Layer(_ADVICE)
-    read_environment(layer, env, ENV_KEYS, _not_ours, OURS_BUT_NO_KEY)
+    read_environment(layer, env, ENV_KEYS, _not_ours, OURS_BUT_NO_KEY, OF_OTHERS.union(engine_config.ENV_KEYS))
     return layer
 
 

@@ -59,6 +59,7 @@ __all__ = [
     "open_rank_slab",
     "plan_capacity",
     "slab_path",
+    "try_folder",
 ]
 
 
@@ -67,6 +68,7 @@ Result = TypeVar("Result")
 PATIENCE_S = 5.0
 """How long a start waits for the folder of an engine that may be ending."""
 _RETRY_S = 0.2
+_LOCK = "umbp.lock"
 
 
 @dataclass(slots=True)
@@ -90,6 +92,18 @@ class RankSlab:
         """Close the slab, with ``timeout`` seconds for transfers under way, then let the folder go; idempotent."""
         self.slab.close(timeout)
         self.lock.release()
+
+
+def try_folder(ssd_dir: str | os.PathLike[str]) -> None:
+    """Make ``ssd_dir`` where it is missing, and write in it.  Waits for nobody.
+
+    Raises ``TierUnavailable`` when it cannot be an SSD folder.
+    """
+    _make_dir(Path(ssd_dir), parents=True)
+    lock = FolderLock(ssd_dir, _LOCK)
+    with contextlib.suppress(FolderInUse):  # whoever has it can use the folder
+        lock.acquire()
+    lock.release()
 
 
 def open_rank_slab(
@@ -247,7 +261,7 @@ def _patiently(claim: Callable[[], Result], patience_s: float) -> Result:
 def _exclusively(ssd_dir: Path) -> Iterator[None]:
     """Nobody else counts, makes or removes files below ``ssd_dir`` meanwhile; turns ``OSError`` into a sentence."""
     _make_dir(ssd_dir, parents=True)
-    lock = FolderLock(ssd_dir, "umbp.lock")
+    lock = FolderLock(ssd_dir, _LOCK)
     lock.acquire(wait=True)
     try:
         yield

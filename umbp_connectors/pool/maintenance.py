@@ -13,7 +13,7 @@ from umbp_connectors.pool.checksums import object_checksum
 from umbp_connectors.pool.inspection import StoredCatalogue, StoredObject, checksum_of, read_object
 from umbp_connectors.pool.locks import FolderLock, unusable
 from umbp_connectors.pool.slab import SlabFile
-from umbp_core.errors import StateError, TierUnavailable, TransferError, VerificationError
+from umbp_core.errors import ConfigError, StateError, TierUnavailable, TransferError, VerificationError
 
 _KEYS_PER_TRANSACTION = 1000
 
@@ -32,9 +32,13 @@ class Verdict:
 def load(catalogue: StoredCatalogue, stored: StoredObject, rank: int = 0) -> bytearray:
     """The verified bytes of one object.
 
-    Raises ``TransferError`` when they cannot be read, ``VerificationError`` when they are not those that were stored,
-    ``TierUnavailable`` when the slots or what verifies them are not known.
+    Raises ``ConfigError`` when there is no such rank, ``TransferError`` when they cannot be read,
+    ``VerificationError`` when they are not those that were stored, ``TierUnavailable`` when the slots or what
+    verifies them are not known.
     """
+    if rank >= catalogue.ranks:
+        there = f"ranks 0 to {catalogue.ranks - 1}" if catalogue.ranks > 1 else "rank 0 alone"
+        raise ConfigError(f"{catalogue.path} has no rank {rank}: it has {there}")
     if rank >= len(catalogue.prefixes):
         raise TierUnavailable(f"{catalogue.path} does not say whose objects these are; they cannot be verified")
     with contextlib.closing(catalogue.slab(rank)) as slab:

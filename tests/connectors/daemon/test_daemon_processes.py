@@ -198,6 +198,26 @@ def test_metrics(run: Callable[..., Process], connect: Connect) -> None:
         urllib.request.urlopen(f"http://{address}/", timeout=30)
 
 
+def test_metrics_over_ipv6(run: Callable[..., Process]) -> None:
+    address = run("daemon", "--dram-capacity", "2MiB", "--metrics-listen", "[::1]:0").first_line.split()[-1]
+    assert address.startswith("[::1]:")
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as answer:
+        assert b"\numbp_daemon_connections 0.0\n" in answer.read()
+
+
+def test_an_ssd_folder_that_cannot_be_used_is_said_at_the_start(
+    run: Callable[..., Process], connect: Connect, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    options = "--dram-capacity", "2MiB", "--ssd-dir", str(tmp_path / "file"), "--ssd-capacity", "16MiB"
+    process = run("daemon", *options)
+    assert process.first_line.endswith(", DRAM 0.00 GiB, no SSD\n")
+    said = f"the SSD tier is off: the SSD folder {tmp_path / 'file'} cannot be used (File exists); "
+    assert process.terminate().count(said) == 1, "before any client"
+    run("daemon", *options)
+    assert put(connect(), range(4)) == [PutStatus.STORED] * 4
+
+
 def test_status(run: Callable[..., Process], path: Path, connect: Connect) -> None:
     assert _command("--socket", str(path), "--status").returncode == 1
     process = run("daemon", "--dram-capacity", "4MiB")

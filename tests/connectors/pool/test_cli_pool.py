@@ -149,6 +149,13 @@ def test_get_writes_verified_bytes(run: Run, stored: Path, tmp_path: Path) -> No
     assert run("get", "not a key", "-o", str(out))[0] == 2
 
 
+def test_a_rank_that_is_not_there_is_told_which_are(run: Run, stored: Path, tmp_path: Path) -> None:
+    code, said = run("get", KEYS[11].hex(), "--rank", "3", "-o", str(tmp_path / "object.bin"))
+    assert code == 2
+    assert said.endswith(" has no rank 3: it has rank 0 alone\n")
+    assert not (tmp_path / "object.bin").exists()
+
+
 def test_verify_names_what_is_not_what_was_stored(run: Run, stored: Path) -> None:
     assert run("verify")[0] == 0
     rows = {bytes.fromhex(row["key"]): row["slot"] for row in run("ls", "--json")[1]}

@@ -126,6 +126,7 @@ def test_empty_variable_counts_as_not_set() -> None:
     ("sources", "sentence"),
     [
         ({"env": {"UMBP_HEARTBEAT_TTL_SECS": "1"}}, "did you mean 'UMBP_HEARTBEAT_TTL_SEC'?"),
+        ({"env": {"UMBP_DRAM_CAPCITY": "1"}}, "did you mean 'UMBP_DRAM_CAPACITY'?"),
         ({"options": {"lissten": "x"}}, "unknown key 'lissten' in command line; did you mean 'listen'?"),
         ({"env": {"UMBP_ZZZ": "1"}}, "`umbp master --show-config` lists the known ones"),
         ({"options": {"config_file": "/no/such.toml"}}, "/no/such.toml cannot be read"),

@@ -235,6 +235,11 @@ def test_nobody_is_there(tmp_path: Path) -> None:
             it.open(DEADLINE)
 
 
+def test_an_ipv6_address_has_brackets() -> None:
+    with client(("::1", 1)) as it, pytest.raises(MasterUnavailable, match=r"the master at \[::1\]:1 is not reached"):
+        it.open(DEADLINE)
+
+
 def test_no_time_is_no_answer(blocking: NativeBlockingClient) -> None:
     with pytest.raises(MasterUnavailable):
         blocking.lookup([b"k"], 0.0)
