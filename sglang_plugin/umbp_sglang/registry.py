@@ -139,11 +139,10 @@ class PoolRegistry:
 
     def whole_prefix(self, keys: Sequence[str], anchor: int, budget: Budget) -> int:
         """Of the first ``anchor`` pages of ``keys``, how many are in all the side pools that SGLang reads whole."""
-        chain = block_keys(keys[:anchor])
-        for name in WHOLE_POOLS:
-            pool = self.get(name) if name != KV else None
-            if pool is not None:
-                anchor = min(anchor, pool.count_prefix(chain[:anchor], budget))
+        pools = [pool for name in WHOLE_POOLS if name != KV and (pool := self.get(name)) is not None]
+        chain = block_keys(keys[:anchor]) if pools else []
+        for pool in pools:
+            anchor = min(anchor, pool.count_prefix(chain[:anchor], budget))
         return anchor
 
     def pools(self) -> list[StorePool]:

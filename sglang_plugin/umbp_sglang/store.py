@@ -265,7 +265,7 @@ class UMBPStore(HiCacheStorage):
     def _prefixes(self, keys: list[str], transfers: Sequence[PoolTransfer]) -> PrefixHits:
         budget = Budget(self._timeout)
         hits = PrefixHits(self._anchor_prefix(keys, budget))
-        chain = block_keys(keys[: hits.anchor])
+        chain = block_keys(keys[: hits.anchor]) if transfers else []
         for transfer in transfers:
             if not hits.usable:
                 break
