@@ -85,7 +85,7 @@ def why(
         chosen = max(candidates, key=lambda info: _leading(keys, held.get(info.node_id, {})))
         ranks = _other_ranks(infos, chosen)
         facts = _facts(client, chosen.node_id, ranks, keys, held, access.timeout)
-    least = min_load_blocks or _least(tags)
+    least = _least(tags, min_load_blocks)
     at_most = tags.get("tails") == TAILS_UNKNOWN
     judgement = judge(facts, len(prompt.tokens), hasher.block_tokens, tags.get("engine", ""), least, at_most)
     if access.as_json:
@@ -169,10 +169,15 @@ def _other_ranks(infos: Sequence[NodeInfo], first: NodeInfo) -> list[str]:
     ]
 
 
-def _least(tags: Mapping[str, str]) -> int:
-    """How many blocks a node loads at least, by its tag."""
-    text = tags.get("min_load", "")
-    return max(1, int(text)) if text.isdecimal() else 1
+def _least(tags: Mapping[str, str], given: int | None) -> int:
+    """How many blocks a node loads at least: what was ``given`` or its tag says, in links of the chain of hashes."""
+    links = given or _number(tags, "min_load")
+    return max(1, -(-links // max(1, _number(tags, "hash_every"))))
+
+
+def _number(tags: Mapping[str, str], name: str) -> int:
+    text = tags.get(name, "")
+    return int(text) if text.isdecimal() else 1
 
 
 def _place(text: str) -> str:

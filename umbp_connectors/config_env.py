@@ -45,8 +45,10 @@ OF_THE_MASTER = frozenset(f"UMBP_MASTER_{name}" for name in _MASTER_NAMES.split(
 OF_OTHERS = FOREIGN | OF_THE_MASTER
 """What the original and a master know; some are keys of an engine, too."""
 
-# A Kubernetes service called umbp-anything puts these into every pod of its namespace.
-_SERVICE_LINK = re.compile(r"UMBP_\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP)(_(PROTO|PORT|ADDR))?)")
+# A Kubernetes service called umbp, or umbp-anything, puts these into every pod of its namespace.
+_SERVICE_LINK = re.compile(
+    r"UMBP(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
 
 
 def is_foreign(name: str) -> bool:

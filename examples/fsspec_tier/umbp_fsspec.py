@@ -89,7 +89,7 @@ class ObjectTier:
         try:
             self._fs, self._path = self._do(lambda: fsspec.core.url_to_fs(self._url))
             self._do(lambda: self._fs.makedirs(self._path, exist_ok=True))
-            found = self._do(lambda: self._fs.ls(self._path, detail=False, refresh=True))
+            found = self._do(self._listed)
             numbers = {int(match[1]) for name in found if (match := _SLOT.search(name))}
             for number in sorted(numbers):
                 if number >= self.slots:
@@ -127,6 +127,14 @@ class ObjectTier:
             if not self._changed.wait_for(lambda: self._in_flight == 0, timeout):
                 logger.warning("%s does not answer; transfers are left behind", self._url)
         self._lock.release()
+
+    def _listed(self) -> list[str]:
+        """What lies there now; an object store has no folder where nothing does, and some list nothing anew."""
+        self._fs.invalidate_cache(self._path)
+        try:
+            return list(self._fs.ls(self._path, detail=False))
+        except FileNotFoundError:
+            return []
 
     def _name(self, slot: int) -> str:
         return f"{self._path}/slot-{slot:08d}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Callable
 from typing import Any, Literal
 
 from umbp_connectors.reporting.node import EVERY_INTERFACE, TAILS_UNKNOWN, NodeFacts
@@ -76,21 +77,31 @@ def _serves() -> bool:
 
 
 def _has_bigrams() -> bool:
-    """Whether the tree's pages are of pairs of tokens, as speculative decoding of EAGLE's kind has them."""
+    """Whether the tree's pages are of pairs of tokens, as speculative decoding of EAGLE's kind has them.
+
+    Trees of models with states have pages of tokens whatever the speculation.
+    """
     name = compat.optional(_published("spec"), "speculative_algorithm")
     try:
         kind = compat.find("sglang.srt.speculative.spec_info:SpeculativeAlgorithm")
-        return bool(name) and bool(kind.from_string(str(name)).is_eagle())
+        return bool(name) and bool(kind.from_string(str(name)).is_eagle()) and not _of_model(_has_states)
     except (LookupError, ValueError):
         return False
 
 
 def _has_tails() -> bool:
     """Whether the model has layers with windows or states, of which a hit needs the last ones and nothing is told."""
+    return _of_model(lambda model: bool(compat.optional(model, "is_hybrid_swa")) or _has_states(model))
+
+
+def _has_states(model: Any) -> bool:
+    return bool(compat.find("sglang.srt.mem_cache.kv_cache_builder:uses_ssm_state")(model))
+
+
+def _of_model(ask: Callable[[Any], bool]) -> bool:
+    """The answer about the model that this process serves; false where SGLang says nothing of it."""
     try:
-        model = compat.find(f"{_CONTEXT}:process_model_config")()
-        has_states = compat.find("sglang.srt.mem_cache.kv_cache_builder:uses_ssm_state")
-        return bool(compat.optional(model, "is_hybrid_swa")) or bool(has_states(model))
+        return ask(compat.find(f"{_CONTEXT}:process_model_config")())
     except (AttributeError, LookupError, OSError, RuntimeError, ValueError):  # SGLang's answers without a model
         return False
 

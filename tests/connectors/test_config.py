@@ -211,6 +211,12 @@ def test_variables_of_the_original_and_of_the_platform_are_not_ours() -> None:
         "UMBP_MASTER_SERVICE_HOST": "10.0.0.1",
         "UMBP_MASTER_PORT": "tcp://10.0.0.1:1",
         "UMBP_MASTER_PORT_50051_TCP_ADDR": "10.0.0.1",
+        "UMBP_SERVICE_HOST": "10.0.0.1",
+        "UMBP_SERVICE_PORT": "50051",
+        "UMBP_SERVICE_PORT_GRPC": "50051",
+        "UMBP_PORT": "tcp://10.0.0.1:50051",
+        "UMBP_PORT_50051_TCP": "tcp://10.0.0.1:50051",
+        "UMBP_PORT_50051_TCP_PROTO": "tcp",
         "UMBP_VLLM_NO_CLI_HOOK": "1",
     }
     assert resolve({}, env).config == UmbpConfig()

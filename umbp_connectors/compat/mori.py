@@ -3,19 +3,22 @@
 ``import umbp_connectors.compat.mori as umbp`` in place of ``import mori.umbp as umbp``; or, where the import cannot be
 changed, :func:`install` before it.  What differs: a get is verified, ``flush`` is a barrier, memory need not be
 registered, and all objects of a client fit pages of one size: that of ``UMBPConfig.object_bytes``, or of the largest
-object in the first put.
+object in the first put.  What an earlier life left is there again where ``UMBPConfig.namespace`` says whose it is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import logging
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -45,8 +48,8 @@ from umbp_connectors.pool.buffers import memory_at, round_up
 from umbp_connectors.pool.inspection import find_catalogues
 from umbp_connectors.pool.rows import ObjectRows
 from umbp_connectors.pool.slab import ALIGNMENT
-from umbp_connectors.pool.umbp_client import Client
-from umbp_core.errors import ConfigError
+from umbp_connectors.pool.umbp_client import Client, ExternalKv
+from umbp_core.errors import ConfigError, StateError
 from umbp_core.ids import Identity, RankScope, digest_of
 
 __all__ = [
@@ -73,6 +76,10 @@ __all__ = [
     "UMBPTierType",
     "install",
 ]
+
+logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 NAMESPACE = "mori"
 _FLUSH_S = 30.0
@@ -107,8 +114,9 @@ class UMBPExternalKvHitCountEntry:
 class UMBPClient:
     """The original's client, with its calls about memory by address.  Any thread.
 
-    The pool is opened with the first put, or at once where an earlier life left objects on SSD.  Raises ``ConfigError``
-    for a configuration that cannot be used; calls about objects raise nothing that the configuration does not cause.
+    The pool is opened with the first put, or at once where an earlier life of its namespace left objects on SSD; when
+    larger ones are put then, these are given up.  Raises ``ConfigError`` for a configuration that cannot be used; calls
+    about objects raise nothing that the configuration does not cause.
     """
 
     def __init__(self, config: UMBPConfig) -> None:
@@ -118,10 +126,17 @@ class UMBPClient:
         self._client: Client | None = None
         self._closed = False
         self._settings = resolve(_extra(config), env={}).config
-        self._external = open_external(self._settings)
-        object_bytes = config.object_bytes or _stored_bytes(config)
-        if object_bytes:
-            self._open(object_bytes)
+        self._external = ExternalKv()
+        self._namespace = f"{NAMESPACE}/{config.namespace}" if config.namespace else NAMESPACE
+        self._left_bytes = 0 if config.object_bytes else _stored_bytes(config, self._namespace)
+        """What the objects of an earlier life need, until the first put says what this one's do."""
+        object_bytes = config.object_bytes or self._left_bytes
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            if object_bytes:
+                self._open(object_bytes)
+            self._external = open_external(self._settings)
+            undo.pop_all()
 
     def put_from_ptr(self, key: str, src: int, size: int) -> bool:
         """Store the ``size`` bytes at ``src``."""
@@ -145,42 +160,45 @@ class UMBPClient:
         """The same with places in prefix chains; empty or -1: not known."""
         if not len(keys) == len(srcs) == len(sizes):
             raise ValueError(f"{len(keys)} keys, {len(srcs)} addresses and {len(sizes)} sizes do not match")
-        client = self._open(max(sizes)) if keys else None
-        if client is None:
-            return [False] * len(keys)
-        return [status.kept for status in client.batch_put_with_depth(keys, _memory(srcs, sizes), depths)]
+        if not keys:
+            return []
+        self._fit(max(sizes))
+        return self._ask(
+            lambda client: [each.kept for each in client.batch_put_with_depth(keys, _memory(srcs, sizes), depths)],
+            [False] * len(keys),
+        )
 
     def batch_get_into_ptr(self, keys: Sequence[str], dsts: Sequence[int], sizes: Sequence[int]) -> list[bool]:
         """Fill many buffers; true for those that hold their object now."""
         if not len(keys) == len(dsts) == len(sizes):
             raise ValueError(f"{len(keys)} keys, {len(dsts)} addresses and {len(sizes)} sizes do not match")
-        client = self._client
-        if client is None or not keys:
-            return [False] * len(keys)
-        return [status.hit for status in client.batch_get(keys, _memory(dsts, sizes))]
+        if not keys:
+            return []
+        return self._ask(
+            lambda client: [each.hit for each in client.batch_get(keys, _memory(dsts, sizes))],
+            [False] * len(keys),
+        )
 
     def batch_exists(self, keys: Sequence[str]) -> list[bool]:
         """Which objects can be read now."""
-        client = self._client
-        return [False] * len(keys) if client is None else client.batch_exists(keys)
+        return self._ask(lambda client: client.batch_exists(keys), [False] * len(keys))
 
     def batch_exists_consecutive(self, keys: Sequence[str]) -> int:
         """How many, before the first that cannot."""
-        client = self._client
-        return 0 if client is None else client.batch_exists_consecutive(keys)
+        return self._ask(lambda client: client.batch_exists_consecutive(keys), 0)
 
     def clear(self) -> bool:
         """Forget every object."""
-        client = self._client
-        if client is not None:
-            return client.clear()
+        if not self._ask(lambda client: client.clear(), True):
+            return False
         self._external.clear_all()
         return True
 
     def flush(self) -> bool:
         """Wait until everything is on SSD, if there is one, and the master knows what it was told."""
-        client = self._client
-        return self._external.flush(_FLUSH_S) if client is None else client.flush(_FLUSH_S)
+        deadline = time.monotonic() + _FLUSH_S
+        stored = self._ask(lambda client: client.flush(_FLUSH_S), True)
+        return self._external.flush(max(0.0, deadline - time.monotonic())) and stored
 
     def close(self) -> None:
         """Give everything back; idempotent."""
@@ -245,19 +263,47 @@ class UMBPClient:
         counts = self._external.hit_counts(hashes)
         return [UMBPExternalKvHitCountEntry(each.decode(), count) for each, count in counts]
 
-    def _open(self, object_bytes: int) -> Client | None:
-        """The client, opened for objects of that size if it is not; ``None`` when closed."""
+    def _ask(self, question: Callable[[Client], Answer], missing: Answer) -> Answer:
+        """What the client says; ``missing`` when there is none, or none any more."""
+        client = self._client
+        if client is None:
+            return missing
+        try:
+            return question(client)
+        except StateError:  # closed meanwhile, or given up for larger objects
+            return missing
+
+    def _fit(self, object_bytes: int) -> None:
+        """A client for objects of that size, if the last put was none: larger ones do not fit an earlier life's."""
         with self._lock:
-            if self._client is None and not self._closed:
-                page = round_up(object_bytes, ALIGNMENT)
-                layout = digest_of({"compat": NAMESPACE, "page_bytes": page})
-                self._client = create_client(
-                    self._settings,
-                    identity=Identity(NAMESPACE, layout, RankScope()),
-                    object_bytes=page,
-                    external=self._external,
+            left, self._left_bytes = self._left_bytes, 0
+            old = self._client
+            if 0 < left < object_bytes and old is not None:
+                logger.warning(
+                    "umbp: objects have %d bytes now, and those of an earlier life had %d at most; they are given up",
+                    *(object_bytes, left),
                 )
-            return self._client
+                self._client = None
+                old.close()
+        self._open(object_bytes)
+
+    def _open(self, object_bytes: int) -> None:
+        """Open the client for objects of that size, if it is not open already or closed."""
+        with self._lock:
+            if self._client is not None or self._closed:
+                return
+            page = round_up(object_bytes, ALIGNMENT)
+            layout = digest_of({"compat": NAMESPACE, "page_bytes": page})
+            client = create_client(
+                self._settings,
+                identity=Identity(self._namespace, layout, RankScope()),
+                object_bytes=page,
+                external=ExternalKv(),
+            )
+            if not self._config.namespace:
+                # Nobody knows whose an earlier life's are.  What the disk does not forget, this pool has forgotten.
+                client.clear()
+            self._client = client
 
 
 def install() -> ModuleType:
@@ -318,12 +364,12 @@ def _daemon(process: UMBPStandaloneProcessConfig) -> dict[str, Any]:
     }
 
 
-def _stored_bytes(config: UMBPConfig) -> int:
-    """The page size of what an earlier life left on SSD; 0 when there is nothing."""
+def _stored_bytes(config: UMBPConfig, namespace: str) -> int:
+    """The page size of what an earlier life left on SSD for this one; 0 when there is nothing."""
     folder = Path(config.ssd.storage_dir)
-    if not config.ssd.enabled or not folder.is_dir():
+    if not config.namespace or not config.ssd.enabled or not folder.is_dir():
         return 0
-    found = [each for each in find_catalogues(folder) if each.namespace == NAMESPACE]
+    found = [each for each in find_catalogues(folder) if each.namespace == namespace]
     return max((each.slot_bytes for each in found), default=0)
 
 

@@ -200,7 +200,11 @@ class UMBPStandaloneProcessConfig:
 
 @dataclass
 class UMBPConfig:
-    """All of it.  ``object_bytes`` is ours: the largest object, or 0, and then that of the first put."""
+    """All of it.  Two fields are ours.  ``object_bytes``: the largest object, or 0, and then that of the first put.
+
+    ``namespace`` says whose the objects are, which their keys do not: model, weights, type, layout of the pages.
+    Without one a client begins empty, and shares with nobody.
+    """
 
     dram: UMBPDramConfig = field(default_factory=UMBPDramConfig)
     ssd: UMBPSsdConfig = field(default_factory=UMBPSsdConfig)
@@ -212,6 +216,7 @@ class UMBPConfig:
     force_ssd_copy_on_write: bool = False
     follower_mode: bool = False
     object_bytes: int = 0
+    namespace: str = ""
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] | None = None) -> UMBPConfig:
@@ -220,7 +225,7 @@ class UMBPConfig:
         config = cls()
         for names, (path, read) in _VARIABLES.items():
             *parts, last = path.split(".")
-            part = operator.attrgetter(".".join(parts))(config)
+            part = operator.attrgetter(".".join(parts))(config) if parts else config
             for name in names.split():
                 value = found.get(name, "").strip()
                 if value:
@@ -231,6 +236,11 @@ class UMBPConfig:
         """Raises ``ConfigError`` where the original's ``Validate`` does."""
         if self.distributed is not None and self.standalone_process is not None:
             raise ConfigError("distributed and standalone_process exclude each other; set one of them")
+        if self.standalone_process is not None and not self.namespace:
+            raise ConfigError(
+                "standalone_process shares objects among processes, and their keys do not say whose they are; "
+                "name model, weights, type and layout by namespace (UMBP_NAMESPACE)"
+            )
         if self.dram.capacity_bytes <= 0:
             raise ConfigError("dram.capacity_bytes has to be more than 0")
         if self.ssd.enabled and self.ssd.capacity_bytes <= 0:
@@ -271,6 +281,7 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "UMBP_SSD_STORAGE_DIR UMBP_SSD_DIR": ("ssd.storage_dir", str),
     "UMBP_SSD_ENABLED": ("ssd.enabled", _flag),
     "UMBP_EVICTION_POLICY": ("eviction.policy", str),
+    "UMBP_NAMESPACE": ("namespace", str),
     "UMBP_DRAM_USE_HUGEPAGES": ("dram.use_hugepages", _flag),
     "UMBP_SSD_DURABILITY_MODE UMBP_SSD_DURABILITY": ("ssd.durability.mode", _durability),
 }

@@ -28,11 +28,12 @@ _RECONNECT_MS, _RECONNECT_MAX_MS = 100, 2000
 _END = b"\xff" * 8
 """The number of the batch that ends a replay."""
 _NUMBER_BYTES = 8
-_MONITORED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-_TURNS: dict[int, Event] = {
-    int(zmq.EVENT_HANDSHAKE_SUCCEEDED): Event.CONNECTED,
-    int(zmq.EVENT_DISCONNECTED): Event.DISCONNECTED,
-}
+_GREETED = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+_GONE = int(zmq.EVENT_DISCONNECTED)
+_STRANGE = int(
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+"""Comes right before the end of a connection that was never greeted: of a port scanner, or a probe of health."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,9 @@ class EngineStream:
         self._monitor: zmq.Socket[bytes] | None = None
         self._replay: zmq.Socket[bytes] | None = None
         self._bell: tuple[socket.socket, socket.socket] | None = None
+        self._engines = 0
+        """Connections that were greeted: several where we listen, and one that is not given up yet has a successor."""
+        self._strangers = 0
 
     def open(self) -> None:
         """Subscribe.  Raises ``ConfigError`` when the endpoint cannot be used."""
@@ -85,7 +89,7 @@ class EngineStream:
         live.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
         live.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
         live.setsockopt(zmq.SUBSCRIBE, self.settings.topic.encode())
-        self._monitor = live.get_monitor_socket(_MONITORED)
+        self._monitor = live.get_monitor_socket(_GREETED | _GONE | _STRANGE)
         place = live.bind if self.settings.bind else live.connect
         try:
             place(self.settings.endpoint)
@@ -119,7 +123,7 @@ class EngineStream:
         poller.poll(math.ceil(max(0.0, timeout) * 1000))
         _silence(bell[1])
         batches = list(self._read_live(live, _BURST))
-        turns = list(_read_monitor(monitor))
+        turns = list(self._read_monitor(monitor))
         if any(each.event is Event.DISCONNECTED for each in turns):
             batches = []
             for _ in self._read_live(live, _WAITING):
@@ -186,6 +190,22 @@ class EngineStream:
             else:
                 yield Happening(Event.REPLAYED, int.from_bytes(number, "big"), payload, self.round)
 
+    def _read_monitor(self, monitor: zmq.Socket[bytes]) -> Iterator[Happening]:
+        """Turns of engines; that a connection ends which was never greeted, or is not the last one, is none."""
+        while monitor.poll(0):
+            event = int(recv_monitor_message(monitor)["event"])
+            if event == _GREETED:
+                self._engines += 1
+                yield Happening(Event.CONNECTED)
+            elif event != _GONE:
+                self._strangers += 1
+            elif self._strangers:
+                self._strangers -= 1
+            else:
+                self._engines = max(0, self._engines - 1)
+                if not self._engines:
+                    yield Happening(Event.DISCONNECTED)
+
     @staticmethod
     def _configure(each: zmq.Socket[bytes]) -> None:
         options = {
@@ -206,10 +226,3 @@ def _silence(bell: socket.socket) -> None:
         bell.recv(64)
     except BlockingIOError:
         return  # it did not ring
-
-
-def _read_monitor(monitor: zmq.Socket[bytes]) -> Iterator[Happening]:
-    while monitor.poll(0):
-        turn = _TURNS.get(int(recv_monitor_message(monitor)["event"]))
-        if turn is not None:
-            yield Happening(turn)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ import pytest
 from tests.connectors.waiting import until
 from tests.master.app.master_process import MasterProcess
 from umbp_connectors.compat import mori
-from umbp_core.errors import ConfigError
+from umbp_core.errors import ConfigError, UmbpError
 
 SIZE = 8192
 KEYS = [f"{number:064x}_0_k" for number in range(12)]
@@ -115,7 +116,8 @@ def test_sizes_may_differ_within_the_first_puts_largest(make: Maker) -> None:
         assert np.array_equal(source.array[row, :size], target.array[row, :size])
 
 
-def test_what_is_on_ssd_is_there_after_a_restart_before_any_put(make: Maker) -> None:
+def test_what_is_on_ssd_is_there_after_a_restart_before_any_put(make: Maker, config: mori.UMBPConfig) -> None:
+    config.namespace = "a model"
     client = make()
     source, target = Memory(12).fill(), Memory(12)
     assert client.batch_put_from_ptr(KEYS, source.ptrs, source.sizes) == [True] * 12
@@ -129,6 +131,50 @@ def test_what_is_on_ssd_is_there_after_a_restart_before_any_put(make: Maker) -> 
     assert np.array_equal(source.array, target.array)
     assert again.clear()
     assert not again.exists(KEYS[0])
+
+
+@pytest.mark.parametrize("names", [("", ""), ("one", "two"), ("one", ""), ("", "one")])
+def test_another_models_objects_are_not_read(
+    make: Maker, config: mori.UMBPConfig, names: tuple[str, str], tmp_path: Path
+) -> None:
+    """Keys are of tokens alone: whose they are, only the namespace says."""
+    memory = Memory(12).fill()
+    for name in names:
+        config.namespace = name
+        client = make()
+        assert client.batch_exists(KEYS) == [False] * 12
+        assert client.batch_put_from_ptr(KEYS[:1], memory.ptrs[:1], memory.sizes[:1]) == [True]
+        assert client.batch_exists(KEYS) == [True, *[False] * 11]
+        assert client.batch_put_from_ptr(KEYS, memory.ptrs, memory.sizes) == [True] * 12
+        assert client.flush()
+        client.close()
+    slots = [path.stat().st_size for path in (tmp_path / "ssd").rglob("slab-*")]
+    assert min(slots) >= 12 * SIZE, "the second one has an SSD tier too"
+
+
+@pytest.mark.parametrize("name", ["", "a model"])
+def test_larger_objects_than_an_earlier_life_had_find_room(make: Maker, config: mori.UMBPConfig, name: str) -> None:
+    config.namespace = name
+    small, large = Memory(2).fill(), Memory(2, 4 * SIZE).fill()
+    client = make()
+    assert client.batch_put_from_ptr(KEYS[:2], small.ptrs, small.sizes) == [True] * 2
+    assert client.flush()
+    client.close()
+    again, target = make(), Memory(2, 4 * SIZE)
+    assert again.batch_exists(KEYS[:2]) == [bool(name)] * 2
+    assert again.batch_put_from_ptr(KEYS[2:4], large.ptrs, large.sizes) == [True] * 2
+    assert again.batch_get_into_ptr(KEYS[2:4], target.ptrs, target.sizes) == [True] * 2
+    assert np.array_equal(target.array, large.array)
+    assert again.flush()
+
+
+def test_a_client_that_cannot_be_made_tells_no_master(make: Maker, config: mori.UMBPConfig) -> None:
+    config.distributed, config.object_bytes = mori.UMBPDistributedConfig(), SIZE
+    config.distributed.master_config.master_address = "umbp://127.0.0.1:9"
+    config.dram.capacity_bytes = 100
+    with pytest.raises(UmbpError):
+        make()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("umbp-master")]
 
 
 def test_without_ssd_nothing_is_left(make: Maker, config: mori.UMBPConfig, tmp_path: Path) -> None:
@@ -173,8 +219,9 @@ def test_modes(make: Maker) -> None:
             setattr(config, "distributed", mori.UMBPDistributedConfig()),
             setattr(config, "standalone_process", mori.UMBPStandaloneProcessConfig()),
         ),
+        lambda config: setattr(config, "standalone_process", mori.UMBPStandaloneProcessConfig()),
     ],
-    ids=["dram", "ssd", "policy", "both"],
+    ids=["dram", "ssd", "policy", "both", "daemon without a namespace"],
 )
 def test_a_configuration_that_cannot_be_used_is_said(
     make: Maker, config: mori.UMBPConfig, spoil: Callable[[mori.UMBPConfig], object]
@@ -189,7 +236,9 @@ def test_lists_that_do_not_match(make: Maker) -> None:
     for call in (client.batch_put_from_ptr, client.batch_get_into_ptr):
         with pytest.raises(ValueError, match="do not match"):
             call(["a", "b"], [4096], [SIZE, SIZE])
-    assert client.batch_put_from_ptr([], [], []) == client.batch_get_into_ptr([], [], []) == []
+    for _ in range(2):
+        assert client.batch_put_from_ptr([], [], []) == client.batch_get_into_ptr([], [], []) == []
+        assert client.put_from_ptr(KEYS[0], Memory(1).ptrs[0], SIZE), "and once it is open"
 
 
 def test_the_environment_is_read_by_both_names() -> None:
@@ -202,6 +251,7 @@ def test_the_environment_is_read_by_both_names() -> None:
         "UMBP_SSD_DURABILITY_MODE": "relaxed",
         "UMBP_SSD_CAPACITY": "2GiB",
         "UMBP_DRAM_USE_HUGEPAGES": "true",
+        "UMBP_NAMESPACE": "whose",
     }
     config = mori.UMBPConfig.from_environment(env)
     assert (config.dram.capacity_bytes, config.ssd.capacity_bytes) == (1 << 20, 2 << 30)
@@ -209,6 +259,7 @@ def test_the_environment_is_read_by_both_names() -> None:
     assert config.eviction.policy == "prefix_aware_lru"
     assert config.ssd.durability.mode is mori.UMBPDurabilityMode.Relaxed
     assert config.dram.use_hugepages
+    assert config.namespace == "whose"
     for name, value in (("UMBP_SSD_ENABLED", "perhaps"), ("UMBP_SSD_CAPACITY", "much")):
         with pytest.raises(ConfigError, match=name):
             mori.UMBPConfig.from_environment({name: value})
@@ -217,6 +268,7 @@ def test_the_environment_is_read_by_both_names() -> None:
 def test_watermarks_count_when_somebody_chose_them(make: Maker, config: mori.UMBPConfig) -> None:
     """The original's defaults read as they do there; in its local mode they evict nothing, and so here."""
     assert (config.dram.high_watermark, config.ssd.low_watermark) == (0.9, 0.7)
+    config.namespace = "a model"
     memory = Memory(12).fill()
     client = make()
     assert client.batch_put_from_ptr(KEYS, memory.ptrs, memory.sizes) == [True] * 12

@@ -11,10 +11,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from examples.fsspec_tier.umbp_fsspec import URL
 from umbp_connectors.config import resolve
@@ -57,11 +59,29 @@ class TestObjectTier(SsdTierSuite):
         return Opener(tmp_path)
 
 
-@pytest.fixture(params=["memory://umbp-test/kv", "file"])
+class ObjectStore(MemoryFileSystem):
+    """As S3 is: without folders, and without a list of what is not there."""
+
+    protocol = "umbp-objects"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Nothing to make."""
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+        found = [name for name in self.store if name.startswith(self._strip_protocol(path).rstrip("/") + "/")]
+        if not found:
+            raise FileNotFoundError(path)
+        return [self.info(name) for name in found] if detail else found
+
+
+@pytest.fixture(params=["memory://umbp-test/kv", "umbp-objects://bucket/kv", "file"])
 def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Where the store is."""
     url = f"file://{tmp_path}/store" if request.param == "file" else request.param
     monkeypatch.setenv(URL, url)
+    fsspec.register_implementation(ObjectStore.protocol, ObjectStore, clobber=True)
     yield url
     fs, path = fsspec.core.url_to_fs(url)
     fs.rm(path, recursive=True)

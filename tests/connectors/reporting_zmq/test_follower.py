@@ -248,6 +248,20 @@ def test_an_engine_that_stays_away_counts_as_empty(cleanup: ExitStack, follow: C
     assert following.known() == {}
 
 
+def test_an_engine_that_stays_away_behind_something_that_answers_counts_as_empty(
+    cleanup: ExitStack, follow: Callable[..., Following]
+) -> None:
+    """A sidecar or a load balancer takes each connection, and ends it."""
+    engine = cleanup.enter_context(Publisher())
+    relay = cleanup.enter_context(Relay(engine))
+    following = follow(engine, endpoint=relay.endpoint)
+    engine.publish(stored(1))
+    following.comes_to(1)
+    relay.cut()
+    assert eventually(lambda: following.stats.cleared == {"gone": 1})
+    assert following.known() == {}
+
+
 def test_without_a_replay_a_lost_connection_clears_at_once(
     cleanup: ExitStack, follow: Callable[..., Following]
 ) -> None:
@@ -303,12 +317,34 @@ def test_events_that_are_not_known_are_named_once(
     assert sum("is not known here" in record.getMessage() for record in caplog.records) == 16
 
 
-def test_topics_and_engines_that_connect(cleanup: ExitStack, follow: Callable[..., Following]) -> None:
+def free_port() -> int:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     probe = context.socket(zmq.SUB)
     port = probe.bind_to_random_port("tcp://127.0.0.1")
     probe.close(linger=0)
     context.destroy(linger=0)
+    return port
+
+
+def test_a_strangers_connection_is_not_the_engines(cleanup: ExitStack, follow: Callable[..., Following]) -> None:
+    """A probe of health, or a scanner: it takes the port, says nothing and goes."""
+    port = free_port()
+    engine = cleanup.enter_context(Publisher(f"tcp://127.0.0.1:{port}", connect=True, replays=False))
+    following = follow(engine, endpoint=f"tcp://127.0.0.1:{port}", bind=True)
+    assert eventually(lambda: bool(engine.publish(stored(1)) >= 0 and following.stats.applied))
+    for number in range(3):
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" * number)
+            stranger.shutdown(socket.SHUT_WR)
+            while stranger.recv(1 << 10):  # until the other side has let it go
+                pass
+    engine.publish(stored(2))
+    assert eventually(lambda: following.known() == {HBM: {b"1", b"2"}})
+    assert (following.stats.state, following.stats.cleared) == ("steady", {})
+
+
+def test_topics_and_engines_that_connect(cleanup: ExitStack, follow: Callable[..., Following]) -> None:
+    port = free_port()
     engine = cleanup.enter_context(Publisher(f"tcp://127.0.0.1:{port}", connect=True, topic=b"kv@a"))
     engine.publish(stored(1), lost=True)
     following = follow(engine, endpoint=f"tcp://127.0.0.1:{port}", bind=True, topic="kv@")

@@ -76,6 +76,7 @@ def master(tmp_path_factory: pytest.TempPathFactory, engine: str) -> Iterator[st
             "elsewhere": {"http": "nobody knows"},
             "two": TAGS | {"engine": "sglang", "http": "127.0.0.1:4", "tails": "unknown"},
             "two:tp1": TAGS | {"engine": "sglang", "http": "127.0.0.1:4", "tp": "1"},
+            "wide": TAGS | {"http": "127.0.0.1:5", "hash_every": "2"},
             "random": TAGS | {"http": "127.0.0.1:2", "hash": "xxhash", "hash_start": "random"},
         }
         for name, tags in registrations.items():
@@ -89,6 +90,7 @@ def master(tmp_path_factory: pytest.TempPathFactory, engine: str) -> Iterator[st
         client.report("two:tp1", of_two[:2], Tier.SSD, CALL)
         client.report("mine", hashes(PROMPT, lora_name="poet", lora_path="/poet"), Tier.HBM, CALL)
         client.report("mine", hashes(PROMPT, cache_salt="tenant"), Tier.HBM, CALL)
+        client.report("wide", hashes(PROMPT, cache_salt="of wide blocks")[1:2], Tier.DRAM, CALL)
         client.close()
         yield f"umbp://{process.doors['native']}"
 
@@ -163,6 +165,14 @@ def test_salt_and_adapter_are_part_of_what_is_asked_for(master: str, engine: str
 def test_short_loads(master: str, engine: str, file: Path) -> None:
     found = values(master, engine, file, "--min-load-blocks", "2")
     assert [block["verdict"] for block in found["blocks"]] == ["used", "too few", "missing", "behind a hole"]
+
+
+def test_what_is_short_counts_links_of_the_chain(master: str, engine: str, file: Path) -> None:
+    """As vLLM's blocks of the smallest group, of which a judged one may cover several."""
+    for least, verdict in (("2", "used"), ("3", "too few")):
+        options = ("--node", "wide", "--cache-salt", "of wide blocks", "--min-load-blocks", least)
+        found = values(master, engine, file, *options)
+        assert [block["verdict"] for block in found["blocks"]] == [verdict, "missing"]
 
 
 def test_another_node_by_name(master: str, engine: str, file: Path) -> None:

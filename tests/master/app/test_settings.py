@@ -159,6 +159,7 @@ def test_unknown_key_in_a_file_suggests_the_nearest(tmp_path: Path) -> None:
 def test_variables_of_engines_and_of_the_platform_are_not_ours() -> None:
     env = dict.fromkeys(set(engine_config.ENV_KEYS) - set(ENV_KEYS), "1") | dict.fromkeys(FOREIGN - set(ENV_KEYS), "x")
     env |= {"UMBP_MASTER_SERVICE_HOST": "10.0.0.1", "UMBP_MASTER_PORT": "tcp://10.0.0.1:1", "UMBP_LOG_LEVEL": "info"}
+    env |= {"UMBP_SERVICE_HOST": "10.0.0.1", "UMBP_PORT": "tcp://10.0.0.1:1", "UMBP_PORT_1_TCP_ADDR": "10.0.0.1"}
     assert resolve({}, env).config == MasterConfig()
 
 

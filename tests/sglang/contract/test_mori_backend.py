@@ -52,7 +52,10 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.mark.parametrize("kind", ["mha-page_first", "mha-page_first_direct", "mha-page_head", "mla-page_first"])
-def test_pages_come_back_bit_for_bit_also_after_a_restart(make: Callable[..., Any], kind: str) -> None:
+def test_pages_come_back_bit_for_bit_also_after_a_restart(
+    make: Callable[..., Any], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UMBP_NAMESPACE", "model, weights, layout")
     family, layout = kind.split("-")
     pool = mha_pool(layout) if family == "mha" else mla_pool(layout)
     store = make(pool, mla=family == "mla")
@@ -76,6 +79,18 @@ def test_pages_come_back_bit_for_bit_also_after_a_restart(make: Callable[..., An
     again.clear()
     assert again.batch_exists(keys) == 0
     assert again.batch_get_v1(keys, rows(*elsewhere)) == [False] * 6
+
+
+def test_without_a_namespace_a_restart_finds_nothing(make: Callable[..., Any]) -> None:
+    """The keys that the backend makes do not say which model a page is of."""
+    pool, keys = mha_pool(), hashes(3)
+    store = make(pool)
+    assert store.batch_set_v1(keys, rows(0, 1, 2)) == [True] * 3
+    assert store.client.flush()
+    store.client.close()
+    again = make(pool)
+    assert again.batch_exists(keys) == 0
+    assert again.batch_set_v1(keys, rows(3, 4, 5)) == [True] * 3
 
 
 def test_the_host_allocator_gives_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,23 +111,32 @@ def test_pairs_of_tokens_are_said(published: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "more", "tails"),
+    ("kind", "more", "tails", "unit"),
     [
-        (LlamaConfig, {}, None),
-        (LlamaConfig, {"is_hybrid_swa": True, "sliding_window": 64}, "unknown"),
-        (Qwen3NextConfig, {}, "unknown"),
+        (LlamaConfig, {}, None, "bigram"),
+        (LlamaConfig, {"is_hybrid_swa": True, "sliding_window": 64}, "unknown", "bigram"),
+        (Qwen3NextConfig, {}, "unknown", None),
     ],
     ids=["full attention", "windows", "states"],
 )
 def test_layers_of_which_nothing_is_told_are_said(
-    published: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: Any, more: Any, tails: str | None
+    published: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    kind: Any,
+    more: Any,
+    tails: str | None,
+    unit: str | None,
 ) -> None:
+    """With EAGLE a model with states keeps pages of tokens, as SGLang's trees do."""
     sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
     architecture = kind.__name__.replace("Config", "ForCausalLM")
     kind(architectures=[architecture], head_dim=32, **sizes, **more).save_pretrained(tmp_path)
     model = ModelConfig(model_path=str(tmp_path), dtype="float32")
     monkeypatch.setattr("sglang.srt.runtime_context.process_model_config", lambda: model)
     assert node_facts("model", 64).tags.get("tails") == tails
+    published["spec"].speculative_algorithm = "EAGLE"
+    assert node_facts("model", 64).tags.get("hash_unit") == unit
 
 
 def test_outside_of_a_server_the_rank_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
