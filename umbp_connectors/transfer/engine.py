@@ -84,7 +84,8 @@ class TransferEngine:
         """``object_bytes`` maps every KV group to how many bytes of a page an object is on this rank.
 
         ``arena`` has pages, and ``slab`` slots, of a multiple of 4096 bytes that hold the largest object;
-        ``slab`` is None on a worker without an SSD tier.  ``scheduler`` is a fresh one that brings its own limits.
+        ``slab`` is None on a worker without an SSD tier.  ``scheduler`` is a fresh one that brings its own limits;
+        of ``limits`` the number of blocks then bounds what is copied at once.
         ``layers`` is what layer-wise loads need, where there are such.  Starts nothing.
         """
         self._copier = copier

@@ -12,7 +12,7 @@ import enum
 import importlib
 import re
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -262,6 +262,25 @@ def page_writer(vllm_config: Any, layer: str, spec: Any) -> dict[str, str]:
         return {"backend": name}
     dtype, kv_dtype = vllm_config.model_config.dtype, vllm_config.cache_config.cache_dtype
     return {"backend": name, "isa": str(choose(dtype, spec.block_size, spec.head_size, kv_dtype))}
+
+
+def why_not_by_prefix(vllm_config: Any, specs: Iterable[Any]) -> str | None:
+    """Why what a request left must not serve another one that begins alike; ``None`` when it may.
+
+    As vLLM decides about its own prefix caching, which the user may have turned off for other reasons.
+    """
+    if any(optional(spec, "non_causal", False) for spec in specs):
+        return "its attention sees what comes after a token, so that equal beginnings have different KV"
+    model = vllm_config.model_config
+    if optional(model, "runner_type") == "pooling" and not optional(model, "is_prefix_caching_supported", True):
+        return "its pooler needs every token of a prompt to be computed"
+    return None
+
+
+def clears_before_fences(vllm_config: Any, kv_cache_config: Any) -> bool:
+    """Whether a step may clear the blocks that it was given before ``handle_preemptions`` (model runner V2)."""
+    second = optional(vllm_config, "use_v2_model_runner", False)
+    return bool(second and optional(kv_cache_config, "needs_kv_cache_zeroing", False))
 
 
 def hash_tokens(vllm_config: Any, kv_cache_config: Any) -> int:

@@ -93,8 +93,10 @@ class TorchCuda:
 
     def register(self, address: int, nbytes: int) -> int:
         """``cudaHostRegister``; torch lets go of the GIL meanwhile."""
-        return int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0).value)
+        with torch.cuda.device(self._device):  # that of a new thread is the first, which would get a context for it
+            return int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0).value)
 
     def unregister(self, address: int) -> int:
         """``cudaHostUnregister``."""
-        return int(torch.cuda.cudart().cudaHostUnregister(address).value)
+        with torch.cuda.device(self._device):
+            return int(torch.cuda.cudart().cudaHostUnregister(address).value)

@@ -37,6 +37,8 @@ ARENA = "arena"
 """The label of blocks of an op that means memory of another daemon than this rank has mapped."""
 LEASE = "lease"
 """The label of blocks whose load took longer than they were lent."""
+_DELIVERED = frozenset({OpStatus.DONE, OpStatus.FAILED})
+"""How a load ends that has written blocks: all of them, or all but those that failed."""
 
 
 class Mapping(Protocol):
@@ -177,7 +179,7 @@ class RankHost:
         if result.direction is not Direction.LOAD:
             return result
         until = self._until.pop(result.op_id, None)
-        if until is None or result.status is not OpStatus.DONE or self._clock() <= until:
+        if until is None or result.status not in _DELIVERED or self._clock() <= until:
             return result
         return msgspec.structs.replace(result, status=OpStatus.FAILED, failed=(), reason=LEASE)
 

@@ -16,6 +16,7 @@ from umbp_connectors.daemon.settings import door_of, socket_path
 from umbp_connectors.plugins import PluginHost
 from umbp_connectors.pool.books import PoolObserver
 from umbp_core.ids import Identity
+from umbp_vllm import compat
 from umbp_vllm.host_capacities import HostCapacities
 from umbp_vllm.host_rank import HostPages, Mapping, RankHost
 from umbp_vllm.host_stages import StagePages, largest, pages_of, share_stages, stages_of, writer_of
@@ -165,7 +166,8 @@ def make_host_worker(
         arena=kit.arena,
     )
     by_layer = asks_by_layer(vllm_config, geometry, config)
-    return Worker(hello, kit, writes=writer == rank, by_layer=by_layer, host=host)
+    clears_early = compat.clears_before_fences(vllm_config, kv_cache_config)
+    return Worker(hello, kit, writes=writer == rank, by_layer=by_layer, host=host, clears_early=clears_early)
 
 
 def new_client(plan: HostPlan) -> Pages:

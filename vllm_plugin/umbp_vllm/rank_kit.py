@@ -78,6 +78,7 @@ def kit_maker(
     def make(name: bytes, arena: DramTier) -> RankKit:
         copier = make_copier(geometry, cast(PageArena, arena))
         copier.open()
+        limits = _limits(config)
         engine = TransferEngine(
             copier,
             arena,
@@ -89,7 +90,8 @@ def kit_maker(
             clock=time.monotonic,
             io_threads=config.io_threads,
             observer=plugins,
-            scheduler=plugins.make_scheduler(_limits(config)),
+            limits=limits,
+            scheduler=plugins.make_scheduler(limits),
         )
         engine.start()
         gate = LayerGate(engine, bands_needed(geometry), time.monotonic)

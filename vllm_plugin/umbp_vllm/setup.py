@@ -21,7 +21,7 @@ from umbp_core.errors import ConfigError, UmbpError
 from umbp_core.ids import Identity
 from umbp_vllm import compat
 from umbp_vllm.engine_args import SERVING_KEY
-from umbp_vllm.groups import failures_by_block, kv_groups
+from umbp_vllm.groups import failures_by_block, kv_groups, layer_specs
 from umbp_vllm.hashing import hash_stability
 from umbp_vllm.host_opening import open_host_pool
 from umbp_vllm.host_setup import door_maker, make_host_worker
@@ -109,6 +109,7 @@ def make_leader(
     open_pool: OpenPool = open_local_pool
     if settings.config.mode == DAEMON:
         open_pool = functools.partial(open_host_pool, door_maker(vllm_config, settings.config, namespace))
+    by_prefix = _serves_by_prefix(vllm_config, kv_cache_config)
     setup = LeaderSetup(
         config=settings.config,
         plugins=settings.plugins,
@@ -121,8 +122,8 @@ def make_leader(
         persistent=stability.stable,
         kv_events=_kv_events(vllm_config),
         open_pool=open_pool,
-        may_load=_may_load(vllm_config, kv_cache_config),
-        may_store=bool(vllm_config.kv_transfer_config.is_kv_producer),
+        may_load=by_prefix and _may_load(vllm_config, kv_cache_config),
+        may_store=by_prefix and bool(vllm_config.kv_transfer_config.is_kv_producer),
         tokens_per_step=1 + int(vllm_config.num_speculative_tokens),
         layerwise=_layerwise(vllm_config, kv_cache_config, settings),
         stores_by_layer=_stores_by_layer(vllm_config, settings),
@@ -194,7 +195,8 @@ def make_worker(vllm_config: Any, kv_cache_config: Any, settings: Settings, kv_c
         prefix=identity.digest,
     )
     by_layer = asks_by_layer(vllm_config, geometry, settings.config)
-    return Worker(hello, kit, writes=writes, by_layer=by_layer)
+    clears_early = compat.clears_before_fences(vllm_config, kv_cache_config)
+    return Worker(hello, kit, writes=writes, by_layer=by_layer, clears_early=clears_early)
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +285,14 @@ def _warn_of_mla_on_cpu(vllm_config: Any) -> None:
             "umbp: vLLM computes MLA on CPUs differently in prefill and decode, so answers after a hit may differ from "
             "those of a cold run although the KV is the same; its own prefix cache is off there for that reason"
         )
+
+
+def _serves_by_prefix(vllm_config: Any, kv_cache_config: Any) -> bool:
+    specs = [spec for group in kv_cache_config.kv_cache_groups for spec in layer_specs(group.kv_cache_spec)]
+    reason = compat.why_not_by_prefix(vllm_config, specs)
+    if reason is not None:
+        logger.warning("umbp: nothing is stored or loaded for this model: %s", reason)
+    return reason is None
 
 
 def _may_load(vllm_config: Any, kv_cache_config: Any) -> bool:

@@ -61,12 +61,14 @@ class Worker:
         writes: bool,
         by_layer: bool = True,
         host: RankHost | None = None,
+        clears_early: bool = False,
     ) -> None:
         self.hello = hello
         self._use(kit)
         self._host = host
         self._writes = writes
         self._by_layer = by_layer
+        self._clears_early = clears_early
         self.stores_by_layer = False
         """Whether the step under way has stores that want to hear of its layers."""
         self._layers_done = 0
@@ -221,6 +223,7 @@ class Worker:
 
         Those that come with this very step read what earlier steps wrote, so they start first.  One that does not end
         within :data:`FENCE_S` counts as failed, whatever it brings: its blocks may have changed while it read them.
+        So do all where the step has cleared its blocks already.
         """
         fences = set(metadata.fences)
         self._torn |= fences
@@ -234,6 +237,8 @@ class Worker:
                 self.engine.submit(admitted)
             except UmbpError:  # they come again with the step's others, when their blocks hold something else
                 late = {op.op_id for op in early}
+        if self._clears_early:
+            late |= self._untold(fences)
         if self.engine.wait(fences, FENCE_S):
             self._torn -= fences - late
         else:
@@ -241,6 +246,12 @@ class Worker:
             logger.error(
                 "umbp: stores did not end within %.0f s before their blocks were reused; they are void", FENCE_S
             )
+
+    def _untold(self, stores: set[str]) -> set[str]:
+        """Those of ``stores`` that run, or of which nobody has heard that they ended before this step began."""
+        self._ended += self.engine.poll()
+        ended = {result.op_id for result in self._ended}
+        return stores & (ended | {str(op["op_id"]) for op in self.engine.dump()})
 
     def let_go_of_hbm(self) -> None:
         """End what reads or writes HBM, whose memory is taken away and comes back with other content (law L3).

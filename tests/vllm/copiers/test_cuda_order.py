@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import torch
 from umbp_core.errors import ConfigError, StateError, TransferError
 from umbp_vllm import pinning
 from umbp_vllm.copier_cuda import CudaCopier
+from umbp_vllm.device_runtime import TorchCuda
 from umbp_vllm.geometry import GroupGeometry, KvGeometry, Region, merged
 from umbp_vllm.staging import StagedCopies
 
@@ -293,3 +295,30 @@ def test_a_gpu_without_room_for_staging_stops_the_start_with_a_sentence() -> Non
         ConfigError, match=r"refuses 67108864 bytes of staging memory .* lower --gpu-memory-utilization"
     ):
         CudaCopier(geometry(), Pages(8), runtime=runtime).open()
+
+
+def test_memory_is_locked_and_unlocked_for_the_device_of_the_rank_by_whatever_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A thread begins on the first device, which would get a context of half a GiB for it, once for each rank."""
+    current, seen = threading.local(), []
+
+    @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        current.index = wanted.index
+        yield
+        current.index = 0
+
+    def called(name: str) -> Callable[..., SimpleNamespace]:
+        def call(*_: int) -> SimpleNamespace:
+            seen.append((name, getattr(current, "index", 0)))
+            return SimpleNamespace(value=0)
+
+        return call
+
+    driver = SimpleNamespace(cudaHostRegister=called("lock"), cudaHostUnregister=called("unlock"))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    runtime = TorchCuda(torch.device("cuda:3"))
+    assert (runtime.register(4096, 8192), runtime.unregister(4096)) == (0, 0)
+    assert seen == [("lock", 3), ("unlock", 3)]

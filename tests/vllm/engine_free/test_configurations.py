@@ -11,7 +11,8 @@ import pytest
 from tests.vllm.engine_free.conftest import MakeUmbp
 from tests.vllm.engine_free.test_harness import CONFIGURATIONS
 from tests.vllm.harness import GroupSpec
-from tests.vllm.harness.traffic import Traffic
+from tests.vllm.harness.traffic import Traffic, tokens
+from umbp_core.ops import Direction
 
 NAMES = [name for name in CONFIGURATIONS if name not in {"sync", "slow"}]
 
@@ -80,4 +81,13 @@ def test_a_pool_smaller_than_the_working_set(make_umbp: MakeUmbp) -> None:
     assert engine.pool.directory.stats(next(iter(engine.pool.directory._spaces))).total_pages == 24
     assert engine.stat("evicted_blocks", "dram") > 100
     engine.check_stored()
+    engine.close()
+
+
+@pytest.mark.parametrize(("most", "copies"), [(16, 1), (2, 3)])
+def test_no_more_blocks_are_stored_at_once_than_wanted(make_umbp: MakeUmbp, most: int, copies: int) -> None:
+    engine = make_umbp({"max_transfer_blocks": most})
+    engine.store(tokens(24))
+    (copier,) = engine.copiers
+    assert copier.calls[Direction.STORE] == copies
     engine.close()

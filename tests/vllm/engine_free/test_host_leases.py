@@ -8,11 +8,12 @@ from collections.abc import Callable
 import pytest
 
 from tests.vllm.harness.played import NoDevice, PlayedEngine
-from umbp_core.ops import BlockCopy, Direction, LeaderTransferRequest, NewWorkerSlot, OpStatus
+from umbp_core.ops import BlockCopy, Direction, LeaderTransferRequest, NewWorkerSlot, OpResult, OpStatus
 from umbp_core.scheduler import Limits
 from umbp_core.testing.fakes import FakeClock
 from umbp_vllm.host_rank import LEASE, RankHost
 from umbp_vllm.layer_gate import LayerGate
+from umbp_vllm.load_outcome import LoadOutcome
 from umbp_vllm.metadata import PROTOCOL_VERSION, RankHello, StepMetadata
 from umbp_vllm.rank_kit import RankKit
 from umbp_vllm.worker import Worker
@@ -67,3 +68,19 @@ def test_a_load_whose_time_ends_between_two_looks_is_reported(seconds: float) ->
     assert in_time or (result.reason, result.quarantined) == (LEASE, False)
     assert in_time if seconds > LOOKS - 1 else not in_time or seconds > 1
     assert bool(outcome.failed) != in_time
+
+
+@pytest.mark.parametrize(("late", "reason"), [(False, "verify"), (True, LEASE)])
+def test_what_arrived_of_a_load_counts_within_its_time_only(late: bool, reason: str) -> None:
+    """A block that does not verify does not vouch for the others, whose pages may have been given away as well."""
+    clock = FakeClock()
+    host = RankHost(no_daemon, no_daemon, 4096, clock)  # type: ignore[arg-type]
+    blocks = tuple(BlockCopy(b"%d" % number, 0, number, number) for number in range(4))
+    load = LeaderTransferRequest("op", "request", Direction.LOAD, blocks)
+    assert not host.refused(StepMetadata(1, ops=[load], until={"op": clock() + 20}), [load])
+    clock.advance(30 if late else 10)
+    result = host.judged(OpResult("op", "request", Direction.LOAD, OpStatus.FAILED, failed=(3,), reason="verify"))
+    assert (result.status, result.reason) == (OpStatus.FAILED, reason)
+    outcome = LoadOutcome()
+    outcome.add(load, result)
+    assert sorted(outcome.bad_blocks) == ([0, 1, 2, 3] if late else [3])

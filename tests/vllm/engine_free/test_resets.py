@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from tests.vllm.engine_free.conftest import MakeUmbp
+from tests.vllm.harness.rank import SimulatedRank
 from tests.vllm.harness.traffic import tokens
 from tests.vllm.harness.umbp import UmbpHarness
 from umbp_core.ops import Direction
+from umbp_vllm import compat
 from umbp_vllm import worker as worker_module
 
 
@@ -72,6 +74,30 @@ def test_a_reset_that_comes_while_a_store_reads_blocks(
     engine.drain()
     assert all(engine.present(tokens(24)))
     assert engine.check_stored() >= 6
+    engine.close()
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_a_store_whose_blocks_are_cleared_before_the_fence_is_void(
+    make_umbp: MakeUmbp, monkeypatch: pytest.MonkeyPatch, running: bool
+) -> None:
+    """Runner V2 with KV of several dtypes: a step clears its blocks before anybody is told to wait for the store."""
+    monkeypatch.setattr(SimulatedRank, "clears_early", True)
+    monkeypatch.setattr(compat, "clears_before_fences", lambda *_: True)
+    engine = make_umbp(num_blocks=16, max_model_len=60, v2_runner=True)
+    engine.fences_wait = True
+    engine.hold(Direction.STORE)
+    name = engine.add(tokens(24), max_tokens=12)
+    engine.step_until(lambda: all(copier.entered[Direction.STORE].is_set() for copier in engine.copiers))
+    if not running:
+        engine.abort(name)
+    opened_by_the_fence(engine, monkeypatch)
+    assert engine.reset_prefix_cache(running=running)
+    other = engine.add(tokens(50, 500), max_tokens=2)
+    engine.run_until_finished(other)
+    assert engine.stat("failed_blocks", "store", "fence") > 0
+    engine.drain()
+    engine.check_stored()
     engine.close()
 
 

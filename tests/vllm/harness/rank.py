@@ -84,11 +84,13 @@ def object_of(layers: Sequence[Layer], group: int, states: States) -> npt.NDArra
 
 
 class SimulatedRank:
-    """One rank of the engine.
+    """One rank of the engine.  ``clears_early``: the V2 runner overwrites a step's blocks before all else.
 
     Which worker-side methods are called, and in which order, is vLLM's own code: the V1 runner's mixin or
     the V2 runner's ``ActiveKVConnector``.  What crosses a process border in a real engine is pickled here.
     """
+
+    clears_early = False
 
     def __init__(
         self, config: VllmConfig, kv_config: KVCacheConfig, rank: int, v2_runner: bool, deferred_save: bool = False
@@ -162,12 +164,15 @@ class SimulatedRank:
         self, output: SchedulerOutput, before_writes: Callable[[SimulatedRank], None], forward: Callable[[], None]
     ) -> KVConnectorOutput:
         # The V2 runner overwrites nothing between handle_preemptions and the forward pass, and pre_forward
-        # contains the former; so poison from a wrapper around it.
+        # contains the former; so poison from a wrapper around it.  With KV of several dtypes it clears before that.
+        if self.clears_early:
+            before_writes(self)
         original = self.connector.handle_preemptions
 
         def handle_preemptions(metadata: Any) -> None:
             original(metadata)
-            before_writes(self)
+            if not self.clears_early:
+                before_writes(self)
 
         self.connector.handle_preemptions = handle_preemptions  # type: ignore[method-assign]
         try:

@@ -52,12 +52,14 @@ class GroupSpec:
     head_size: int = 8
     window: int = 0
     """Tokens of the sliding window, or of a chunk."""
+    non_causal: bool = False
+    """Tokens of a prompt see those behind them (``full``)."""
 
     def kv_spec(self, block_size: int) -> KVCacheSpec:
         """The vLLM spec of one of these layers on one rank."""
         common: dict[str, Any] = {"block_size": block_size, "head_size": self.head_size, "dtype": torch.bfloat16}
         builders = {
-            "full": lambda: FullAttentionSpec(num_kv_heads=self.heads, **common),
+            "full": lambda: FullAttentionSpec(num_kv_heads=self.heads, non_causal=self.non_causal, **common),
             "window": lambda: SlidingWindowSpec(num_kv_heads=self.heads, sliding_window=self.window, **common),
             "chunk": lambda: ChunkedLocalAttentionSpec(
                 num_kv_heads=self.heads, attention_chunk_size=self.window, **common
