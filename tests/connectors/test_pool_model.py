@@ -250,8 +250,8 @@ class PoolMachine(RuleBasedStateMachine):
     def heal(self) -> None:
         self.disk.work()
         self.disk.wait_free()
-        self.clock.advance(1000)  # a disk that refused writes is not left alone any more
         self.pool.flush(30)  # says whether anything was lost meanwhile
+        self.clock.advance(1000)  # a disk that refused writes is not left alone any more
         self.sound = True
 
     @precondition(lambda self: self.sound)

@@ -40,6 +40,8 @@ class _Outcome:
     written: dict[bytes, bytes] = field(default_factory=dict)
     failed: int = 0
     dropped: int = 0
+    waiting: Sequence[bytes] = ()
+    """What is to be tried again when another thread has found out whether the disk works."""
 
 
 class Demoter:
@@ -191,9 +193,10 @@ class Demoter:
         """Thread: some objects at a time until closed."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closing or next(self._ready(), None) is not None)
+                self._changed.wait_for(lambda: self._closing or self._is_due())
                 if self._closing:
                     return
+                tries = self._fence.doubtful
                 keys = self._take()
                 self._busy += 1
             outcome = _Outcome()
@@ -204,14 +207,28 @@ class Demoter:
                 logger.exception("%d objects from %s on stay in DRAM only", len(keys), keys[0].hex())
             finally:
                 with self._changed:
-                    self._done += len(outcome.written)
-                    self._failed += outcome.failed
-                    self._dropped += outcome.dropped
-                    self._lost += outcome.failed + outcome.dropped
-                    self._busy -= 1
-                    self._taken.difference_update(keys)
-                    if not self._queue and not self._busy:  # who waits for less is woken for nothing, each time
+                    self._settle(keys, outcome)
+                    if tries or (not self._queue and not self._busy):  # who waits for less is woken for nothing
                         self._changed.notify_all()
+
+    def _settle(self, keys: Sequence[bytes], outcome: _Outcome) -> None:
+        """A thread is through with ``keys``."""
+        if self._closing:
+            outcome.dropped += len(outcome.waiting)
+        else:
+            for key in reversed(outcome.waiting):
+                self._queue[key] = None
+                self._queue.move_to_end(key, last=False)
+        self._done += len(outcome.written)
+        self._failed += outcome.failed
+        self._dropped += outcome.dropped
+        self._lost += outcome.failed + outcome.dropped
+        self._busy -= 1
+        self._taken.difference_update(keys)
+
+    def _is_due(self) -> bool:
+        """Whether there is something to write, and no other thread finds out just now whether that is possible."""
+        return next(self._ready(), None) is not None and not self._fence.trying
 
     def _ready(self) -> Iterator[bytes]:
         """What can be written next: nothing that a thread has already.
@@ -238,10 +255,12 @@ class Demoter:
             copies = self._books.begin_demotions(owner, keys)
             # First of all, so that nothing is evicted for what is not tried.
             permit = self._fence.enter() if copies else None
-            if permit is None:
-                outcome.dropped += len(copies)
-            else:
+            if permit is not None:
                 self._write(copies, self._books.reserve_slots(owner, copies), permit, outcome)
+            elif self._fence.passable:  # for one thread, which is at it or was
+                outcome.waiting = list(copies)
+            else:
+                outcome.dropped += len(copies)
         finally:
             self._books.end_demotions(owner, outcome.written)
 

@@ -85,6 +85,12 @@ class WriteFence:
         """Whether a write that begins now would be a trial, or none may begin."""
         return self._breaker.state is not BreakerState.CLOSED
 
+    @property
+    def trying(self) -> bool:
+        """Whether a write tries just now: what becomes of the next ones is known when it ends."""
+        breaker = self._breaker
+        return breaker.state is BreakerState.HALF_OPEN and self._clock() < breaker.due
+
     def enter(self) -> int | None:
         """A permit to write one object, or ``None``."""
         with self._lock:

@@ -51,6 +51,48 @@ def test_a_disk_that_refuses_is_left_alone_and_tried_again(
     assert on_ssd(pool) - before == set(FOURTH)
 
 
+def test_what_comes_while_one_write_tries_waits_for_its_end(
+    make: Callable[..., LocalPool], disk: Disk, clock: FakeClock
+) -> None:
+    pool = make(ssd_retry_s=10.0, demote_threads=3)
+    before = on_ssd(pool)
+    disk.fail("write", number=errno.ENOSPC)
+    put(pool, FIRST)
+    assert not pool.flush(30)
+    dropped = pool.counters().demotions_dropped
+    disk.work()
+    disk.hang("write")
+    clock.advance(10)
+    assert put(pool, SECOND) == [PutStatus.STORED] * 4
+    disk.wait_held(1)
+    assert not pool.flush(SHORT)
+    assert pool.counters().demotions_dropped == dropped
+    disk.work()
+    assert pool.flush(30), "nothing was lost"
+    assert on_ssd(pool) - before == set(SECOND)
+
+
+def test_what_waits_for_a_write_that_tries_is_dropped_when_it_fails(
+    make: Callable[..., LocalPool], disk: Disk, clock: FakeClock
+) -> None:
+    pool = make(ssd_retry_s=10.0, demote_threads=3)
+    disk.fail("write", number=errno.ENOSPC)
+    put(pool, FIRST)
+    assert not pool.flush(30)
+    before = pool.counters()
+    disk.hang("write")
+    clock.advance(10)
+    put(pool, SECOND)
+    disk.wait_held(1)
+    disk.fail("write", number=errno.ENOSPC)
+    assert not pool.flush(30)
+    after = pool.counters()
+    assert (after.demotions_failed, after.demotions_dropped) == (
+        before.demotions_failed + 1,
+        before.demotions_dropped + 3,
+    )
+
+
 def test_strict_says_what_is_not_on_the_device(make: Callable[..., LocalPool], disk: Disk, clock: FakeClock) -> None:
     pool = make(durability="strict", ssd_retry_s=10.0, demote_threads=1)
     assert put(pool, FIRST) == [PutStatus.STORED] * 4

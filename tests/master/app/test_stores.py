@@ -34,6 +34,13 @@ def opened(folder: Path) -> tuple[WriteBehindStore, list[ClientRecord]]:
     return store, store.load()
 
 
+def keep(folder: Path) -> None:
+    """Leave a store with one record in ``folder``."""
+    store, _ = opened(folder)
+    store.save(record())
+    store.close()
+
+
 def kept_in(folder: Path) -> list[ClientRecord]:
     store, records = opened(folder)
     store.close()
@@ -153,9 +160,7 @@ def test_a_file_that_cannot_be_used_is_moved_aside_with_one_sentence(
         assert len(caplog.records) == 1
         assert "was moved to nodes.sqlite.corrupt" in caplog.text
         assert (tmp_path / "nodes.sqlite.corrupt").read_bytes() == spoilt
-    store, _ = opened(tmp_path)
-    store.save(record())
-    store.close()
+    keep(tmp_path)
     assert kept_in(tmp_path) == [record()]
 
 
@@ -163,9 +168,7 @@ def test_a_file_that_cannot_be_used_is_moved_aside_with_one_sentence(
 def test_a_file_that_cannot_be_read_today_is_left_where_it_is(
     tmp_path: Path, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, _ = opened(tmp_path)
-    store.save(record())
-    store.close()
+    keep(tmp_path)
 
     def unreadable(_: SqliteBackend) -> None:
         raise sqlite3.OperationalError(words)
@@ -185,9 +188,7 @@ def test_a_file_that_cannot_be_read_today_is_left_where_it_is(
 def test_a_record_that_cannot_be_read_is_left_out(
     tmp_path: Path, content: object, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store, _ = opened(tmp_path)
-    store.save(record())
-    store.close()
+    keep(tmp_path)
     with sqlite3.connect(tmp_path / "nodes.sqlite") as other:
         other.execute("INSERT INTO nodes VALUES ('bad', ifnull(?, zeroblob(9)))", (content,))
     other.close()
