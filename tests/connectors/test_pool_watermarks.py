@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from tests.connectors.disk import Disk
+from tests.connectors.gate import Gate
 from tests.connectors.pool_follower import Follower
 from tests.connectors.waiting import until
 from umbp_connectors.config_model import UmbpConfig
-from umbp_connectors.pool.books import Contents
+from umbp_connectors.pool.books import Contents, Filled
+from umbp_connectors.pool.checksums import object_checksum
+from umbp_connectors.pool.demoter import Demoter
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
 from umbp_connectors.pool.settings import local_pool_config
 from umbp_connectors.pool.trimming import RoomKeeper
@@ -82,6 +85,31 @@ def used(pool: LocalPool, tier: Tier) -> int:
     return stats.total_pages - stats.free_pages
 
 
+def store_staged(pool: LocalPool, names: list[bytes]) -> None:
+    assert pool.stage(names, [name.ljust(SIZE) for name in names]).publish()
+
+
+def store_granted(pool: LocalPool, names: list[bytes]) -> None:
+    grant = pool.grant(names, [SIZE] * len(names), [0] * len(names))
+    assert grant.publish({name: object_checksum(pool.identity.object_key(name), name.ljust(SIZE)) for name in names})
+
+
+def store_from_stock(pool: LocalPool, names: list[bytes]) -> None:
+    stock = pool.stock()
+    pairs = zip(stock.take(len(names)), names, strict=True)
+    sums = {name: object_checksum(pool.identity.object_key(name), name.ljust(SIZE)) for name in names}
+    filled = [Filled(page, name, SIZE, 0, sums[name]) for page, name in pairs]
+    assert stock.publish(filled) == [PutStatus.STORED] * len(names)
+
+
+STORES = {
+    "put": lambda pool, names: pool.put(names, [name.ljust(SIZE) for name in names]),
+    "stage": store_staged,
+    "grant": store_granted,
+    "stock": store_from_stock,
+}
+
+
 def test_after_a_burst_the_oldest_leave_a_few_at_a_time(make: Make) -> None:
     pool = make(400, watermarks={Tier.DRAM: HALF})
     names = keys(400)
@@ -119,6 +147,24 @@ def test_what_waits_for_the_disk_stays_in_dram(make: Make, monkeypatch: pytest.M
         disk.work()
     until(lambda: used(pool, Tier.DRAM) <= 20)
     assert pool.count_prefix(keys(40)) == 40
+
+
+@pytest.mark.parametrize("publish", ["put", "stage", "grant", "stock"])
+def test_what_was_just_stored_goes_to_ssd_first(make: Make, monkeypatch: pytest.MonkeyPatch, publish: str) -> None:
+    add = Demoter.add
+    gate = Gate(add)
+    monkeypatch.setattr(Demoter, "add", lambda *arguments: gate(*arguments))
+    pool = make(40, 100, watermarks={Tier.DRAM: Watermarks(0.25, 0.125)})
+    storing = threading.Thread(target=STORES[publish], args=(pool, keys(40)))
+    storing.start()
+    gate.wait_until_held()
+    assert not threading.Event().wait(0.3)
+    assert pool.counters().trimmed == {Tier.DRAM: 0}
+    gate.open()
+    storing.join(60)
+    until(lambda: used(pool, Tier.DRAM) <= 10)
+    assert pool.flush(30)
+    assert pool.count_prefix(keys(40)) == pool.counters().demoted == 40
 
 
 def test_what_the_disk_refuses_makes_room_all_the_same(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

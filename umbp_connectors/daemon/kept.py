@@ -61,6 +61,8 @@ class KeptPool:
         self._numbers = itertools.count()
         self._connections: dict[int, bytes] = {}
         """The client of each connection."""
+        self._leaving: set[int] = set()
+        """Those of them that will copy nothing more."""
         self._engines: dict[tuple[bytes, bytes], _Engine] = {}
         """By client and life."""
         self._held: Counter[bytes] = Counter()
@@ -155,11 +157,13 @@ class KeptPool:
         """This connection has ended, and with it what nobody may copy any more."""
         with self._lock:
             client = self._connections[number]
+            self._leaving.add(number)
             over = self._end_connection(client, number)
         for holdings in over:
             self.put_back(client, holdings.close())
         with self._lock:
             del self._connections[number]
+            self._leaving.remove(number)
             if client not in self._connections.values():
                 del self._labels[client]
             self.left_at = time.monotonic()
@@ -208,7 +212,7 @@ class KeptPool:
 
     def _end_connection(self, client: bytes, number: int) -> list[ClientHoldings]:
         """What ends with connection ``number``.  With the lock held."""
-        others = {each for each, whose in self._connections.items() if whose == client and each != number}
+        others = {each for each, whose in self._connections.items() if whose == client} - self._leaving
         over = []
         for name, engine in list(self._engines.items()):
             if name[0] != client:

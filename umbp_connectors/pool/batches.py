@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from umbp_connectors.pool.arena import Arena
@@ -108,8 +108,7 @@ class BatchMover:
             try:
                 statuses += self._write(owner, part, written)
             finally:
-                self._books.settle(owner, written, Tier.DRAM)
-            self._demote(written)
+                self._settle(owner, written)
         with self._lock:
             self.puts.update(statuses)
         return statuses
@@ -252,19 +251,25 @@ class BatchMover:
             view, key = views[first], batch.keys[first]
             written[key] = copy_checksummed(self._prefix + key, self._pages[page, : view.nbytes], view)
 
+    def _settle(self, owner: str, written: Mapping[bytes, bytes]) -> bool:
+        """Publish what was ``written``, give the rest back, and have it demoted; whether it is published."""
+        with self._expecting(written):
+            done = self._books.settle(owner, written, Tier.DRAM)
+            if done:
+                self._demote(written)
+        return done
+
     def _settle_stage(self, stage: _Stage, statuses: Sequence[PutStatus], publish: bool) -> bool:
         publish = publish and not self._closed
-        done = self._books.settle(stage.owner, stage.written if publish else {}, Tier.DRAM) and publish
+        done = self._settle(stage.owner, stage.written if publish else {}) and publish
         if done:
-            self._demote(stage.written)
             with self._lock:
                 self.puts.update(statuses)
         return done
 
     def _settle_grant(self, owner: str, written: Mapping[bytes, bytes]) -> bool:
-        done = self._books.settle(owner, {} if self._closed else written, Tier.DRAM) and not self._closed
+        done = self._settle(owner, {} if self._closed else written) and not self._closed
         if done:
-            self._demote(written)
             with self._lock:
                 self.puts[PutStatus.STORED] += len(written)
         return done
@@ -272,14 +277,19 @@ class BatchMover:
     def _settle_stock(self, owner: str, filled: Sequence[Filled]) -> list[PutStatus]:
         if self._closed:
             return [PutStatus.NO_ROOM] * len(filled)
-        statuses = self._books.publish_blank(owner, filled)
-        pairs = zip(filled, statuses, strict=True)
-        self._demote({each.key: each.checksum for each, status in pairs if status is PutStatus.STORED})
+        with self._expecting([each.key for each in filled]):
+            statuses = self._books.publish_blank(owner, filled)
+            pairs = zip(filled, statuses, strict=True)
+            self._demote([each.key for each, status in pairs if status is PutStatus.STORED])
         with self._lock:
             self.puts.update(statuses)
         return statuses
 
-    def _demote(self, written: Mapping[bytes, bytes]) -> None:
+    def _expecting(self, keys: Iterable[bytes]) -> contextlib.AbstractContextManager[None]:
+        """Around what publishes ``keys`` and has them demoted: no room is kept with them between the two."""
+        return contextlib.nullcontext() if self._demoter is None else self._demoter.expecting(keys)
+
+    def _demote(self, written: Collection[bytes]) -> None:
         if self._demoter is not None and written:
             self._demoter.add(written)
 

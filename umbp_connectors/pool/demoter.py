@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from umbp_connectors.offload import GateMaker, OffloadGate
@@ -65,6 +66,8 @@ class Demoter:
         ]
         self._changed = threading.Condition()
         self._queue: OrderedDict[bytes, None] = OrderedDict()
+        self._expected: set[bytes] = set()
+        """What is being published and will be queued."""
         self._taken: set[bytes] = set()
         """What the threads took from the queue and are not through with."""
         self._busy = 0
@@ -135,11 +138,21 @@ class Demoter:
             return self._told
 
     def __contains__(self, key: object) -> bool:
-        """Whether ``key`` waits to be written, or is being written.  Takes no lock: it is asked under the books'.
+        """Whether ``key`` is to be written, or is being written.  Takes no lock: it is asked under the books'.
 
-        What a thread takes is in both for a moment, never in neither.
+        What moves on to the next of them is in both for a moment, never in neither; so they are asked in this order.
         """
-        return key in self._queue or key in self._taken
+        return key in self._expected or key in self._queue or key in self._taken
+
+    @contextmanager
+    def expecting(self, keys: Iterable[bytes]) -> Iterator[None]:
+        """``keys`` are to be written, but for those that were not :meth:`add`-ed when this ends."""
+        expected = list(keys)
+        self._expected.update(expected)
+        try:
+            yield
+        finally:
+            self._expected.difference_update(expected)
 
     def start(self) -> None:
         """Start the threads."""

@@ -211,7 +211,9 @@ def test_engines_that_come_one_after_the_other_leave_room_for_others(start: Star
     assert [put(pool, [number]) for number in range(8)] == [[PutStatus.STORED]] * 8
     assert [get(pool, [number]) for number in range(8)] == [[GetStatus.DRAM]] * 8
     engines[0].close()
-    until(lambda: daemon.pinned() == 3)
+    (kept,) = daemon.keeper.pools()
+    until(lambda: len(kept.clients) == 4)
+    assert daemon.pinned() == 3
     assert len(engines[1].take(PAGES)) == PAGES // 8 - 1, "there are four clients now"
 
 
