@@ -25,6 +25,9 @@ HASHES_PER_CALL = 1024
 
 DEFAULT_MASTER = "umbp://127.0.0.1:50052,grpc://127.0.0.1:50051"
 
+LONGEST_S = 86_400.0
+"""No command waits longer for one thing."""
+
 MasterOption = Annotated[
     str,
     typer.Option(
@@ -44,15 +47,10 @@ CaOption = Annotated[
 ]
 CertOption = Annotated[Path | None, typer.Option("--tls-cert", metavar="PATH", help="Certificate to show (PEM).")]
 KeyOption = Annotated[Path | None, typer.Option("--tls-key", metavar="PATH", help="Its private key (PEM).")]
-LONGEST_S = 86_400.0
-"""No command waits longer for one thing."""
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-
-
 TimeoutOption = Annotated[
     float, typer.Option("--timeout", metavar="SECONDS", min=0.01, max=LONGEST_S, help="Deadline of a call.")
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
 @dataclass(frozen=True, slots=True)
