@@ -152,7 +152,9 @@ def stalls(running: Master, held: Sequence[Sequence[bytes]]) -> list[_report.Row
                 took.append(time.perf_counter() - begun)
                 # The master cleans up after its answer.
                 threading.Event().wait(max(0.0, WATCHED - took[-1]))
-                times = [call.took for call in _calls(pipe) if call.begun + call.took > begun]
+                times: list[float] = []
+                while not times:  # whoever asks may have had no turn yet
+                    times = [call.took for call in _calls(pipe) if call.begun + call.took > begun]
                 worst.append(max(times))
                 middle.append(statistics.median(times))
                 if name == "a node goes":

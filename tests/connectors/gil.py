@@ -26,9 +26,9 @@ class Bystander:
     @contextmanager
     def watching(self) -> Iterator[Bystander]:
         interval = sys.getswitchinterval()
-        self._thread.start()
-        sys.setswitchinterval(NEVER_S)
+        sys.setswitchinterval(NEVER_S)  # before it waits for the GIL: a wait that has begun keeps its interval
         try:
+            self._thread.start()
             yield self
         finally:
             sys.setswitchinterval(interval)

@@ -423,7 +423,7 @@ def test_the_allowance_is_never_exceeded(make: Callable[..., Catalogue], slots: 
                 for slot in range(start, min(slots, start + 500))
             ]
             catalogue.record(rows)
-            assert catalogue.flush(30)
+            assert catalogue.flush(60)
             most = max(most, sum(path.stat().st_size for path in catalogue.path.parent.iterdir()))
     assert most <= allowance
     assert catalogue.dropped == 0
@@ -475,7 +475,7 @@ def test_a_kill_leaves_what_was_flushed(make: Callable[..., Catalogue]) -> None:
         catalogue = Catalogue(sys.argv[1], b"i" * 32, 1, slots=64)
         catalogue.open()
         catalogue.record([CatalogueRow(b"k%d" % slot, slot, 100 + slot, bytes([slot]) * 16) for slot in range(40)])
-        assert catalogue.flush(30)
+        assert catalogue.flush(60)
         print("flushed", flush=True)
         while True:
             for slot in range(40, 64):

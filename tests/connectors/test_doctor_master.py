@@ -16,12 +16,19 @@ from umbp_connectors.doctor.master import answers
 
 CERTS = Path(__file__).resolve().parents[1] / "master" / "certs"
 TOKEN = "one-that-nobody-guesses"
+LONG_S = 60.0
 
 
 @pytest.fixture(scope="module")
 def master(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MasterProcess]:
     with MasterProcess(tmp_path_factory.mktemp("master"), UMBP_MASTER_TOKEN=TOKEN) as running:
         yield running
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A master that is there is waited for."""
+    monkeypatch.setattr(module, "TIMEOUT_S", LONG_S)
 
 
 @pytest.fixture
@@ -76,7 +83,7 @@ def test_an_address_that_does_not_answer_is_named_and_the_next_is_asked(
     (alone,) = findings(master_address=nobody)
     assert alone.status is Status.PROBLEM
     assert f"{nobody} does not answer" in alone.found
-    monkeypatch.setattr(module, "TIMEOUT_S", 3.0)
+    monkeypatch.setattr(module, "TIMEOUT_S", LONG_S)
     closed = "umbp://127.0.0.1:1"
     first, second = findings(master_address=f"{closed},umbp://{master.doors['native']}", master_token=TOKEN)
     assert (first.status, second.status) == (Status.WARNING, Status.OK)

@@ -195,7 +195,7 @@ def test_observers_may_be_told_by_many_threads(host: PluginHost) -> None:
     start = threading.Barrier(4)
 
     def tell() -> None:
-        start.wait(10)
+        start.wait(60)
         for _ in range(200):
             host.degraded("x", "y")
 
@@ -203,7 +203,7 @@ def test_observers_may_be_told_by_many_threads(host: PluginHost) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert host.failures == {("raising", "umbp_degraded"): 800}
 
 

@@ -60,7 +60,7 @@ def test_what_is_stored_is_told_on_the_tier_that_it_reached(make: Maker) -> None
     pool, follower = make()
     put(pool, keys(0, 4))
     assert follower.held[Tier.DRAM] == set(keys(0, 4))
-    assert pool.flush(30)
+    assert pool.flush(60)
     assert follower.held[Tier.SSD] == set(keys(0, 4))
     assert {tier: set(held) for tier, held in pool.holdings().items()} == follower.held
 
@@ -76,14 +76,14 @@ def test_what_is_staged_is_told_when_it_is_published(make: Maker) -> None:
 def test_a_tier_that_evicts_says_so_and_the_other_one_does_not(make: Maker) -> None:
     pool, follower = make()
     put(pool, keys(0, DRAM_PAGES))
-    assert pool.flush(30)
+    assert pool.flush(60)
     put(pool, keys(100, SLOTS - DRAM_PAGES))
     assert len(follower.held[Tier.DRAM]) == DRAM_PAGES, "some of the first ones had to go"
     assert follower.held[Tier.DRAM] >= set(keys(100, SLOTS - DRAM_PAGES))
     assert follower.held[Tier.SSD] >= set(keys(0, DRAM_PAGES))
-    assert pool.flush(30)
+    assert pool.flush(60)
     put(pool, keys(200, DRAM_PAGES))
-    assert pool.flush(30)
+    assert pool.flush(60)
     assert len(follower.held[Tier.SSD]) == SLOTS, "there, too"
     assert follower.held[Tier.SSD] >= set(keys(200, DRAM_PAGES))
 
@@ -91,9 +91,9 @@ def test_a_tier_that_evicts_says_so_and_the_other_one_does_not(make: Maker) -> N
 def test_what_is_read_from_ssd_comes_back_to_dram_in_the_place_of_others(make: Maker) -> None:
     pool, follower = make()
     put(pool, keys(0, 3))
-    assert pool.flush(30)
+    assert pool.flush(60)
     put(pool, keys(100, DRAM_PAGES))
-    assert pool.flush(30), "what is being written to SSD keeps its page"
+    assert pool.flush(60), "what is being written to SSD keeps its page"
     assert follower.held[Tier.DRAM].isdisjoint(keys(0, 3))
     buffers = [bytearray(SIZE) for _ in range(3)]
     assert all(status.hit for status in pool.get(keys(0, 3), buffers))
@@ -104,7 +104,7 @@ def test_what_is_read_from_ssd_comes_back_to_dram_in_the_place_of_others(make: M
 def test_a_restarted_pool_tells_what_an_earlier_life_left(make: Maker) -> None:
     pool, _ = make()
     put(pool, keys(0, 5))
-    assert pool.flush(30)
+    assert pool.flush(60)
     pool.close()
     _, follower = make()
     assert follower.held == {Tier.DRAM: set(), Tier.SSD: set(keys(0, 5))}
@@ -114,7 +114,7 @@ def test_a_restarted_pool_tells_what_an_earlier_life_left(make: Maker) -> None:
 def test_a_cleared_pool_holds_nothing(make: Maker) -> None:
     pool, follower = make()
     put(pool, keys(0, 4))
-    assert pool.flush(30)
+    assert pool.flush(60)
     pool.clear()
     assert follower.held == {Tier.DRAM: set(), Tier.SSD: set()}
 
@@ -122,7 +122,7 @@ def test_a_cleared_pool_holds_nothing(make: Maker) -> None:
 def test_bad_bytes_are_told_gone(make: Maker) -> None:
     pool, follower = make()
     put(pool, keys(0, 2))
-    assert pool.flush(30)
+    assert pool.flush(60)
     os.pwrite(pool.arena_offer().fd, b"\xff" * SIZE, 0)
     assert pool.check(keys(0, 2)) == 1
     assert len(follower.held[Tier.DRAM]) == 1
@@ -131,6 +131,7 @@ def test_bad_bytes_are_told_gone(make: Maker) -> None:
 def test_an_observer_is_called_when_it_asks_to_be(make: Maker) -> None:
     pool, follower = make()
     put(pool, keys(0, 2))
+    assert pool.flush(60)
     before = follower.calls
     pool.call_observer()
     assert (follower.calls, follower.faults) == (before + 1, [])
@@ -162,6 +163,6 @@ def test_threads_that_put_get_and_clear_at_the_same_time(make: Maker) -> None:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert pool.flush(30)
+    assert pool.flush(60)
     assert follower.faults == []
     assert follower.calls > 60

@@ -41,7 +41,7 @@ def opened(tmp_path: Path) -> Iterator[Any]:
 
 
 def on_ssd(pool: LocalPool) -> list[bytes]:
-    assert pool.flush(10)
+    assert pool.flush(60)
     return sorted(pool.holdings()[Tier.SSD])
 
 

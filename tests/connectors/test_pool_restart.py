@@ -90,10 +90,13 @@ def test_a_kill_after_a_flush_loses_nothing_that_was_flushed(tmp_path: Path) -> 
 @pytest.mark.parametrize("slots", [20, 60])
 @pytest.mark.statement("connector", 80)
 def test_a_kill_while_slots_are_being_reused_never_serves_wrong_bytes(tmp_path: Path, slots: int) -> None:
-    for _ in range(2):
+    tried = 0
+    for _ in range(20):
         _kill_when(tmp_path, slots, b"churned")
-        statuses = _serve(tmp_path, slots, 4000)
-        assert any(status is not GetStatus.MISS for status in statuses), "nothing was claimed, so nothing was tried"
+        tried += any(status is not GetStatus.MISS for status in _serve(tmp_path, slots, 4000))
+        if tried == 2:
+            return
+    pytest.fail("nothing was claimed, so nothing was tried")
 
 
 def test_a_kill_leaves_the_bounds_intact(tmp_path: Path) -> None:
@@ -108,7 +111,7 @@ def test_a_clean_stop_keeps_what_was_put_last(tmp_path: Path) -> None:
     pool.open()
     keys = [b"key%033d" % index for index in range(10)]
     pool.put(keys, [_expected(index) for index in range(10)])
-    pool.close()
+    pool.close(60)
     assert _serve(tmp_path, 60, 10) == [GetStatus.SSD] * 10
 
 
@@ -152,7 +155,7 @@ def test_a_smaller_capacity_keeps_what_fits(tmp_path: Path) -> None:
     for start in range(0, 40, 8):
         keys = [b"key%033d" % index for index in range(start, start + 8)]
         pool.put(keys, [_expected(index) for index in range(start, start + 8)])
-        assert pool.flush(30)
+        assert pool.flush(60)
     pool.close()
     hits = [status.hit for status in _serve(tmp_path, 20, 40)]
     assert sum(hits) == 20
@@ -165,7 +168,7 @@ def test_what_has_an_odd_depth_is_found_again(tmp_path: Path, depth: int) -> Non
         pool.open()
         if status is GetStatus.DRAM:
             pool.put([b"odd", b"even"], [bytes(SIZE)] * 2, [depth, 2])
-            assert pool.flush(30)
+            assert pool.flush(60)
         assert pool.get([b"odd", b"even"], [buffer, bytearray(SIZE)]) == [status] * 2
         pool.close()
 
@@ -186,12 +189,12 @@ def test_to_clear_many_objects_is_as_little_work_for_the_disk_as_to_clear_few(
     pool.open()
     for start in range(0, count, 50):
         pool.put(keys[start : start + 50], [bytes(size)] * 50)
-        assert pool.flush(30)
+        assert pool.flush(60)
     monkeypatch.setattr(CatalogueFile, "_transact", transact)
     assert pool.clear() > 600
     assert sum(written) == 1
     pool.put(keys[:2], [bytes(size)] * 2)
-    pool.close()
+    pool.close(60)
     pool = LocalPool(IDENTITY, config)
     pool.open()
     assert pool.exists(keys) == [True] * 2 + [False] * (count - 2)

@@ -62,7 +62,7 @@ def _fill(pool: LocalPool, count: int) -> None:
     for start in range(0, count, 8):
         keys = [b"%030d" % number for number in range(start, min(start + 8, count))]
         assert set(pool.put(keys, [key * 500 for key in keys])) <= {PutStatus.STORED, PutStatus.PRESENT}
-        assert pool.flush(30)
+        assert pool.flush(60)
 
 
 @pytest.mark.parametrize("order", [["kv", "swa", "mamba"], ["mamba", "kv", "swa"]])

@@ -60,7 +60,7 @@ def test_nothing_is_there_before_it_is_published_and_all_of_it_after(make: Calla
     staged.discard()
     assert _bytes_of(pool) == OBJECTS
     assert pool.counters().puts[PutStatus.STORED] == 3
-    assert pool.flush(30)
+    assert pool.flush(60)
     ssd = pool.stats(Tier.SSD)
     assert ssd is not None
     assert ssd.objects == 3, "what is published goes to SSD like any other"

@@ -169,7 +169,7 @@ def test_it_goes_to_ssd_and_comes_back_verified(make: Make, tmp_path: Path, iden
     for number in range(2 * PAGES):
         (page,) = stock.take(1)
         assert stock.publish([first.write(page, number, SIZE - 5)]) == [PutStatus.STORED]
-        assert first.pool.flush(30)
+        assert first.pool.flush(60)
     assert first.read(0, 2 * PAGES - 1) == [GetStatus.SSD, GetStatus.DRAM]
     first.pool.close()
     second = make(identities, tmp_path)

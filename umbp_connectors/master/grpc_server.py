@@ -34,7 +34,6 @@ except ImportError as missing:
 
 MAX_CALLS = 4096
 """Calls under way at once; more are answered ``RESOURCE_EXHAUSTED``."""
-HEALTH = "grpc.health.v1.Health"
 _OPTIONS: tuple[wire.Option, ...] = (
     *wire.MESSAGE_OPTIONS,
     # Two masters on one port would share the calls out between them and each know half.
@@ -80,7 +79,7 @@ class GrpcServer:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(pb.MASTER_SERVICE, handlers),))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        services = (pb.MASTER_SERVICE, HEALTH, reflection.SERVICE_NAME)
+        services = (pb.MASTER_SERVICE, wire.HEALTH, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(services, server, pool=_reflected())
         self.port = self._bind(server)
         await server.start()
@@ -142,7 +141,7 @@ class _TokenGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         """Called by gRPC for every call."""
         service, _, name = details.method.lstrip("/").partition("/")
-        if service == HEALTH or self._shown(details.invocation_metadata):
+        if service == wire.HEALTH or self._shown(details.invocation_metadata):
             return await continuation(details)
         if service == pb.MASTER_SERVICE and name in self._names:
             self._observer.call_finished("grpc", name, grpc.StatusCode.UNAUTHENTICATED.name, 0.0)

@@ -128,7 +128,10 @@ class WriteBehindStore:
             return self._changed.wait_for(lambda: not self._pending and not self._writing, timeout)
 
     def close(self) -> None:
-        """Write what is left, within two seconds, and close the backend.  Idempotent."""
+        """Write what is left, within two seconds, and close the backend.  Idempotent.
+
+        A backend that was away a moment ago is tried once more.
+        """
         thread, self._thread = self._thread, None
         if thread is None:
             return
@@ -158,13 +161,14 @@ class WriteBehindStore:
                 self._changed.wait_for(lambda: self._pending or self._closing)
                 words, self._pending = self._pending, {}
                 self._writing = bool(words)
+                last = self._closing
             written = not words or self._write(words)
             with self._changed:
                 self._writing = False
                 if not written:
                     self._pending = words | self._pending
                 self._changed.notify_all()
-                if self._closing and (not self._pending or not written):
+                if self._closing and (not self._pending or (last and not written)):
                     break
                 if not written:
                     self._changed.wait_for(lambda: self._closing, RETRY_SECONDS)

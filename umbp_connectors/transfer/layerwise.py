@@ -36,8 +36,8 @@ class Delivered:
         self._given_up: set[str] = set()
 
     def reached(self, op_id: str, bands: int) -> bool:
-        """The first ``bands`` bands of the op are in place; returns whether it may go on."""
-        self._bands[op_id] = bands
+        """The first ``bands`` bands of the op are in place, or more by now; returns whether it may go on."""
+        self._bands[op_id] = max(bands, self.bands(op_id))
         return op_id not in self._given_up
 
     def bands(self, op_id: str) -> int:

@@ -34,6 +34,8 @@ CHANNEL_OPTIONS: tuple[Option, ...] = (
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
 AUTHORIZATION = "authorization"
+HEALTH = "grpc.health.v1.Health"
+"""The service by which any gRPC server may tell that it serves."""
 _BUSY = "Concurrent RPC limit exceeded"
 """What gRPC for Python says, with the code of a request that is too large, when a server has enough to do."""
 _Code = grpc.StatusCode

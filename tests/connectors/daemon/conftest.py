@@ -10,12 +10,14 @@ import pytest
 
 from tests.connectors.daemon.kit import PAGES, SIZE, client_of
 from umbp_connectors.config_model import UmbpConfig
+from umbp_connectors.daemon import client, follower
 from umbp_connectors.daemon.client import DaemonPool
 from umbp_connectors.daemon.doors import Door, TcpDoor
 from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.server import DaemonServer
 from umbp_connectors.daemon.settings import served_door
 from umbp_connectors.plugins import create_manager
+from umbp_connectors.pool import local
 from umbp_connectors.pool.books import PoolObserver
 from umbp_core.eviction import LruPolicy
 from umbp_core.ids import Identity
@@ -41,8 +43,16 @@ class Daemon:
 
     def close(self) -> None:
         self.server.stop(0.5)
-        self.keeper.close(10)
+        self.keeper.close(60)
         self.server.close(0)
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that a busy machine gives late count all the same, where a call names no time of its own."""
+    monkeypatch.setattr(client, "_LOOKUP_S", 60.0)
+    monkeypatch.setattr(follower, "SILENT_S", 60.0)
+    monkeypatch.setattr(local, "_FORGET_S", 60.0)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@
 ``read`` in the middle of one out of it; both say ``ready`` then.  ``work`` puts and gets without end, compares every
 byte, says ``ready`` after the first round, and ends with its input.
 
-``serve`` is a daemon whose leases last a second.
+``serve`` is a daemon whose leases last a minute, with ``brief`` a second.
 
 ``leader`` and ``rank`` are the processes of one engine: the leader has stored objects 0 and 1, borrowed object 0, and
 has four pages left, half of the first of which is written; the rank has the memory mapped.
@@ -28,6 +28,10 @@ from umbp_connectors.daemon.pages import RankArena
 from umbp_connectors.pool.checksums import copy_checksummed
 
 PROGRAM = "from umbp_connectors.cli import main; main()"
+UNHURRIED = "from umbp_connectors.pool import local; local._FORGET_S = 60.0; "
+"""Before the program: a disk that others use has time to take what is cleared."""
+DRAINING = "from umbp_connectors.daemon.server import DaemonServer; DaemonServer.stop.__defaults__ = (300.0,); "
+"""Before the program: when it is told to end it waits for what is held for as long as it takes."""
 
 
 def environment() -> dict[str, str]:
@@ -69,9 +73,9 @@ class Process:
         return told
 
 
-def daemon(path: Path, *options: str) -> Process:
+def daemon(path: Path, *options: str, program: str = PROGRAM) -> Process:
     """A real daemon at ``path``."""
-    command = [sys.executable, "-c", PROGRAM, "daemon", "--socket", str(path), "--set", "dram_prefault=false"]
+    command = [sys.executable, "-c", program, "daemon", "--socket", str(path), "--set", "dram_prefault=false"]
     return Process([*command, *options], "umbp daemon ready: ")
 
 
@@ -130,10 +134,10 @@ def _rank(path: Path) -> None:
     threading.Event().wait()
 
 
-def _serve(path: Path) -> None:
+def _serve(path: Path, lease_s: float = 60.0) -> None:
     from tests.connectors.daemon.conftest import Daemon
 
-    Daemon(path, lease_s=1.0)
+    Daemon(path, lease_s=lease_s)
     _say_ready()
     threading.Event().wait()
 
@@ -149,8 +153,8 @@ def main() -> None:
         told = False
         for number in range(1 << 30):
             numbers = range(number % 40, number % 40 + 8)
-            put(pool, numbers, timeout=1.0)
-            hits = [status.hit for status in get(pool, numbers, timeout=1.0)]
+            put(pool, numbers)
+            hits = [status.hit for status in get(pool, numbers)]
             if all(hits) and not told:
                 told = True
                 _say_ready()
@@ -162,7 +166,7 @@ def main() -> None:
         get(pool, range(4))
 
 
-_PARTS = {"leader": _leader, "rank": _rank, "serve": _serve}
+_PARTS = {"leader": _leader, "rank": _rank, "serve": _serve, "brief": lambda path: _serve(path, 1.0)}
 
 if __name__ == "__main__":
     main()

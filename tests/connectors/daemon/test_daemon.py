@@ -44,7 +44,7 @@ def test_put_get_and_exists(start: Start, connect: Connect) -> None:
     assert stats is not None
     assert (stats.total_pages, stats.objects, stats.pinned) == (PAGES, 9, 0)
     assert pool.stats(Tier.SSD) is None
-    assert pool.flush(5)
+    assert pool.flush(30)
     assert pool.clear() == 9
     assert get(pool, [0]) == [GetStatus.MISS]
     assert pool.failed == 0
@@ -65,6 +65,17 @@ def test_more_objects_than_the_pool_holds(start: Start, connect: Connect) -> Non
     found = get(pool, range(3 * PAGES))
     assert found.count(GetStatus.DRAM) == PAGES
     assert set(found) == {GetStatus.DRAM, GetStatus.MISS}
+
+
+def test_a_batch_that_is_larger_than_the_part_of_its_client_waits_for_itself(start: Start, connect: Connect) -> None:
+    """What it asks for ahead is refused while the part before takes all that the client may hold."""
+    start()
+    pool, *_ = [connect() for _ in range(4)]  # eight pages each, and as many objects are asked for at a time
+    assert put(pool, range(40)) == [PutStatus.STORED] * 40
+    assert get(pool, range(40)) == [GetStatus.DRAM] * 40
+    staged = pool.stage([key_of(number) for number in range(50, 66)], [object_of(number) for number in range(50, 66)])
+    assert staged.statuses == [PutStatus.STORED] * 8 + [PutStatus.NO_ROOM] * 8, "nothing of it is given back"
+    staged.discard()
 
 
 def test_sizes_keys_and_arguments(start: Start, connect: Connect) -> None:

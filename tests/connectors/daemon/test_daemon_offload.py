@@ -20,9 +20,9 @@ def test_with_frequency_an_object_goes_to_ssd_when_a_client_reads_it(
     pool = connect()
     put(pool, range(3))
     (kept,) = daemon.keeper.pools()
-    assert kept.pool.flush(10)
+    assert kept.pool.flush(30)
     assert kept.pool.holdings()[Tier.SSD] == []
     assert get(pool, [1]) == [GetStatus.DRAM]
-    assert kept.pool.flush(10)
+    assert kept.pool.flush(30)
     assert kept.pool.holdings()[Tier.SSD] == [key_of(1)]
     assert kept.pool.counters().demotions_refused == {"frequency": 3}

@@ -26,6 +26,7 @@ def test_who_wants_no_daemon_hears_nothing_of_it() -> None:
 
 
 def test_over_both_doors(start: Callable[..., Daemon], path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TIMEOUT_S", 60.0)
     missing = look(daemon_socket=str(path))
     assert (missing.status, "start `umbp daemon`" in missing.advice) == (Status.WARNING, True)
     assert look(daemon_socket=str(path), daemon_auto_start=True).status is Status.OK

@@ -96,8 +96,8 @@ def test_another_daemon_has_what_it_finds_on_ssd(
     first.close()
     until(lambda: told.held == NOTHING)
     second = start(**ssd)
-    until(lambda: len(told.held[Tier.SSD]) == 8)  # nobody called: the client came back for this alone
-    assert told.held == truth(second)
+    # Nobody called: the client came back for this alone.
+    until(lambda: len(told.held[Tier.SSD]) == 8 and told.held == truth(second))
     assert not told.held[Tier.DRAM]
     pool.close()
     put(connect(), [77])
@@ -127,8 +127,6 @@ def test_a_pool_that_makes_room_is_gone_until_its_client_is_back(
 def test_a_listener_that_does_not_listen_is_given_up(
     start: Start, connect: Connect, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "TALK_S", 0.2)
-    monkeypatch.setattr(session, "GATHER_S", 0.0)
     daemon, pool = start(), connect()
     put(pool, [0])
     before = daemon.server.connections
@@ -140,7 +138,10 @@ def test_a_listener_that_does_not_listen_is_given_up(
         put(pool, range(PAGES))
         return daemon.server.connections == before
 
-    until(given_up)
+    with monkeypatch.context() as patch:  # who listens has greeted in time
+        patch.setattr(session, "TALK_S", 1.0)
+        patch.setattr(session, "GATHER_S", 0.0)
+        until(given_up)
     deaf.close()
     assert get(pool, [1]) == [GetStatus.DRAM]
 
@@ -168,8 +169,8 @@ def test_whoever_is_stopped_does_not_wait_for_those_who_follow(
     until(lambda: told.held == truth(daemon))
     pool.close()
     began = time.monotonic()
-    daemon.server.close(30)
-    assert time.monotonic() - began < 10
+    daemon.server.close(120)
+    assert time.monotonic() - began < 60
     until(lambda: told.held == NOTHING)
 
 

@@ -15,7 +15,7 @@ from tests.connectors.daemon.engine import Engine, soon, wanted
 from tests.connectors.daemon.kit import IDENTITY, PAGES, SIZE, client_of, get, key_of, object_of, put
 from tests.connectors.daemon.processes import Process, Stopped, client
 from tests.connectors.daemon.told import Told
-from tests.connectors.waiting import until
+from tests.connectors.waiting import eventually, until
 from umbp_connectors.daemon import follower, transfers
 from umbp_connectors.daemon.client import DaemonPool
 from umbp_connectors.daemon.follower import PoolFollower
@@ -27,14 +27,26 @@ from umbp_core.tiers import Tier
 
 Connect = Callable[..., DaemonPool]
 CALL_S = 0.3
+IN_TIME_S = 20.0
+"""Until a call that has ``CALL_S`` has ended, on a machine that others use; without an end of its own it had 30."""
 LEASE_S = 1.0
-"""That of the role ``serve``."""
+"""That of the role ``brief``."""
 
 
 @pytest.fixture
 def daemon(path: Path, closing: contextlib.ExitStack) -> Process:
     """A daemon in a process of its own."""
-    process = client("serve", path)
+    return _daemon("serve", path, closing)
+
+
+@pytest.fixture
+def brief(path: Path, closing: contextlib.ExitStack) -> Process:
+    """One with short leases."""
+    return _daemon("brief", path, closing)
+
+
+def _daemon(role: str, path: Path, closing: contextlib.ExitStack) -> Process:
+    process = client(role, path)
     closing.callback(process.kill)
     return process
 
@@ -46,7 +58,7 @@ def in_time() -> Callable[..., Any]:
     def in_time(call: Callable[..., Any], *arguments: Any) -> Any:
         began = time.monotonic()
         found = call(*arguments)
-        assert time.monotonic() - began < CALL_S + 2
+        assert time.monotonic() - began < IN_TIME_S
         return found
 
     return in_time
@@ -105,7 +117,7 @@ def test_what_was_lent_before_is_read_to_its_end(
 
 
 def test_what_is_copied_after_its_lease_does_not_count(
-    daemon: Process, connect: Connect, monkeypatch: pytest.MonkeyPatch
+    brief: Process, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The daemon hangs for longer than the lease, goes on, and gives the memory to somebody else in the meantime."""
     pool, other = connect(copy_threads=1), connect()
@@ -116,7 +128,7 @@ def test_what_is_copied_after_its_lease_does_not_count(
     def hang_first(*arguments: Any) -> bytes:
         if threading.get_ident() == reader and not done.is_set():
             done.set()
-            with Stopped(daemon):
+            with Stopped(brief):
                 threading.Event().wait(LEASE_S + 0.2)
             filler = threading.Thread(target=fill)
             filler.start()
@@ -131,7 +143,7 @@ def test_what_is_copied_after_its_lease_does_not_count(
 
     monkeypatch.setattr(transfers, "copy_checksummed", hang_first)
     assert not any(status.hit for status in get(pool, range(4)))
-    assert serves(pool, range(4))
+    until(lambda: serves(pool, range(4)))  # within a lease
 
 
 def test_a_leader_finds_out_which_of_its_words_were_heard(
@@ -163,14 +175,14 @@ def test_a_leader_finds_out_which_of_its_words_were_heard(
 
 
 def test_a_loan_that_nobody_heard_of_ends_with_its_lease(
-    daemon: Process, path: Path, closing: contextlib.ExitStack
+    brief: Process, path: Path, closing: contextlib.ExitStack
 ) -> None:
     mine = Engine(path, 2)
     closing.callback(mine.close)
     mine.open()
     mine.store(mine.take(2), {number: object_of(number, 2 * SIZE) for number in range(2)})
     lent, _ = mine.leader.borrow([key_of(0)], soon())
-    with Stopped(daemon):
+    with Stopped(brief):
         with pytest.raises(TimeoutError):
             mine.leader.borrow([key_of(1)], soon(CALL_S))
         threading.Event().wait(LEASE_S)
@@ -192,8 +204,7 @@ def test_who_follows_knows_that_nothing_can_be_loaded_and_later_that_it_can(
     until(lambda: len(told.held[Tier.DRAM]) == 4)
     with Stopped(daemon):
         until(lambda: not told.held[Tier.DRAM])
-    until(lambda: bool(told.held[Tier.DRAM]))
-    assert told.held == {Tier.DRAM: {key_of(n) for n in range(4)}, Tier.SSD: set()}
+    assert eventually(lambda: told.held == {Tier.DRAM: {key_of(n) for n in range(4)}, Tier.SSD: set()})
 
 
 def test_hundreds_who_knock_meanwhile_do_not_keep_it_from_serving(
@@ -212,7 +223,7 @@ def test_hundreds_who_knock_meanwhile_do_not_keep_it_from_serving(
     last.open()
     until(lambda: get(last, range(4)) == [GetStatus.DRAM] * 4)
     last.close()
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
 
 
 def test_it_hangs_again_and_again_under_load(

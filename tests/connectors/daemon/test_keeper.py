@@ -92,8 +92,8 @@ def test_a_pool_waits_for_the_one_whose_place_it_takes(
         held.open()
         assert _pages(first.result()) == 8
     until(lambda: [_pages(pool) for pool in others] == [8, 1])
-    assert all(pool.stats(Tier.SSD) is not None for pool in (first.result(), others[1])), "each has its folder"
-    assert [get(others[1], [number]) for number in range(3)] == [[GetStatus.SSD]] * 3
+    until(lambda: all(pool.stats(Tier.SSD) is not None for pool in (first.result(), others[1])))  # each has its folder
+    assert [get(others[1], [number], timeout=30) for number in range(3)] == [[GetStatus.SSD]] * 3
 
 
 @pytest.mark.parametrize(
@@ -241,11 +241,11 @@ def test_a_closed_keeper_opens_nothing(start: Start, connect: Connect) -> None:
 def test_a_graceful_end_lets_a_grant_come_to_its_end(start: Start, connect: Connect) -> None:
     daemon, pool = start(), connect()
     staged = pool.stage([key_of(1)], [object_of(1)])
-    ending = threading.Thread(target=lambda: daemon.server.close(30.0))
+    ending = threading.Thread(target=lambda: daemon.server.close(120.0))
     ending.start()
     until(lambda: not daemon.server._path.exists())
     assert staged.publish()
-    ending.join(20)
+    ending.join(60)
     assert not ending.is_alive(), "it ends when nobody holds anything any more"
     (kept,) = daemon.keeper.pools()
     assert kept.pool.exists([key_of(1)]) == [True]

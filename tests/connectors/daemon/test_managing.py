@@ -177,7 +177,7 @@ def test_another_folder_or_pool_is_refused(pool: DaemonPool, folder: Path, path:
     with contextlib.closing(manage(path, IDENTITY.digest, folder, soon())) as link:
         many = [b"%d" % number for number in range(KEYS + 5)]
         assert link.evict([*many, key_of(1)], soon()) == 1
-        assert link.flush(10, soon())
+        assert link.flush(25, soon())
         assert link.clear(soon()) == 14
 
 

@@ -16,7 +16,7 @@ import pytest
 from tests.connectors.daemon.conftest import Daemon
 from tests.connectors.daemon.engine import Engine, soon, wanted
 from tests.connectors.daemon.kit import PAGES, SIZE, key_of, object_of
-from tests.connectors.daemon.processes import PROGRAM, Process, Stopped, client, daemon, environment
+from tests.connectors.daemon.processes import DRAINING, PROGRAM, Process, Stopped, client, daemon, environment
 from tests.connectors.waiting import until
 from umbp_connectors.daemon.pages import PageClient, RankArena
 from umbp_connectors.pool.inspection import find_catalogues
@@ -154,8 +154,9 @@ def test_what_an_answer_that_was_lost_did_is_found_out(start: Start, engine: Cal
     assert len(mine.take(PAGES)) == PAGES // 2
 
 
-def _daemon(path: Path, folder: Path, closing: contextlib.ExitStack, *more: str) -> Process:
-    process = daemon(path, "--dram-capacity", "8MiB", "--ssd-dir", str(folder), "--ssd-capacity", "64MiB", *more)
+def _daemon(path: Path, folder: Path, closing: contextlib.ExitStack, *more: str, program: str = PROGRAM) -> Process:
+    sizes = "--dram-capacity", "8MiB", "--ssd-dir", str(folder), "--ssd-capacity", "64MiB"
+    process = daemon(path, *sizes, *more, program=program)
     closing.callback(process.kill)
     return process
 
@@ -211,15 +212,13 @@ def _verify(folder: Path, size: int) -> None:
 def test_a_daemon_that_is_stopped_does_not_wait_for_pages_in_stock(
     path: Path, tmp_path: Path, closing: contextlib.ExitStack, engine: Callable[..., Engine]
 ) -> None:
-    first = _daemon(path, tmp_path / "ssd", closing)
+    first = _daemon(path, tmp_path / "ssd", closing, program=DRAINING + PROGRAM)
     mine = engine()
     mine.open()
     mine.store(mine.take(4), _objects(1, 2, 3, 4))
     mine.take(4)
-    began = time.monotonic()
-    first.terminate()
+    first.terminate()  # waits for its end, for less time than the daemon has for what is held
     assert first.process.returncode == 0
-    assert time.monotonic() - began < 4
     with pytest.raises(OSError, match=r".*"):
         mine.take(1)
     _daemon(path, tmp_path / "ssd", closing)
@@ -242,7 +241,7 @@ def test_a_daemon_that_hangs_costs_the_deadline(
             mine.leader.connect(soon(0.3))
         with pytest.raises(TimeoutError):
             RankArena(wanted(path, 2)).open(soon(0.3))
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 25
     arena = mine.leader.connect(soon())
     assert (arena.known, set(arena.taken)) == (True, set(pages))
     assert mine.store(pages[:1], _objects(1)) == [PutStatus.STORED], "attempts from before do not speak for it"

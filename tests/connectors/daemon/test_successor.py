@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -13,13 +14,15 @@ from pathlib import Path
 import pytest
 
 from tests.connectors.daemon.conftest import Daemon
+from tests.connectors.daemon.engine import soon
 from tests.connectors.daemon.kit import get, key_of, object_of, put
-from tests.connectors.daemon.processes import PROGRAM, Process, Stopped, daemon, environment
+from tests.connectors.daemon.processes import DRAINING, PROGRAM, Process, Stopped, daemon, environment
 from tests.connectors.gate import Gate
 from tests.connectors.waiting import until
 from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.daemon.client import DaemonPool
 from umbp_connectors.daemon.launch import Launcher, listens
+from umbp_connectors.daemon.link import inspect
 from umbp_connectors.daemon.server import DaemonEnding
 from umbp_connectors.pool.local import LocalPool
 from umbp_connectors.pool.locks import FolderLock
@@ -81,16 +84,16 @@ def test_an_engine_starts_a_daemon_while_the_last_one_ends(
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     ssd = {"ssd_dir": tmp_path / "ssd", "ssd_capacity": 16 << 20}
-    config = UmbpConfig(dram_capacity=2 << 20, dram_prefault=False, daemon_idle_exit_s=2.0, **ssd)
+    config = UmbpConfig(dram_capacity=2 << 20, dram_prefault=False, daemon_idle_exit_s=60.0, **ssd)
     options = [part for key, value in ssd.items() for part in ("--set", f"{key}={value}")]
-    first = daemon(path, "--dram-capacity", "2MiB", *options)
+    first = daemon(path, "--dram-capacity", "2MiB", *options, program=DRAINING + PROGRAM)
     closing.callback(first.kill)
     pool = connect()
     assert put(pool, range(8)) == [PutStatus.STORED] * 8
     staged = pool.stage([key_of(9)], [object_of(9)])
     with ThreadPoolExecutor(1) as threads:
-        with _Ending(first, path):  # it lets the staged object come to its end, for some seconds
-            second = threads.submit(Launcher(path, config).start, 60.0)
+        with _Ending(first, path):  # it lets the staged object come to its end
+            second = threads.submit(Launcher(path, config).start, 120.0)
             log = path.with_name("daemon.sock.log")
             until(lambda: path.exists() or (log.exists() and "waiting for the last daemon" in log.read_text()))
             assert not path.exists()
@@ -100,6 +103,7 @@ def test_an_engine_starts_a_daemon_while_the_last_one_ends(
     assert first.process.returncode == 0
     until(lambda: pool.count_prefix([key_of(number) for number in range(8)]) == 8)
     assert get(pool, [*range(8), 9]) == [GetStatus.SSD] * 9
+    os.kill(inspect(path, soon()).pid, signal.SIGTERM)
     pool.close()
     until(lambda: not listens(path))
 

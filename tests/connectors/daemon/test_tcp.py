@@ -267,7 +267,7 @@ def test_a_daemon_that_is_killed_and_started_again(join: Join, path: Path, token
         first = daemon(path, *options, *disk)
         ending.callback(_kill, first)
         assert str(door) in first.first_line
-        pool = join(door, timeout_s=5.0)
+        pool = join(door)
         assert put(pool, range(8)) == [PutStatus.STORED] * 8
         assert pool.flush(30)
         first.kill()

@@ -9,6 +9,7 @@ import pytest
 
 from tests.connectors.deadlines.kit import COLD, SIZE, WARM, object_of
 from tests.connectors.disk import Disk
+from umbp_connectors.pool import local
 from umbp_connectors.pool.local import LocalPool, LocalPoolConfig, PutStatus
 from umbp_core.ids import Identity, RankScope
 from umbp_core.testing.fakes import FakeClock
@@ -28,9 +29,12 @@ def clock() -> FakeClock:
 
 
 @pytest.fixture
-def make(disk: Disk, clock: FakeClock, tmp_path: Path) -> Iterator[Callable[..., LocalPool]]:
+def make(
+    disk: Disk, clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., LocalPool]]:
     """Opens a pool with ``COLD`` on SSD only and ``WARM`` in DRAM."""
     made: list[LocalPool] = []
+    monkeypatch.setattr(local, "_FORGET_S", 60.0)
 
     def make(pages: int = 16, **options: object) -> LocalPool:
         for cold in (True, False):

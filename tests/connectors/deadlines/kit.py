@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from umbp_connectors.pool.local import LocalPool
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.connectors.disk import Disk
+from umbp_connectors.pool import batches, loads
+from umbp_connectors.pool.local import GetStatus, LocalPool
 from umbp_core.tiers import Tier
 
 SIZE = 8192
@@ -10,6 +18,27 @@ SHORT = 0.05
 """Seconds: for calls that are to run out of time."""
 COLD = [b"cold %d" % number for number in range(6)]
 WARM = [b"warm %d" % number for number in range(2)]
+
+
+@contextlib.contextmanager
+def late(disk: Disk, held: int = 1) -> Iterator[None]:
+    """What calls want of ``disk`` meanwhile is late, and nothing else, however busy the machine is.
+
+    A call that waits for the disk looks at its time when so many transfers hang there and had ``SHORT`` seconds; a copy
+    from memory to memory is always in time.
+    """
+    finish, pause = loads.LoadBatch.finish, threading.Event()
+
+    def finish_later(batch: loads.LoadBatch, deadline: float | None) -> list[tuple[int, GetStatus]]:
+        if batch._loads:
+            disk.wait_held(held)
+            pause.wait(SHORT)
+        return finish(batch, deadline)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loads.LoadBatch, "finish", finish_later)
+        patch.setattr(batches, "_is_over", lambda deadline: False)
+        yield
 
 
 def object_of(key: bytes) -> bytes:

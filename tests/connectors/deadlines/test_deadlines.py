@@ -5,19 +5,22 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.connectors.deadlines.kit import COLD, SHORT, SIZE, WARM, buffers_for, check_hits, held, object_of
+from tests.connectors.deadlines.kit import COLD, SHORT, SIZE, WARM, buffers_for, check_hits, held, late, object_of
 from tests.connectors.disk import Disk
 from tests.connectors.gate import Gate
 from tests.connectors.waiting import until
-from umbp_connectors.pool import batches, loads
+from umbp_connectors.pool import batches, loads, local
+from umbp_connectors.pool.catalogue import Catalogue
 from umbp_connectors.pool.checksums import copy_checksummed
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
 from umbp_core.ids import Identity, RankScope
+from umbp_core.testing.fakes import FakeClock
 from umbp_core.tiers import Tier
 
 
@@ -51,9 +54,9 @@ def test_a_disk_that_hangs_costs_what_is_on_it_only(make: Callable[..., LocalPoo
     pool = make(io_threads=2)
     disk.hang("read", "write")
     buffers = buffers_for(WARM + COLD)
-    assert pool.get(WARM + COLD, buffers, timeout=SHORT) == [GetStatus.DRAM] * 2 + [GetStatus.TIMED_OUT] * 6
+    with late(disk, 2):
+        assert pool.get(WARM + COLD, buffers, timeout=SHORT) == [GetStatus.DRAM] * 2 + [GetStatus.TIMED_OUT] * 6
     assert buffers[:2] == [object_of(key) for key in WARM]
-    disk.wait_held(2)
     for _ in range(3):
         check_hits(pool, WARM)
     fresh = [b"fresh %d" % number for number in range(4)]
@@ -65,8 +68,8 @@ def test_nobody_touches_the_buffers_of_a_call_that_returned(make: Callable[..., 
     pool = make(io_threads=3)
     disk.hang("read")
     buffers = [np.zeros((2, SIZE // 2 + 64), dtype=np.uint8)[:, : SIZE // 2] for _ in COLD]
-    assert pool.get(COLD, buffers, timeout=SHORT) == [GetStatus.TIMED_OUT] * 6
-    disk.wait_held(3)
+    with late(disk, 3):
+        assert pool.get(COLD, buffers, timeout=SHORT) == [GetStatus.TIMED_OUT] * 6
     for buffer in buffers:
         buffer[...] = 0xA5
     disk.work()
@@ -79,7 +82,8 @@ def test_buffers_of_a_call_that_returned_can_be_freed(make: Callable[..., LocalP
     pool = make(io_threads=1)
     disk.hang("read")
     buffers = buffers_for(COLD)
-    assert pool.get(COLD, buffers, timeout=SHORT) == [GetStatus.TIMED_OUT] * 6
+    with late(disk):
+        assert pool.get(COLD, buffers, timeout=SHORT) == [GetStatus.TIMED_OUT] * 6
     for buffer in buffers:
         buffer.clear()  # raises BufferError while anybody has a view of it
 
@@ -87,7 +91,8 @@ def test_buffers_of_a_call_that_returned_can_be_freed(make: Callable[..., LocalP
 def test_what_a_late_read_brings_is_kept(make: Callable[..., LocalPool], disk: Disk) -> None:
     pool = make(io_threads=1)
     disk.hang("read")
-    assert pool.get(COLD[:1], buffers_for(COLD[:1]), timeout=SHORT) == [GetStatus.TIMED_OUT]
+    with late(disk):
+        assert pool.get(COLD[:1], buffers_for(COLD[:1]), timeout=SHORT) == [GetStatus.TIMED_OUT]
     disk.work()
     disk.wait_free()
     check_hits(pool, COLD)  # behind the late one in the only thread
@@ -101,9 +106,9 @@ def test_loads_that_were_given_up_are_not_done(
     pool = make(io_threads=1, ssd_failures=100)
     before = _remembered()
     disk.hang("read")
-    for _ in range(5):
-        assert pool.get(COLD, buffers_for(COLD), timeout=SHORT) == [GetStatus.TIMED_OUT] * 6
-    disk.wait_held(1)
+    with late(disk):
+        for _ in range(5):
+            assert pool.get(COLD, buffers_for(COLD), timeout=SHORT) == [GetStatus.TIMED_OUT] * 6
     assert _remembered() <= before + 6, "only the call whose read hangs"
     disk.work()
     disk.wait_free()
@@ -143,8 +148,8 @@ def test_one_read_serves_all_who_want_the_object(make: Callable[..., LocalPool],
 def test_a_read_that_ends_badly_after_its_call_forgets_the_object(make: Callable[..., LocalPool], disk: Disk) -> None:
     pool = make(io_threads=1)
     disk.hang("read")
-    assert pool.get(COLD[:2], buffers_for(COLD[:2]), timeout=SHORT) == [GetStatus.TIMED_OUT] * 2
-    disk.wait_held(1)
+    with late(disk):
+        assert pool.get(COLD[:2], buffers_for(COLD[:2]), timeout=SHORT) == [GetStatus.TIMED_OUT] * 2
     disk.fail("read")
     disk.wait_free()
     disk.work()
@@ -169,16 +174,18 @@ def test_a_clear_holds_for_what_is_on_its_way(make: Callable[..., LocalPool], di
     pool = make(demote_threads=1)
     disk.hang(kind)
     if kind == "read":
-        assert pool.get(COLD[:1], buffers_for(COLD[:1]), timeout=SHORT) == [GetStatus.TIMED_OUT]
+        with late(disk):
+            assert pool.get(COLD[:1], buffers_for(COLD[:1]), timeout=SHORT) == [GetStatus.TIMED_OUT]
     else:
         pool.put([b"new"], [object_of(b"new")])
-    disk.wait_held(1)
+        disk.wait_held(1)
     pool.clear()
     disk.work()
     disk.wait_free()
     assert pool.flush(30)
     assert pool.exists([*COLD, *WARM, b"new"]) == [False] * 9
-    assert (held(pool, Tier.DRAM), held(pool, Tier.SSD)) == ((0, 0), (0, 0))
+    until(lambda: (held(pool, Tier.DRAM), held(pool, Tier.SSD)) == ((0, 0), (0, 0)))  # also what read late
+    assert pool.exists([*COLD, *WARM, b"new"]) == [False] * 9
 
 
 @pytest.mark.parametrize("kind", ["write", "sync"])
@@ -196,10 +203,14 @@ def test_a_pool_closes_though_its_disk_hangs(
 ) -> None:
     monkeypatch.setattr("umbp_connectors.pool.ssd._LAST_READ_S", SHORT)
     monkeypatch.setattr("umbp_connectors.pool.demoter._LAST_WRITE_S", SHORT)
+    close = Catalogue.close
+    monkeypatch.setattr(Catalogue, "close", lambda catalogue, timeout: close(catalogue, 60))  # that disk works
     pool = make()
     disk.hang("read", "write")
     pool.put([b"new"], [object_of(b"new")])
-    assert pool.get(COLD, buffers_for(COLD), timeout=SHORT) == [GetStatus.TIMED_OUT] * 6
+    disk.wait_held(1)
+    with late(disk, 2):
+        assert pool.get(COLD, buffers_for(COLD), timeout=SHORT) == [GetStatus.TIMED_OUT] * 6
     pool.close(timeout=SHORT)
     assert "the disk does not answer" in caplog.text
     disk.work()
@@ -231,12 +242,16 @@ def test_a_delivery_that_has_begun_is_waited_for(
     make: Callable[..., LocalPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The copy into the caller's memory is the one thing that a call waits for beyond its time."""
-    pool, gate = make(), Gate(copy_checksummed)
+    pool, gate, begun = make(), Gate(copy_checksummed), threading.Event()
+    finish = loads.LoadBatch.finish
     monkeypatch.setattr(loads, "copy_checksummed", gate)
+    monkeypatch.setattr(loads.LoadBatch, "finish", lambda *arguments: begun.wait(60) and finish(*arguments))
+    monkeypatch.setattr(batches, "_is_over", lambda deadline: False)
     buffer, statuses = bytearray(SIZE), list[GetStatus]()
     reader = threading.Thread(target=lambda: statuses.extend(pool.get(COLD[:1], [buffer], timeout=SHORT)))
     reader.start()
     gate.wait_until_held()
+    begun.set()  # only now the call looks at its time
     reader.join(4 * SHORT)
     assert reader.is_alive()
     gate.open()
@@ -248,8 +263,8 @@ def test_a_delivery_that_has_begun_is_waited_for(
 def test_an_object_that_goes_before_its_load_begins_is_a_miss(make: Callable[..., LocalPool], disk: Disk) -> None:
     pool = make(io_threads=1)
     disk.hang("read")
-    assert pool.get(COLD[:1], buffers_for(COLD[:1]), timeout=SHORT) == [GetStatus.TIMED_OUT]
-    disk.wait_held(1)
+    with late(disk):
+        assert pool.get(COLD[:1], buffers_for(COLD[:1]), timeout=SHORT) == [GetStatus.TIMED_OUT]
     statuses: list[GetStatus] = []
     reader = threading.Thread(target=lambda: statuses.extend(pool.get(COLD[1:3], buffers_for(COLD[1:3]), timeout=60)))
     reader.start()
@@ -263,17 +278,17 @@ def test_an_object_that_goes_before_its_load_begins_is_a_miss(make: Callable[...
 def test_the_time_is_looked_at_before_each_object(
     make: Callable[..., LocalPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = make(copy_threads=1)
-    pause = threading.Event()
+    pool, now = make(copy_threads=1), FakeClock()
 
     def slow(*arguments: Any) -> bytes:
-        pause.wait(2 * SHORT)
+        now.advance(2.0)
         return copy_checksummed(*arguments)
 
+    for module in (local, batches):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=now))
     monkeypatch.setattr(batches, "copy_checksummed", slow)
-    late = GetStatus.TIMED_OUT
-    assert pool.get(WARM, buffers_for(WARM), timeout=SHORT) == [GetStatus.DRAM, late]
-    statuses = pool.put([b"a", b"b", b"c"], [b"data"] * 3, timeout=SHORT)
+    assert pool.get(WARM, buffers_for(WARM), timeout=1.0) == [GetStatus.DRAM, GetStatus.TIMED_OUT]
+    statuses = pool.put([b"a", b"b", b"c"], [b"data"] * 3, timeout=1.0)
     assert statuses == [PutStatus.STORED, PutStatus.TIMED_OUT, PutStatus.TIMED_OUT]
     assert pool.exists([b"a", b"b", b"c"]) == [True, False, False]
     assert held(pool, Tier.DRAM) == (0, 0)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.connectors.deadlines.kit import COLD, SHORT, SIZE, WARM, buffers_for, check_hits, object_of
+from tests.connectors.deadlines.kit import COLD, SHORT, SIZE, WARM, buffers_for, check_hits, late, object_of
 from tests.connectors.disk import Disk
 from umbp_connectors.pool import loads
 from umbp_connectors.pool.local import GetStatus, LocalPool, PutStatus
@@ -21,7 +21,8 @@ def test_a_disk_that_does_not_answer_is_left_alone_and_tried_again(
     disk.hang("read")
     for turn in range(2):
         assert pool.exists(COLD) == [True] * 6, turn
-        assert pool.get(COLD, buffers_for(COLD), timeout=SHORT) == [GetStatus.TIMED_OUT] * 6
+        with late(disk, 4):
+            assert pool.get(COLD, buffers_for(COLD), timeout=SHORT) == [GetStatus.TIMED_OUT] * 6
     assert pool.exists(WARM + COLD) == [True] * 2 + [False] * 6
     assert (pool.count_prefix(COLD), pool.count_prefix(WARM + COLD), pool.count_prefix([])) == (0, 2, 0)
     assert pool.get(WARM + COLD, buffers_for(WARM + COLD)) == [GetStatus.DRAM] * 2 + [GetStatus.MISS] * 6
@@ -29,7 +30,8 @@ def test_a_disk_that_does_not_answer_is_left_alone_and_tried_again(
     assert (counters.fenced, counters.fenced_loads) == (1, 6)
     clock.advance(10)
     assert pool.exists(COLD) == [True] * 6, "somebody has to try"
-    assert pool.get(COLD, buffers_for(COLD), timeout=SHORT) == [GetStatus.TIMED_OUT] * 6
+    with late(disk, 4):
+        assert pool.get(COLD, buffers_for(COLD), timeout=SHORT) == [GetStatus.TIMED_OUT] * 6
     assert pool.exists(COLD) == [False] * 6
     disk.work()
     disk.wait_free()
@@ -44,7 +46,8 @@ def test_what_is_behind_the_fence_can_be_put_again(make: Callable[..., LocalPool
     pool = make(ssd_failures=1)
     disk.hang("read")
     assert pool.put(COLD[:1], [object_of(COLD[0])]) == [PutStatus.PRESENT]
-    assert pool.get(COLD[1:], buffers_for(COLD[1:]), timeout=SHORT) == [GetStatus.TIMED_OUT] * 5
+    with late(disk):
+        assert pool.get(COLD[1:], buffers_for(COLD[1:]), timeout=SHORT) == [GetStatus.TIMED_OUT] * 5
     assert pool.put(COLD[:1], [object_of(COLD[0])]) == [PutStatus.STORED]
     check_hits(pool, COLD[:1])
 
@@ -66,7 +69,8 @@ def test_failures_count_in_a_row_only(make: Callable[..., LocalPool], disk: Disk
     pool = make(ssd_failures=2, io_threads=1)
     for key in (COLD[0], COLD[2], COLD[4]):
         disk.hang("read")
-        assert pool.get([key], [bytearray(SIZE)], timeout=SHORT) == [GetStatus.TIMED_OUT]
+        with late(disk):
+            assert pool.get([key], [bytearray(SIZE)], timeout=SHORT) == [GetStatus.TIMED_OUT]
         disk.work()
         disk.wait_free()
         check_hits(pool, [COLD[COLD.index(key) + 1]])
@@ -82,10 +86,12 @@ def test_calls_without_patience_say_nothing_about_the_disk(
         patch.setattr(loads, "_FAIR_S", 1e6)
         assert pool.get(COLD, buffers_for(COLD), timeout=SHORT) == [GetStatus.TIMED_OUT] * 6
         assert (pool.exists(COLD), pool.counters().fenced) == ([True] * 6, 0)
-    assert pool.get(COLD, buffers_for(COLD), timeout=SHORT) == [GetStatus.TIMED_OUT] * 6
+    with late(disk):
+        assert pool.get(COLD, buffers_for(COLD), timeout=SHORT) == [GetStatus.TIMED_OUT] * 6
     assert pool.counters().fenced == 1
     clock.advance(10)
     with monkeypatch.context() as patch:
         patch.setattr(loads, "_FAIR_S", 1e6)
-        assert pool.get(COLD, buffers_for(COLD), timeout=SHORT) == [GetStatus.TIMED_OUT] * 6
+        with late(disk):
+            assert pool.get(COLD, buffers_for(COLD), timeout=SHORT) == [GetStatus.TIMED_OUT] * 6
     assert pool.counters().fenced == 2, "but a trial that fails has failed"

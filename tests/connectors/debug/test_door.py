@@ -37,7 +37,7 @@ def folder() -> Iterator[Path]:
 
 
 def run(*arguments: str) -> tuple[int, str, str]:
-    done = CliRunner().invoke(app, ["debug", "dump", *arguments])
+    done = CliRunner().invoke(app, ["debug", "dump", "--timeout", "60", *arguments])
     return done.exit_code, done.stdout, done.stderr
 
 
@@ -85,7 +85,7 @@ class TestDoor:
         door = DebugDoor("part", lambda: STATE, folder)
         assert door.open()
         (path,) = doors(folder)
-        answer = ask(path, Question(), 5)
+        answer = ask(path, Question(), 60)
         door.close()
         assert answer is not None
         assert {name: answer[name] for name in STATE} == STATE
@@ -95,7 +95,7 @@ class TestDoor:
     def test_with_stacks_it_says_where_every_thread_is(self, folder: Path) -> None:
         door = DebugDoor("part", lambda: STATE, folder)
         door.open()
-        answer = ask(doors(folder)[0], Question(stacks=True), 5)
+        answer = ask(doors(folder)[0], Question(stacks=True), 60)
         door.close()
         assert answer is not None
         ours = [frames for name, frames in answer["threads"].items() if name.startswith("MainThread")]
@@ -119,7 +119,7 @@ class TestDoor:
         first, second = (DebugDoor("part", lambda n=n: {"n": n}, folder) for n in (1, 2))
         first.open()
         second.open()
-        assert {(answer or {})["n"] for answer in (ask(path, Question(), 5) for path in doors(folder))} == {1, 2}
+        assert {(answer or {})["n"] for answer in (ask(path, Question(), 60) for path in doors(folder))} == {1, 2}
         first.close()
         second.close()
         first.close()
@@ -127,7 +127,7 @@ class TestDoor:
     def test_a_state_that_cannot_be_had_is_said(self, folder: Path) -> None:
         door = DebugDoor("part", lambda: {"n": 1 // 0}, folder)
         door.open()
-        answer = ask(doors(folder)[0], Question(stacks=True), 5)
+        answer = ask(doors(folder)[0], Question(stacks=True), 60)
         door.close()
         assert answer is not None
         assert answer["problem"].startswith("ZeroDivisionError")
@@ -138,14 +138,14 @@ class TestDoor:
         door = DebugDoor("part", lambda: STATE, folder)
         door.open()
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger:
-            stranger.settimeout(5)
+            stranger.settimeout(60)
             stranger.connect(str(doors(folder)[0]))
             try:
                 stranger.sendall(question)
                 assert stranger.recv(1) == b""
             except ConnectionError:
                 pass  # it was too long, and the rest of it was not even read
-        assert ask(doors(folder)[0], Question(), 5) is not None
+        assert ask(doors(folder)[0], Question(), 60) is not None
         door.close()
 
     def test_what_a_dead_process_left_is_swept_up(self, folder: Path) -> None:
@@ -158,7 +158,7 @@ os._exit(0)
         for _ in range(2):
             subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env={"PYTHONPATH": ":".join(sys.path)})
         (left,) = doors(folder)
-        assert ask(left, Question(), 5) is None
+        assert ask(left, Question(), 60) is None
         assert doors(folder) == []
 
     def test_a_process_that_does_not_answer_is_named(self, folder: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.connectors.disk import Disk, FullDisk
+from umbp_connectors.pool import local
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
 from umbp_connectors.pool.slab import SlabFile
 from umbp_core.errors import TierUnavailable
@@ -34,8 +35,9 @@ def clock() -> FakeClock:
 
 
 @pytest.fixture
-def make(tmp_path: Path, clock: FakeClock) -> Iterator[Maker]:
+def make(tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Maker]:
     made: list[LocalPool] = []
+    monkeypatch.setattr(local, "_FORGET_S", 60.0)
 
     def make(pages: int = 4, **options: object) -> LocalPool:
         sizes = (SIZE, pages * SIZE, tmp_path / "ssd", (1 << 20) + 30 * (SIZE + 768))

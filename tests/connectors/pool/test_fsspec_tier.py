@@ -168,7 +168,7 @@ def test_it_installs_as_a_plug_in(tmp_path: Path) -> None:
     target = tmp_path / "site"
     install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target"]
     options = ["--disable-pip-version-check", "--root-user-action=ignore", str(EXAMPLE)]
-    subprocess.run([sys.executable, *install, str(target), *options], check=True, timeout=120)
+    subprocess.run([sys.executable, *install, str(target), *options], check=True, timeout=600)
     script = (
         "import json; from umbp_connectors import resolve; from umbp_connectors.plugins import create_manager\n"
         "host = create_manager(resolve(env={}).config); print(json.dumps([host.names, len(host.failures)]))"

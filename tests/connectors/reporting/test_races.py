@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.connectors.reporting.told import Notes
+from tests.connectors.waiting import until
 from umbp_connectors.reporting.feed import Feed
 from umbp_connectors.reporting.mirror import Mirror
 from umbp_connectors.reporting.reader import Reader
@@ -18,7 +19,7 @@ from umbp_core.testing.fakes import FakeClock
 
 DRAM, SSD = 2, 3
 STEPS = 3000
-LONG = 60.0
+LONG = 120.0
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +69,8 @@ def test_nothing_is_lost_between_threads() -> None:
     looked = 0
 
     def read() -> None:
+        """Begins when it has something to catch up on."""
+        until(lambda: any(producer.feed.counters.overflows for producer in producers))
         while not ended.is_set():
             bell.wait(LONG)
             bell.clear()
@@ -83,8 +86,11 @@ def test_nothing_is_lost_between_threads() -> None:
 
     others = [threading.Thread(target=target) for target in (read, look)]
     threads = [*others, *(producer.thread for producer in producers)]
-    for thread in threads:
+    for thread in others:
         thread.start()
+    until(lambda: looked > 0)
+    for producer in producers:
+        producer.thread.start()
     for producer in producers:
         producer.thread.join(LONG)
     ended.set()
@@ -97,5 +103,4 @@ def test_nothing_is_lost_between_threads() -> None:
     assert {(tier, key) for tier, hashes in mirror.snapshot() for key in hashes} == truth == notes.known
     assert sum(producer.feed.counters.told for producer in producers) == 3 * STEPS
     assert reader.failures == 0
-    assert looked > 0
     assert sum(producer.feed.counters.overflows for producer in producers) > 0

@@ -23,7 +23,7 @@ from tests.connectors.reporting.at_master import (
     known_at,
     open_node,
 )
-from tests.connectors.waiting import PATIENCE, eventually
+from tests.connectors.waiting import PATIENCE, eventually, until
 from tests.master.app.master_process import ROOT, MasterProcess, environment
 from umbp_connectors.client.master_client import MasterClient
 from umbp_connectors.reporting.mirror import Mirror
@@ -33,7 +33,7 @@ from umbp_core.master.model import Registration
 NODE = f"{socket.gethostname()}:8000:dp0:pp0:tp0"
 INTERVAL = 1.0
 """Seconds between heartbeats of the masters here."""
-SLACK = 3.0
+SLACK = 10.0
 """What a busy machine may add to two of them."""
 FAST = {"UMBP_HEARTBEAT_TTL_SEC": "2"}
 DOORS = ["umbp://{native}", "grpc://{grpc}"]
@@ -78,7 +78,7 @@ def test_every_tier_is_told_as_it_changes(cleanup: ExitStack, tmp_path: Path, do
     labels = f'dp="0",engine="vllm",http="127.0.0.1:8000",model="tiny",node="{NODE}",pp="0",role="both",tier="SSD"'
     metric = f'mori_umbp_external_kv_live_count{{{labels},tp="0",version="0.32.0"}} {float(len(found[SSD]))}'
     assert metric in master.get("/metrics")[1]
-    assert reporter.close()
+    assert reporter.close(PATIENCE)
     assert known_at(master, NODE) == {}
 
 
@@ -138,7 +138,7 @@ def test_a_reporter_closes_in_time_whatever_the_master_does(cleanup: ExitStack, 
         assert time.monotonic() - began < 1.0 + SLACK
     finally:
         master.process.send_signal(signal.SIGCONT)
-    assert not any(thread.name == "umbp-reporter" for thread in threading.enumerate())
+    until(lambda: not any(thread.name == "umbp-reporter" for thread in threading.enumerate()))
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -173,7 +173,7 @@ sys.stdin.read()
 def test_an_engine_that_is_killed_and_comes_back_counts_for_what_it_holds_now(
     cleanup: ExitStack, tmp_path: Path
 ) -> None:
-    master = cleanup.enter_context(MasterProcess(tmp_path, **FAST))
+    master = cleanup.enter_context(MasterProcess(tmp_path))
     address = f"umbp://{master.doors['native']}"
     dead = subprocess.Popen(
         [sys.executable, "-c", ENGINE, address, "1"],
@@ -285,6 +285,7 @@ def test_connections_that_break_again_and_again_lose_nothing(cleanup: ExitStack,
     master = cleanup.enter_context(MasterProcess(tmp_path, **FAST))
     road = cleanup.enter_context(closing(SlowRoad(master.doors["native"], delay=0.0)))
     reporter, engine = started(cleanup, road.address, report_interval_ms=1)
+    assert reporter.flush(PATIENCE), "there is a connection to break"
     never = threading.Event()
     for _ in range(8):
         run(engine, 10)
@@ -292,7 +293,7 @@ def test_connections_that_break_again_and_again_lose_nothing(cleanup: ExitStack,
         road.cut()
     assert reporter.flush(PATIENCE)
     assert known_at(master, NODE) == engine.held()
-    assert reporter.stats().client.failures >= 1
+    until(lambda: reporter.stats().client.failures >= 1)
 
 
 def test_more_than_may_wait_is_told_as_a_whole(cleanup: ExitStack, tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from typing import Any, cast
 
 import pytest
 
+from tests.connectors.gate import Gate
 from tests.connectors.reporting.told import Notes
+from tests.connectors.waiting import until
 from umbp_connectors.client.addresses import parse_addresses
 from umbp_connectors.client.master_client import MasterClient
 from umbp_connectors.reporting import reporter as module
@@ -107,16 +109,20 @@ def test_what_is_told_before_the_start_is_told_after_it(make: Callable[..., Rig]
     assert (rig.client.known, rig.client.started) == ({(DRAM, b"a")}, 1)
 
 
-def test_the_first_change_is_told_at_once_and_those_of_an_interval_in_one_call(make: Callable[..., Rig]) -> None:
+def test_the_first_change_is_told_at_once_and_those_of_an_interval_in_one_call(
+    make: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rig = make(interval=0.5)
+    call = Gate(rig.client.report)
+    monkeypatch.setattr(rig.client, "report", call)
     rig.reporter.start()
     began = time.monotonic()
     rig.add(b"first")
-    assert rig.client.said.wait(LONG)
-    rig.client.said.clear()
+    call.wait_until_held()
     for key in (b"a", b"b", b"c"):
         rig.add(key)
-    assert rig.client.said.wait(LONG)
+    call.open()
+    until(lambda: len(rig.client.calls) == 2)
     assert time.monotonic() - began >= 0.5
     assert rig.client.calls == [("report", DRAM, (b"first",)), ("report", DRAM, (b"a", b"b", b"c"))]
 

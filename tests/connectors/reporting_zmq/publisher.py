@@ -94,7 +94,7 @@ class Publisher:
         """End as a process does that is killed.  Idempotent."""
         self._stopping.set()
         if self._thread is not None:
-            self._thread.join(20)
+            self._thread.join(60)
             self._thread = None
         self._pub.close(linger=0)
         self._context.destroy(linger=0)

@@ -27,7 +27,8 @@ from umbp_connectors.reporting.zmq_sockets import EngineStream, StreamSettings
 from umbp_core.errors import ConfigError
 
 DEADLINE = 60.0
-QUICK = Patience(grace=0.3, idle=0.3, replay=0.5)
+QUICK = Patience(grace=0.3, idle=0.3, replay=10.0)
+"""For engines that answer whatever they are asked, though perhaps late."""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ class Following:
         self.follower.stop()
         self._thread.join(DEADLINE)
         assert not self._thread.is_alive()
-        assert self.reporter.close()
+        assert self.reporter.close(DEADLINE)
 
     @property
     def stats(self) -> FollowerStats:
@@ -159,7 +160,7 @@ def test_a_gap_that_nobody_can_fill_clears_what_may_be_gone(
 @pytest.mark.parametrize("dead", [False, True], ids=["no replay", "a replay that never answers"])
 def test_without_a_replay_a_gap_clears(cleanup: ExitStack, follow: Callable[..., Following], dead: bool) -> None:
     engine = cleanup.enter_context(Publisher(answer=lambda _: None) if dead else Publisher(replays=False))
-    following = follow(engine)
+    following = follow(engine, replace(QUICK, replay=0.5))
     following.comes_to(None)
     assert eventually(lambda: bool(engine.publish(stored(1, 2)) >= 0 and following.stats.applied))
     engine.publish(removed(1), lost=True)
@@ -191,7 +192,7 @@ def test_a_long_replay_is_whole(cleanup: ExitStack, follow: Callable[..., Follow
     tokens = list(range(600))
     for number in range(10_000):
         engine.publish(stored(number) | {"token_ids": tokens})
-    following = follow(engine)
+    following = follow(engine, replace(QUICK, replay=2.0))
     following.comes_to(10_000)
     assert following.known() == {HBM: {b"%d" % number for number in range(10_000)}}
     assert (following.stats.cleared, following.stats.missed) == ({}, 0)

@@ -37,7 +37,7 @@ def _request(payload: bytes) -> bytes:
 
 
 def test_every_bound_of_a_request_is_kept(share: Share, path: Path, reader: SharedPoolReader) -> None:
-    pool, server = share(2)
+    pool, server = share(2, max_readers=16)
     welcome = talk(path, HELLO)
     for payload in (
         b"",
@@ -228,7 +228,7 @@ def test_what_keeps_a_connection_from_being_taken_is_waited_out(
     assert [record.message for record in caplog.records].count(
         "no reader of the shared pool can be taken for now: [Errno 24] Too many open files"
     ) == 1
-    server.close()
+    server.close(60)
     assert "umbp-share" not in {thread.name for thread in threading.enumerate()}
 
 

@@ -15,7 +15,7 @@ from umbp_core.ids import Identity, RankScope
 from umbp_core.ops import BlockCopy, Direction, LeaderTransferRequest, OpResult, Requirement, RequirementKind
 from umbp_core.testing.fakes import CopyCall, FakeClock, MemoryDevice, MemoryPages, MemorySlots, RecordingObserver
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds for what takes milliseconds: only a bug waits for it."""
 
 

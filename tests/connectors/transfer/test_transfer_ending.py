@@ -15,7 +15,7 @@ from umbp_core.testing.fakes import FakeClock
 
 Rig = Any
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 def ssd_load(rig: Rig, op_id: str = "load", hbm: int = 1, slot: int = 4, timeout_s: float = 30.0) -> Any:
@@ -272,8 +272,11 @@ def test_the_forward_thread_is_never_held_up(rig: Rig) -> None:
 
 
 class TestClose:
-    def test_of_an_idle_engine_ends_its_threads(self, rig: Rig) -> None:
-        mine = {t for t in threading.enumerate() if t.name.startswith("umbp-")}
+    def test_of_an_idle_engine_ends_its_threads(self, make_rig: Any) -> None:
+        rig = make_rig(start=False)
+        others = set(threading.enumerate())
+        rig.engine.start()
+        mine = {t for t in set(threading.enumerate()) - others if t.name.startswith("umbp-")}
         rig.run(store(rig, "op"))
         assert mine
         assert rig.engine.close(PATIENCE)

@@ -271,5 +271,5 @@ class TestLog:
         gate.wait_until_held()
         rig.engine.cancel(["load"])
         gate.open()
-        assert rig.engine.close(20.0)
+        assert rig.engine.close(60.0)
         assert caplog.records == []

@@ -8,7 +8,7 @@ import pytest
 
 from umbp_connectors.transfer.lanes import Lanes
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 @pytest.mark.filterwarnings("error")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import msgspec
@@ -16,7 +17,7 @@ Rig = Any
 
 PAGES = range(20, 26)
 BANDS = MemoryDevice.BANDS
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 def blocks_of(rig: Rig) -> list[BlockCopy]:
@@ -56,6 +57,27 @@ def test_a_layer_is_there_when_it_is_said_to_be_and_later_ones_are_not_awaited(r
     assert all(all(bands_there(rig, hbm)[:held]) for hbm in range(len(PAGES)))
     assert not rig.engine.wait_layers(["load"], held + 1, 0.0)
     gate.open()
+    assert rig.results("load")[0].status is OpStatus.DONE
+
+
+def test_a_thread_that_tells_late_how_far_it_came_takes_no_layer_back(
+    make_host_rig: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two threads that copy, one is held before it says that the first layers are there; the other goes on."""
+    rig = make_host_rig()
+    earlier = itertools.count()
+    late = rig.gate(lambda _, bands: bands == 1 and not next(earlier))
+    delivered = rig.engine.delivered
+    monkeypatch.setattr(rig.engine, "delivered", lambda op_id, bands: (late(op_id, bands), delivered(op_id, bands))[1])
+    last = rig.hold_copies(lambda call: call.band == BANDS - 1)
+    submit(rig, layerwise(rig, blocks_of(rig)))
+    late.wait_until_held()
+    last.wait_until_held()
+    assert rig.engine.wait_layers(["load"], BANDS - 1, PATIENCE)
+    late.open()
+    last.wait_until_held()
+    assert rig.engine.wait_layers(["load"], BANDS - 1, 0.0)
+    last.open()
     assert rig.results("load")[0].status is OpStatus.DONE
 
 

@@ -17,7 +17,7 @@ from umbp_core.testing.fakes import MemoryDevice
 
 PAGE = 256 * 1024
 OBJECT = PAGE - 1000
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 @pytest.fixture

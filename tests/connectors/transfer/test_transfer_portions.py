@@ -84,7 +84,7 @@ def test_a_load_that_lost_its_op_stops_verifying(rig: Rig, monkeypatch: pytest.M
     commit = rig.engine.commit
     monkeypatch.setattr(rig.engine, "commit", lambda op_id: (rig.engine.cancel([op_id]), commit(op_id))[1])
     (result,) = rig.run(rig.op("load", Direction.LOAD, blocks_of(rig)))
-    assert rig.engine.close(20.0)
+    assert rig.engine.close(60.0)
     assert (result.status, rig.device.calls) == (OpStatus.CANCELLED, [])
     assert len(verified) <= 2, "one per thread"
     assert rig.engine.take_released() == ["load"]
@@ -104,7 +104,7 @@ def test_nothing_is_delivered_while_a_read_may_still_hang(rig: Rig) -> None:
     (result,) = rig.engine.poll()
     assert (result.status, result.quarantined) == (OpStatus.CANCELLED, True)
     gate.open()
-    assert rig.engine.close(20.0)
+    assert rig.engine.close(60.0)
     assert [rig.hbm(hbm) for hbm in range(len(PAGES))] == before
 
 

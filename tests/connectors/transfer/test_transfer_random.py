@@ -142,7 +142,7 @@ def test_contents_follow_a_plain_model(make_rig: Callable[..., Any], steps: list
     story = Story(rig)
     for kind, what, faulty in steps:
         story.step(kind, what, faulty)
-    assert rig.engine.close(20.0)
+    assert rig.engine.close(60.0)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -184,8 +184,8 @@ def test_everything_at_once_ends_exactly_once(make_rig: Callable[..., Any], seed
             iteration += 1
             results += rig.engine.poll()
     rig.engine.end_iteration(iteration + 1, "last")
-    assert rig.engine.wait(submitted, 20.0)
-    assert rig.engine.close(20.0)
+    assert rig.engine.wait(submitted, 60.0)
+    assert rig.engine.close(60.0)
     results += rig.engine.poll()
     assert sorted(result.op_id for result in results) == sorted(submitted)
     assert sorted(rig.engine.take_released()) == sorted(result.op_id for result in results if result.quarantined)

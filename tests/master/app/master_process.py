@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[3]
 DEADLINE = 60.0
 """Seconds for anything that a process does; it takes far less on an idle machine."""
-CALL = 20.0
+CALL = 60.0
 
 UMBP = "from umbp_connectors.cli import main; main()"
 POSITIONAL = "from umbp_connectors.cli_master import main; main()"

@@ -71,7 +71,8 @@ def in_process(*arguments: str, **variables: str) -> tuple[int, str, str]:
 
 
 def asked(*arguments: str, **variables: str) -> str:
-    code, out, err = in_process(*arguments, **variables)
+    command, *rest = arguments
+    code, out, err = in_process(command, "--timeout", str(CALL), *rest, **variables)
     assert (code, err) == (0, "")
     return out
 
@@ -200,8 +201,8 @@ def test_top_waits_for_a_master_that_went_away(tmp_path: Path) -> None:
     with MasterProcess(tmp_path) as master:
         watcher = subprocess.Popen(
             [
-                *(sys.executable, "-c", UMBP, "top", "--json", "--interval", "0.1", "--looks", "300"),
-                *("--timeout", "1", "--master", f"umbp://{master.doors['native']}"),
+                *(sys.executable, "-c", UMBP, "top", "--json", "--interval", "0.1", "--looks", "100000"),
+                *("--timeout", str(CALL), "--master", f"umbp://{master.doors['native']}"),
             ],
             env=environment(tmp_path),
             stdout=subprocess.PIPE,

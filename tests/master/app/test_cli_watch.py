@@ -41,7 +41,8 @@ class Watching:
 
 @contextmanager
 def watching(folder: Path, master: MasterProcess, *arguments: str) -> Iterator[Watching]:
-    with running_umbp(folder, "watch", "--master", f"umbp://{master.doors['native']}", *arguments) as process:
+    door = f"umbp://{master.doors['native']}"
+    with running_umbp(folder, "watch", "--master", door, "--timeout", str(CALL), *arguments) as process:
         yield Watching(process)
 
 
@@ -119,7 +120,7 @@ def test_lines_for_people(tmp_path: Path, master: MasterProcess) -> None:
 def test_a_restarted_master_is_waited_for_and_said(tmp_path: Path) -> None:
     with MasterProcess(tmp_path, "--state-dir=none") as first:
         door = first.doors["native"]
-        with watching(tmp_path, first, "--json", "--timeout", "2") as watch:
+        with watching(tmp_path, first, "--json") as watch:
             _, following = watch.events("connected", "following")
             assert first.end() == 0
             (away,) = watch.events("away")

@@ -18,6 +18,7 @@ from umbp_connectors.prompt_hashes.tags import hasher_of
 from umbp_core.master.model import Registration
 from umbp_core.tiers import Tier
 
+WHY = ("why", "--timeout", str(CALL))
 BLOCK = 4
 TAGS = {"engine": "vllm", "block": str(BLOCK), "hash": "sha256", "hash_form": "int64", "hash_start": "default"}
 PROMPT = "0123456789abcdef!"
@@ -103,7 +104,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def values(master: str, engine: str, file: Path, *arguments: str) -> dict[str, Any]:
-    command = ("why", "--json", "--prompt-file", str(file), "--engine", engine, "--master", master)
+    command = (*WHY, "--json", "--prompt-file", str(file), "--engine", engine, "--master", master)
     code, out, err = in_process(*command, *arguments)
     assert (code, err) == (0, "")
     return dict(json.loads(out))
@@ -125,7 +126,7 @@ def test_each_block_with_where_it_is_and_why(master: str, engine: str, file: Pat
 
 
 def test_for_people(master: str, engine: str, file: Path) -> None:
-    command = ("why", "--prompt-file", str(file), "--engine", engine, "--master", master)
+    command = (*WHY, "--prompt-file", str(file), "--engine", engine, "--master", master)
     code, out, err = in_process(*command)
     assert (code, err) == (0, "")
     lines = out.splitlines()
@@ -217,7 +218,7 @@ def test_what_cannot_be_answered_says_why(
 
 
 def test_the_key_of_the_environment_is_shown(master: str, engine: str, file: Path) -> None:
-    command = ("why", "--json", "--prompt-file", str(file), "--engine", engine, "--master", master)
+    command = (*WHY, "--json", "--prompt-file", str(file), "--engine", engine, "--master", master)
     code, out, _ = in_process(*command, OPENAI_API_KEY="right")
     assert (code, json.loads(out)["reused_tokens"]) == (0, 8)
     code, _, err = in_process(*command, OPENAI_API_KEY="wrong")

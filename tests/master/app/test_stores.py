@@ -3,7 +3,7 @@
 import logging
 import sqlite3
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import fakeredis
@@ -12,6 +12,7 @@ import redis
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from tests.connectors.waiting import until
 from umbp_connectors.master import stores
 from umbp_connectors.master.redis_store import RedisBackend, redis_backend
 from umbp_connectors.master.settings import MasterConfig, resolve
@@ -20,7 +21,15 @@ from umbp_connectors.master.stores import NoStore, StoreUnavailable, WriteBehind
 from umbp_core.errors import ConfigError
 from umbp_core.master.model import ClientRecord, TierCapacity
 
-DEADLINE = 20.0
+DEADLINE = 60.0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def patient_end() -> Iterator[None]:
+    """Two seconds are enough for the words of a master, and may not be for a test's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stores, "CLOSE_SECONDS", DEADLINE)
+        yield
 
 
 def record(node_id: str = "n1", peer_address: str = "10.0.0.1:17000") -> ClientRecord:
@@ -278,6 +287,32 @@ def test_a_store_that_is_not_required_may_be_away_at_the_start(caplog: pytest.Lo
     assert store.flush(DEADLINE)
     assert set(backend.table) == {"n1"}
     store.close()
+
+
+def test_a_store_that_comes_back_while_the_master_ends_gets_the_last_words() -> None:
+    """Also those of a write that began before, and failed."""
+    backend = PlayedBackend()
+    store = WriteBehindStore(backend)
+    store.load()
+    backend.gate.clear()
+    write = backend.write
+
+    def fail_once(words: Mapping[str, bytes | None]) -> None:
+        backend.write = write  # type: ignore[method-assign]
+        backend.entered.set()
+        assert backend.gate.wait(DEADLINE)
+        raise StoreUnavailable("the played store was away")
+
+    backend.write = fail_once  # type: ignore[method-assign]
+    store.save(record())
+    assert backend.entered.wait(DEADLINE)
+    ending = threading.Thread(target=store.close)
+    ending.start()
+    until(lambda: store._closing)
+    backend.gate.set()
+    ending.join(DEADLINE)
+    assert set(backend.table) == {"n1"}
+    assert backend.closed
 
 
 def test_no_store_keeps_nothing() -> None:

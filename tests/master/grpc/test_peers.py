@@ -52,7 +52,7 @@ class Peer:
 
 def test_a_node_is_asked_for_its_blocks() -> None:
     async def scenario() -> list[list[bytes]]:
-        evictions = PeerEvictions()
+        evictions = PeerEvictions(deadline=DEADLINE)
         async with Peer() as peer:
             await evictions.send(peer.order(b"a", b"b"))
             await evictions.send(peer.order(b"c"))
@@ -69,7 +69,7 @@ def test_many_keys_are_asked_for_in_calls_that_a_peer_accepts(monkeypatch: pytes
     keys = (b"x" * 6, b"y" * 4, b"z", b"l" * 30, b"m")
 
     async def scenario() -> list[list[bytes]]:
-        evictions = PeerEvictions()
+        evictions = PeerEvictions(deadline=DEADLINE)
         async with Peer() as peer:
             await evictions.send(peer.order(*keys))
             await evictions.close()
@@ -83,7 +83,7 @@ def test_a_node_without_an_address_or_an_answer_is_left_alone(caplog: pytest.Log
         return b"\xff"
 
     async def scenario() -> None:
-        evictions = PeerEvictions(deadline=2.0)
+        evictions = PeerEvictions(deadline=DEADLINE)
         await evictions.send(EvictionOrder("homeless", "", (b"a",), 1))
         await evictions.send(EvictionOrder("gone", "127.0.0.1:1", (b"a",), 1))
         async with Peer(nonsense) as peer:
@@ -150,7 +150,7 @@ def test_connections_are_kept_and_bounded(monkeypatch: pytest.MonkeyPatch) -> No
         return connect(target, options)
 
     async def scenario() -> list[int]:
-        evictions = PeerEvictions()
+        evictions = PeerEvictions(deadline=DEADLINE)
         async with Peer() as first, Peer() as second, Peer() as third:
             monkeypatch.setattr(grpc.aio, "insecure_channel", counted)
             for turn in (first, second, first, third, first, second):

@@ -5,6 +5,8 @@ import random
 import socket
 import threading
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import grpc
 import pytest
@@ -19,6 +21,7 @@ from umbp_core.errors import ConfigError, MasterUnavailable
 from umbp_core.master.model import MasterSettings
 from umbp_core.master.state import MasterState
 
+T = TypeVar("T")
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
@@ -43,8 +46,10 @@ def test_health_says_when_the_master_stops() -> None:
     with RunningMaster() as master, grpc.insecure_channel(master.target) as channel:
         seen = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=DEADLINE)
         assert next(seen).status == SERVING
-        master.run(master.door.stop(0.5))
+        stopping = master.begin(master.door.stop(DEADLINE))
         assert next(seen).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        seen.cancel()
+        stopping.result(DEADLINE)
 
 
 def test_reflection_describes_every_service(master: RunningMaster) -> None:
@@ -148,20 +153,21 @@ def test_calls_at_once_are_bounded_and_those_refused_may_come_again(monkeypatch:
     with RunningMaster() as master:
         entered, go_on = reports_wait(master, monkeypatch)
         transport = master.transport()
-        thread = threading.Thread(target=lambda: transport.report("n", [b"h"], 1, DEADLINE))
+        thread = threading.Thread(target=taken, args=(lambda: transport.report("n", [b"h"], 1, DEADLINE),))
         thread.start()
         assert entered.wait(DEADLINE)
         with pytest.raises(MasterUnavailable, match="limit"):
             transport.lookup([b"k"], DEADLINE)
         master.tell(go_on.set)
         thread.join(DEADLINE)
-        # gRPC counts a call down some time after its answer is here.
-        wait_until = time.monotonic() + DEADLINE
-        while time.monotonic() < wait_until:
-            try:
-                assert transport.lookup([b"k"], DEADLINE) == [False]
-                break
-            except MasterUnavailable:
-                continue
-        else:
-            pytest.fail("no call is taken any more")
+        assert taken(lambda: transport.lookup([b"k"], DEADLINE)) == [False]
+
+
+def taken(call: Callable[[], T]) -> T:
+    """The answer to ``call``; gRPC counts a call before it down some time after its answer was here."""
+    end = time.monotonic() + DEADLINE
+    while True:
+        try:
+            return call()
+        except MasterUnavailable:
+            assert time.monotonic() < end, "no call is taken any more"

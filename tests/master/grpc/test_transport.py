@@ -128,6 +128,21 @@ def test_nobody_there_is_unavailable() -> None:
     transport.close()
 
 
+def test_connecting_leaves_no_thread_behind(master: RunningMaster) -> None:
+    """A thread that watches the connection would fall over its being closed at once."""
+    master.transport()
+    before = set(threading.enumerate())
+    transport = master.transport()
+    assert set(threading.enumerate()) <= before
+    transport.close()
+
+
+def test_a_connection_stands_also_where_nobody_tells_of_health() -> None:
+    """The original has no such service."""
+    with OddMaster(lambda _: pb.BatchLookupResponse(found=[True]).SerializeToString()) as transport:
+        assert transport.lookup([b"a"], DEADLINE) == [True]
+
+
 # --- A master that misbehaves.
 
 

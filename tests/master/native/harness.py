@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from umbp_core.master.state import MasterState
 from umbp_core.wire.frames import FrameType, encode_frame
 
 T = TypeVar("T")
-DEADLINE = 20.0
+DEADLINE = 60.0
 """Seconds after which a test has failed."""
 HBM, DRAM, SSD = 1, 2, 3
 INCARNATION = 77
@@ -79,9 +80,13 @@ class Master:
         self.service = MasterService(self.state, clock=lambda: self.now, store=NoStore(), observer=self.observer)
         self.servers: list[NativeServer] = []
 
+    def begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Do ``work`` on the master's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of ``work``, done on the master's loop."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(DEADLINE)
+        return self.begin(work).result(DEADLINE)
 
     def serve(self, path: Path | None = None, **options: Any) -> tuple[NativeServer, int]:
         """A door at ``path``, or at a port of this machine."""

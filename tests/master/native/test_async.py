@@ -95,6 +95,7 @@ def test_one_call_that_is_late_is_given_up_alone(tmp_path: Path) -> None:
 
     async def work(address: str) -> None:
         client = NativeAsyncClient(address)
+        await client.open(DEADLINE)
         late, second, third = await outcomes(
             client.lookup([b"k"], SHORT), client.lookup([b"k"], DEADLINE), client.lookup([b"k"], DEADLINE)
         )
@@ -192,16 +193,20 @@ def test_requests_wait_for_room_until_their_time_is_up(tmp_path: Path) -> None:
         end.until_closed()
 
     async def work(address: str) -> None:
+        loop, ahead = asyncio.get_running_loop(), 0.0
+        clock = loop.time
+        loop.time = lambda: clock() + ahead  # type: ignore[method-assign]
         client = NativeAsyncClient(address, pending=2)
         await client.open(DEADLINE)
         stays = asyncio.ensure_future(client.lookup([b"k"], DEADLINE))
-        goes = asyncio.ensure_future(client.lookup([b"k"], 4 * SHORT))
+        goes = asyncio.ensure_future(client.lookup([b"k"], DEADLINE / 2))
         await asyncio.sleep(0)
         with pytest.raises(MasterUnavailable, match="no answer in time"):
             await client.lookup([b"k"], SHORT)
         assert not goes.done()
         gets_its_room = asyncio.ensure_future(client.lookup([b"k"], DEADLINE))
         waits = asyncio.ensure_future(client.lookup([b"k"], DEADLINE))
+        ahead = DEADLINE / 2
         with pytest.raises(MasterUnavailable, match="no answer in time"):
             await goes
         client.close()
@@ -254,8 +259,7 @@ def test_who_waits_for_room_no_more_takes_nobodys_turn(tmp_path: Path) -> None:
 
 
 def test_nobody_is_there_and_nobody_greets(tmp_path: Path) -> None:
-    def deaf(end: RawServerEnd) -> None:
-        end.until_closed()
+    """Of who does not greet, the system has taken the connection."""
 
     async def work(address: str, timeout: float) -> None:
         client = NativeAsyncClient(address)
@@ -266,7 +270,7 @@ def test_nobody_is_there_and_nobody_greets(tmp_path: Path) -> None:
             await client.lookup([b"k"], timeout)
 
     run(work(str(tmp_path / "nothing"), DEADLINE))
-    with FakeMaster(tmp_path / "s", deaf) as fake:
+    with FakeMaster(tmp_path / "s") as fake:
         run(work(fake.address, SHORT))
 
 

@@ -12,8 +12,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.connectors.waiting import until
+from tests.master.client.fake_network import FakeClock
 from tests.master.native.harness import DEADLINE, DRAM, INCARNATION, Master, RawClient, client, hashes_of
 from umbp_connectors.client.native_async import NativeAsyncClient
+from umbp_connectors.master import native_connection, native_server
 from umbp_connectors.master.native_limits import NativeLimits
 from umbp_connectors.master.native_server import NativeServer
 from umbp_core.errors import ConfigError, MasterUnavailable
@@ -74,26 +77,38 @@ def test_who_drips_a_frame_is_let_go(running: Master, tmp_path: Path) -> None:
         thread.join(DEADLINE)
 
 
-def test_who_is_idle_is_let_go_but_not_who_watches(running: Master, tmp_path: Path) -> None:
-    path = door(running, tmp_path, idle_timeout=0.05, watch_interval=0.03)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    """The one that the doors look at."""
+    made = FakeClock()
+    monkeypatch.setattr(native_server, "monotonic", made)
+    monkeypatch.setattr(native_connection, "monotonic", made)
+    return made
+
+
+def test_who_is_idle_is_let_go_but_not_who_watches(running: Master, tmp_path: Path, clock: FakeClock) -> None:
+    path = door(running, tmp_path, idle_timeout=5.0, watch_interval=0.03)
     with RawClient(path) as idle, RawClient(path) as watching:
+        idle.greet()
         watching.greet()
         watching.request(WATCH, INCARNATION, 0)
-        idle.greet()
+        assert watching.receive()[0] == FrameType.EVENT
+        clock.now += 5.1
         assert "was idle" in let_go(idle)
         for _ in range(5):
             assert watching.receive()[0] == FrameType.EVENT
 
 
 def test_a_client_comes_back_by_itself_after_it_was_idle(
-    running: Master, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    running: Master, tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("umbp_connectors.client.native_blocking._FRESH", 0.0)
-    path = door(running, tmp_path, idle_timeout=0.05)
-    with client(path) as it, RawClient(path) as witness:
+    path = door(running, tmp_path, idle_timeout=5.0)
+    with client(path) as it:
         it.open(DEADLINE)
-        witness.greet()
-        assert "was idle" in let_go(witness)  # and so was the client, which came before
+        assert running.servers[0].connections == 1
+        clock.now += 5.1
+        until(lambda: running.servers[0].connections == 0)
         assert it.list_nodes(DEADLINE) == []
 
 
@@ -136,8 +151,9 @@ def test_a_stop_answers_what_is_under_way_and_lets_go_of_the_rest(running: Maste
         received: list[object] = []
         thread = threading.Thread(target=lambda: received.append(busy.receive()[:2]))
         thread.start()
+        stopping = running.begin(stopped_when_busy(server))
         busy.send(frame)
-        running.run(stopped_when_busy(server))
+        stopping.result(DEADLINE)
         thread.join(DEADLINE)
         assert received == [(FrameType.REPLY, 9)]
         assert busy.at_end()

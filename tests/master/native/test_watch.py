@@ -333,9 +333,10 @@ def test_a_watch_ends_with_what_was_wrong(tmp_path: Path, data: bytes, kind: typ
 
 @pytest.mark.parametrize("greets", [True, False])
 def test_a_watch_of_a_master_that_is_silent_ends(tmp_path: Path, greets: bool) -> None:
-    def script(end: RawServerEnd) -> None:
-        if greets:
-            end.welcome()
+    """Of one that does not greet, the system has taken the connection."""
+
+    def greets_and_is_silent(end: RawServerEnd) -> None:
+        end.welcome()
         end.until_closed()
 
     async def watch(address: str) -> None:
@@ -343,5 +344,5 @@ def test_a_watch_of_a_master_that_is_silent_ends(tmp_path: Path, greets: bool) -
         with pytest.raises(MasterUnavailable, match="no answer in time"):
             await anext(pages)
 
-    with FakeMaster(tmp_path / "s", script) as fake:
+    with FakeMaster(tmp_path / "s", *[greets_and_is_silent] * greets) as fake:
         asyncio.run(asyncio.wait_for(watch(fake.address), DEADLINE))

@@ -27,7 +27,7 @@ from umbp_core.tiers import Tier
 
 HBM, DRAM = Tier.HBM, Tier.DRAM
 A, B, C = b"a", b"b", b"c"
-PATIENCE = 10.0
+PATIENCE = 60.0
 T = TypeVar("T")
 QUICK = MasterSettings(heartbeat_ttl=0.1, max_missed_heartbeats=3, reaper_interval=0.001)
 """Nodes expire after 0.3 s of the test's clock, which is looked at every millisecond of the real one."""

@@ -10,6 +10,9 @@ from sglang.srt.plugins import load_plugins
 
 from tests.sglang.kit.proxies import PageId
 from tests.sglang.kit.rig import FILE, UMBP, Backend, Engine, Setup
+from tests.sglang.store.conftest import patient_lookups
+
+__all__ = ["patient_lookups"]
 
 
 class World:

@@ -40,7 +40,7 @@ from tests.sglang.kit import content, rust_core
 from tests.sglang.kit.content import POOL_OF, Prompt, Share
 from tests.sglang.kit.proxies import Ledger, PageId
 
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 IO_OF = {"page_first_direct": "direct"}
 
 
@@ -57,7 +57,13 @@ class Backend:
 
 
 def _umbp(folder: Path) -> dict[str, Any]:
-    return {"dram_capacity": "16MiB", "ssd_dir": str(folder), "ssd_capacity": "64MiB", "dram_prefault": False}
+    return {
+        "dram_capacity": "16MiB",
+        "ssd_dir": str(folder),
+        "ssd_capacity": "64MiB",
+        "dram_prefault": False,
+        "call_timeout_ms": 60_000,
+    }
 
 
 FILE = Backend("file", lambda folder: {"file_storage_path": str(folder)})

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from tests.connectors.waiting import until
 from tests.sglang.kit.conftest import World
 from tests.sglang.kit.rig import FILE, UMBP, Backend, Setup
 from tests.sglang.kit.shapes import FULL, SWA, prompt_of
@@ -86,7 +87,7 @@ def test_no_thread_is_left(world: World, backend: Backend) -> None:
     engine.compute(prompt)
     engine.offload(prompt)
     assert engine.detach()[0]
-    assert {thread.name for thread in set(threading.enumerate()) - before} == set()
+    until(lambda: not set(threading.enumerate()) - before)
 
 
 def test_backends_can_be_exchanged(world: World, backend: Backend) -> None:

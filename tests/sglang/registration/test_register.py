@@ -73,11 +73,11 @@ def test_the_name_and_its_hooks_are_registered_once(caplog: pytest.LogCaptureFix
 
 def test_it_takes_no_time_where_sglang_is_loaded() -> None:
     times = []
-    for _ in range(3):
+    for _ in range(5):
         HookRegistry._hooks.clear()
-        begin = time.perf_counter()
+        begin = time.thread_time()  # not the clock's: others may have the processor meanwhile
         umbp_sglang.register()
-        times.append(time.perf_counter() - begin)
+        times.append(time.thread_time() - begin)
     assert len(hooks()) == len(TARGETS)
     assert min(times) < 0.05
 

@@ -8,13 +8,13 @@ from typing import Any, Protocol
 import pytest
 
 from tests.master.app.master_process import MasterProcess
-from tests.sglang.kit.conftest import World, plugins, world
+from tests.sglang.kit.conftest import World, patient_lookups, plugins, world
 from tests.sglang.kit.rig import UMBP, Setup
 from tests.sglang.kit.shapes import FULL
 from tests.sglang.reporting.rig import Reported, settings
 from umbp_sglang.reporting_hooks import EVENTS
 
-__all__ = ["plugins", "world"]
+__all__ = ["patient_lookups", "plugins", "world"]
 
 
 class Start(Protocol):

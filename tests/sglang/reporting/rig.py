@@ -25,7 +25,7 @@ from umbp_connectors.prompt_hashes.sglang import SGLangHasher
 from umbp_core.tiers import Tier
 from umbp_sglang.reporting import NodeReporting
 
-FLUSH = 30.0
+FLUSH = 60.0
 NODE = "node of the kit"
 
 

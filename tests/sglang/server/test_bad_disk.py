@@ -22,7 +22,7 @@ PLUGIN = Path(__file__).parent / "bad_disk"
 WHOLE = PAGES * PAGE_TOKENS
 QUESTIONS = prompts(0, 4)
 CALL_TIMEOUT_MS = 500
-PATIENCE_S = 40
+PATIENCE_S = 60
 """A request's time at the worst: some calls of half a second, not one that waits for the disk."""
 
 
@@ -49,7 +49,7 @@ class BadDiskServer:
             found.append(answer.storage)
         return found
 
-    def ask_until_found(self, timeout: float = 60.0) -> list[int]:
+    def ask_until_found(self, timeout: float = 120.0) -> list[int]:
         """Ask until everything comes from the storage again, as it must when the disk is well."""
         deadline = time.monotonic() + timeout
         while (found := self.ask()) != [WHOLE] * len(QUESTIONS) and time.monotonic() < deadline:

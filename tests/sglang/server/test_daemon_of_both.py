@@ -67,7 +67,7 @@ class Vllm:
     def close(self) -> None:
         """End it."""
         self._process.kill()
-        self._process.communicate(timeout=60)
+        self._process.communicate(timeout=120)
 
 
 class Load:
@@ -118,7 +118,7 @@ def test_both_engines_on_one_daemon_that_is_killed_and_started_again_under_load(
     with contextlib.ExitStack() as ending:
         first = daemon(socket, "--dram-capacity", "64MiB")
         ending.callback(first.kill)
-        vllm = Vllm(model, {**ours, "dram_prefault": False, "lookup_timeout_ms": 5000})
+        vllm = Vllm(model, {**ours, "dram_prefault": False, "lookup_timeout_ms": 60_000})
         ending.callback(vllm.close)
         sglang = ending.enter_context(server(model, tmp_path, *extra_config(**ours)))
         right = {"vllm": vllm.ask()[0], "sglang": _asked(sglang)[0]}

@@ -37,9 +37,9 @@ WHOLE = PAGES * PAGE_TOKENS
 FULL = 320
 """Tokens in the full blocks of a prompt of 340, for pages of 64 and for blocks of 32."""
 MORE = 40
-FLAGS = ("--tokenize-timeout", "20", "--match-timeout", "5", "--refresh-interval", "0.5")
-CALL = 5.0
-SOON = 20.0
+FLAGS = ("--tokenize-timeout", "60", "--match-timeout", "30", "--refresh-interval", "0.5")
+CALL = 60.0
+SOON = 60.0
 LONG = prompt(WHOLE + 10, seed=1)
 EXACT = prompt(WHOLE, seed=2)
 BRANCH = LONG[: 7 * PAGE_TOKENS] + prompt(300, seed=3)
@@ -128,7 +128,7 @@ class Cluster:
         """What ``umbp why`` says, then what the engine does."""
         file = self.folder / "prompt.json"
         file.write_text(json.dumps(tokens))
-        command = ("why", "--json", "--prompt-file", str(file), "--engine", url(worker), "--timeout", "20")
+        command = ("why", "--json", "--prompt-file", str(file), "--engine", url(worker), "--timeout", "60")
         code, out, err = in_process(*command, "--master", self.master.address)
         assert (code, err) == (0, "")
         self.scene.why[stage] = Foretold(json.loads(out), worker.complete(tokens, max_tokens=2))

@@ -63,7 +63,7 @@ def foretold(running: SglangServer, master: MasterProcess, folder: Path, prompt:
     file.write_text(json.dumps(prompt))
     command = ("why", "--json", "--prompt-file", str(file), "--engine", f"http://127.0.0.1:{running.port}")
     address = f"umbp://{master.doors['native']}"
-    code, out, err = in_process(*command, "--timeout", "20", "--master", address)
+    code, out, err = in_process(*command, "--timeout", "60", "--master", address)
     assert (code, err) == (0, "")
     return dict(json.loads(out))
 

@@ -18,7 +18,7 @@ from umbp_connectors.prompt_hashes.hasher import Namespace, PromptHasher
 from umbp_core.tiers import Tier
 
 PLUGIN = Path(__file__).parent / "truth"
-PATIENCE = 90.0
+PATIENCE = 200.0
 
 
 @dataclass(frozen=True)

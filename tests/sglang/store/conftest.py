@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from sglang.srt.plugins import load_plugins
 
+from tests.connectors.waiting import PATIENCE
 from tests.sglang.store.faults import FakeClock, Faults
+from umbp_connectors.daemon import client
+from umbp_sglang import siblings
 from umbp_sglang.store import UMBPStore
 
 
@@ -17,6 +20,13 @@ from umbp_sglang.store import UMBPStore
 def plugins() -> None:
     """The tests' plug-in for a machine without a GPU makes host pools possible."""
     load_plugins()
+
+
+@pytest.fixture(autouse=True)
+def patient_lookups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lookup at a sibling or a daemon is no miss because the machine is slow."""
+    monkeypatch.setattr(siblings, "_LOOKUP_S", PATIENCE)
+    monkeypatch.setattr(client, "_LOOKUP_S", PATIENCE)
 
 
 class Stores:

@@ -20,6 +20,9 @@ PAGES = 24
 LAYOUTS = ("page_first", "page_first_direct", "page_head", "layer_first")
 MLA_LAYOUTS = ("page_first", "page_first_direct", "layer_first")
 
+PATIENCE_MS = 60_000
+"""What a call may take on a slow machine."""
+
 _hashes = itertools.count(1)
 
 
@@ -139,7 +142,7 @@ def storage_config(
     dcp: tuple[int, int] = (0, 1),
     dp_rank: int = 0,
 ) -> HiCacheStorageConfig:
-    """What SGLang's controller tells a backend; small tiers and short deadlines unless ``extra`` says otherwise."""
+    """What SGLang's controller tells a backend; small tiers and much time unless ``extra`` says otherwise."""
     return HiCacheStorageConfig(
         tp_rank=tp[0],
         tp_size=tp[1],
@@ -157,7 +160,7 @@ def storage_config(
         dcp_rank=dcp[0],
         dcp_size=dcp[1],
         logical_page_size=PAGE * dcp[1],
-        extra_config={"dram_capacity": "4MiB", "dram_prefault": False, **(extra or {})},
+        extra_config={"dram_capacity": "4MiB", "dram_prefault": False, "call_timeout_ms": PATIENCE_MS, **(extra or {})},
     )
 
 

@@ -16,6 +16,8 @@ PAGE_TOKENS = 64
 PAGES = 8
 NEVER_S = 1000.0
 ROUNDS = 20
+ATTEMPTS = 10
+"""Nothing else may be busy in one of them."""
 BEATS = 160
 """In so many calls another thread runs at least so often: twice what it does where it waits for locks only.
 
@@ -60,11 +62,15 @@ def test_the_gil_is_free_while_bytes_move(stores: Stores) -> None:
     store = stores(storage_config(extra={"dram_capacity": "256MiB"}), pool)
     indices = rows(*range(PAGES * PAGE_TOKENS // PAGE))
     keys = hashes(PAGES)
-    puts = gets = 0
-    for _ in range(ROUNDS):
-        store.clear()
-        puts += beats_during(lambda: store.batch_set_v1(keys, indices))
-        gets += beats_during(lambda: store.batch_get_v1(keys, indices))
-        if min(puts, gets) >= BEATS:
-            break
-    assert min(puts, gets) >= BEATS
+
+    def is_free() -> bool:
+        puts = gets = 0
+        for _ in range(ROUNDS):
+            store.clear()
+            puts += beats_during(lambda: store.batch_set_v1(keys, indices))
+            gets += beats_during(lambda: store.batch_get_v1(keys, indices))
+            if min(puts, gets) >= BEATS:
+                return True
+        return False
+
+    assert any(is_free() for _ in range(ATTEMPTS))

@@ -14,7 +14,18 @@ from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from tests.connectors.daemon.conftest import Daemon
 from tests.connectors.waiting import until
 from tests.sglang.store.conftest import Stores
-from tests.sglang.store.pools import KINDS, contents, hashes, mha_pool, mla_pool, pool_of, rows, storage_config, wipe
+from tests.sglang.store.pools import (
+    KINDS,
+    PATIENCE_MS,
+    contents,
+    hashes,
+    mha_pool,
+    mla_pool,
+    pool_of,
+    rows,
+    storage_config,
+    wipe,
+)
 from umbp_core.tiers import Tier
 
 Start = Callable[..., Daemon]
@@ -38,7 +49,11 @@ def config(tmp_path: Path) -> Callable[..., Any]:
     """SGLang's word to a backend that shall use the daemon."""
 
     def config(**options: Any) -> Any:
-        extra = {"mode": "daemon", "daemon_socket": str(tmp_path / "run" / "daemon.sock"), "call_timeout_ms": 30_000}
+        extra = {
+            "mode": "daemon",
+            "daemon_socket": str(tmp_path / "run" / "daemon.sock"),
+            "call_timeout_ms": PATIENCE_MS,
+        }
         return storage_config(extra=extra | options.pop("extra", {}), **options)
 
     return config
@@ -111,7 +126,7 @@ def test_a_restart_of_the_daemon_costs_hits_and_ssd_brings_them_back(
     ssd = {"ssd_dir": tmp_path / "ssd", "ssd_capacity": 32 << 20}
     first = start(**ssd)
     pool = mha_pool()
-    store = stores(config(extra={"call_timeout_ms": 2000}), pool)
+    store = stores(config(), pool)
     keys, want = hashes(5), contents(pool, range(5))
     assert store.batch_set_v1(keys, rows(*range(5))) == [True] * 5
     first.close()

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
 
+from tests.connectors.waiting import PATIENCE
 from tests.sglang.store.conftest import Stores
 from tests.sglang.store.faults import FakeClock, Faults
-from tests.sglang.store.pools import contents, hashes, mha_pool, rows, storage_config
+from tests.sglang.store.pools import PATIENCE_MS, contents, hashes, mha_pool, rows, storage_config
 from umbp_core.errors import ConfigError, TransferError
 from umbp_sglang.store import UMBPStore
 
@@ -85,7 +86,7 @@ def test_a_question_has_one_deadline_for_all_its_parts(stores: Stores, faults: F
     assert store.batch_exists_v2(keys, asked).kv_hit_pages == 200
     given = [each for each in faults.patience if each is not None]
     assert len(given) == len(faults.patience) >= 4, "the chain in parts, and both pools"
-    assert 3.0 >= given[0] > given[-1] > 0
+    assert PATIENCE_MS / 1000 >= given[0] > given[-1] > 0
     assert given == sorted(given, reverse=True)
 
 
@@ -168,7 +169,7 @@ def test_all_threads_of_sglang_at_once(stores: Stores) -> None:
         store.clear()
         store.get_stats()
     for thread in threads:
-        thread.join(30)
+        thread.join(PATIENCE)
     assert not any(thread.is_alive() for thread in threads)
     assert wrong == []
     store.batch_set_v1(keys, rows(*range(8)))

@@ -55,10 +55,10 @@ def test_the_configured_policy_is_made() -> None:
 
 def test_the_environment_and_a_file_count_too(tmp_path: Path) -> None:
     file = tmp_path / "umbp.toml"
-    file.write_text('call_timeout_ms = 700\nnamespace = "file"\n', encoding="utf-8")
+    file.write_text('lookup_timeout_ms = 700\nnamespace = "file"\n', encoding="utf-8")
     env = {"UMBP_CONFIG": str(file), "UMBP_NAMESPACE": "environment"}
     config = read_settings(storage_config(), env).config
-    assert (config.call_timeout_ms, config.namespace) == (700, "environment")
+    assert (config.lookup_timeout_ms, config.namespace) == (700, "environment")
 
 
 FORMS = {

@@ -382,7 +382,7 @@ def test_copying_in_a_transfer_thread_starts_no_pool_of_threads() -> None:
         env={**os.environ, "OMP_NUM_THREADS": "4", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=True,
     )
     by_copier, by_one_large_copy = map(int, done.stdout.split())

@@ -174,7 +174,7 @@ def test_the_arena_is_locked_from_the_first_copy_on_and_unlocked_at_close() -> N
     assert runtime.named("register") == [], "an engine may be capturing graphs now"
     copier.gather(0, [0], [0], None)
     assert copier._pinner is not None
-    assert copier._pinner.wait(30)
+    assert copier._pinner.wait(60)
     assert copier.pinned_bytes == arena.array.nbytes
     expected = [(arena.address + start * 4096, count * 4096) for start, count in ((0, 3), (3, 3), (6, 2))]
     assert runtime.named("register") == [("register", *slice_) for slice_ in expected]
@@ -224,7 +224,7 @@ def test_pages_that_lie_apart_are_copied_one_by_one_and_locked_with_what_lies_be
     monkeypatch.setattr(torch.Tensor, "copy_", noted)
     copier.gather(0, list(range(BLOCKS)), list(range(1, 1 + BLOCKS)), None)
     assert copier._pinner is not None
-    assert copier._pinner.wait(30)
+    assert copier._pinner.wait(60)
     kv.zero_()
     copier.scatter(0, list(range(BLOCKS)), list(range(1, 1 + BLOCKS)), None)
     assert copies == [True] * (2 * BLOCKS), "torch would copy others through memory of its own"
@@ -259,7 +259,7 @@ def test_a_device_that_is_broken_still_lets_the_copier_close() -> None:
 
 
 def test_batches_of_several_threads_are_issued_while_others_wait_for_the_device() -> None:
-    both_wait = threading.Barrier(2, timeout=30)
+    both_wait = threading.Barrier(2, timeout=60)
     runtime = Recorder(waiting=lambda: both_wait.wait())
     copier = opened(runtime)
     threads = [threading.Thread(target=copier.gather, args=(0, [number], [number], None)) for number in range(2)]

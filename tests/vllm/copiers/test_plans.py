@@ -105,7 +105,7 @@ class Driver:
     def register(self, address: int, nbytes: int) -> int:
         self.entered.set()
         if self._gate is not None:
-            assert self._gate.acquire(timeout=30)
+            assert self._gate.acquire(timeout=60)
         self.calls += 1
         if self.calls > self._refuse_at:
             return 2
@@ -121,7 +121,7 @@ def test_an_arena_is_locked_slice_by_slice_and_unlocked_whole() -> None:
     driver = Driver()
     pinner = ArenaPinner(driver, 4096, 1000, 300)
     pinner.start()
-    assert pinner.wait(30)
+    assert pinner.wait(60)
     assert driver.locked == {4096: 300, 4396: 300, 4696: 300, 4996: 100}
     assert pinner.pinned_bytes == 1000
     pinner.close()
@@ -134,7 +134,7 @@ def test_locking_does_not_hold_up_the_start_and_a_close_ends_it_early() -> None:
     driver = Driver(refuse_at=10_000, gate=gate)
     pinner = ArenaPinner(driver, 0, 10_000, 1)
     pinner.start()
-    assert driver.entered.wait(30)
+    assert driver.entered.wait(60)
     assert pinner.pinned_bytes == 0
     assert not pinner.wait(0)
     closing = threading.Thread(target=pinner.close)
@@ -155,7 +155,7 @@ def test_a_refusal_of_the_driver_leaves_the_rest_unlocked_with_one_warning(caplo
     # An engine that started earlier in this process has set the level of our loggers.
     with caplog.at_level(logging.WARNING, logger="umbp_vllm"):
         pinner.start()
-        assert pinner.wait(30)
+        assert pinner.wait(60)
     assert pinner.pinned_bytes == 600
     assert set(driver.locked) == {0, 300}
     assert [record.levelname for record in caplog.records] == ["WARNING"]

@@ -10,7 +10,7 @@ from umbp_connectors.transfer.engine import TransferEngine
 from umbp_core.errors import TransferError
 from umbp_core.ops import Direction
 
-PATIENCE = 60.0
+PATIENCE = 200.0
 CALLS = {
     "gather": Direction.STORE,
     "gather_band": Direction.STORE,

@@ -138,7 +138,7 @@ class Engine:
         """One engine step; the requests that it ended."""
         return {output.request_id: _reply(output) for output in self.llm.llm_engine.step() if output.finished}
 
-    def run(self, timeout: float = 60.0) -> dict[str, Reply]:
+    def run(self, timeout: float = 150.0) -> dict[str, Reply]:
         """Step until no request is left."""
         replies: dict[str, Reply] = {}
         deadline = time.monotonic() + timeout
@@ -160,7 +160,7 @@ class Engine:
 
     # ---- the pool ------------------------------------------------------------------------------------
 
-    def drain(self, timeout: float = 30.0) -> None:
+    def drain(self, timeout: float = 120.0) -> None:
         """Step until the connector has nothing in flight, as an idle engine would."""
         deadline = time.monotonic() + timeout
         while self.connector.has_pending_push_work():

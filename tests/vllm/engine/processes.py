@@ -18,7 +18,7 @@ def children() -> ForkServerContext:
     return context
 
 
-def in_child(function: Callable[..., T], *arguments: Any, timeout: float = 180.0) -> T:
+def in_child(function: Callable[..., T], *arguments: Any, timeout: float = 280.0) -> T:
     """The result of ``function(*arguments)``, called in a process of its own.
 
     Everything must be picklable.  Raises ``RuntimeError`` when the child died; its traceback is on stderr.

@@ -30,12 +30,12 @@ from umbp_core.tiers import Tier
 WHOLE = 192
 LAYER_BYTES = 512 * BLOCK
 """Of the llama's four layers, each has a quarter of the KV."""
-_WAIT_S = 30.0
+_WAIT_S = 60.0
 
 
 def over(socket: Path, **extra: Any) -> dict[str, Any]:
     """A configuration for the daemon at ``socket``; a busy machine may take its time to answer."""
-    return pool(mode="daemon", daemon_socket=str(socket), lookup_timeout_ms=5000, **extra)
+    return pool(mode="daemon", daemon_socket=str(socket), lookup_timeout_ms=60_000, call_timeout_ms=60_000, **extra)
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def _served_again(opened: Engine, asks: list[Ask]) -> list[Any]:
 
 
 def _next(pipe: Connection) -> tuple[int, ...]:
-    assert pipe.poll(120), "the other engine does not answer"
+    assert pipe.poll(200), "the other engine does not answer"
     tokens: tuple[int, ...] = pipe.recv()
     return tokens
 

@@ -43,7 +43,7 @@ def complete(server: VllmServer, rank: int, text: Sequence[int]) -> tuple[tuple[
         "return_token_ids": True,
     }
     headers = {"Content-Type": "application/json", "X-data-parallel-rank": str(rank)}
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=240)
     with contextlib.closing(connection):
         connection.request("POST", "/v1/completions", json.dumps(body), headers)
         answer = json.loads(connection.getresponse().read())

@@ -16,7 +16,7 @@ from umbp_core.errors import TransferError
 from umbp_vllm import bands
 
 LAYERS = 4
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 
 @pytest.fixture(scope="module", params=["async", "layerwise"])

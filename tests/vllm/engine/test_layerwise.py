@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from tests.vllm.models import prompt
 from umbp_vllm import bands, layer_gate
 
 BLOCKS = 6
-TIMEOUT_S = 0.4
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def shared(llama: Path) -> Iterator[Engine]:
     """One engine for the tests of this module; each uses prompts of its own."""
     patch = pytest.MonkeyPatch()
     patch.setattr(bands, "BAND_BYTES", 1)  # a band per layer, in a model as small as this one
-    settings = pool(load_mode="layerwise", load_timeout_s=TIMEOUT_S)
+    settings = pool(load_mode="layerwise")
     with engine(llama, kv_transfer_config=settings) as opened:
         yield opened
     patch.undo()
@@ -95,7 +95,7 @@ class SlowBand:
     def scatter_band(self, group: int, band: int, blocks: Sequence[int], pages: Sequence[int], fence: object) -> None:
         if band == self._band:
             self.entered.set()
-            assert self.go_on.wait(30), "the test never let the copy go on"
+            assert self.go_on.wait(60), "the test never let the copy go on"
         self._scatter_band(group, band, blocks, pages, fence)
 
 
@@ -107,6 +107,15 @@ def test_a_load_that_misses_its_deadline(
     pages = shared.pages_of(ask)
     slow = SlowBand(shared, monkeypatch, band=1)
     monkeypatch.setattr(layer_gate, "GRACE_S", 0.1)
+    gate = shared.worker.gate
+    start = gate.start
+
+    def start_and_hang(iteration: int, fence: object) -> None:
+        start(iteration, fence)
+        assert slow.entered.wait(60)
+        monkeypatch.setattr(gate, "_clock", lambda: time.monotonic() + 3600)
+
+    monkeypatch.setattr(gate, "start", start_and_hang)
     failed = shared.metric("vllm:umbp_ops", direction="load", status="failed")
     reply = shared.ask_one(ask)
     assert slow.entered.is_set()
@@ -136,7 +145,7 @@ def test_a_copy_that_is_merely_slow(
     def seen(ops: Sequence[str], bands: int, timeout: float) -> bool:
         waited.append(bands)
         if bands > 1:
-            assert slow.entered.wait(30)
+            assert slow.entered.wait(60)
             slow.go_on.set()
         return wait_layers(ops, bands, timeout)
 

@@ -20,7 +20,7 @@ from umbp_core.ops import Direction
 from umbp_core.slot_table import Transaction
 from umbp_vllm import bands
 
-PATIENCE = 60.0
+PATIENCE = 150.0
 
 
 class Preemptions:

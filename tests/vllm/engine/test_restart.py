@@ -68,12 +68,12 @@ def test_kill_while_storing(llama: Path, oracle: Oracle, tmp_path: Path, survive
     child = children().Process(target=_serve_for_ever, args=(llama, tmp_path, theirs))
     child.start()
     theirs.close()
-    assert ours.poll(120), "the engine to be killed does not answer"
+    assert ours.poll(200), "the engine to be killed does not answer"
     ours.recv()
     answered = 1
-    kill_at = time.monotonic() + (3.0 if survives else 0.0)
+    kill_at = time.monotonic() + (10.0 if survives else 0.0)
     while answered < 4 or time.monotonic() < kill_at:
-        assert ours.poll(60), "the engine to be killed does not answer any more"
+        assert ours.poll(120), "the engine to be killed does not answer any more"
         ours.recv()
         answered += 1
     child.kill()

@@ -38,7 +38,7 @@ def running(make_model: object, llama: Path, tmp_path_factory: pytest.TempPathFa
         "UMBP_DRAM_PREFAULT": "false",
         **cpu_environment(),
     }
-    flags = ("--tokenize-timeout", "20", "--match-timeout", "5", "--refresh-interval", "0.5")
+    flags = ("--tokenize-timeout", "60", "--match-timeout", "30", "--refresh-interval", "0.5")
     with cluster(llama, tmp_path_factory.mktemp("router"), ARGUMENTS, environment, flags) as started:
         yield started
 
@@ -53,12 +53,12 @@ def url(worker: VllmServer) -> str:
 
 def blocks_known(running: Cluster, tokens: Sequence[int], tier: Tier) -> Iterator[tuple[int, int]]:
     """Again and again: how many leading blocks of ``tokens`` some node holds on ``tier``, and how many there are."""
-    reader = MasterReader(running.master.address, settings=ClientSettings(query_timeout=5.0))
+    reader = MasterReader(running.master.address, settings=ClientSettings(query_timeout=60.0))
     infos = reader.nodes() or []
     hashes = hasher_of(tag_values(infos[0].tags)).hashes(tokens)
     try:
         for _ in range(2000):
-            found = reader.match_prefix(hashes, {tier: 1.0}, timeout=5.0) or []
+            found = reader.match_prefix(hashes, {tier: 1.0}, timeout=60.0) or []
             yield max((match.length for match in found), default=0), len(hashes)
     finally:
         reader.close()
@@ -135,7 +135,7 @@ def test_why_foretells_what_the_engine_reuses(running: Cluster, tmp_path: Path, 
     file.write_text(json.dumps(text))
 
     def foretold() -> tuple[int, set[str]]:
-        command = ("why", "--json", "--prompt-file", str(file), "--engine", url(worker), "--timeout", "20")
+        command = ("why", "--json", "--prompt-file", str(file), "--engine", url(worker), "--timeout", "60")
         code, out, err = in_process(*command, "--master", running.master.address)
         assert (code, err) == (0, "")
         value = json.loads(out)

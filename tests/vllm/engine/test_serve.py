@@ -87,7 +87,7 @@ def dumped(folder: str, *arguments: str) -> dict[str, dict[str, Any]]:
     command = [sys.executable, "-c", "from umbp_connectors.cli import main; main()", "debug", "dump", "--json"]
     environment = {**os.environ, "TMPDIR": folder, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=60, check=False
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
     return {answer["door"]: answer for answer in json.loads(done.stdout)}
 
@@ -121,7 +121,7 @@ def test_a_dump_of_a_live_server(make_server: MakeServer) -> None:
             assert busy["vllm-leader"]["failures"] == {}
             assert busy["vllm-leader"]["tiers"][0]["pages"] == (64 << 20) // (64 << 10)
             assert busy["vllm-rank0"]["rank"] == 0
-            running.result(120)
+            running.result(240)
             idle = dumped(folder, "--stacks")["vllm-leader"]
             assert idle["requests"] == []
             assert any(name.startswith("MainThread") for name in idle["threads"])

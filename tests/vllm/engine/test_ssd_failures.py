@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -34,9 +35,11 @@ def test_a_disk_that_hangs_is_given_up_at_the_deadline(
         released.set()
         monkeypatch.undo()
         second.forget()
+        loads = second.leader.pool.loads
+        loads._policy = dataclasses.replace(loads._policy, timeout_s=60.0)
         healthy = second.ask_one(other)
     assert [reply.tokens, healthy.tokens] == right
-    assert seconds < 20, "the request waited for the disk instead of its deadline"
+    assert seconds < 60, "the request waited for the disk instead of its deadline"
     assert healthy.cached == BLOCKS * BLOCK, "the pool does not serve after a load that hung"
 
 
@@ -72,7 +75,7 @@ def test_the_user_may_prefer_an_error(llama: Path, monkeypatch: pytest.MonkeyPat
 
 def _hang(read: Callable[..., None], released: threading.Event) -> Callable[..., None]:
     def hang(*arguments: object) -> None:
-        released.wait(30)
+        released.wait(120)
         read(*arguments)
 
     return hang

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from tests.connectors.waiting import PATIENCE
 from tests.vllm.engine_free.conftest import MakeUmbp
 from tests.vllm.harness.traffic import tokens
 from tests.vllm.harness.umbp import UmbpHarness
@@ -60,6 +61,7 @@ def test_ops_tiers_and_the_ranks_that_are_waited_for(make_umbp: MakeUmbp) -> Non
     name = engine.add(tokens(24))
     engine.step_until(lambda: bool(engine.ledger.lives[name].recving[0]))
     engine.step()
+    assert engine.copiers[1].entered[Direction.LOAD].wait(PATIENCE)
     state = engine.leader.dump_state()
     (op,) = state["ops"]
     assert (op["request"], op["direction"], op["blocks"], op["waits_for"]) == (name, "load", 6, [1])
@@ -100,6 +102,7 @@ def test_a_busy_engine_makes_it_between_two_steps(make_umbp: MakeUmbp) -> None:
     window = engine.leader._window
     assert window is not None
     assert window.path is not None
+    window._desk._patience_s = PATIENCE
     running = engine.add(tokens(10), max_tokens=50)
     engine.step()
     found: list[Any] = []
@@ -108,11 +111,12 @@ def test_a_busy_engine_makes_it_between_two_steps(make_umbp: MakeUmbp) -> None:
     while not window.asked and asker.is_alive():
         asker.join(0.001)
     engine.step()
-    asker.join(30)
+    asker.join(PATIENCE)
     (state,) = found
     assert state["taken"] == "between two steps"
     assert [row["slot"].partition("#")[0] for row in state["requests"]] == [running]
     engine.drain()
+    window._desk._patience_s = 0.01
     assert window._desk.take()["taken"].startswith("from outside")
     path = window.path
     engine.close()

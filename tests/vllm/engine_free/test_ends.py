@@ -8,6 +8,7 @@ import threading
 import pytest
 from vllm.v1.request import RequestStatus
 
+from tests.connectors.waiting import PATIENCE
 from tests.vllm.engine_free.conftest import MakeUmbp
 from tests.vllm.harness.traffic import tokens
 from tests.vllm.harness.umbp import UmbpHarness
@@ -51,7 +52,7 @@ def test_abort_while_the_load_writes(make_umbp: MakeUmbp, tp: int) -> None:
     name = engine.add(tokens(24))
     engine.step()
     for copier in engine.copiers:
-        assert copier.entered[Direction.LOAD].wait(5)
+        assert copier.entered[Direction.LOAD].wait(PATIENCE)
     engine.abort(name)
     for _ in range(5):
         engine.step()
@@ -123,7 +124,7 @@ def test_abort_while_blocks_are_being_stored(make_umbp: MakeUmbp) -> None:
     name = engine.add(tokens(24), max_tokens=8)
     engine.step()
     engine.step()
-    assert engine.copiers[0].entered[Direction.STORE].wait(5)
+    assert engine.copiers[0].entered[Direction.STORE].wait(PATIENCE)
     engine.abort(name)
     engine.step()
     assert name not in engine.scheduler.requests
@@ -365,7 +366,7 @@ def test_shutdown_with_transfers_under_way(make_umbp: MakeUmbp, monkeypatch: pyt
         engine.step()
     closing = threading.Thread(target=shut_down, args=(engine,))
     closing.start()
-    closing.join(15)
+    closing.join(PATIENCE)
     assert not closing.is_alive()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.connectors.waiting import PATIENCE
 from tests.vllm.engine_free.conftest import MakeUmbp
 from tests.vllm.harness import GroupSpec
 from tests.vllm.harness.traffic import tokens
@@ -104,17 +105,22 @@ def test_a_copy_into_hbm_that_fails(make_umbp: MakeUmbp, groups: tuple[GroupSpec
 @pytest.mark.bug("B7")
 def test_a_load_that_hangs_is_recomputed_in_time(make_umbp: MakeUmbp) -> None:
     """Law L4: the deadline, not the copy, ends the wait; a late copy touches no block of anybody else."""
-    engine = make_umbp({"load_timeout_s": 0.05}, num_blocks=40, max_model_len=64)
-    engine.store(tokens(24))
-    engine.copiers[0].hold(Direction.LOAD)
-    # Occupies the only copying thread, so that the next load expires before it begins to write.
-    blocker = engine.add(tokens(24), max_tokens=1)
+    engine = make_umbp(num_blocks=80, max_model_len=64)
+    (copier,) = engine.copiers
+    prompts = [tokens(24, 100 * number) for number in range(engine.workers[0].engine._tools.hash_threads + 1)]
+    for prompt in prompts:
+        engine.store(prompt)
+    copier.hold(Direction.LOAD)
+    # Every thread that loads is in a copy that hangs, so the last load expires before it begins to write.
+    blockers = [engine.add(prompt, max_tokens=1) for prompt in prompts[:-1]]
+    engine.step_until(lambda: copier.calls[Direction.LOAD] == len(blockers))
+    engine.abort(*blockers)
+    again = engine.add([*prompts[-1], 900, 901], max_tokens=3)
     engine.step()
-    assert engine.copiers[0].entered[Direction.LOAD].wait(5)
-    engine.abort(blocker)
-    again = engine.add(tokens(26), max_tokens=3)
+    engine.pass_time(3600)
     engine.run_until_finished(again)
     assert engine.finish_reasons[again] == "length"
+    assert engine.stat("ops", "load", "expired") == 1
     engine.release(Direction.LOAD)
     engine.drain()
     engine.close()
@@ -123,11 +129,13 @@ def test_a_load_that_hangs_is_recomputed_in_time(make_umbp: MakeUmbp) -> None:
 @pytest.mark.statement("connector", 46)
 def test_an_engine_stays_awake_until_a_given_up_op_has_let_go(make_umbp: MakeUmbp) -> None:
     """The second store expires in the queue behind the first: its blocks come back only with a step after that."""
-    engine = make_umbp({"store_timeout_s": 0.05})
+    engine = make_umbp()
     engine.hold(Direction.STORE)
-    for first in (0, 300):
-        engine.add(tokens(24, first), max_tokens=1)
-        engine.step()
+    engine.add(tokens(24), max_tokens=1)
+    engine.step_until(engine.copiers[0].entered[Direction.STORE].is_set)
+    engine.add(tokens(24, 300), max_tokens=1)
+    engine.step()
+    engine.pass_time(3600)
     engine.step_until(lambda: engine.stat("ops", "store", "expired") >= 1)
     transfer = engine.workers[0].engine
     take_released = transfer.take_released
@@ -166,7 +174,7 @@ def test_nothing_is_published_before_the_last_rank(make_umbp: MakeUmbp) -> None:
     engine.copiers[1].hold(Direction.STORE)
     name = engine.add(tokens(24), max_tokens=1)
     engine.run_until_finished(name)
-    assert engine.copiers[1].entered[Direction.STORE].wait(5)
+    assert engine.copiers[1].entered[Direction.STORE].wait(PATIENCE)
     for _ in range(20):
         engine.step()
     assert not any(engine.present(tokens(24)))
@@ -402,7 +410,7 @@ def test_reset_empties_every_tier(make_umbp: MakeUmbp, tmp_path: Path) -> None:
     engine.hold(Direction.STORE)
     late = engine.add(tokens(24, 300), max_tokens=1)
     engine.run_until_finished(late)
-    assert engine.copiers[0].entered[Direction.STORE].wait(5)
+    assert engine.copiers[0].entered[Direction.STORE].wait(PATIENCE)
     engine.scheduler.reset_connector_cache()
     engine.release(Direction.STORE)
     engine.drain()
@@ -423,7 +431,7 @@ def test_reset_while_loading(make_umbp: MakeUmbp, tmp_path: Path) -> None:
     engine.hold(Direction.LOAD)
     name = engine.add(tokens(24), max_tokens=1)
     engine.step()
-    assert engine.copiers[0].entered[Direction.LOAD].wait(5)
+    assert engine.copiers[0].entered[Direction.LOAD].wait(PATIENCE)
     engine.scheduler.reset_connector_cache()
     engine.release(Direction.LOAD)
     engine.run_until_finished(name)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from tests.connectors.daemon.processes import Stopped, client
+from tests.connectors.waiting import PATIENCE
 from tests.vllm.harness.host import HostHarness
 
 PROMPT = list(range(1, 97))
@@ -23,17 +24,20 @@ def test_a_daemon_that_hangs_costs_hits_only_and_serves_again(tmp_path: Path) ->
         times = {"call_timeout_ms": CALL_MS, "lookup_timeout_ms": LOOKUP_MS}
         engine = HostHarness(None, {"daemon_socket": str(path), "dram_capacity": "1MiB", **times})
         closing.callback(engine.close)
-        engine.store(PROMPT)
-        assert engine.hits(PROMPT) >= len(PROMPT) - 4
+        engine.step_until(lambda: is_served(engine, PROMPT))
         engine.drain()
         assert engine.reset_prefix_cache()
         with Stopped(daemon):
             for prompt in (PROMPT, OTHER, PROMPT):
                 began = time.monotonic()
                 assert engine.hits(prompt) == 0
-                assert time.monotonic() - began < 10
+                assert time.monotonic() - began < PATIENCE
                 engine.step_until(lambda: not engine.pool.ledger.quarantined)
                 engine.reset_prefix_cache()
-        engine.step_until(engine.is_attached)
-        engine.store(OTHER)
-        assert engine.hits(OTHER) >= len(OTHER) - 4
+        engine.step_until(lambda: is_served(engine, OTHER))
+
+
+def is_served(engine: HostHarness, prompt: list[int]) -> bool:
+    """Whether a prompt that was stored comes from the daemon, which may be too slow for these times once or twice."""
+    engine.store(prompt)
+    return engine.hits(prompt) >= len(prompt) - 4

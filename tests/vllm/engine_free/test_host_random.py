@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.connectors.waiting import until
 from tests.vllm.engine_free.test_host import UNEVEN
 from tests.vllm.harness.fake_daemon import FakeDaemon
 from tests.vllm.harness.host import HostHarness
@@ -81,7 +82,7 @@ def test_a_daemon_that_lends_little_at_once_is_asked_for_no_more(
         assert engine.stat("hit_tokens", "dram") > 0
         assert engine.stat("degraded", "too_many_loans") == engine.stat("degraded", "daemon_late") == 0
     assert not daemon.refused_loans
-    assert not daemon.pinned()
+    until(lambda: not daemon.pinned())
 
 
 def is_served(engine: HostHarness) -> bool:
@@ -102,4 +103,4 @@ def test_two_engines_at_once_serve_each_other(daemon: FakeDaemon) -> None:
             engine.drain()
             assert engine.check_stored() > 0
         assert first.stat("hit_tokens", "dram") + second.stat("hit_tokens", "dram") > 0
-    assert not daemon.pinned()
+    until(lambda: not daemon.pinned())

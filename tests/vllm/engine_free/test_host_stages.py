@@ -24,7 +24,7 @@ class Group:
 
     def __init__(self, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self._told: list[Any] = [None] * ranks
-        self._all = threading.Barrier(ranks, timeout=30)
+        self._all = threading.Barrier(ranks, timeout=60)
         self._rank = threading.local()
         monkeypatch.setattr(parallel_state, "model_parallel_is_initialized", lambda: True)
         group = SimpleNamespace(world_size=ranks, cpu_group=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import msgspec
@@ -9,6 +10,8 @@ import pytest
 
 from tests.connectors.transfer.conftest import PATIENCE, Rig, Rigs
 from umbp_core.ops import BlockCopy, Direction, LeaderTransferRequest, OpStatus
+from umbp_core.ports import Clock
+from umbp_core.testing.fakes import FakeClock
 from umbp_vllm import layer_gate
 from umbp_vllm.layer_gate import LayerGate
 
@@ -22,19 +25,19 @@ def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
     rigs.end()
 
 
-def ops_of(rig: Rig, timeout_s: float = 30.0) -> list[LeaderTransferRequest]:
+def ops_of(rig: Rig) -> list[LeaderTransferRequest]:
     """Two loads of three blocks each, into HBM blocks 0 to 5."""
     sources = [rig.put(b"k%d" % page, page) for page in range(20, 26)]
     blocks = [BlockCopy(s.key, 0, hbm, s.dram_page, -1, s.checksums) for hbm, s in enumerate(sources)]
     return [
-        msgspec.structs.replace(rig.op(name, Direction.LOAD, part, timeout_s=timeout_s), layerwise=True)
+        msgspec.structs.replace(rig.op(name, Direction.LOAD, part, timeout_s=PATIENCE), layerwise=True)
         for name, part in (("a", blocks[:3]), ("b", blocks[3:]))
     ]
 
 
-def started(rig: Rig, timeout_s: float = 30.0) -> LayerGate:
-    gate = LayerGate(rig.engine, LAYERS, rig.engine._clock)
-    gate.expect(ops_of(rig, timeout_s))
+def started(rig: Rig, clock: Clock = time.monotonic) -> LayerGate:
+    gate = LayerGate(rig.engine, LAYERS, clock)
+    gate.expect(ops_of(rig))
     gate.start(1, rig.device.fence())
     return gate
 
@@ -51,11 +54,15 @@ def test_all_went_well(rig: Rig) -> None:
 
 @pytest.mark.parametrize(("layer", "bands"), [("first", 1), ("second", 2), ("last", 4), ("of nobody", 4)])
 def test_a_layer_waits_for_what_it_reads(rig: Rig, layer: str, bands: int) -> None:
-    copies = rig.hold_copies(lambda call: call.band >= bands)
+
+    def copied() -> list[int]:
+        """The blocks that have what the layer reads, or are about to: one thread may copy for both loads."""
+        return sorted(block for call in rig.device.calls if call.band == bands - 1 for block in call.blocks)
+
+    copies = rig.hold_copies(lambda call: call.band >= bands and copied() == list(range(6)))
     gate = started(rig)
     gate.wait(layer)
-    done = [call for call in rig.device.calls if call.band == bands - 1]
-    assert sorted(block for call in done for block in call.blocks) == list(range(6))
+    assert copied() == list(range(6))
     copies.open()
     gate.finish()
 
@@ -95,7 +102,10 @@ def test_a_copy_that_hangs_is_settled_without_it_and_released_when_it_ends(
 ) -> None:
     monkeypatch.setattr(layer_gate, "GRACE_S", 0.01)
     copies = rig.hold_copies(lambda call: 0 in call.blocks and call.band == 1)
-    gate = started(rig, timeout_s=0.05)
+    clock = FakeClock()
+    gate = started(rig, clock)
+    copies.wait_until_held()
+    clock.advance(PATIENCE)
     gate.wait("last")
     gate.wait("last")
     gate.finish()

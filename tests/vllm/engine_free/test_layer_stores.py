@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.connectors.waiting import PATIENCE
 from tests.vllm.engine_free.conftest import MakeUmbp
 from tests.vllm.harness import GroupSpec
 from tests.vllm.harness.traffic import tokens
@@ -87,7 +88,7 @@ def test_the_first_layers_leave_while_the_last_one_is_computed(
 
     def wait_for_layer_load(name: str) -> None:
         if name == last and engine.workers[0].stores_by_layer:
-            before_last.append(copier.entered[Direction.STORE].wait(10))
+            before_last.append(copier.entered[Direction.STORE].wait(PATIENCE))
             before_last.append(any(engine.present(tokens(24))))
         wait(name)
 

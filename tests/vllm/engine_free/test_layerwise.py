@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
+from tests.connectors.waiting import PATIENCE
 from tests.vllm.engine_free.conftest import MakeUmbp
 from tests.vllm.harness import GroupSpec
 from tests.vllm.harness.traffic import tokens
@@ -182,11 +184,20 @@ def test_what_the_loading_step_computes_is_stored_when_it_counts(make_umbp: Make
     engine.close()
 
 
-def test_a_copy_that_hangs(make_umbp: MakeUmbp) -> None:
+def test_a_copy_that_hangs(make_umbp: MakeUmbp, monkeypatch: pytest.MonkeyPatch) -> None:
     """L3, L4, L6: the step ends with its deadline; the blocks stay out of use until the copy ends."""
-    engine = make_umbp({**LAYERWISE, "load_timeout_s": 0.05}, tp=2)
+    engine = make_umbp(LAYERWISE, tp=2)
     engine.store(tokens(24))
     engine.copiers[1].hold(Direction.LOAD)
+    gate = engine.workers[1].gate
+    start = gate.start
+
+    def start_and_hang(iteration: int, fence: object) -> None:
+        start(iteration, fence)
+        assert engine.copiers[1].entered[Direction.LOAD].wait(PATIENCE)
+        monkeypatch.setattr(gate, "_clock", lambda: time.monotonic() + 3600)
+
+    monkeypatch.setattr(gate, "start", start_and_hang)
     name = engine.add(tokens(25), max_tokens=3)
     engine.run_until_finished(name)
     assert engine.finish_reasons[name] == "length"

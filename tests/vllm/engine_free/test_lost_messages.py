@@ -22,7 +22,7 @@ from umbp_core.ops import Direction
 
 FAULTS = (Fault.DROP, Fault.DUPLICATE, Fault.DELAY)
 NONE = Fault.NONE
-EXTRA = {"load_timeout_s": 2.0, "store_timeout_s": 2.0, "log_level": "error"}
+EXTRA = {"load_timeout_s": 60.0, "store_timeout_s": 60.0, "log_level": "error"}
 
 
 @pytest.fixture(autouse=True)

@@ -143,6 +143,7 @@ def test_a_step_in_which_nothing_changes_says_as_much_for_many_as_for_few(make_u
     sizes = []
     for running in (1, 14):
         engine = make_umbp({"store_decode_blocks": False}, num_blocks=400)
+        engine.pace()
         for first in range(running):
             engine.add([first, *tokens(20)], max_tokens=10)
         for _ in range(4):

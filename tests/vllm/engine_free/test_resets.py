@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.connectors.waiting import PATIENCE
 from tests.vllm.engine_free.conftest import MakeUmbp
 from tests.vllm.harness.rank import SimulatedRank
 from tests.vllm.harness.traffic import tokens
@@ -24,7 +25,7 @@ def test_preemption_by_reset_while_stores_are_held(make_umbp: MakeUmbp, v2_runne
         engine.step()
     while len(engine.pool.held):  # without a step more than needed: the request must still be running
         for worker in engine.workers:
-            assert worker.engine.wait([str(op["op_id"]) for op in worker.engine.dump()], 10.0)
+            assert worker.engine.wait([str(op["op_id"]) for op in worker.engine.dump()], PATIENCE)
         engine.step()
     if not engine.reset_prefix_cache(running=True):
         raise AssertionError("nothing was held, so the reset must succeed")
@@ -50,6 +51,11 @@ def opened_by_the_fence(engine: UmbpHarness, monkeypatch: pytest.MonkeyPatch) ->
     return fences
 
 
+def begin_stores(engine: UmbpHarness) -> None:
+    """Step until every rank stores, and hardly further: the request must still be running."""
+    engine.step_until(lambda: all(copier.entered[Direction.STORE].wait(0.3) for copier in engine.copiers))
+
+
 @pytest.mark.parametrize("spec", [{}, {"v2_runner": True}, {"tp": 2}, {"pp": 2}], ids=["v1", "v2", "tp2", "pp2"])
 @pytest.mark.parametrize("running", [False, True])
 def test_a_reset_that_comes_while_a_store_reads_blocks(
@@ -60,7 +66,7 @@ def test_a_reset_that_comes_while_a_store_reads_blocks(
     engine.fences_wait = True  # for what the test itself lets go on
     engine.hold(Direction.STORE)
     name = engine.add(tokens(24), max_tokens=12)
-    engine.step_until(lambda: all(copier.entered[Direction.STORE].is_set() for copier in engine.copiers))
+    begin_stores(engine)
     if not running:
         engine.abort(name)
     fences = opened_by_the_fence(engine, monkeypatch)
@@ -88,7 +94,7 @@ def test_a_store_whose_blocks_are_cleared_before_the_fence_is_void(
     engine.fences_wait = True
     engine.hold(Direction.STORE)
     name = engine.add(tokens(24), max_tokens=12)
-    engine.step_until(lambda: all(copier.entered[Direction.STORE].is_set() for copier in engine.copiers))
+    begin_stores(engine)
     if not running:
         engine.abort(name)
     opened_by_the_fence(engine, monkeypatch)

@@ -23,7 +23,7 @@ from umbp_core.tiers import Tier
 from umbp_vllm import host_setup
 from umbp_vllm.host_setup import HostPlan
 
-GATE_SECONDS = 20.0
+GATE_SECONDS = 120.0
 DEAD = 0xEE
 """What a page holds that is nobody's."""
 

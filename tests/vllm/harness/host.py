@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
+from tests.vllm.harness.engine import MAX_SECONDS
 from tests.vllm.harness.errors import ConnectorFault, StuckTransfer
 from tests.vllm.harness.fake_daemon import FakeDaemon
 from tests.vllm.harness.rank import make_layers, object_of
@@ -19,8 +21,7 @@ from umbp_vllm.host_pool import HostPool
 from umbp_vllm.host_stages import StagePages, pages_of
 from umbp_vllm.layout_groups import geometry_of
 
-HOST = {"mode": "daemon", "lookup_timeout_ms": 5000, "call_timeout_ms": 5000}
-_MOST_WAITS = 20_000
+HOST = {"mode": "daemon", "lookup_timeout_ms": 60_000, "call_timeout_ms": 60_000}
 
 
 def stages_of(spec: EngineSpec) -> tuple[StagePages, ...]:
@@ -71,12 +72,13 @@ class HostHarness(UmbpHarness):
 
     def settle(self) -> None:
         """Wait until the daemon has answered everything that was said."""
-        for _ in range(_MOST_WAITS):
-            self.pool.settle()
-            if not (self.host.stock.pending or self.host.stock._taking or self.host.line.clearing):
-                return
+        deadline = time.monotonic() + MAX_SECONDS
+        self.pool.settle()
+        while self.host.stock.pending or self.host.stock._taking or self.host.line.clearing:
+            if time.monotonic() > deadline:
+                raise StuckTransfer(f"the daemon leaves {self.host.stats(Tier.DRAM)} unanswered")
             self.yield_to_transfers()
-        raise StuckTransfer(f"the daemon leaves {self.host.stats(Tier.DRAM)} unanswered")
+            self.pool.settle()
 
     def store(self, prompt: Sequence[int]) -> None:
         """As any engine's, until the daemon has it."""

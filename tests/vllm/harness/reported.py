@@ -16,8 +16,8 @@ from umbp_connectors.reporting.reporter import Reporter
 from umbp_core.tiers import Tier
 
 Held = dict[Tier, set[bytes]]
-FLUSH = 20.0
-AGAIN = 30.0
+FLUSH = 60.0
+AGAIN = 60.0
 """Seconds for a master to be told by an engine that cannot be asked to flush."""
 
 

@@ -14,6 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
 import umbp_vllm
+from tests.connectors.waiting import PATIENCE
 from tests.vllm.harness.engine import Harness
 from tests.vllm.harness.errors import ConnectorFault, LeakDetected, StuckTransfer
 from tests.vllm.harness.model import Prefix, start_state
@@ -27,9 +28,17 @@ from umbp_core.tiers import Tier
 from umbp_vllm.pool import LeaderPool
 from umbp_vllm.worker import Worker
 
-GATE_SECONDS = 20.0
-EXTRA = {"dram_capacity": "2MiB", "dram_prefault": False, "log_level": "error", "debug_socket": False}
-"""Defaults of the tests: 512 blocks of DRAM."""
+GATE_SECONDS = 2 * PATIENCE
+"""Longer than any test waits for what others do while copies are held."""
+EXTRA: dict[str, Any] = {
+    "dram_capacity": "2MiB",
+    "dram_prefault": False,
+    "log_level": "error",
+    "debug_socket": False,
+    "lookup_timeout_ms": 60_000,
+    "share_load_timeout_ms": 60_000,
+}
+"""Defaults of the tests: 512 blocks of DRAM, and no wait that ends because the machine is slow."""
 
 
 class GatedCopier:
@@ -41,8 +50,6 @@ class GatedCopier:
         self._open = {Direction.LOAD: threading.Event(), Direction.STORE: threading.Event()}
         self.fails: set[Direction] = set()
         self.calls: Counter[Direction] = Counter()
-        self.order: list[Direction] = []
-        """The copies, in the order in which they arrived."""
         self.entered = {Direction.LOAD: threading.Event(), Direction.STORE: threading.Event()}
         """Set when a copy of this direction has arrived at the gate."""
         for event in self._open.values():
@@ -68,7 +75,6 @@ class GatedCopier:
 
     def _pass(self, direction: Direction) -> None:
         self.calls[direction] += 1
-        self.order.append(direction)
         self.entered[direction].set()
         if not self._open[direction].wait(GATE_SECONDS):
             raise TransferError(f"the test never let {direction.name} go on")
@@ -218,6 +224,12 @@ class UmbpHarness(Harness):
         """Let them go on."""
         for copier in self.copiers:
             copier.release(direction)
+
+    def pass_time(self, seconds: float) -> None:
+        """Time goes on by so much for the transfers of every rank."""
+        for worker in self.workers:
+            clock = worker.engine._clock
+            worker.engine._clock = lambda clock=clock: clock() + seconds
 
     # Keys and bytes ------------------------------------------------------------------------------------
 

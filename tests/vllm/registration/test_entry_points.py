@@ -39,7 +39,7 @@ def test_pyproject_declares_the_two_functions_under_one_name(
 @pytest.fixture(scope="module")
 def imported(environment: dict[str, str]) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-c", IMPORT], env=environment, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", IMPORT], env=environment, capture_output=True, text=True, timeout=240, check=True
     )
     return json.loads(done.stdout)
 

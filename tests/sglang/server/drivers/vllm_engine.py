@@ -36,6 +36,6 @@ class Engine:
 
     def forget(self, token: int) -> None:
         """Empty vLLM's own cache, as soon as nothing is being stored; prompts of ``token`` make it step until then."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not self._llm.reset_prefix_cache() and time.monotonic() < deadline:
             self.answer([[token]], 1)
