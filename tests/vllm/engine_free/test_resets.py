@@ -52,8 +52,15 @@ def opened_by_the_fence(engine: UmbpHarness, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def begin_stores(engine: UmbpHarness) -> None:
-    """Step until every rank stores, and hardly further: the request must still be running."""
-    engine.step_until(lambda: all(copier.entered[Direction.STORE].wait(0.3) for copier in engine.copiers))
+    """Step until every rank stores, and hardly further: the request must still be running.
+
+    vLLM resets nothing while its own step reads the blocks.
+    """
+
+    def began() -> bool:
+        return all(copier.entered[Direction.STORE].wait(0.3) for copier in engine.copiers)
+
+    engine.step_until(lambda: began() and not engine.is_computing)
 
 
 @pytest.mark.parametrize("spec", [{}, {"v2_runner": True}, {"tp": 2}, {"pp": 2}], ids=["v1", "v2", "tp2", "pp2"])

@@ -205,6 +205,11 @@ class Harness:
         """As ``LLM.reset_prefix_cache`` does it."""
         return self.scheduler.reset_prefix_cache(running, connector)
 
+    @property
+    def is_computing(self) -> bool:
+        """Whether tokens are under way whose results the scheduler has not seen."""
+        return any(batch.output.total_num_scheduled_tokens for batch in self._queue)
+
     def external_tokens(self, request_id: str) -> int:
         """Tokens that the connector loaded, or tried to load, for this request."""
         return self.ledger.external_tokens(request_id)
