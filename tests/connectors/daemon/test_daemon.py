@@ -70,9 +70,9 @@ def test_more_objects_than_the_pool_holds(start: Start, connect: Connect) -> Non
 def test_a_batch_that_is_larger_than_the_part_of_its_client_waits_for_itself(start: Start, connect: Connect) -> None:
     """What it asks for ahead is refused while the part before takes all that the client may hold."""
     start()
-    pool, *_ = [connect() for _ in range(4)]  # eight pages each, and as many objects are asked for at a time
+    pool, reader, *_ = [connect() for _ in range(4)]  # eight pages each, and as many objects are asked for at a time
     assert put(pool, range(40)) == [PutStatus.STORED] * 40
-    assert get(pool, range(40)) == [GetStatus.DRAM] * 40
+    assert get(reader, range(40)) == [GetStatus.DRAM] * 40
     staged = pool.stage([key_of(number) for number in range(50, 66)], [object_of(number) for number in range(50, 66)])
     assert staged.statuses == [PutStatus.STORED] * 8 + [PutStatus.NO_ROOM] * 8, "nothing of it is given back"
     staged.discard()
