@@ -2,12 +2,20 @@
 #
 #   PYTHON=/path/to/python        the Python that the environments are made with (default: the first that fits)
 #   VLLM_PYTHON=/path/to/python   a Python that already has a vLLM (a GPU box); nothing in it is changed
+#   JOBS=2                        how many test files run at once; one with an engine takes about 4 GB
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS PYTHON
+# The tests start hundreds of processes: where this is set, each of them would compile this package once more.
+export PYTHONDONTWRITEBYTECODE :=
+
+JOBS ?= 2
+# A file is one job, for its tests share servers and engines.  The order is pytest's: xdist's own would start with the
+# files that have the most tests, and end with a long wait for one of those that start engines.
+PARALLEL = --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 VENV := .venv/bin/python
 VENV_READY := .venv/.ready
@@ -24,6 +32,8 @@ else
   VLLM := PYTHONPATH=$(CURDIR)/$(OVERLAY):$$PYTHONPATH '$(VLLM_PYTHON)'
   TEST_VLLM_PYTHON ?= $(VLLM_PYTHON)
   TEST_VLLM_PYTHONPATH ?= $(CURDIR)/$(OVERLAY)
+  # Two engines at once would share one device.
+  test-vllm: JOBS = 0
 endif
 
 SGLANG_READY := .venv-sglang/.ready
@@ -47,21 +57,21 @@ demo-router: $(VLLM_READY) ## two real vLLMs behind the router: conversations go
 test: lint test-unit test-vllm test-sglang ## everything that must pass: linters, tests without an engine, with real ones
 
 test-unit: $(VENV_READY) ## the tests that need no engine
-	$(VENV) -m pytest
+	$(VENV) -m pytest $(PARALLEL)
 
 test-vllm: $(VLLM_READY) ## the tests that need a vLLM
-	$(VLLM) -m pytest tests/vllm tests/gpu
+	$(VLLM) -m pytest $(PARALLEL) tests/vllm tests/gpu
 
 test-sglang: $(SGLANG_READY) $(VLLM_READY) ## the tests that need an SGLang; one of them starts a vLLM too
-	$(SGLANG) -m pytest tests/sglang
+	$(SGLANG) -m pytest $(PARALLEL) tests/sglang
 
 test-pythons: $(PYTHONS:%=test-python-%) ## the tests that need no engine, with each Python that is promised; test-python-3.13 for one
 
 test-python-%: .venv-python-%/.ready
-	.venv-python-$*/bin/python -m pytest
+	.venv-python-$*/bin/python -m pytest $(PARALLEL)
 
 soak: $(VENV_READY) ## use a pool and a daemon under pressure for five minutes each: no wrong byte, nothing that grows
-	SOAK_SECONDS=300 $(VENV) -m pytest tests/connectors/pool/test_soak.py tests/connectors/daemon/test_daemon_soak.py --timeout 900
+	SOAK_SECONDS=300 $(VENV) -m pytest tests/connectors/pool/test_soak.py tests/connectors/daemon/test_daemon_soak.py
 
 crash: $(VENV_READY) ## kill a writer to the SSD tier a thousand times in each durability mode (some minutes)
 	CRASH_KILLS=1000 $(VENV) -m pytest tests/connectors/pool/test_crash.py --timeout 3600

@@ -90,13 +90,12 @@ def test_a_kill_after_a_flush_loses_nothing_that_was_flushed(tmp_path: Path) -> 
 @pytest.mark.parametrize("slots", [20, 60])
 @pytest.mark.statement("connector", 80)
 def test_a_kill_while_slots_are_being_reused_never_serves_wrong_bytes(tmp_path: Path, slots: int) -> None:
-    tried = 0
-    for _ in range(20):
+    claimed = lives = 0
+    while claimed < 2 and lives < 20:
         _kill_when(tmp_path, slots, b"churned")
-        tried += any(status is not GetStatus.MISS for status in _serve(tmp_path, slots, 4000))
-        if tried == 2:
-            return
-    pytest.fail("nothing was claimed, so nothing was tried")
+        claimed += any(status is not GetStatus.MISS for status in _serve(tmp_path, slots, 4000))
+        lives += 1
+    assert claimed == 2, "where nothing is claimed, nothing is tried"
 
 
 def test_a_kill_leaves_the_bounds_intact(tmp_path: Path) -> None:

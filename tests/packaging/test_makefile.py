@@ -15,6 +15,7 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 ENVIRONMENTS = (".venv", ".venv-vllm", ".venv-sglang")
 BUDGET_S = 2.0
 ATTEMPTS = 20
+PYTEST = "-m pytest --numprocesses {} --dist loadfile --no-loadscope-reorder"
 
 
 @pytest.fixture
@@ -59,9 +60,9 @@ def calls(clone: Path, *arguments: str) -> list[str]:
     ("target", "called"),
     [
         ("demo", ".venv-vllm: examples/demo_vllm.py"),
-        ("test-unit", ".venv: -m pytest"),
-        ("test-vllm", ".venv-vllm: -m pytest tests/vllm tests/gpu"),
-        ("test-sglang", ".venv-sglang: -m pytest tests/sglang"),
+        ("test-unit", f".venv: {PYTEST.format(2)}"),
+        ("test-vllm", f".venv-vllm: {PYTEST.format(2)} tests/vllm tests/gpu"),
+        ("test-sglang", f".venv-sglang: {PYTEST.format(2)} tests/sglang"),
     ],
 )
 def test_a_second_call_starts_work_within_two_seconds(clone: Path, target: str, called: str) -> None:
@@ -100,7 +101,7 @@ def test_every_python_that_is_promised_is_tried(clone: Path) -> None:
     promised = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project)
     for version in promised:
         ready(clone / f".venv-python-{version}")
-    assert make(clone, "test-pythons") == [f".venv-python-{version}: -m pytest" for version in promised]
+    assert make(clone, "test-pythons") == [f".venv-python-{version}: {PYTEST.format(2)}" for version in promised]
 
 
 def test_a_python_that_is_not_there_is_named(clone: Path) -> None:
@@ -122,6 +123,13 @@ def test_a_vllm_that_is_there_is_used_beside_an_overlay(clone: Path) -> None:
     (clone / ".venv-vllm" / ".ready").unlink()
     (called,) = calls(clone, "demo", f"VLLM_PYTHON={theirs}")
     assert called == f"theirs: examples/demo_vllm.py PYTHONPATH={overlay}:"
+    one_at_a_time, *_ = make(clone, "test-vllm", f"VLLM_PYTHON={theirs}")
+    assert one_at_a_time == f"theirs: {PYTEST.format(0)} tests/vllm tests/gpu"
+
+
+@pytest.mark.parametrize("jobs", [1, 6])
+def test_how_many_files_are_tested_at_once_may_be_said(clone: Path, jobs: int) -> None:
+    assert make(clone, "test-unit", f"JOBS={jobs}") == [f".venv: {PYTEST.format(jobs)}"]
 
 
 def test_every_benchmark_is_run(clone: Path) -> None:

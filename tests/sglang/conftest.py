@@ -17,6 +17,8 @@ SHIM = Path(__file__).resolve().parent / "shim"
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A rank of several would compile one small function of SGLang's, which takes each process of a test ten seconds.
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 if cpu_only():
     os.environ.update(cpu_environment())

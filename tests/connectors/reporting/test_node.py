@@ -33,17 +33,17 @@ def config_of(**keys: object) -> UmbpConfig:
         (replace(FACTS, dp=3, tp=1, pp=2), {}, "10.0.0.7:8000:dp3:pp2:tp1"),
         (replace(FACTS, role="prefill"), {}, "10.0.0.7:8000:dp0:pp0:tp0:prefill"),
         (replace(FACTS, role="decode", dp=1), {}, "10.0.0.7:8000:dp1:pp0:tp0:decode"),
-        (replace(FACTS, port=None), {}, f"10.0.0.7:pid{os.getpid()}:dp0:pp0:tp0"),
-        (replace(FACTS, host="127.0.0.1"), {}, f"{socket.gethostname()}:8000:dp0:pp0:tp0"),
-        (replace(FACTS, host="localhost"), {}, f"{socket.gethostname()}:8000:dp0:pp0:tp0"),
-        (replace(FACTS, host="::1", port=None), {}, f"{socket.gethostname()}:pid{os.getpid()}:dp0:pp0:tp0"),
+        (replace(FACTS, port=None), {}, "10.0.0.7:pid{pid}:dp0:pp0:tp0"),
+        (replace(FACTS, host="127.0.0.1"), {}, "{host}:8000:dp0:pp0:tp0"),
+        (replace(FACTS, host="localhost"), {}, "{host}:8000:dp0:pp0:tp0"),
+        (replace(FACTS, host="::1", port=None), {}, "{host}:pid{pid}:dp0:pp0:tp0"),
         (FACTS, {"node_id": "gpu-1"}, "gpu-1"),
         (replace(FACTS, role="prefill"), {"node_id": "gpu-1"}, "gpu-1"),
         (replace(FACTS, several=True, dp=2), {"node_id": "gpu-1"}, "gpu-1:dp2:pp0:tp0"),
     ],
 )
 def test_the_name_says_where_the_engine_is(facts: NodeFacts, keys: dict[str, object], name: str) -> None:
-    assert node_id_of(facts, config_of(**keys)) == name
+    assert node_id_of(facts, config_of(**keys)) == name.format(host=socket.gethostname(), pid=os.getpid())
 
 
 def test_ranks_that_report_have_names_of_their_own() -> None:

@@ -69,9 +69,11 @@ def test_a_thread_that_tells_late_how_far_it_came_takes_no_layer_back(
     late = rig.gate(lambda _, bands: bands == 1 and not next(earlier))
     delivered = rig.engine.delivered
     monkeypatch.setattr(rig.engine, "delivered", lambda op_id, bands: (late(op_id, bands), delivered(op_id, bands))[1])
-    last = rig.hold_copies(lambda call: call.band == BANDS - 1)
+    second, last = (rig.gate(lambda call, band=band: call.band == band) for band in (1, BANDS - 1))
+    rig.device.on_copy = lambda call: (second(call), last(call))
     submit(rig, layerwise(rig, blocks_of(rig)))
     late.wait_until_held()
+    second.open()
     last.wait_until_held()
     assert rig.engine.wait_layers(["load"], BANDS - 1, PATIENCE)
     late.open()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 from vllm import LLM, SamplingParams
@@ -97,7 +98,11 @@ def pool(ssd_dir: Path | None = None, **extra: Any) -> dict[str, Any]:
 
 
 class Engine:
-    """An engine in this process.  One at a time: vLLM's distributed state is the process's."""
+    """An engine in this process.  One at a time: vLLM's distributed state is the process's.
+
+    vLLM goes through the garbage of the whole process several times when an engine starts and ends, which takes much
+    longer than the rest.  What was there before the engine is left out of that.
+    """
 
     _open: ClassVar[list[Path]] = []
 
@@ -105,8 +110,11 @@ class Engine:
         assert not self._open, f"an engine for {self._open} is open; close it first"
         self.model = model
         self._open.append(model)
+        gc.collect()
+        gc.freeze()
         try:
-            self.llm = LLM(str(model), **{**ENGINE_ARGUMENTS, **arguments})
+            with mock.patch.object(gc, "freeze"):
+                self.llm = LLM(str(model), **{**ENGINE_ARGUMENTS, **arguments})
         except BaseException:
             self._cleared()
             raise
@@ -252,13 +260,15 @@ class Engine:
 
     def close(self) -> None:
         """Shut down cleanly; the process can have another engine afterwards."""
-        self.llm.llm_engine.engine_core.shutdown()
+        with mock.patch.object(gc, "unfreeze"):
+            self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         self._cleared()
 
     def _cleared(self) -> None:
         gc.collect()
-        cleanup_dist_env_and_memory()
+        with mock.patch.object(gc, "unfreeze"):
+            cleanup_dist_env_and_memory()
         ensure_kv_transfer_shutdown()
         self._open.clear()
 

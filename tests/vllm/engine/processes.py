@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from typing import Any, TypeVar
+from unittest import mock
 
 T = TypeVar("T")
 
@@ -38,6 +40,23 @@ def in_child(function: Callable[..., T], *arguments: Any, timeout: float = 280.0
         child.kill()
         child.join()
     return result
+
+
+@contextlib.contextmanager
+def forked_ranks(*, compiling: bool = False) -> Iterator[None]:
+    """vLLM forks its processes, as it does for GPUs.
+
+    For the CPU it starts each one anew, which then takes most of a test's time to import vLLM, and to compile the one
+    small function that tensor parallelism has.  Where that is not what a test is about, it may be left out.
+    """
+    import torch
+
+    forked = multiprocessing.get_context("fork")
+    with contextlib.ExitStack() as patched:
+        patched.enter_context(torch._dynamo.config.patch(disable=not compiling))
+        for module in ("vllm.v1.engine.utils", "vllm.v1.executor.multiproc_executor"):
+            patched.enter_context(mock.patch(f"{module}.get_mp_context", return_value=forked))
+        yield
 
 
 def _call(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from tests.vllm.engine.leaks import free_blocks
 from tests.vllm.engine.local import BLOCK, Ask, Engine, Reply, engine, pool
 from tests.vllm.engine.oracle import Oracle
-from tests.vllm.engine.processes import in_child
+from tests.vllm.engine.processes import forked_ranks, in_child
 from tests.vllm.models import prompt
 from umbp_core.errors import TransferError
 from umbp_core.tiers import Tier
@@ -54,7 +54,7 @@ def _serve(model: Path, settings: dict[str, Any], asks: Sequence[Ask]) -> dict[s
         opened.forget()
         seen["free"].append(free_blocks(opened))
 
-    with engine(model, kv_transfer_config=settings, tensor_parallel_size=2) as opened:
+    with forked_ranks(), engine(model, kv_transfer_config=settings, tensor_parallel_size=2) as opened:
         on_ranks: Callable[..., Any] = opened.core.model_executor.collective_rpc
         rest(opened)
         for name in ("unstored", "cold"):
