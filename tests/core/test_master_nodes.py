@@ -323,5 +323,16 @@ def test_puts_go_only_to_nodes_that_were_heard() -> None:
 
 def test_a_restored_record_does_not_replace_a_node_that_is_here() -> None:
     state = register(master(), "n1")
-    state.restore([ClientRecord("n1", "old", "old:1", b"", (), 0, ())], START)
+    assert state.restore([ClientRecord("n1", "old", "old:1", b"", (), 0, ())], START) == []
     assert state.peer_address("n1") == "n1.host:1"
+
+
+def test_a_restored_record_tells_what_a_node_that_is_here_did_not() -> None:
+    state = master()
+    state.register(Registration("n1", "n1.host", capacities=(ROOM,), incarnation=7), START)
+    state.register(Registration("n2", "elsewhere"), START)
+    assert state.restore([record("n1"), record("n2"), record("n3")], START) == ["n1"]
+    assert (state.peer_address("n1"), state.record("n1").incarnation) == ("n1.host:1", 7)  # type: ignore[union-attr]
+    assert state.peer_address("n2") == "", "it is at another address now"
+    assert state.peer_address("n3") == "n3.host:1"
+    assert state.restore([record("n1")], START) == []

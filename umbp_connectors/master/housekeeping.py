@@ -10,7 +10,7 @@ from operator import attrgetter
 
 from umbp_connectors.master.lanes import breathe
 from umbp_connectors.master.ports import ClientStore, EvictionSender, MasterObserver
-from umbp_core.master.model import EvictionOrder
+from umbp_core.master.model import ClientRecord, EvictionOrder
 from umbp_core.master.state import MasterState
 from umbp_core.ports import Clock
 
@@ -57,6 +57,16 @@ class Housekeeping:
         """There is memory to free: begin at once."""
         self._wake.set()
 
+    def remember(self, records: list[ClientRecord]) -> None:
+        """Know the nodes again that an earlier master knew."""
+        now = self._clock()
+        for node_id in self._state.restore(records, now):
+            record = self._state.record(node_id)
+            if record is not None:
+                self._store.save(record)
+        for info in self._state.list_nodes(now):
+            self._observer.node_changed(info)
+
     async def run(self) -> None:
         """Go on until cancelled."""
         self._seen = self._clock()
@@ -95,6 +105,7 @@ class Housekeeping:
         return now
 
     def _tick(self, now: float) -> None:
+        self._store.catch_up(self.remember)
         effects = self._state.tick(now)
         for node_id in effects.expired:
             logger.warning("node %s expired: it was silent for too long", node_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from umbp_core.master.model import ClientRecord, EvictionOrder, NodeInfo
@@ -18,6 +18,13 @@ class ClientStore(Protocol):
 
     def load(self) -> list[ClientRecord]:
         """What was saved.  Called once, before the master serves; may block."""
+        ...
+
+    def catch_up(self, take: Callable[[list[ClientRecord]], None]) -> None:
+        """Give ``take`` what was saved, once, where :meth:`load` could not read it and that is possible now.
+
+        Nothing is saved or deleted in the meantime, so that ``take`` can say first what the records are to become.
+        """
         ...
 
     def save(self, record: ClientRecord) -> None:

@@ -73,10 +73,7 @@ class MasterService:
     def restore(self) -> int:
         """Know the nodes again that an earlier master knew; returns how many.  Blocks, so before anything else."""
         records = self._store.load()
-        now = self._clock()
-        self.state.restore(records, now)
-        for info in self.state.list_nodes(now):
-            self._observer.node_changed(info)
+        self._housekeeping.remember(records)
         return len(records)
 
     def register(self, registration: Registration) -> RegistrationAck:

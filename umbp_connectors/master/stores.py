@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Protocol
 
@@ -62,6 +62,9 @@ class NoStore:
         """Nothing."""
         return []
 
+    def catch_up(self, take: Callable[[list[ClientRecord]], None]) -> None:
+        """Nothing happens."""
+
     def save(self, record: ClientRecord) -> None:
         """Nothing happens."""
 
@@ -81,7 +84,9 @@ class WriteBehindStore:
 
     :meth:`load` and :meth:`close` block and are for the start and the end of the process.  The others may be called by
     any thread and never wait for the store.  With ``required`` a backend that cannot be opened is an error of
-    :meth:`load`; otherwise the start is empty and the backend is tried again with the next word.
+    :meth:`load`; otherwise the start is empty and the backend is tried again with the next word.  What it has to say
+    then is for :meth:`catch_up`, and nothing is written before that was called: a node that registered without its
+    address must not take the place of the record that knows it.
     """
 
     def __init__(self, backend: Backend, *, required: bool = True) -> None:
@@ -92,6 +97,7 @@ class WriteBehindStore:
         self._writing = False
         self._closing = False
         self._opened = False
+        self._late: list[ClientRecord] = []
         self._away = False
         self._errors = 0
         self._ops = {"load": Histogram(), "write": Histogram()}
@@ -113,6 +119,17 @@ class WriteBehindStore:
         self._thread = threading.Thread(target=self._write_behind, name="umbp-master-store", daemon=True)
         self._thread.start()
         return decoded(rows, self._backend.name)
+
+    def catch_up(self, take: Callable[[list[ClientRecord]], None]) -> None:
+        """See ``ClientStore``.  For the thread that saves and deletes."""
+        with self._changed:
+            if not self._late:
+                return
+            late = [record for record in self._late if self._pending.get(record.node_id, b"") is not None]
+        take(late)
+        with self._changed:
+            self._late = []
+            self._changed.notify_all()
 
     def save(self, record: ClientRecord) -> None:
         """Remember ``record`` in place of what was remembered of its node."""
@@ -158,29 +175,48 @@ class WriteBehindStore:
         """Top of the writer's thread."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._pending or self._closing)
-                words, self._pending = self._pending, {}
-                self._writing = bool(words)
+                self._changed.wait_for(lambda: (self._pending and not self._late) or self._closing)
                 last = self._closing
-            written = not words or self._write(words)
+            done = self._write_pending()
             with self._changed:
-                self._writing = False
-                if not written:
-                    self._pending = words | self._pending
-                self._changed.notify_all()
-                if self._closing and (not self._pending or (last and not written)):
+                if self._closing and (not self._pending or (last and not done)):
                     break
-                if not written:
+                if not done:
                     self._changed.wait_for(lambda: self._closing, RETRY_SECONDS)
         self._backend.close()
 
-    def _write(self, words: Mapping[str, bytes | None]) -> bool:
+    def _write_pending(self) -> bool:
+        """Write what was told, unless somebody has to catch up first; false when the store is away."""
+        if not self._opened and self._pending and not self._try(self._open_late, "load"):
+            return False
+        with self._changed:
+            if self._late and not self._closing:
+                return True
+            words, self._pending = self._pending, {}
+            # At the end it is too late to catch up: what an earlier master knew of a node stays.
+            for record in self._late:
+                if words.get(record.node_id) is not None:
+                    del words[record.node_id]
+            self._writing = bool(words)
+        written = not words or self._try(lambda: self._backend.write(words), "write")
+        with self._changed:
+            self._writing = False
+            if not written:
+                self._pending = words | self._pending
+            self._changed.notify_all()
+        return written
+
+    def _open_late(self) -> None:
+        late = decoded(self._backend.open(), self._backend.name)
+        self._opened = True
+        with self._changed:
+            self._late = late
+
+    def _try(self, work: Callable[[], None], op: str) -> bool:
+        """Whether the store did ``work``."""
         start = perf_counter()
         try:
-            if not self._opened:
-                self._backend.open()
-                self._opened = True
-            self._backend.write(words)
+            work()
         except StoreUnavailable as error:
             with self._changed:
                 self._errors += 1
@@ -189,7 +225,7 @@ class WriteBehindStore:
             self._away = True
             return False
         with self._changed:
-            self._ops["write"].observe(perf_counter() - start)
+            self._ops[op].observe(perf_counter() - start)
         if self._away:
             logger.warning("umbp: the %s store of nodes works again", self._backend.name)
         self._away = False

@@ -10,6 +10,7 @@ Time is whatever monotonic seconds the caller passes.  No I/O, no threads, no cl
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 from umbp_core.errors import AlreadyRegistered, InvalidRequest
 from umbp_core.master.model import ClientRecord, Heartbeat, MasterSettings, NodeStatus, Registration, TierCapacity
@@ -155,6 +156,13 @@ class ClientTable:
         self.hear(known, now)
         return known, new_life
 
+    def complete(self, known: Client, record: ClientRecord) -> bool:
+        """What an earlier life of the master knew of a node that has registered already; whether that tells more."""
+        before = known.record()
+        known.introduce(_completed(before, record))
+        self.revision += 1
+        return known.record() != before
+
     def restore(self, record: ClientRecord, now: float) -> Client:
         """A node that an earlier life of the master knew; it has as long to be heard as any other."""
         client = self._clients[record.node_id] = Client(record, now, heard=False)
@@ -219,21 +227,23 @@ class ClientTable:
 
 
 def _record_of(registration: Registration, known: Client | None) -> ClientRecord:
-    """Who registers; what is not told is as it was known, unless the node is at another address now."""
-    node_address, peer_address = registration.node_address, registration.peer_address
-    engine_desc = registration.engine_desc
-    if known is not None:
-        moved = bool(node_address and known.node_address) and node_address != known.node_address
-        node_address = node_address or known.node_address
-        if not peer_address and not moved:
-            peer_address = known.peer_address
-            engine_desc = engine_desc or known.engine_desc
-    return ClientRecord(
+    """Who registers; what is not told is as it was known."""
+    told = ClientRecord(
         registration.node_id,
-        node_address,
-        peer_address,
-        engine_desc,
+        registration.node_address,
+        registration.peer_address,
+        registration.engine_desc,
         registration.tags,
         registration.incarnation,
         tuple(TierCapacity(*capacity) for capacity in registration.capacities),
     )
+    return told if known is None else _completed(told, known.record())
+
+
+def _completed(told: ClientRecord, known: ClientRecord) -> ClientRecord:
+    """``told`` with the addresses that it lacks as they were ``known``, unless the node is at another one now."""
+    moved = bool(told.node_address and known.node_address) and told.node_address != known.node_address
+    completed = replace(told, node_address=told.node_address or known.node_address)
+    if told.peer_address or moved:
+        return completed
+    return replace(completed, peer_address=known.peer_address, engine_desc=told.engine_desc or known.engine_desc)

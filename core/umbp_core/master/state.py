@@ -98,13 +98,21 @@ class MasterState:
         self._drop(node_id, now, "unregistered")
         return known
 
-    def restore(self, records: Iterable[ClientRecord], now: float) -> None:
-        """Nodes that an earlier life of the master knew: they are alive, and owe a full sync of everything."""
+    def restore(self, records: Iterable[ClientRecord], now: float) -> list[str]:
+        """Nodes that an earlier life of the master knew: they are alive, and owe a full sync of everything.
+
+        Those that are known already only get the addresses that they did not tell; returns which of them did.
+        """
+        completed = []
         for record in records:
-            if self._clients.get(record.node_id) is None:
+            known = self._clients.get(record.node_id)
+            if known is None:
                 client = self._clients.restore(record, now)
                 self._begin_life(client, now)
                 self._expire(client, now)
+            elif self._clients.complete(known, record):
+                completed.append(record.node_id)
+        return completed
 
     def record(self, node_id: str) -> ClientRecord | None:
         """What has to survive a restart of the master, of one node."""

@@ -289,6 +289,54 @@ def test_a_store_that_is_not_required_may_be_away_at_the_start(caplog: pytest.Lo
     store.close()
 
 
+def away_at_the_start(*nodes: str) -> tuple[PlayedBackend, WriteBehindStore]:
+    """A store of ``nodes`` that nobody could read, and can now."""
+    backend = PlayedBackend()
+    earlier = WriteBehindStore(backend)
+    earlier.load()
+    for node in nodes:
+        earlier.save(record(node))
+    earlier.close()
+    backend.away = True
+    store = WriteBehindStore(backend, required=False)
+    assert store.load() == []
+    backend.away = False
+    return backend, store
+
+
+def test_what_is_read_late_is_handed_over_before_anything_is_written() -> None:
+    """A node that lost its address with the master's memory must not write over it."""
+    backend, store = away_at_the_start("n1", "n2", "n3")
+    writes = backend.writes
+    store.catch_up(lambda late: pytest.fail(f"{late} before anybody could read it"))
+    store.save(record("n1", ""))
+    store.delete("n3")
+    until(lambda: store._late)
+    assert not store.flush(0.01)
+    assert backend.writes == writes
+    found = []
+
+    def take(late: list[ClientRecord]) -> None:
+        found.extend(late)
+        store.save(late[0])
+
+    store.catch_up(take)
+    store.catch_up(take)
+    assert found == [record("n1"), record("n2")], "once, and without what was deleted"
+    assert store.flush(DEADLINE)
+    store.close()
+    assert stores.decoded(list(backend.table.items()), "") == [record("n1"), record("n2")]
+
+
+def test_a_master_that_ends_before_it_caught_up_leaves_what_an_earlier_one_knew() -> None:
+    backend, store = away_at_the_start("n1", "n2")
+    store.save(record("n1", ""))
+    store.save(record("n4"))
+    store.delete("n2")
+    store.close()
+    assert stores.decoded(list(backend.table.items()), "") == [record("n1"), record("n4")]
+
+
 def test_a_store_that_comes_back_while_the_master_ends_gets_the_last_words() -> None:
     """Also those of a write that began before, and failed."""
     backend = PlayedBackend()

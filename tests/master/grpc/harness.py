@@ -82,6 +82,9 @@ class Memory:
     def load(self) -> list[ClientRecord]:
         return list(self.records.values())
 
+    def catch_up(self, take: Callable[[list[ClientRecord]], None]) -> None:
+        """There is never more."""
+
     def save(self, record: ClientRecord) -> None:
         self.records[record.node_id] = record
 

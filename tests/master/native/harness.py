@@ -59,6 +59,9 @@ class NoStore:
     def load(self) -> list[ClientRecord]:
         return []
 
+    def catch_up(self, take: Callable[[list[ClientRecord]], None]) -> None:
+        """There is never anything."""
+
     def save(self, record: ClientRecord) -> None:
         """Forget it."""
 

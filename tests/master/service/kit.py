@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -54,9 +54,16 @@ class MemoryStore:
 
     records: dict[str, ClientRecord] = field(default_factory=dict)
     closed: bool = False
+    late: list[ClientRecord] = field(default_factory=list)
+    """What could not be read at the start."""
 
     def load(self) -> list[ClientRecord]:
         return list(self.records.values())
+
+    def catch_up(self, take: Callable[[list[ClientRecord]], None]) -> None:
+        late, self.late = self.late, []
+        if late:
+            take(late)
 
     def save(self, record: ClientRecord) -> None:
         self.records[record.node_id] = record

@@ -26,7 +26,7 @@ from tests.master.service.kit import (
     turns,
 )
 from umbp_core.index_gate import Action, ActionKind, Batch
-from umbp_core.master.model import ClientRecord, NodeStatus, TierCapacity
+from umbp_core.master.model import ClientRecord, NodeStatus, Registration, TierCapacity
 
 
 @asynccontextmanager
@@ -230,6 +230,23 @@ def test_the_end_ends_what_is_under_way() -> None:
         assert task.cancelled()
         assert peers.answered == 0
         assert asyncio.all_tasks() == before
+
+    run(scenario())
+
+
+def test_what_an_earlier_master_knew_is_known_as_soon_as_it_can_be_read() -> None:
+    """A node that registered without its address before is routable then, and kept with it."""
+
+    async def scenario() -> None:
+        made = master(QUICK)
+        made.service.restore()
+        made.service.register(Registration("n1", "host"))
+        assert made.service.peer_address("n1") == ""
+        made.store.late = [ClientRecord(name, "host", f"host:{name}", b"", (), 0, ()) for name in ("n1", "n2")]
+        async with kept(made):
+            await made.notes.wait("changed", "n2")
+        assert [made.service.peer_address(name) for name in ("n1", "n2")] == ["host:n1", "host:n2"]
+        assert made.store.records["n1"].peer_address == "host:n1"
 
     run(scenario())
 
