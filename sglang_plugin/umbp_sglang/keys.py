@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from binascii import unhexlify
 from collections.abc import Callable, Iterator, Sequence
 
 _HASH_BYTES = 32
@@ -17,13 +18,13 @@ def block_keys(hashes: Sequence[str]) -> list[bytes]:
     A name of any other form, which only the oldest interface of SGLang may hand over, counts by its SHA-256.
     """
     count = len(hashes)
-    lines = "\n".join(hashes)
     try:
-        joined = bytes.fromhex(lines)
+        joined = unhexlify("".join(hashes))
     except ValueError:
         return [_key_of(name) for name in hashes]
     # So many digits, and a line end after each 64 of them, are names of 64 digits: none borrowed some of its neighbour.
-    if len(joined) != _HASH_BYTES * count or lines[2 * _HASH_BYTES :: 2 * _HASH_BYTES + 1] != "\n" * (count - 1):
+    ends = "\n".join(hashes)[2 * _HASH_BYTES :: 2 * _HASH_BYTES + 1]
+    if len(joined) != _HASH_BYTES * count or ends != "\n" * (count - 1):
         return [_key_of(name) for name in hashes]
     return list(struct.unpack(f"{_HASH_BYTES}s" * count, joined))
 
