@@ -19,6 +19,9 @@ ADMIN_KEY = "for the tests"
 PAGES = 15
 MAX_TOKENS = 8
 DRIVERS = Path(__file__).parent / "drivers"
+LAUNCH_SERVER = ("-m", "sglang.launch_server")
+FORKED = (str(DRIVERS / "forked_server.py"),)
+"""The same in half the time, where a test is not about the start (see there)."""
 VLLM_PYTHON = os.environ.get("TEST_VLLM_PYTHON", "")
 """A Python with a vLLM, for the tests of both engines; empty where there is none."""
 needs_vllm = pytest.mark.skipif(
@@ -37,7 +40,8 @@ def prompts(first: int, count: int) -> list[list[int]]:
 
 
 def server(model: Path, folder: Path, *arguments: str, **settings: Any) -> SglangServer:
-    """A server of ``model``; its log lies in ``folder``."""
+    """A server of ``model``; its log lies in ``folder``.  Without a ``launcher`` it is :data:`FORKED`."""
+    settings.setdefault("launcher", FORKED)
     fixed = [
         *("--max-total-tokens", "8192", "--max-running-requests", "4", "--context-length", "2048"),
         *("--hicache-storage-prefetch-policy", "wait_complete"),

@@ -21,6 +21,7 @@ import pytest
 
 from examples.serving_sglang import PAGE_TOKENS, ServerFailed, SglangAnswer, SglangServer, extra_config
 from tests.sglang.server.servers import (
+    LAUNCH_SERVER,
     MAX_TOKENS,
     PAGES,
     VLLM_PYTHON,
@@ -82,7 +83,8 @@ def first(model: Path, pool: dict[str, object], tmp_path_factory: pytest.TempPat
     """``launch_server``: cold, from the device, from the pool; detached and attached again; stopped."""
     stage = Stage()
     folder = tmp_path_factory.mktemp("first")
-    with server(model, folder, *extra_config(**pool, allocator="shm")) as running:
+    arguments = extra_config(**pool, allocator="shm")
+    with server(model, folder, *arguments, launcher=LAUNCH_SERVER) as running:
         stage.ask(running, "cold")
         stage.ask(running, "again")
         running.wait_until_stored(len(FIRST) * PAGES)

@@ -16,7 +16,7 @@ from tests.connectors.waiting import eventually
 from tests.master.app.master_process import CALL, MasterProcess
 from tests.master.app.test_cli_ask import in_process
 from tests.sglang.server import truths
-from tests.sglang.server.servers import MAX_TOKENS, PAGES, prompts, server
+from tests.sglang.server.servers import LAUNCH_SERVER, MAX_TOKENS, PAGES, prompts, server
 from tests.sglang.server.truths import Document
 from umbp_connectors.prompt_hashes.sglang import SGLangHasher
 
@@ -32,7 +32,8 @@ def test_two_ranks_find_what_both_stored(model: Path, tmp_path: Path) -> None:
     with MasterProcess(tmp_path, "--listen=none") as master, truths.doors() as doors:
         environment = {**bound, **truths.environment(doors)}
         pool["master_address"] = f"umbp://{master.doors['native']}"
-        with server(model, tmp_path, *extra_config(**pool), "--tp-size", "2", environment=environment) as running:
+        arguments = [*extra_config(**pool), "--tp-size", "2"]
+        with server(model, tmp_path, *arguments, launcher=LAUNCH_SERVER, environment=environment) as running:
             cold = [running.complete(each, MAX_TOKENS) for each in questions]
             running.wait_until_stored(2 * len(questions) * PAGES)
             told = by_rank(master, [{HBM: pages, DRAM: pages, SSD: pages}, {DRAM: pages, SSD: pages}])
