@@ -133,6 +133,32 @@ def test_a_node_names_a_few_tiers_only(state: MasterState) -> None:
     assert beat(state, "n1", (1, many[:32])) == alive(1)
 
 
+def test_of_a_heartbeat_with_too_many_tiers_nothing_is_applied(state: MasterState) -> None:
+    """Not what comes in bundles or slices before the one that names the last of them, either."""
+    few = [add(b"%d" % number, number) for number in range(20)]
+    more = [add(b"-%d" % number, number) for number in range(20, 40)]
+    with pytest.raises(InvalidRequest, match="more than 32 tiers"):
+        beat(state, "n1", (1, few), (2, more))
+    assert state.lookup([b"0"]) == [False]
+    assert beat(state, "n1") == alive(0)
+    with pytest.raises(InvalidRequest, match="more than 32 tiers"):
+        full_sync(state, "n1", 1, *few, *[add(b"again", 1)] * DELTA_SLICE, *more)
+    assert (state.sweep(1 << 20), state.blocks.stats().keys) == (0, 0), "nothing was put aside"
+    assert full_sync(state, "n1", 3, *few) == alive(3)
+
+
+def test_a_node_that_expires_while_its_heartbeat_is_looked_at_is_asked_for_everything(state: MasterState) -> None:
+    deltas = [add(b"%d" % number) for number in range(20 * DELTA_SLICE)]
+    for full in (False, True):
+        steps = state.heartbeat_steps(Heartbeat("n1", [Bundle(1, tuple(deltas))], full_sync=full, baseline=1), START)
+        next(steps)
+        assert state.lookup([b"0"]) == [False]
+        assert state.tick(START + EXPIRY + 1).expired == ("n1",)
+        assert finish(steps) == asked(0)
+        assert state.lookup([b"0"]) == [False]
+        register(state, "n1")
+
+
 # In steps: three slices, between which others come.
 
 

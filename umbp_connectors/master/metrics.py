@@ -90,7 +90,7 @@ class MasterMetrics:
             self._count(series, families.REVOKED_BLOCKS, (label,), blocks)
 
     def matched(self, queried: int, matched: int) -> None:
-        """A match of ``queried`` hashes found ``matched`` distinct ones, summed over nodes."""
+        """A match of ``queried`` hashes found ``matched`` of them, summed over nodes."""
         self._matches += 1
         self._queried += queried
         self._matched += matched

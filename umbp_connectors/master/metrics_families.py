@@ -38,7 +38,7 @@ REVOKED_BLOCKS = Family(
 MATCHES = Family("external_kv_match_total", "counter", (), "Match calls.")
 MATCH_QUERIED = Family("external_kv_match_queried_blocks_total", "counter", (), "Hashes that match calls named.")
 MATCH_MATCHED = Family(
-    "external_kv_match_matched_blocks_total", "counter", (), "Distinct hashes that were found, summed over nodes."
+    "external_kv_match_matched_blocks_total", "counter", (), "Hashes of match calls that were found, summed over nodes."
 )
 EXTERNAL_LIVE = Family(
     "external_kv_live_count",

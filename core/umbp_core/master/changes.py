@@ -35,6 +35,8 @@ class Slices(NamedTuple):
 
 
 SLICES = Slices()
+_LOOKED_AT = 16
+"""To look at a delta takes so much less than to apply it."""
 
 
 def finish(steps: Steps[T]) -> T:
@@ -126,7 +128,11 @@ class Changes:
             return HeartbeatReply(NodeStatus.UNKNOWN)
         self._clients.hear(client, now)
         hold = Hold(self._clients, client.node_id)
-        if heartbeat.full_sync:
+        used = () if heartbeat.full_sync else self._blocks.use(client.node_id)
+        yield from self._check_bundles(client.node_id, heartbeat.bundles, used)
+        if hold.living() is None:
+            ack = self._blocks.apply(client.node_id, (), now)
+        elif heartbeat.full_sync:
             ack = yield from self._full_sync(client.node_id, heartbeat, now)
         else:
             ack = yield from self._bundles(hold, client.node_id, heartbeat.bundles, now)
@@ -136,12 +142,24 @@ class Changes:
             client.take(heartbeat)
         return HeartbeatReply(NodeStatus.ALIVE, ack.acked, ack.request_full_sync)
 
+    def _check_bundles(self, node_id: str, bundles: Sequence[Bundle], used: Iterable[int]) -> Steps[None]:
+        """Refuse too many tiers before anything is applied."""
+        tiers, looked_at = set(used), 0
+        for bundle in bundles:
+            for start in range(0, len(bundle.deltas), self._slices.deltas):
+                part = bundle.deltas[start : start + self._slices.deltas]
+                looked_at += len(part)
+                if looked_at > _LOOKED_AT * self._slices.deltas:
+                    looked_at = len(part)
+                    yield
+                tiers.update(delta.tier for delta in part)
+                check_tiers(node_id, tiers)
+
     def _full_sync(self, node_id: str, heartbeat: Heartbeat, now: float) -> Steps[HeartbeatAck]:
         sync = self._blocks.begin_full_sync(node_id)
         for bundle in heartbeat.bundles:
             for start in range(0, len(bundle.deltas), self._slices.deltas):
                 part = bundle.deltas[start : start + self._slices.deltas]
-                check_tiers(node_id, [*sync.cells, *{delta.tier for delta in part}])
                 self._blocks.stage(sync, part, now)
                 yield
         ack = self._blocks.commit(sync, heartbeat.baseline)
@@ -152,7 +170,6 @@ class Changes:
             if self._blocks.examine(node_id, bundle.seq) is Verdict.APPLY:
                 for start in range(0, len(bundle.deltas), self._slices.deltas):
                     part = bundle.deltas[start : start + self._slices.deltas]
-                    check_tiers(node_id, [*self._blocks.use(node_id), *{delta.tier for delta in part}])
                     self._blocks.change(node_id, part, now)
                     yield
                     if hold.living() is None:

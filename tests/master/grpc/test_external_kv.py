@@ -5,7 +5,7 @@ import threading
 import grpc
 import pytest
 
-from tests.master.grpc.harness import DEADLINE, DRAM, HBM, SSD, RunningMaster, Stub, matches
+from tests.master.grpc.harness import DEADLINE, DRAM, HBM, SSD, RunningMaster, Stub, matches, message
 from umbp_core.master.model import MasterSettings
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -160,8 +160,13 @@ def test_unregister_takes_one_tier_and_the_last_drops_the_entry(call: Stub) -> N
 
 @pytest.mark.usefixtures("nodes")
 def test_bulk_drops_across_hashes_of_one_node_only(call: Stub) -> None:
-    """UnregisterByNodeAtTierBulkDropsAcrossHashes, UnregisterByNodeRemovesAllTiers, ...NonExistentNodeIsNoOp."""
+    """UnregisterByNodeAtTierBulkDropsAcrossHashes, UnregisterByNodeRemovesAllTiers, ...NonExistentNodeIsNoOp.
+
+    UnregisterExternalKvByNodeWipesAllTiersOnly: the node stays, and so do its own blocks.
+    """
     many = [f"h{number}" for number in range(500)]
+    own = message("KvEvent")(kind=0, key="h1", tier=DRAM, size=10)
+    call("Heartbeat", node_id="n1", bundles=[message("EventBundle")(seq=1, events=[own])])
     for node in ("n1", "n2"):
         report(call, node, HBM, *many)
         report(call, node, DRAM, *many)
@@ -171,6 +176,7 @@ def test_bulk_drops_across_hashes_of_one_node_only(call: Stub) -> None:
     assert match(call, *many) == {"n1": {DRAM: many}, "n2": {HBM: many, DRAM: many}}
     call("RevokeAllExternalKvBlocksForNode", node_id="n1")
     assert match(call, *many) == {"n2": {HBM: many, DRAM: many}}
+    assert list(call("BatchLookup", keys=["h1", "h2"]).found) == [True, False]
     report(call, "n1", SSD, "h1")
     assert match(call, "h1")["n1"] == {SSD: ["h1"]}
 
