@@ -126,6 +126,29 @@ def test_a_dying_disk_is_left_alone_for_a_while() -> None:
     assert node.directory.copy(b"c", Tier.SSD) is not None
 
 
+def test_a_disk_that_hangs_is_left_alone_and_nobody_waits_for_it() -> None:
+    node = Node(batch=1, in_flight=3)
+    node.store(b"a", b"b", b"c", b"d")
+    ops = node.queue.plan()
+    assert (len(ops), len(node.queue), node.queue.has_work) == (3, 1, True)
+    node.clock.now += 0.9
+    assert node.queue.plan() == []
+    assert (node.queue.overdue, node.queue.fenced, node.queue.has_work) == (0, False, True)
+    node.clock.now += 0.1
+    assert node.queue.plan() == []
+    assert (node.queue.overdue, node.queue.fenced, node.queue.dropped) == (3, True, 1)
+    node.clock.now += FIRST_FENCE_S
+    node.queue.offer(b"d", 0, 0)
+    assert node.queue.plan() == [], "what it was given first is not over"
+    assert (len(node.queue), node.queue.fenced, node.queue.has_work) == (1, False, False)
+    assert node.directory.stats(Tier.DRAM).pinned == 3
+    node.end(ops[1])
+    assert (node.queue.overdue, node.queue.has_work) == (2, True)
+    assert node.directory.copy(b"b", Tier.SSD) is not None, "what arrives late is as good"
+    (op,) = node.queue.plan()
+    assert [block.key for block in op.blocks] == [b"d"]
+
+
 def test_a_reset_publishes_nothing_of_what_was_in_flight() -> None:
     node = Node()
     node.store(b"a", b"b", b"c")

@@ -2,11 +2,13 @@
 
 A bounded queue of block keys.  What does not fit is dropped and counted: the object then simply has no
 SSD copy.  After several failed demotions in a row the tier is left alone for a while (doubling up to
-ten minutes), so that a dying disk costs nothing but hits.
+ten minutes), so that a dying disk costs nothing but hits.  One that hangs counts as failing: what it was given stays
+pinned, which is bounded, and nobody waits for it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
@@ -24,7 +26,7 @@ class DemotionQueue:
     """Plans demotions DRAM to SSD.  Scheduler thread only.
 
     ``limit`` bounds the waiting keys, ``batch`` the blocks per op and ``in_flight`` the blocks of all ops
-    that were planned and have not ended.
+    that were planned and have not ended.  One that has not ended after ``timeout_s`` is overdue.
     """
 
     def __init__(
@@ -48,6 +50,9 @@ class DemotionQueue:
         self._waiting: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
         """Group and depth of each."""
         self._in_flight: dict[str, frozenset[bytes]] = {}
+        self._since: dict[str, float] = {}
+        """When each of these was planned, the first one first."""
+        self._overdue: set[str] = set()
         self._void: dict[str, frozenset[bytes]] = {}
         self._failures = 0
         self._fence_s = FIRST_FENCE_S
@@ -66,6 +71,16 @@ class DemotionQueue:
         """Whether the SSD tier is being left alone after repeated failures."""
         return self._fenced_until is not None and self._clock() < self._fenced_until
 
+    @property
+    def overdue(self) -> int:
+        """Ops in flight that nobody should wait for: the disk may never answer."""
+        return len(self._overdue)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether :meth:`plan` is to be called again soon: something waits, and there is room for it or will be."""
+        return bool(self._waiting) and (self._room() > 0 or len(self._overdue) < len(self._in_flight))
+
     def offer(self, key: bytes, group: int, depth: int) -> None:
         """Queue the DRAM object ``key``; drops it (counted) when the queue is full or SSD is fenced."""
         if key in self._waiting:
@@ -77,8 +92,9 @@ class DemotionQueue:
 
     def plan(self) -> list[LeaderTransferRequest]:
         """The demotions to send now; pins their DRAM copies and reserves their SSD slots."""
+        self._look_for_overdue()
         ops = []
-        room = self._in_flight_limit - sum(map(len, self._in_flight.values()))
+        room = self._room()
         later = self._take_what_void_ops_write()
         while self._waiting and room > 0:
             op = self._next_op(min(self._batch, room))
@@ -87,6 +103,16 @@ class DemotionQueue:
                 room -= len(op.blocks)
         self._waiting.update(later)
         return ops
+
+    def _room(self) -> int:
+        return self._in_flight_limit - sum(map(len, self._in_flight.values()))
+
+    def _look_for_overdue(self) -> None:
+        until = self._clock() - self._timeout_s
+        late = itertools.takewhile(lambda op_id: self._since[op_id] <= until, self._since)
+        for op_id in [op_id for op_id in late if op_id not in self._overdue]:
+            self._overdue.add(op_id)
+            self._judge(failure=True)
 
     def _take_what_void_ops_write(self) -> dict[bytes, tuple[int, int]]:
         """What was stored again after a reset waits until the op is through that writes it for nothing."""
@@ -104,6 +130,7 @@ class DemotionQueue:
         if not blocks:
             return None
         self._in_flight[op_id] = frozenset(block.key for block in blocks)
+        self._since[op_id] = self._clock()
         return LeaderTransferRequest(
             op_id=op_id,
             request_id="",
@@ -133,6 +160,8 @@ class DemotionQueue:
         """
         if self._in_flight.pop(op.op_id, None) is None:
             return
+        del self._since[op.op_id]
+        self._overdue.discard(op.op_id)
         bad = set(failed)
         if self._void.pop(op.op_id, None) is None:
             written = {block.key: block.checksums for index, block in enumerate(op.blocks) if index not in bad}

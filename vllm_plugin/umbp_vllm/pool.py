@@ -65,9 +65,16 @@ class LeaderPool:
 
     @property
     def has_work(self) -> bool:
-        """Whether an op is in flight, or given up and still at work on its memory; a demotion waits; room is made."""
-        ledger, waiting = self.ledger, self.demotions
-        return bool(len(ledger) or ledger.quarantined or (waiting is not None and len(waiting)) or self._trimming)
+        """Whether an op is in flight, or given up and still at work on its memory; a demotion waits; room is made.
+
+        A demotion that is overdue is no reason to go on: a disk that hangs would keep an idle engine busy.
+        """
+        ledger, demotions = self.ledger, self.demotions
+        if ledger.quarantined or self._trimming:
+            return True
+        if demotions is None:
+            return len(ledger) > 0
+        return len(ledger) > demotions.overdue or demotions.has_work
 
     @property
     def frees_blocks(self) -> bool:

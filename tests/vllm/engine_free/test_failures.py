@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.vllm.harness import GroupSpec
 from tests.vllm.harness.traffic import tokens
 from tests.vllm.harness.umbp import UmbpHarness
 from umbp_connectors.pool import folder
+from umbp_connectors.pool.slab import SlabFile
 from umbp_core.ops import Direction
 from umbp_core.tiers import Tier
 
@@ -147,6 +149,44 @@ def test_an_engine_stays_awake_until_a_given_up_op_has_let_go(make_umbp: MakeUmb
     transfer.take_released = lambda: [late.pop()] if late else take_released()
     engine.drain()
     assert engine.reset_prefix_cache()
+    engine.close()
+
+
+def test_a_disk_that_hangs_keeps_no_idle_engine_awake(
+    make_umbp: MakeUmbp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it was given is overdue then; when the disk answers at last, that counts with the next step there is."""
+    engine = make_umbp({"ssd_dir": str(tmp_path), "ssd_capacity": "4MiB"})
+    entered, gate = threading.Event(), threading.Event()
+    write = SlabFile.write_from
+
+    def hang(slab: SlabFile, slot: int, view: memoryview) -> None:
+        entered.set()
+        assert gate.wait(60)
+        write(slab, slot, view)
+
+    monkeypatch.setattr(SlabFile, "write_from", hang)
+    engine.add(tokens(24), max_tokens=1)
+    engine.step_until(entered.is_set)
+    engine.step_until(lambda: not engine.scheduler.requests)
+    for _ in range(20):
+        engine.step()
+        assert engine.leader.has_pending_push_work()
+    demotions = engine.pool.demotions
+    assert demotions is not None
+    now = demotions._clock()
+    demotions._clock = lambda: now + 3600
+    engine.step()
+    assert not engine.leader.has_pending_push_work()
+    assert not any(engine.present(tokens(24), Tier.SSD))
+    found = engine.add(tokens(24), max_tokens=1)
+    engine.run_until_finished(found)
+    assert engine.external_tokens(found) > 0, "DRAM serves on"
+    gate.set()
+    engine.add(tokens(8, 500), max_tokens=1)
+    engine.step_until(lambda: all(engine.present(tokens(24), Tier.SSD)))
+    engine.drain()
+    engine.check_stored()
     engine.close()
 
 
