@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from types import FrameType
 
 import pytest
 
@@ -279,6 +281,30 @@ def test_a_large_batch_of_puts_sees_the_room_that_it_takes() -> None:
     assert Counter(route.node_id for route in routes) == {"n1": 1500, "n2": 1000, "": 2}
     slices = 3
     assert len(list(state.route_put_steps("n1", keys, [1] * 2502, (), START))) == 2 * slices
+
+
+@pytest.mark.parametrize("select", ["most_available", "random"])
+@pytest.mark.parametrize("affinity", ["none", "same", "local"])
+def test_a_put_makes_nothing_for_each_node(select: str, affinity: str) -> None:
+    """What is called is counted: with forty times the nodes it is the same, or nearly."""
+
+    def calls(nodes: int) -> int:
+        state = cluster(select, affinity, **{f"n{number}": {HBM: 100, DRAM: 100} for number in range(nodes)})
+        put(state, 10)
+        counted = 0
+
+        def count(frame: FrameType, event: str, _: object) -> None:
+            nonlocal counted
+            counted += event == "call" and "<" not in frame.f_code.co_name
+
+        sys.setprofile(count)
+        try:
+            put(state, 10, 10, 10)
+        finally:
+            sys.setprofile(None)
+        return counted
+
+    assert calls(400) <= 2 * calls(10)
 
 
 def test_a_large_batch_of_gets_is_answered_in_order() -> None:

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from umbp_core.errors import AlreadyRegistered, InvalidRequest
 from umbp_core.master.model import ClientRecord, Heartbeat, MasterSettings, NodeStatus, Registration, TierCapacity
+from umbp_core.master.routing import Offer
 
 MAX_TIERS = 32
 """Tiers that one node may name: the wire's enumeration is open, and every tier of a node costs every mask a bit."""
@@ -36,6 +37,7 @@ class Client:
         "lapses",
         "node_address",
         "node_id",
+        "offer",
         "peer_address",
         "seen",
         "status",
@@ -63,7 +65,11 @@ class Client:
         self.engine_desc = record.engine_desc
         self.tags = record.tags
         self.incarnation = record.incarnation
-        self.capacities = record.capacities
+        self._has(record.capacities)
+
+    def _has(self, capacities: tuple[TierCapacity, ...]) -> None:
+        self.capacities = capacities
+        self.offer = Offer(self.node_id, self.peer_address, capacities)
 
     def record(self) -> ClientRecord:
         """What has to survive a restart of the master."""
@@ -80,7 +86,7 @@ class Client:
     def take(self, heartbeat: Heartbeat) -> None:
         """Capacities and counts; what the heartbeat does not tell stays as it was."""
         if heartbeat.capacities is not None:
-            self.capacities = heartbeat.capacities
+            self._has(heartbeat.capacities)
         if heartbeat.counts is not None:
             self.counts = dict(heartbeat.counts)
 
@@ -156,8 +162,9 @@ class ClientTable:
         self.hear(known, now)
         return known, new_life
 
-    def complete(self, known: Client, record: ClientRecord) -> bool:
-        """What an earlier life of the master knew of a node that has registered already; whether that tells more."""
+    def complete(self, record: ClientRecord) -> bool:
+        """What an earlier life of the master knew of a node that is here; whether that tells more."""
+        known = self._clients[record.node_id]
         before = known.record()
         known.introduce(_completed(before, record))
         self.revision += 1

@@ -72,7 +72,7 @@ class Routes:
         """The nodes that blocks may be put to: alive and heard, and reachable by who asks."""
         excluded = {*exclude, *self._clients.silent(now)}
         return [
-            Offer(client.node_id, client.peer_address, client.capacities)
+            client.offer
             for client in self._clients
             if client.heard and client.status is NodeStatus.ALIVE and client.node_id not in excluded
             if client.peer_address or client.node_id == requester

@@ -13,6 +13,7 @@ import heapq
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Protocol
 
@@ -31,23 +32,18 @@ ALREADY_EXISTS = PutRoute(PutOutcome.ALREADY_EXISTS)
 
 
 class Offer:
-    """The room that one node has left for this batch."""
+    """The room that one node says it has: bytes of each tier."""
 
     __slots__ = ("available", "node_id", "peer_address")
 
     def __init__(self, node_id: str, peer_address: str, capacities: Iterable[TierCapacity]) -> None:
         self.node_id = node_id
         self.peer_address = peer_address
-        self.available = {capacity.tier: max(0, capacity.available) for capacity in capacities}
+        self.available: Mapping[int, int] = {capacity.tier: max(0, capacity.available) for capacity in capacities}
 
-    def fits(self, tier: int, size: int) -> bool:
-        """Whether the node has the tier, with room for ``size`` bytes."""
-        return self.available.get(tier, -1) >= size
 
-    def take(self, tier: int, size: int) -> PutRoute:
-        """Give ``size`` bytes of ``tier``, which fit, to a block."""
-        self.available[tier] -= size
-        return PutRoute(PutOutcome.ROUTED, self.node_id, tier, self.peer_address)
+Left = Callable[[Offer], int]
+"""What is left of an offer on one tier."""
 
 
 class Select(Protocol):
@@ -61,8 +57,8 @@ class Select(Protocol):
 class MostAvailable:
     """The node with most room; of several the one that came first.  Constant time, nearly."""
 
-    def __init__(self, offers: Sequence[Offer], tier: int, rng: random.Random) -> None:
-        self._tier = tier
+    def __init__(self, offers: Sequence[Offer], tier: int, left: Left, rng: random.Random) -> None:
+        self._left = left
         self._offers = offers
         self._heap = [(-offer.available[tier], number) for number, offer in enumerate(offers)]
         heapq.heapify(self._heap)
@@ -71,18 +67,18 @@ class MostAvailable:
         """See ``Select``."""
         while self._heap:
             known, number = self._heap[0]
-            available = self._offers[number].available[self._tier]
-            if -known == available:
-                return self._offers[number] if available >= size else None
-            heapq.heapreplace(self._heap, (-available, number))
+            left = self._left(self._offers[number])
+            if -known == left:
+                return self._offers[number] if left >= size else None
+            heapq.heapreplace(self._heap, (-left, number))
         return None
 
 
 class WeightedRandom:
     """Any node that has room, one with twice the room twice as often."""
 
-    def __init__(self, offers: Sequence[Offer], tier: int, rng: random.Random) -> None:
-        self._tier = tier
+    def __init__(self, offers: Sequence[Offer], tier: int, left: Left, rng: random.Random) -> None:
+        self._left = left
         self._offers = offers
         self._rng = rng
         self._weights = [offer.available[tier] for offer in offers]
@@ -97,44 +93,72 @@ class WeightedRandom:
         total = self._sums[-1] if self._sums else 0
         for _ in range(_TRIES if total else 0):
             number = bisect_right(self._sums, self._rng.randrange(total))
-            available = self._offers[number].available[self._tier]
-            if available >= size and self._rng.randrange(self._weights[number]) < available:
+            left = self._left(self._offers[number])
+            if left >= size and self._rng.randrange(self._weights[number]) < left:
                 return self._offers[number]
-        fitting = [offer for offer in self._offers if offer.fits(self._tier, size)]
+        fitting = [(offer, left) for offer in self._offers if (left := self._left(offer)) >= size]
         if not fitting:
             return None
-        weights = [offer.available[self._tier] for offer in fitting]
-        return self._rng.choices(fitting, weights if any(weights) else None)[0]
+        weights = [left for _, left in fitting]
+        return self._rng.choices(fitting, weights if any(weights) else None)[0][0]
 
 
-SelectFactory = Callable[[Sequence[Offer], int, random.Random], Select]
+SelectFactory = Callable[[Sequence[Offer], int, Left, random.Random], Select]
 SELECTS: Mapping[str, SelectFactory] = {"most_available": MostAvailable, "random": WeightedRandom}
 
 
 class Room:
-    """What all candidates have left for one batch, and how one of them is chosen."""
+    """What all candidates have left for one batch, and how one of them is chosen.
+
+    ``offers`` are not changed: a batch costs what it takes, and a look at every offer for each tier that it needs.
+    """
 
     def __init__(self, offers: Sequence[Offer], select: SelectFactory, rng: random.Random) -> None:
-        self.offers = {offer.node_id: offer for offer in offers}
-        self._selects = {
-            tier: select([offer for offer in offers if tier in offer.available], tier, rng) for tier in PUT_TIERS
-        }
+        self._offers = offers
+        self._select = select
+        self._rng = rng
+        self._selects: dict[int, Select] = {}
+        self._taken: dict[str, dict[int, int]] = {}
 
-    def find(self, size: int, preferred: str = "") -> tuple[Offer, int] | None:
+    def offer_of(self, node_id: str) -> Offer | None:
+        """What the node offers, if it is a candidate."""
+        return next((offer for offer in self._offers if offer.node_id == node_id), None)
+
+    def left(self, offer: Offer, tier: int) -> int:
+        """Bytes that are left of ``offer`` on ``tier``; negative when it has none."""
+        return self._taken.get(offer.node_id, offer.available).get(tier, -1)
+
+    def take(self, offer: Offer, tier: int, size: int) -> PutRoute:
+        """Give ``size`` bytes of ``tier``, which fit, to a block."""
+        left = self._taken.get(offer.node_id)
+        if left is None:
+            left = self._taken[offer.node_id] = dict(offer.available)
+        left[tier] -= size
+        return PutRoute(PutOutcome.ROUTED, offer.node_id, tier, offer.peer_address)
+
+    def find(self, size: int, preferred: Offer | None = None) -> tuple[Offer, int] | None:
         """A node and a tier for ``size`` bytes; within a tier ``preferred``, if it has room there."""
-        favourite = self.offers.get(preferred)
-        for tier, select in self._selects.items():
-            if favourite is not None and favourite.fits(tier, size):
-                return favourite, tier
-            offer = select(size)
+        for tier in PUT_TIERS:
+            if preferred is not None and self.left(preferred, tier) >= size:
+                return preferred, tier
+            offer = self._select_in(tier)(size)
             if offer is not None:
                 return offer, tier
         return None
 
-    def place(self, size: int, preferred: str = "") -> PutRoute:
+    def place(self, size: int) -> PutRoute:
         """Put ``size`` bytes where :meth:`find` says."""
-        found = self.find(size, preferred)
-        return UNAVAILABLE if found is None else found[0].take(found[1], size)
+        found = self.find(size)
+        return UNAVAILABLE if found is None else self.take(*found, size)
+
+    def _select_in(self, tier: int) -> Select:
+        """The choice on ``tier``, made when it is needed first: what was taken before, it finds out by itself."""
+        select = self._selects.get(tier)
+        if select is None:
+            offers = [offer for offer in self._offers if tier in offer.available]
+            select = self._select(offers, tier, partial(self.left, tier=tier), self._rng)
+            self._selects[tier] = select
+        return select
 
 
 class Affinity(Protocol):
@@ -165,16 +189,17 @@ class KeepTogether:
     def __init__(self, room: Room, requester: str, total: int) -> None:
         self._room = room
         self._whole = room.find(total)
-        self._anchor = ""
+        self._anchor: Offer | None = None
 
     def __call__(self, size: int) -> PutRoute:
         """See ``Affinity``."""
         if self._whole is not None:
-            offer, tier = self._whole
-            return offer.take(tier, size)
-        route = self._room.place(size, self._anchor)
-        self._anchor = route.node_id or self._anchor
-        return route
+            return self._room.take(*self._whole, size)
+        found = self._room.find(size, self._anchor)
+        if found is None:
+            return UNAVAILABLE
+        self._anchor, tier = found
+        return self._room.take(self._anchor, tier, size)
 
 
 class StayLocal:
@@ -182,14 +207,14 @@ class StayLocal:
 
     def __init__(self, room: Room, requester: str, total: int) -> None:
         self._room = room
-        self._own = room.offers.get(requester)
+        self._own = room.offer_of(requester)
 
     def __call__(self, size: int) -> PutRoute:
         """See ``Affinity``."""
         if self._own is not None:
             for tier in PUT_TIERS:
-                if self._own.fits(tier, size):
-                    return self._own.take(tier, size)
+                if self._room.left(self._own, tier) >= size:
+                    return self._room.take(self._own, tier, size)
         return self._room.place(size)
 
 

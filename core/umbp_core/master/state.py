@@ -103,16 +103,12 @@ class MasterState:
 
         Those that are known already only get the addresses that they did not tell; returns which of them did.
         """
-        completed = []
-        for record in records:
-            known = self._clients.get(record.node_id)
-            if known is None:
-                client = self._clients.restore(record, now)
-                self._begin_life(client, now)
-                self._expire(client, now)
-            elif self._clients.complete(known, record):
-                completed.append(record.node_id)
-        return completed
+        records = list(records)
+        for record in (each for each in records if self._clients.get(each.node_id) is None):
+            client = self._clients.restore(record, now)
+            self._begin_life(client, now)
+            self._expire(client, now)
+        return [record.node_id for record in records if self._clients.complete(record)]
 
     def record(self, node_id: str) -> ClientRecord | None:
         """What has to survive a restart of the master, of one node."""
