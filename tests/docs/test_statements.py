@@ -89,6 +89,14 @@ def test_an_excuse_is_a_sentence() -> None:
     assert [number for number, reason in excused().items() if len(reason.split()) < 5] == []
 
 
+def test_what_differs_is_proven_as_far_as_it_goes_and_has_a_reason() -> None:
+    rows = table("Where it differs from the checklist")
+    numbers = [number for number, _, _ in rows]
+    assert len(set(numbers)) == len(numbers), "a difference is told once"
+    assert set(numbers) <= set(cited("statement")), "what holds of it has a test"
+    assert [row for row in rows if len(row[1].split()) < 4 or len(row[2].split()) < 8] == []
+
+
 def test_every_bug_has_a_test_that_fails_on_it() -> None:
     assert set(cited("bug")) == BUGS
 

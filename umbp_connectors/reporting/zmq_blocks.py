@@ -22,15 +22,15 @@ class BlockTable:
 
     def __init__(self) -> None:
         self._tiers: dict[Tier, _Groups] = {}
+        self.absent = 0
+        """Hashes that were removed, and not known to be there."""
 
     def apply(self, event: Stored | Removed | Cleared) -> list[Word]:
         """What ``event`` changes.  To apply one again changes nothing."""
         if isinstance(event, Stored):
             return self._store(event)
         if isinstance(event, Removed):
-            groups = self._tiers.get(event.tier)
-            gone = groups.remove(event.group, event.hashes) if groups else []
-            return [Word(WordKind.REMOVE, event.tier, gone)] if gone else []
+            return self._remove(event)
         return self._clear(_CLEARED)
 
     def clear(self) -> list[Word]:
@@ -48,6 +48,12 @@ class BlockTable:
             return [Word(WordKind.REPLACE, event.tier, groups.held())]
         came = groups.add(event.group, event.hashes)
         return [Word(WordKind.ADD, event.tier, came)] if came else []
+
+    def _remove(self, event: Removed) -> list[Word]:
+        groups = self._tiers.get(event.tier, _Groups())
+        self.absent += groups.lacking(event.group, event.hashes)
+        gone = groups.remove(event.group, event.hashes)
+        return [Word(WordKind.REMOVE, event.tier, gone)] if gone else []
 
     def _clear(self, tiers: Sequence[Tier]) -> list[Word]:
         found = [tier for tier in tiers if tier in self._tiers]
@@ -82,10 +88,15 @@ class _Groups:
         own.update(fresh)
         return self._held(fresh) if any(own is each for each in self._counted) else []
 
+    def lacking(self, group: int | None, hashes: Sequence[bytes]) -> int:
+        """How many of ``hashes`` are not in ``group``, or with ``None`` in no group."""
+        asked = set(hashes)
+        return len(asked.difference(*self._of(group)))
+
     def remove(self, group: int | None, hashes: Sequence[bytes]) -> list[bytes]:
         """``group``, or with ``None`` every one, has ``hashes`` no more; which of them are not held any more."""
         held = self._held(list(dict.fromkeys(hashes)))
-        for own in self._sets.values() if group is None else [self._sets.get(group, set())]:
+        for own in self._of(group):
             own.difference_update(hashes)
         still = set(self._held(held))
         return [key for key in held if key not in still]
@@ -98,6 +109,9 @@ class _Groups:
     def held(self) -> list[bytes]:
         """What all groups that count have."""
         return list(set.intersection(*self._counted)) if self._counted else []
+
+    def _of(self, group: int | None) -> list[set[bytes]]:
+        return list(self._sets.values()) if group is None else [self._sets.get(group, set())]
 
     def _held(self, hashes: list[bytes]) -> list[bytes]:
         for own in self._counted:

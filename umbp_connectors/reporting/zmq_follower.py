@@ -60,6 +60,8 @@ class FollowerStats:
     """Hashes in places that are none of the node's tiers."""
     unknown: int
     """Events that are not known here."""
+    absent: int
+    """Hashes that were removed, and not known to be there."""
     cleared: Mapping[str, int]
     """How often everything was forgotten, by the reason."""
 
@@ -119,6 +121,7 @@ class Follower:
             garbled=self._garbled + self._stream.garbled,
             elsewhere=self._elsewhere,
             unknown=self._unknown.total(),
+            absent=self._table.absent,
             cleared=dict(self._cleared),
             **asdict(self._sequence.counters),
         )

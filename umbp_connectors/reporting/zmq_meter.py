@@ -17,7 +17,7 @@ LEFT_OUT = "follow_left_out_total"
 HELPS = {
     BATCHES: "Batches of an engine's event stream, by what became of them.",
     CLEARS: "Times that all was forgotten that an engine had told, by the reason.",
-    LEFT_OUT: "Hashes in places that are no tier of the node, and events that are not known.",
+    LEFT_OUT: "Hashes in places that are no tier of the node or removed and not there, and events that are not known.",
 }
 """Every counter of a follower, as it is called at the master behind ``mori_umbp_``."""
 
@@ -68,3 +68,4 @@ class FollowMeter:
             yield CLEARS, (("why", why),), count
         yield LEFT_OUT, (("what", "elsewhere"),), stats.elsewhere
         yield LEFT_OUT, (("what", "unknown"),), stats.unknown
+        yield LEFT_OUT, (("what", "absent"),), stats.absent

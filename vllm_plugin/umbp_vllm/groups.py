@@ -28,9 +28,8 @@ class KvGroup:
     def first_block_needed(self, end: int) -> int:
         """The first block that must be there when ``end`` tokens are computed and the next one comes.
 
-        ``end`` is a multiple of ``block_tokens``.  Sliding windows see the ``window - 1`` tokens before the
-        next one, and vLLM may keep some more (``SlidingWindowManager.get_num_skipped_tokens``); chunked attention
-        sees its own chunk only.
+        Sliding windows see the ``window - 1`` tokens before the next one, and vLLM may keep some more
+        (``SlidingWindowManager.get_num_skipped_tokens``); chunked attention sees its own chunk only.
         """
         if self.reach is not None:
             return max(0, end - self.reach) // self.block_tokens

@@ -111,8 +111,8 @@ class StagedRun(msgspec.Struct, frozen=True, gc=False):
     pages: list[int]
 
     def last(self, end: int) -> int:
-        """The index behind the last of its blocks that is full at ``end`` tokens."""
-        return max(self.first, min(end // self.group.block_tokens, self.first + len(self.keys)))
+        """The index behind the last of its blocks that a token before ``end`` lies in."""
+        return max(self.first, min(-(-end // self.group.block_tokens), self.first + len(self.keys)))
 
 
 class StagedMatch(msgspec.Struct, frozen=True, gc=False):
@@ -132,6 +132,18 @@ class StagedMatch(msgspec.Struct, frozen=True, gc=False):
     def tokens(self) -> int:
         """Tokens that the pool gives beyond ``start``."""
         return self.end - self.start
+
+    def reaches(self, end: int) -> bool:
+        """Whether the blocks that a request needs at ``end`` tokens are among those that it has.
+
+        It has those of its own ``end``: where that is further on, the window of a group may begin behind them.
+        """
+        if end >= self.end:
+            return end == self.end
+        return all(
+            max(run.group.first_block_needed(end), self.start // run.group.block_tokens) >= run.first
+            for run in self.runs
+        )
 
     @property
     def blocks(self) -> int:
@@ -283,12 +295,13 @@ class Matcher:
         """The copies that load the first ``tokens`` of ``match`` into the request's block tables.
 
         ``hbm_blocks`` holds, per group, the request's *whole* block list, so that a position is never
-        guessed from what was appended.  Raises ``StateError`` when more is asked for than was staged, or a
-        block table is too short.
+        guessed from what was appended.  A block of which a part is asked for is loaded whole; the request computes
+        the rest of it over what came.  Raises ``StateError`` when what is asked for needs more than was staged, or
+        a block table is too short.
         """
-        if tokens > match.tokens or (tokens < match.tokens and self._windowed):
-            raise StateError(f"op {match.op_id}: vLLM wants {tokens} external tokens, {match.tokens} were promised")
         end = match.start + tokens
+        if not match.reaches(end):
+            raise StateError(f"op {match.op_id}: vLLM wants {tokens} external tokens, {match.tokens} were promised")
         blocks: list[BlockCopy] = []
         for run in match.runs:
             group, last, table = run.group.index, run.last(end), hbm_blocks[run.group.index]

@@ -41,6 +41,7 @@ class BlocksMachine(RuleBasedStateMachine):
         self.known: dict[int, set[bytes]] = defaultdict(set)
         self.groups: dict[tuple[int, int], set[bytes]] = {}
         self.whole: set[tuple[int, int]] = set()
+        self.absent = 0
 
     def apply(self, event: Stored | Removed | Cleared) -> None:
         told(self.table.apply(event), self.known)
@@ -59,9 +60,13 @@ class BlocksMachine(RuleBasedStateMachine):
 
     @rule(tier=TIERS, group=st.none() | GROUPS, hashes=HASHES)
     def remove(self, tier: Tier, group: int | None, hashes: list[bytes]) -> None:
+        there: set[bytes] = set()
         for (at, number), own in self.groups.items():
             if at == tier and group in (None, number):
+                there |= own.intersection(hashes)
                 own.difference_update(hashes)
+        distinct = set(hashes)
+        self.absent += len(distinct - there) + len(distinct)  # it is applied again, and then none is there
         self.apply(Removed(tier, hashes, group))
 
     @rule()
@@ -76,6 +81,10 @@ class BlocksMachine(RuleBasedStateMachine):
         for own in self.groups.values():
             own.clear()
         told(self.table.clear(), self.known)
+
+    @invariant()
+    def counts_what_was_removed_and_not_there(self) -> None:
+        assert self.table.absent == self.absent
 
     @invariant()
     def is_what_every_group_that_counts_has(self) -> None:
@@ -107,6 +116,24 @@ def test_a_plain_engine_is_told_word_by_word() -> None:
     assert table.apply(Cleared()) == [Word(WordKind.CLEAR, Tier.HBM)]
     assert table.whole() == [Word(WordKind.REPLACE, Tier.HBM, []), Word(WordKind.REPLACE, Tier.SSD, [b"3"])]
     assert table.clear() == [Word(WordKind.CLEAR, Tier.HBM), Word(WordKind.CLEAR, Tier.SSD)]
+
+
+@pytest.mark.statement("connector", 89)
+def test_what_is_removed_and_was_never_there_is_counted() -> None:
+    """Each hash once, per tier and group; a group that is unknown has nothing."""
+    table = BlockTable()
+    assert table.apply(Removed(Tier.HBM, [b"1", b"2", b"1"])) == []
+    assert table.absent == 2
+    table.apply(Stored(Tier.HBM, [b"1", b"2"], 0))
+    table.apply(Stored(Tier.HBM, [b"3"], 1, whole=False))
+    table.apply(Removed(Tier.HBM, [b"1", b"3", b"9"]))
+    assert table.absent == 3
+    table.apply(Removed(Tier.HBM, [b"2"], 1))
+    table.apply(Removed(Tier.HBM, [b"2"], 7))
+    table.apply(Removed(Tier.SSD, [b"2"], 0))
+    assert table.absent == 6
+    table.apply(Removed(Tier.HBM, [b"2"], 0))
+    assert table.absent == 6
 
 
 def test_a_window_does_not_make_a_prefix() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.connectors.reporting.at_master import CALL, DRAM, HBM, known_at
-from tests.connectors.reporting_zmq.publisher import Publisher, removed, stored
+from tests.connectors.reporting_zmq.publisher import Publisher, batch, removed, stored
 from tests.connectors.waiting import eventually
 from tests.master.app.master_process import DEADLINE, ROOT, MasterProcess, running_umbp, umbp
 from umbp_connectors.config import resolve
@@ -137,11 +137,13 @@ def test_counters_are_handed_to_the_master(tmp_path: Path, master: MasterProcess
         reporter.start()
         assert eventually(lambda: meter.send(CALL))
         follower._take(Happening(Event.LIVE, 5, b"\xc1"))
+        follower._take(Happening(Event.LIVE, 6, batch(removed(1, 2))))
         assert eventually(lambda: meter.send(CALL))
         _, page = master.get("/metrics")
     pattern = re.compile(r'mori_umbp_follow_(\w+)_total\{(?=.*node="metered").*wh(?:at|y)="(\w+)".*\} (\S+)')
     values = {(name, what): float(value) for name, what, value in pattern.findall(page)}
-    assert values["batches", "applied"] == 2
+    assert values["batches", "applied"] == 3
+    assert values["left_out", "absent"] == 2
     assert values["batches", "missed"] == 1
     assert values["clears", "garbled"] == 2
     assert values["clears", "gap"] == 1

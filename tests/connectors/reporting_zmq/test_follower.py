@@ -106,11 +106,12 @@ def test_what_an_engine_publishes_is_what_the_master_knows(
     engine.publish(["BlockStored", [9], None, [1], 16, None, "GPU"], {"type": "Other"})
     following.comes_to(4)
     assert following.known() == {HBM: {b"-1", b"9"}, DRAM: {b"0a"}, SSD: {b"7"}}
-    engine.publish(CLEARED)
+    engine.publish(CLEARED, removed(-1, 9))
     following.comes_to(5)
     assert following.known() == {SSD: {b"7"}}
     stats = following.stats
     assert (stats.applied, stats.missed, stats.elsewhere, stats.unknown, stats.cleared) == (5, 0, 1, 1, {})
+    assert stats.absent == 2
 
 
 @pytest.mark.statement("connector", 91)

@@ -53,6 +53,8 @@ POOLS: list[dict[str, Any]] = [
 ]
 STEMS = [[(17 * index * stem + 31 * index) % 900 for index in range(70)] for stem in (1, 2, 3)]
 DIRECTIONS = st.sampled_from([Direction.LOAD, Direction.STORE])
+ALL = 1 << 30
+"""More tokens than any prompt has."""
 
 
 class UmbpMachine(RuleBasedStateMachine):
@@ -66,6 +68,7 @@ class UmbpMachine(RuleBasedStateMachine):
         self.patch.setattr(layer_gate, "GRACE_S", 0.02)
         self.engine: UmbpHarness | None = None
         self.names: list[str] = []
+        self.most = ALL
 
     @initialize(
         shape=st.sampled_from(SHAPES),
@@ -79,7 +82,19 @@ class UmbpMachine(RuleBasedStateMachine):
             extra |= {"ssd_dir": str(self.folder), "ssd_capacity": "2MiB"}
         self.spec = {"num_blocks": blocks, "max_model_len": 96, **shape}
         self.extra = extra
-        self.engine = UmbpHarness(extra, **self.spec)
+        self.engine = self._make_engine()
+
+    def _make_engine(self) -> UmbpHarness:
+        """An engine that takes ``most`` of the tokens that a match promises, where that promises more."""
+        engine = UmbpHarness(self.extra, **self.spec)
+        matched = engine.leader.get_num_new_matched_tokens
+
+        def get_num_new_matched_tokens(request: Any, computed: int) -> tuple[int | None, bool]:
+            count, later = matched(request, computed)
+            return count if count is None else min(self.most, count), later
+
+        engine.leader.get_num_new_matched_tokens = get_num_new_matched_tokens
+        return engine
 
     @property
     def running(self) -> UmbpHarness:
@@ -135,6 +150,12 @@ class UmbpMachine(RuleBasedStateMachine):
     @rule()
     def reset_pool(self) -> None:
         assert self.running.scheduler.reset_connector_cache()
+
+    @precondition(lambda self: self.spec.get("groups") is not HYBRID)
+    @rule(most=st.sampled_from([ALL, 1, 12, 13, 30, 47]))
+    def take(self, most: int) -> None:
+        """From now on; with a window less than was promised may need other blocks, and is refused."""
+        self.most = most
 
     @rule(direction=DIRECTIONS, rank=st.integers(0, 3))
     def hold(self, direction: Direction, rank: int) -> None:
@@ -193,7 +214,7 @@ class UmbpMachine(RuleBasedStateMachine):
         rotten = self.running.rotten
         self.running.close()
         asked = [self.running.asked[name].prompt for name in self.names[:4]]
-        self.engine = UmbpHarness(self.extra, **self.spec)
+        self.engine = self._make_engine()
         self.engine.rotten = rotten
         self.names = [self.engine.add(prompt) for prompt in asked]
 

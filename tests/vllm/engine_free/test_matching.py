@@ -13,6 +13,7 @@ from tests.vllm.harness import GroupSpec
 from tests.vllm.harness.traffic import tokens
 from tests.vllm.harness.umbp import UmbpHarness
 from umbp_core.ops import Direction
+from umbp_core.slot_table import Life
 from umbp_core.tiers import Tier
 
 BLOCK = 4
@@ -210,6 +211,31 @@ def test_a_promise_survives_pressure(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
+@pytest.mark.statement("connector", 9)
+def test_a_match_that_waits_for_its_allocation_survives_pressure(
+    make_umbp: MakeUmbp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same before the load: matched, no block of HBM yet, and more is stored than the tier has room for."""
+    engine = make_umbp({"dram_capacity": "112KiB"}, num_blocks=25, max_model_len=64)
+    now = engine.leader.leader._clock()
+    monkeypatch.setattr(engine.leader.leader, "_clock", lambda: now)
+    waiting = blocked_match(engine)
+    request = engine.scheduler.requests[waiting]
+    engine.scheduler.waiting.remove_requests([request])
+    engine.run_until_finished("blocker")
+    for first in (100, 200, 300, 400):
+        engine.run_until_finished(engine.add(tokens(24, first), max_tokens=1))
+        engine.step_until(lambda: engine.workers[0].engine.pending() == 0)
+    assert engine.stat("evicted_blocks", "dram") > 0
+    assert engine.leader.leader._requests[waiting].slot.life is Life.ONBOARD_STAGED
+    assert all(engine.present(tokens(48)))
+    engine.scheduler.waiting.add_request(request)
+    engine.drain()
+    assert engine.ledger.lives[waiting].loads == [48]
+    assert engine.stat("ops", "load", "done") == 1
+    engine.close()
+
+
 @pytest.mark.statement("connector", 15)
 def test_zero_external_tokens_load_nothing(make_umbp: MakeUmbp) -> None:
     """Statement 15: the promise is made but the user does not read caches; pins are given back."""
@@ -222,17 +248,55 @@ def test_zero_external_tokens_load_nothing(make_umbp: MakeUmbp) -> None:
     engine.close()
 
 
-@pytest.mark.statement("connector", 16)
-def test_less_than_promised_is_honoured(make_umbp: MakeUmbp) -> None:
-    """Statement 16: the scheduler takes 12 of 24 tokens (another connector of a MultiConnector may bring the rest)."""
-    engine = make_umbp()
-    engine.store(tokens(24))
+def take_less(engine: UmbpHarness, most: int) -> None:
+    """From now on the scheduler takes ``most`` of the tokens that a match promises, where it promises more."""
     matched = engine.leader.get_num_new_matched_tokens
-    engine.leader.get_num_new_matched_tokens = lambda request, computed: (min(12, matched(request, computed)[0]), True)
-    name = engine.add(tokens(24))
+
+    def get_num_new_matched_tokens(request: Any, computed: int) -> tuple[int | None, bool]:
+        count, later = matched(request, computed)
+        return count if count is None else min(most, count), later
+
+    engine.leader.get_num_new_matched_tokens = get_num_new_matched_tokens
+
+
+@pytest.mark.statement("connector", 16)
+@pytest.mark.parametrize("mode", ["async", "layerwise"])
+@pytest.mark.parametrize("taken", [1, 3, 4, 12, 13, 23])
+def test_less_than_promised_is_honoured(make_umbp: MakeUmbp, taken: int, mode: str) -> None:
+    """The scheduler takes some of 24 tokens; of a block that is taken in part, those tokens count that vLLM counts."""
+    engine = make_umbp({"load_mode": mode})
+    engine.store(tokens(24))
+    take_less(engine, taken)
+    name = engine.add(tokens(24) + [900], max_tokens=6)
     engine.drain()
-    assert engine.external_tokens(name) == 12
-    assert engine.stat("hit_tokens", "dram") == 12
+    assert engine.external_tokens(name) == taken
+    assert engine.stat("hit_tokens", "dram") == taken
+    assert engine.stat("loaded_blocks", "dram") == -(-taken // BLOCK)
+    assert engine.check_stored() >= 6
+    engine.close()
+
+
+@pytest.mark.statement("connector", 16)
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("taken", range(1, 24))
+def test_less_than_promised_in_a_window_is_loaded_or_computed(make_umbp: MakeUmbp, taken: int, alone: bool) -> None:
+    """What was staged is the window of the promised end: where the window of another one begins earlier, all fails."""
+    window = GroupSpec("window", window=10)
+    engine = make_umbp(groups=(window,) if alone else (GroupSpec("full"), window))
+    engine.store(tokens(24))
+    take_less(engine, taken)
+    name = engine.add(tokens(24) + [900], max_tokens=6)
+    engine.expects_internal_failures = True
+    engine.drain()
+    staged = taken > 20
+    assert (engine.stat("ops", "load", "done") == 1) == staged
+    assert engine.internal_failures() == ({} if staged else {"update_state_after_alloc": 1})
+    assert engine.finish_reasons[name] == "length"
+    assert pinned(engine) == 0
+    again = engine.add(tokens(24) + [901])
+    engine.drain()
+    assert engine.finish_reasons[again] == "length"
+    assert engine.check_stored()
     engine.close()
 
 

@@ -131,7 +131,7 @@ def test_every_block_of_a_chunked_prefill_is_decided_once(make_umbp: MakeUmbp, c
 
 @pytest.mark.statement("connector", 19)
 def test_vllms_own_hits_are_not_stored_again(make_umbp: MakeUmbp) -> None:
-    """What the engine holds itself is in the pool already; only what the request computes is stored."""
+    """Here the pool has it already; only what the request computes is stored."""
     prompt = tokens(40)
     engine = make_umbp()
     engine.add(prompt[:24], max_tokens=1)
@@ -140,6 +140,26 @@ def test_vllms_own_hits_are_not_stored_again(make_umbp: MakeUmbp) -> None:
     engine.add(prompt, max_tokens=1)
     engine.drain()
     assert found == [[6, 7, 8, 9]]
+    engine.close()
+
+
+@pytest.mark.statement("connector", 19)
+@pytest.mark.parametrize("lost", [range(6), range(2, 4)])
+def test_what_the_pool_gave_up_is_stored_again_from_hbm(make_umbp: MakeUmbp, lost: range) -> None:
+    """The engine holds a prefix of which the pool has lost blocks: the next request that uses it brings them back."""
+    prompt = tokens(40)
+    engine = make_umbp()
+    engine.add(prompt[:24], max_tokens=1)
+    engine.drain()
+    for block in lost:
+        engine.pool.directory.drop(engine.keys(prompt)[0][block], Tier.DRAM)
+    found = stored_positions(engine, prompt)
+    again = engine.add(prompt, max_tokens=1)
+    engine.drain()
+    assert engine.ledger.lives[again].matches[0][0] == 24, "vLLM has them itself"
+    assert found == [[*lost, 6, 7, 8, 9]]
+    assert all(engine.present(prompt))
+    assert engine.check_stored() >= 10
     engine.close()
 
 
