@@ -35,6 +35,12 @@ METRICS = (
         ("pool", "policy"),
         "Times that an offload policy kept a page out of SSD.",
     ),
+    MetricDoc(
+        "umbp_sglang_ssd_total",
+        "counter",
+        ("pool", "event"),
+        "What happened on the way to and from SSD, in pools of this process.",
+    ),
     MetricDoc("umbp_sglang_degraded_total", "counter", ("reason",), "Calls that gave up a part of their service."),
     MetricDoc("umbp_sglang_tier_used_bytes", "gauge", ("pool", "tier"), "Bytes of a tier that hold pages."),
     MetricDoc("umbp_sglang_tier_capacity_bytes", "gauge", ("pool", "tier"), "Bytes of a tier."),

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from umbp_connectors.daemon.client import DaemonPool
 from umbp_connectors.pool.buffers import round_up
 from umbp_connectors.pool.local import GetStatus, LocalPool, PutStatus, StagedPut
 from umbp_connectors.pool.slab import ALIGNMENT
 from umbp_core.directory import TierStats
+from umbp_core.errors import StateError
 from umbp_core.tiers import Tier
 from umbp_sglang.host_pages import PageAccess, PageBuffer
-from umbp_sglang.siblings import SiblingServer
+from umbp_sglang.siblings import SiblingPool, SiblingServer
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +126,9 @@ class StorePool:
         self.access = access
         self.shards = tuple(shards)
         self._servers = tuple(servers)
+        self._elsewhere = [shard for shard in self.shards if isinstance(shard, DaemonPool | SiblingPool)]
+        self._failed = 0
+        self._lock = threading.Lock()
 
     @property
     def page_bytes(self) -> int:
@@ -178,15 +184,31 @@ class StorePool:
         """How many can be read now, from the first on without a gap."""
         return min(shard.count_prefix(keys, budget.left()) for shard in self.shards)
 
+    def take_unanswered(self) -> int:
+        """Calls since the last time that nobody answered, or not in time, where another process keeps the pages."""
+        if not self._elsewhere:
+            return 0
+        with self._lock, contextlib.suppress(StateError):  # it is being closed
+            before, self._failed = self._failed, sum(shard.failed for shard in self._elsewhere)
+            return self._failed - before
+        return 0
+
     def tiers(self) -> dict[str, tuple[int, int]]:
-        """Of each tier how many bytes are used, and how many there are.  Raises ``StateError`` when closed."""
+        """Of each tier how many bytes are used, and how many there are.  Raises ``StateError`` when closed.
+
+        A pool elsewhere may take a second to answer; one that does not is asked once, and has no tiers.
+        """
         found: dict[str, tuple[int, int]] = {}
         slot = round_up(self.access.object_bytes, ALIGNMENT)
-        for tier in (Tier.DRAM, Tier.SSD):
-            stats = [known for shard in self.shards if (known := shard.stats(tier)) is not None]
-            if stats:
-                total, free = sum(s.total_pages for s in stats), sum(s.free_pages for s in stats)
-                found[tier.name.lower()] = ((total - free) * slot, total * slot)
+        for shard in self.shards:
+            dram = shard.stats(Tier.DRAM)
+            if dram is None:
+                continue
+            for tier, stats in ((Tier.DRAM, dram), (Tier.SSD, shard.stats(Tier.SSD))):
+                if stats is not None:
+                    used, total = found.get(tier.name.lower(), (0, 0))
+                    taken = stats.total_pages - stats.free_pages
+                    found[tier.name.lower()] = (used + taken * slot, total + stats.total_pages * slot)
         return found
 
     def refused(self) -> Mapping[str, int]:
@@ -195,6 +217,22 @@ class StorePool:
         for shard in self.shards:
             if isinstance(shard, LocalPool):
                 found.update(shard.counters().demotions_refused)
+        return found
+
+    def ssd_events(self) -> Mapping[str, int]:
+        """What happened on the way to and from SSD; empty without an SSD tier here.  Raises as :meth:`refused` does."""
+        found: Counter[str] = Counter()
+        for shard in self.shards:
+            if isinstance(shard, LocalPool) and shard.stats(Tier.SSD) is not None:
+                counted = shard.counters()
+                found.update(
+                    restored=counted.restored,
+                    demoted=counted.demoted,
+                    demotions_failed=counted.demotions_failed,
+                    demotions_dropped=counted.demotions_dropped,
+                    fenced=counted.fenced,
+                    fenced_loads=counted.fenced_loads,
+                )
         return found
 
     def clear(self) -> None:

@@ -61,6 +61,11 @@ class RankFacts:
     head_parts: int = 0
     layer_split: str = ""
 
+    @property
+    def stores_kv(self) -> bool:
+        """Whether this rank stores KV pages, or another one does for it."""
+        return self.writer or not self.replicated
+
 
 @dataclass(frozen=True, slots=True)
 class StoreSettings:

@@ -80,6 +80,11 @@ class SiblingPool:
         self._reader = SharedPoolReader(path, identity, timeout)
         self._lookup = min(timeout, _LOOKUP_S)
 
+    @property
+    def failed(self) -> int:
+        """Calls that the writer did not answer, or not in time."""
+        return self._reader.failed
+
     def open(self) -> None:
         """Nothing to do: the reader connects when it is asked."""
 

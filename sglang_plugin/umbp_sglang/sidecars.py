@@ -20,9 +20,13 @@ class _Waiting:
 
 
 class Sidecars:
-    """What waits, and which KV pages must not be stored because a part of theirs could not be.  Any thread."""
+    """What waits, and which KV pages must not be stored because a part of theirs could not be.  Any thread.
 
-    def __init__(self) -> None:
+    Where this rank ``stores_kv`` not at all, no KV pages come: none of them is remembered then.
+    """
+
+    def __init__(self, stores_kv: bool = True) -> None:
+        self._stores_kv = stores_kv
         self._lock = threading.Lock()
         self._waiting: list[_Waiting] = []
         self._barred: set[bytes] = set()
@@ -47,8 +51,9 @@ class Sidecars:
 
     def bar(self, anchors: Sequence[bytes]) -> None:
         """A part that these KV pages cannot do without could not be stored."""
-        with self._lock:
-            self._barred.update(anchors)
+        if self._stores_kv:
+            with self._lock:
+                self._barred.update(anchors)
 
     def come(self) -> None:
         """A node's KV pages come.  What waits for some that are not stored then is given up by :meth:`begin`."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +19,8 @@ from umbp_sglang.pools import Moved, StorePool
 _SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _KEPT_CALLS = 1024
 """Calls that are remembered for SGLang's collector, should it not ask for a while."""
-_WATCH_S = 1.0
-"""How often the pools are asked how full they are, at most."""
 _USED, _CAPACITY = "umbp_sglang_tier_used_bytes", "umbp_sglang_tier_capacity_bytes"
+_REFUSED, _SSD = "umbp_sglang_refused_pages_total", "umbp_sglang_ssd_total"
 
 
 class StoreStats:
@@ -37,8 +35,7 @@ class StoreStats:
         self._metrics = {doc.name: _make(doc, self.registry) for doc in METRICS}
         self._series: dict[tuple[str, str], _Series] = {}
         self._lock = threading.Lock()
-        self._watched = -math.inf
-        self._refused: dict[tuple[str, str], int] = {}
+        self._counted: dict[tuple[str, str, str], int] = {}
         self._tiers: set[tuple[str, str]] = set()
         self._calls: dict[str, deque[tuple[int, float]]] = {
             direction: deque(maxlen=_KEPT_CALLS) for direction in ("get", "put")
@@ -64,31 +61,23 @@ class StoreStats:
             with self._lock:
                 self._calls[direction].append((pages, pages * page_bytes / seconds / 1e9))
 
-    def degraded(self, reason: str) -> None:
+    def degraded(self, reason: str, times: int = 1) -> None:
         """A call gave up a part of its service."""
-        self._metrics["umbp_sglang_degraded_total"].labels(reason).inc()
+        self._metrics["umbp_sglang_degraded_total"].labels(reason).inc(times)
 
-    def watch(self, pools: Sequence[StorePool], now: float) -> None:
-        """Ask ``pools`` how full they are, unless that was done less than a second before ``now``."""
-        with self._lock:
-            if now - self._watched < _WATCH_S:
-                return
-            self._watched = now
+    def watch(self, pools: Sequence[StorePool]) -> None:
+        """Ask ``pools`` how full they are, and what happened on the way to their SSD tiers.  One thread."""
         for pool in pools:
             try:
-                tiers, refused = pool.tiers(), pool.refused()
+                tiers, refused, events = pool.tiers(), pool.refused(), pool.ssd_events()
             except StateError:  # it is being closed
                 continue
             for tier, (used, capacity) in tiers.items():
                 self._tiers.add((pool.name, tier))
                 self._metrics[_USED].labels(pool.name, tier).set(used)
                 self._metrics[_CAPACITY].labels(pool.name, tier).set(capacity)
-            for policy, pages in refused.items():
-                before = self._refused.get((pool.name, policy), 0)
-                self._refused[pool.name, policy] = pages
-                # A pool that was opened again counts from zero.
-                new = pages - before if pages >= before else pages
-                self._metrics["umbp_sglang_refused_pages_total"].labels(pool.name, policy).inc(new)
+            self._follow(_REFUSED, pool.name, refused)
+            self._follow(_SSD, pool.name, events)
 
     def ended(self) -> None:
         """The pools are closed.  A gauge would show its last value until the process ends, in multi-process mode."""
@@ -115,6 +104,13 @@ class StoreStats:
             prefetch_bandwidth=[speed for _, speed in calls["get"]],
             backup_bandwidth=[speed for _, speed in calls["put"]],
         )
+
+    def _follow(self, metric: str, pool: str, counts: Mapping[str, int]) -> None:
+        """Add what ``counts`` of ``pool`` grew by since the last time; those of a pool opened again begin at zero."""
+        for label, count in counts.items():
+            before = self._counted.get((metric, pool, label), 0)
+            self._counted[metric, pool, label] = count
+            self._metrics[metric].labels(pool, label).inc(count - before if count >= before else count)
 
     def _series_of(self, direction: str, pool: str) -> _Series:
         found = self._series.get((direction, pool))

@@ -23,7 +23,7 @@ from umbp_core.breaker import Backoff, Breaker
 from umbp_core.errors import ConfigError
 from umbp_core.ports import Clock
 from umbp_sglang.clearing import Clearing
-from umbp_sglang.doors import Door
+from umbp_sglang.doors import Answer, Door
 from umbp_sglang.hits import PrefixHits, leading_groups, prefixes_up_to, prefixes_with_tail
 from umbp_sglang.host_pages import tensor_bytes
 from umbp_sglang.keys import block_keys, leading
@@ -33,6 +33,7 @@ from umbp_sglang.reporting import NodeReporting, keep_reporting, kept_reporting,
 from umbp_sglang.settings import read_settings
 from umbp_sglang.sidecars import Sidecars
 from umbp_sglang.stats import StoreStats
+from umbp_sglang.watching import PoolWatch
 from umbp_sglang.weights import known_weights
 
 __all__ = ["UMBPStore"]
@@ -67,7 +68,7 @@ class UMBPStore(HiCacheStorage):
         self._timeout = self._settings.config.call_timeout_ms / 1000
         self._clock = clock
         self._pools = PoolRegistry(self._settings, known_weights(), make_pool)
-        self._sidecars = Sidecars()
+        self._sidecars = Sidecars(self._settings.rank.stores_kv)
         self._stats = StoreStats()
         self._clearing = Clearing(
             self._pools.clear, Breaker(random.random, _CLEAR_BACKOFF, 1), clock, self._stats.degraded
@@ -75,6 +76,7 @@ class UMBPStore(HiCacheStorage):
         self._gets = self._door("get")
         self._puts = self._door("put")
         self._asks = self._door("exists")
+        self._watch = PoolWatch(self._stats, self._pools.pools, self._asks, clock)
         self._reporting: NodeReporting | None = None
         if mem_pool_host is not None and not isinstance(mem_pool_host, dict):
             self.register_mem_pool_host(mem_pool_host)
@@ -117,7 +119,7 @@ class UMBPStore(HiCacheStorage):
     def batch_exists(self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None) -> int:
         """How many pages, from the first on without a gap, can be read now: KV, and side pools that are read whole."""
         budget = Budget(self._timeout)
-        found = self._asks.answer(lambda: self._pools.whole_prefix(keys, self._anchor_prefix(keys, budget), budget), 0)
+        found = self._ask(lambda: self._pools.whole_prefix(keys, self._anchor_prefix(keys, budget), budget), 0)
         self._stats.looked_up(len(keys), found)
         return found
 
@@ -128,7 +130,7 @@ class UMBPStore(HiCacheStorage):
         extra_info: HiCacheStorageExtraInfo | None = None,
     ) -> PoolTransferResult:
         """Which prefixes of the chain ``keys`` can be restored, when every pool must have its part."""
-        hits = self._asks.answer(lambda: self._prefixes(keys, pool_transfers or []), PrefixHits(0))
+        hits = self._ask(lambda: self._prefixes(keys, pool_transfers or []), PrefixHits(0))
         self._stats.looked_up(len(keys), hits.usable)
         return PoolTransferResult(hits.usable, dict(hits.boundaries), hits.restorable)
 
@@ -143,7 +145,8 @@ class UMBPStore(HiCacheStorage):
     ) -> list[bool]:
         """Store the host pages of KV, and publish what side pools stored for them; which of them are there."""
         depth = len(extra_info.prefix_keys or ()) if extra_info is not None else 0
-        there = self._move_anchor(lambda: self._put_anchor(keys, host_indices, depth), len(keys))
+        budget = Budget(self._timeout)
+        there = self._move_anchor(lambda: self._put_anchor(keys, host_indices, depth, budget), len(keys))
         self.tell_names()
         return there
 
@@ -198,7 +201,7 @@ class UMBPStore(HiCacheStorage):
 
     def exists(self, key: str) -> bool:
         """Whether KV page ``key`` can be read now."""
-        return self._asks.answer(lambda: self._anchor_prefix([key], Budget(self._timeout)), 0) == 1
+        return self._ask(lambda: self._anchor_prefix([key], Budget(self._timeout)), 0) == 1
 
     # The whole store
 
@@ -220,6 +223,7 @@ class UMBPStore(HiCacheStorage):
         if not self._clearing.done():
             logger.warning("umbp: closed before the storage could be cleared: what it holds will be found again")
         self._asks.answer(self._pools.close, None)
+        self._watch.close()
         self._stats.ended()
         reporting, self._reporting = self._reporting, None
         if reporting is not None:
@@ -236,7 +240,7 @@ class UMBPStore(HiCacheStorage):
     def _report_beside(self, host_pool: Any) -> None:
         """Report with what already does for the same caches, or with what the configuration says."""
         rank, config = self._settings.rank, self._settings.config
-        if self._reporting is not None or (rank.replicated and not rank.writer):
+        if self._reporting is not None or not rank.stores_kv:
             return
         reporting = kept_reporting(host_pool) or open_reporting(config, rank.model, self._pools.page_tokens)
         if reporting is None:
@@ -254,8 +258,17 @@ class UMBPStore(HiCacheStorage):
     def _door(self, name: str) -> Door:
         return Door(name, Breaker(random.random, _BACKOFF), self._clock, self._stats.degraded, self._clearing.done)
 
+    def _ask(self, work: Callable[[], Answer], miss: Answer) -> Answer:
+        """What ``work`` finds, or ``miss`` when it fails."""
+        found = self._asks.answer(work, miss)
+        self._watch.called()
+        return found
+
     def _anchor_prefix(self, keys: Sequence[str], budget: Budget) -> int:
-        if self._gets.shut or not self._clearing.done():
+        if self._gets.shut:
+            self._stats.degraded("get_shut")
+            return 0
+        if not self._clearing.done():
             return 0
         if self._pools.logical:
             return len(keys)
@@ -287,7 +300,7 @@ class UMBPStore(HiCacheStorage):
         pool = self._pools.get(name)
         if pool is None:
             return [False] * len(keys)
-        work = self._timed("get", pool, lambda: pool.get(block_keys(keys), host_indices, budget))
+        work = self._watch.counted("get", pool, lambda: pool.get(block_keys(keys), host_indices, budget))
         return self._gets.move(work, len(keys))
 
     def _move_anchor(self, work: Callable[[], Moved], pages: int) -> list[bool]:
@@ -295,7 +308,7 @@ class UMBPStore(HiCacheStorage):
         self._sidecars.come()
         return self._puts.move(work, pages)
 
-    def _put_anchor(self, keys: Sequence[str], host_indices: Any, depth: int) -> Moved:
+    def _put_anchor(self, keys: Sequence[str], host_indices: Any, depth: int, budget: Budget) -> Moved:
         anchors = block_keys(keys)
         if self._pools.logical:
             self._sidecars.ready(anchors)
@@ -305,7 +318,7 @@ class UMBPStore(HiCacheStorage):
         if pool is None or not allowed:
             return Moved([False] * len(keys))
         wanted, indices = anchors[:allowed], host_indices[: allowed * pool.access.rows]
-        pages = (wanted, indices, depths_of(depth, allowed), Budget(self._timeout))
+        pages = (wanted, indices, depths_of(depth, allowed), budget)
         moved = self._put_pages(pool, wanted, partial(pool.put, *pages), partial(pool.stage, *pages))
         return moved.followed_by(len(keys) - allowed)
 
@@ -314,7 +327,7 @@ class UMBPStore(HiCacheStorage):
     ) -> Moved:
         """Store KV pages, with what side pools stored for them where there is something."""
         together = partial(self._put_together, anchors, stage)
-        return self._timed("put", pool, together if self._sidecars.awaited(anchors) else put)()
+        return self._watch.counted("put", pool, together if self._sidecars.awaited(anchors) else put)()
 
     def _put_together(self, anchors: list[bytes], stage: Callable[[], StagedPages]) -> Moved:
         """Store KV pages whose side pools' pages wait for them: those are published first, so none is found without."""
@@ -328,15 +341,14 @@ class UMBPStore(HiCacheStorage):
         if pool is None or transfer.host_indices is None:
             return [False] * len(keys)
         if str(transfer.name) == KV:
-            return self._move_anchor(lambda: self._put_anchor(keys, transfer.host_indices, depth), len(keys))
+            return self._move_anchor(lambda: self._put_anchor(keys, transfer.host_indices, depth, budget), len(keys))
         ok: list[bool] = []
         for start in range(0, len(keys), BATCH_PAGES):
             part = block_keys(keys[start : start + BATCH_PAGES])
             rows = pool.access.rows
             indices = transfer.host_indices[start * rows : (start + len(part)) * rows]
-            work = self._timed(
-                "put", pool, self._staging(pool, part, indices, depths_of(depth + start, len(part)), budget)
-            )
+            staging = self._staging(pool, part, indices, depths_of(depth + start, len(part)), budget)
+            work = self._watch.counted("put", pool, staging)
             ok += self._puts.move(work, len(part))
         if str(transfer.indices_from_pool or "") == KV:
             self._sidecars.bar([key for key, there in zip(block_keys(keys), ok, strict=True) if not there])
@@ -354,8 +366,7 @@ class UMBPStore(HiCacheStorage):
 
     def _missing_anchors(self, keys: list[bytes], budget: Budget) -> list[bytes]:
         """Of ``keys``, those whose KV page this rank is still to store."""
-        rank = self._settings.rank
-        if rank.replicated and not rank.writer:
+        if not self._settings.rank.stores_kv:
             return []
         anchor = self._pools.get(KV)
         if anchor is None:
@@ -367,7 +378,7 @@ class UMBPStore(HiCacheStorage):
         if pool is None or not all(target.is_contiguous() for target in targets):
             return Moved([False] * len(keys))
         pages = [tensor_bytes(target) for target in targets]
-        return self._timed("get", pool, lambda: pool.get_flat(block_keys(keys), pages, self._timeout))()
+        return self._watch.counted("get", pool, lambda: pool.get_flat(block_keys(keys), pages, self._timeout))()
 
     def _put_flat(self, keys: Sequence[str], values: Sequence[Any]) -> Moved:
         pool, anchors = self._uncut_anchor(), block_keys(keys)
@@ -382,16 +393,3 @@ class UMBPStore(HiCacheStorage):
     def _uncut_anchor(self) -> StorePool | None:
         pool = self._pools.get(KV)
         return pool if pool is not None and pool.access.parts == 1 else None
-
-    def _timed(self, direction: str, pool: StorePool, work: Callable[[], Moved]) -> Callable[[], Moved]:
-        """``work``, counted."""
-
-        def run() -> Moved:
-            started = self._clock()
-            moved = work()
-            seconds = self._clock() - started
-            self._stats.moved(direction, pool.name, moved, pool.page_bytes, seconds)
-            self._stats.watch(self._pools.pools(), started)
-            return moved
-
-        return run

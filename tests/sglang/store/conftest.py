@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +31,24 @@ def patient_lookups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_LOOKUP_S", PATIENCE)
 
 
+def documented_reasons() -> set[str]:
+    """Why a call may give less than it should, as ``docs/metrics.md`` has it."""
+    page = (Path(__file__).resolve().parents[3] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if line.startswith("| `reason` | `get_timeout`")]
+    return set(re.findall(r"`(\w+)`", re.sub(r"\([^)]*\)", "", row))) - {"reason"}
+
+
+def degraded(store: UMBPStore) -> dict[str, float]:
+    """How often each reason was counted."""
+    family = next(f for f in store.metrics.collect() if f.name == "umbp_sglang_degraded")
+    return {s.labels["reason"]: s.value for s in family.samples if s.name.endswith("_total")}
+
+
+def check_reasons(store: UMBPStore) -> None:
+    """Whatever a test's store counted has to be documented."""
+    assert set(degraded(store)) <= documented_reasons()
+
+
 class Stores:
     """Makes stores as SGLang does: constructor, pools, then the word that these were all."""
 
@@ -37,6 +57,7 @@ class Stores:
 
     def __call__(self, config: Any, pool: Any, sides: dict[Any, Any] | None = None, **more: Any) -> UMBPStore:
         store = UMBPStore(config, pool, **more)
+        self._closing.callback(check_reasons, store)
         self._closing.callback(store.close)
         store.register_mem_pool_host(pool)
         store.register_mem_host_pool_v2(pool, "kv")

@@ -32,6 +32,8 @@ class Faults:
         self.calls = 0
         self.patience: list[float | None] = []
         """How long each lookup might have taken."""
+        self.given: list[float | None] = []
+        """How long each put might have taken."""
         self.pools: list[FaultyPool] = []
 
     def make(self, identity: Identity, config: LocalPoolConfig) -> FaultyPool:
@@ -74,6 +76,7 @@ class FaultyPool(LocalPool):
         timeout: float | None = None,
     ) -> list[PutStatus]:
         self.faults.strike()
+        self.faults.given.append(timeout)
         if self.faults.late:
             return [PutStatus.TIMED_OUT] * len(keys)
         good = [index for index, key in enumerate(keys) if not self.faults.full(key)]
@@ -91,6 +94,7 @@ class FaultyPool(LocalPool):
         timeout: float | None = None,
     ) -> StagedPut:
         self.faults.strike()
+        self.faults.given.append(timeout)
         good = [index for index, key in enumerate(keys) if not self.faults.full(key)]
         staged = super().stage([keys[i] for i in good], [buffers[i] for i in good], None, timeout)
         statuses = [PutStatus.NO_ROOM] * len(keys)

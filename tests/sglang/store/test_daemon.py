@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 
 from tests.connectors.daemon.conftest import Daemon
+from tests.connectors.daemon.processes import Process, Stopped, daemon
 from tests.connectors.waiting import until
-from tests.sglang.store.conftest import Stores
+from tests.sglang.store.conftest import Stores, degraded
+from tests.sglang.store.faults import FakeClock
 from tests.sglang.store.pools import (
     KINDS,
     PATIENCE_MS,
@@ -27,8 +30,14 @@ from tests.sglang.store.pools import (
     wipe,
 )
 from umbp_core.tiers import Tier
+from umbp_sglang.store import UMBPStore
 
 Start = Callable[..., Daemon]
+SIDES = (PoolName.SWA, PoolName.INDEXER, PoolName.DRAFT)
+HANG_MS = 2000
+"""What a call may take while the daemon hangs."""
+MARGIN_S = 6.0
+"""What it may take longer on a slow machine; to wait for what each of the four pools says would take much longer."""
 
 
 @pytest.fixture
@@ -42,6 +51,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
             return daemon
 
         yield start
+
+
+@pytest.fixture
+def hanging(tmp_path: Path) -> Iterator[Process]:
+    """A daemon in a process of its own, for tests that stop it."""
+    process = daemon(tmp_path / "run" / "daemon.sock", "--dram-capacity", "64MiB")
+    yield process
+    process.kill()
 
 
 @pytest.fixture
@@ -156,3 +173,57 @@ def test_a_store_without_a_daemon_works_without_hits(
     start()
     until(lambda: store.batch_set_v1(keys, rows(0, 1)) == [True, True])
     assert store.batch_exists(keys) == 2
+
+
+def there(keys: list[str]) -> list[PoolTransfer]:
+    """Two pages of each side pool."""
+    return [PoolTransfer(name, rows(0, 1), keys=keys) for name in SIDES]
+
+
+CALLS: dict[str, Callable[[UMBPStore, list[str]], object]] = {
+    "batch_get_v1": lambda store, keys: store.batch_get_v1(keys, rows(0, 1)),
+    "batch_set_v1": lambda store, keys: store.batch_set_v1(hashes(2), rows(0, 1)),
+    "batch_exists": lambda store, keys: store.batch_exists(keys),
+    "batch_get_v2": lambda store, keys: store.batch_get_v2(there(keys)),
+    "batch_set_v2": lambda store, keys: store.batch_set_v2(there(hashes(2))),
+    "batch_set_v2, all": lambda store, keys: store.batch_set_v2([*there(keys), PoolTransfer("kv", rows(0, 1), keys)]),
+    "batch_exists_v2": lambda store, keys: store.batch_exists_v2(keys, there(keys)),
+    "get": lambda store, keys: store.get(keys[0], store.mem_pool_host.get_dummy_flat_data_page()),
+    "set": lambda store, keys: store.set(hashes(1)[0], store.mem_pool_host.get_dummy_flat_data_page()),
+    "exists": lambda store, keys: store.exists(keys[0]),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_ends_in_its_time_when_the_daemon_hangs(
+    stores: Stores, hanging: Process, config: Callable[..., Any], clock: FakeClock, call: str
+) -> None:
+    """However many pools there are, and although they are to be asked how full they are."""
+    brief = config(extra={"call_timeout_ms": HANG_MS})
+    store = stores(brief, mha_pool(), {name: mha_pool(heads=1) for name in SIDES}, clock=clock)
+    keys = hashes(2)
+
+    def stored() -> bool:  # on a busy machine two seconds may not be enough
+        store.batch_set_v2(there(keys))
+        return store.batch_set_v1(keys, rows(0, 1)) == [True, True] and store.batch_exists(keys) == 2
+
+    until(stored)
+    before = degraded(store).get("unanswered", 0)
+    clock.now += 10  # the pools are looked at again
+    with Stopped(hanging):
+        begun = time.monotonic()
+        CALLS[call](store, keys)
+        took = time.monotonic() - begun
+    assert took < HANG_MS / 1000 + MARGIN_S
+    assert degraded(store)["unanswered"] > before
+
+
+def test_what_a_daemon_does_not_answer_is_counted(stores: Stores, config: Callable[..., Any]) -> None:
+    store, keys = stores(config(), mha_pool()), hashes(2)
+    before = degraded(store).get("unanswered", 0)
+
+    def counted() -> bool:
+        assert store.batch_exists(keys) == 0
+        return degraded(store).get("unanswered", 0) > before
+
+    until(counted)

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
 
+from tests.connectors.later import pass_time
 from tests.connectors.waiting import PATIENCE
-from tests.sglang.store.conftest import Stores
+from tests.sglang.store.conftest import Stores, degraded
 from tests.sglang.store.faults import FakeClock, Faults
 from tests.sglang.store.pools import PATIENCE_MS, contents, hashes, mha_pool, rows, storage_config
 from umbp_core.errors import ConfigError, TransferError
+from umbp_sglang import pools
 from umbp_sglang.store import UMBPStore
 
 CALLS_TO_SHUT = 3
@@ -22,12 +24,6 @@ CALLS_TO_SHUT = 3
 @pytest.fixture
 def store(stores: Stores, faults: Faults, clock: FakeClock) -> UMBPStore:
     return stores(storage_config(), mha_pool(), make_pool=faults.make, clock=clock)
-
-
-def degraded(store: UMBPStore) -> dict[str, float]:
-    """How often each reason was counted."""
-    family = next(f for f in store.metrics.collect() if f.name == "umbp_sglang_degraded")
-    return {s.labels["reason"]: s.value for s in family.samples if s.name.endswith("_total")}
 
 
 @pytest.mark.parametrize("error", [TransferError("the disk is gone"), OSError("no such device"), RuntimeError("a bug")])
@@ -65,7 +61,7 @@ def test_calls_that_run_out_of_time_shut_the_door(store: UMBPStore, faults: Faul
     clock.now += 60
     assert store.batch_exists(keys) == 2
     assert store.batch_get_v1(keys, rows(2, 3)) == [True, True]
-    assert degraded(store) == {"get_timeout": CALLS_TO_SHUT, "get_shut": 1}
+    assert degraded(store) == {"get_timeout": CALLS_TO_SHUT, "get_shut": 3}, "lookups too"
 
 
 def test_a_question_has_one_deadline_for_all_its_parts(stores: Stores, faults: Faults) -> None:
@@ -88,6 +84,25 @@ def test_a_question_has_one_deadline_for_all_its_parts(stores: Stores, faults: F
     assert len(given) == len(faults.patience) >= 4, "the chain in parts, and both pools"
     assert PATIENCE_MS / 1000 >= given[0] > given[-1] > 0
     assert given == sorted(given, reverse=True)
+
+
+def test_a_put_of_several_pools_has_one_deadline(
+    stores: Stores, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, keys = (
+        stores(storage_config(), mha_pool(), {PoolName.SWA: mha_pool(heads=1)}, make_pool=faults.make),
+        hashes(1),
+    )
+
+    def slow(key: bytes) -> bool:
+        pass_time(monkeypatch, 10.0, pools)
+        return False
+
+    faults.full = slow
+    transfers = [PoolTransfer(name, rows(0), keys=keys) for name in (PoolName.SWA, PoolName.KV)]
+    assert store.batch_set_v2(transfers) == {PoolName.SWA: [True], PoolName.KV: [True]}
+    side, kv = (given for given in faults.given if given is not None)
+    assert kv <= side - 10
 
 
 def test_a_full_pool_costs_the_pages_that_found_no_room(store: UMBPStore, faults: Faults) -> None:

@@ -12,7 +12,8 @@ import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from torch import distributed
 
-from tests.sglang.store.conftest import Stores
+from tests.sglang.store.conftest import Stores, degraded
+from tests.sglang.store.faults import Faults
 from tests.sglang.store.pools import MLA_LAYOUTS, contents, hashes, mha_pool, mla_pool, rows, storage_config, wipe
 
 
@@ -115,6 +116,27 @@ def test_a_writer_that_is_gone_makes_misses(stores: Stores) -> None:
     assert reader.batch_exists(keys) == 0
     assert reader.batch_get_v1(keys, rows(0)) == [False]
     reader.clear()
+
+
+def test_what_a_writer_does_not_answer_is_counted(stores: Stores) -> None:
+    reader, keys = stores(storage_config(mla=True, tp=(1, 2)), mla_pool()), hashes(1)
+    assert degraded(reader) == {}
+    assert reader.batch_exists(keys) == 0
+    assert degraded(reader) == {"unanswered": 1}
+    assert reader.batch_get_v1(keys, rows(0)) == [False]
+    assert reader.batch_set_v1(keys, rows(0)) == [True], "nobody is asked"
+    assert degraded(reader) == {"unanswered": 2}
+
+
+def test_a_rank_that_stores_no_kv_holds_none_back(stores: Stores) -> None:
+    """Its side pools' pages have no KV pages to wait for, nor to be missed by, however often they find no room."""
+    faults, draft, keys = Faults(), mha_pool(heads=1), hashes(3)
+    reader = stores(storage_config(mla=True, tp=(1, 2)), mla_pool(), {PoolName.DRAFT: draft}, make_pool=faults.make)
+    faults.full = lambda key: True
+    for key in keys:
+        transfer = PoolTransfer(PoolName.DRAFT, rows(3), keys=[key], indices_from_pool=PoolName.KV)
+        assert reader.batch_set_v2([transfer]) == {PoolName.DRAFT: [False]}
+    assert reader.batch_set_v1(keys, rows(0, 1, 2)) == [True] * 3, "the writer stores them"
 
 
 def test_a_writer_that_comes_back_is_found_again(stores: Stores, tmp_path: Path) -> None:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from sglang.srt.observability.metrics_collector import StorageMetrics
 
-from tests.sglang.store.conftest import Stores
-from tests.sglang.store.faults import FakeClock
-from tests.sglang.store.pools import hashes, mha_pool, page_bytes, rows, storage_config
+from tests.connectors.disk import Disk
+from tests.connectors.waiting import until
+from tests.sglang.store.conftest import Stores, degraded, documented_reasons
+from tests.sglang.store.faults import FakeClock, Faults
+from tests.sglang.store.pools import contents, hashes, mha_pool, page_bytes, rows, storage_config
 from umbp_sglang.metrics import METRICS
 from umbp_sglang.store import UMBPStore
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    """The disk of this process."""
+    disk = Disk(monkeypatch)
+    yield disk
+    disk.work()
+    disk.wait_free()
 
 
 def values(store: UMBPStore) -> dict[str, float]:
@@ -23,6 +37,19 @@ def values(store: UMBPStore) -> dict[str, float]:
         for sample in family.samples
         if not sample.name.endswith(("_created", "_bucket"))
     }
+
+
+def tiers_of(store: UMBPStore) -> dict[str, float]:
+    """How full the tiers are."""
+    return {name: value for name, value in values(store).items() if "_tier_" in name}
+
+
+def ssd_of(store: UMBPStore, clock: FakeClock) -> dict[str, float]:
+    """What happened in the SSD tier; so that it is known, a call has to come a second after the last one."""
+    clock.now += 10
+    store.batch_exists(hashes(1))
+    start = "umbp_sglang_ssd_total/kv/"
+    return {name.removeprefix(start): count for name, count in values(store).items() if name.startswith(start)}
 
 
 def test_what_happened_is_counted(stores: Stores, tmp_path: Path) -> None:
@@ -36,10 +63,13 @@ def test_what_happened_is_counted(stores: Stores, tmp_path: Path) -> None:
     store.batch_get_v1(keys, rows(4, 5, 6, 7))
     store.batch_exists(keys)
     store.batch_exists(hashes(2))
+    until(lambda: values(store).get("umbp_sglang_tier_used_bytes/kv/dram") == 3 * 4096)
+    until(lambda: "umbp_sglang_ssd_total/kv/fenced" in values(store))
     counted = {name.removeprefix("umbp_sglang_"): value for name, value in values(store).items()}
     of_reports = [value for name, value in counted.items() if name.startswith("report_")]
     assert of_reports == [0.0] * len(of_reports), "there is no master"
-    moved = {name: value for name, value in counted.items() if "seconds" not in name and not name.startswith("report_")}
+    elsewhere = ("report_", "ssd_", "call_seconds")
+    moved = {name: value for name, value in counted.items() if not name.startswith(elsewhere)}
     assert moved == {
         "lookups_total": 2,
         "lookup_pages_total": 6,
@@ -70,20 +100,63 @@ def test_pages_that_are_read_again_go_to_ssd_and_those_that_did_not_are_counted(
     first.batch_get_v1(keys[:2], rows(4, 5))
     clock.now += 10
     first.batch_exists(keys)
-    assert values(first)["umbp_sglang_refused_pages_total/kv/frequency"] == 3
+    until(lambda: values(first).get("umbp_sglang_refused_pages_total/kv/frequency") == 3)
     first.close()
     assert stores(config, mha_pool()).batch_exists(keys) == 2
+
+
+def test_a_disk_that_refuses_is_counted(stores: Stores, tmp_path: Path, disk: Disk) -> None:
+    tiers = {"ssd_dir": str(tmp_path), "ssd_capacity": "16MiB"}
+    config, clock, pool, keys = storage_config(extra=tiers), FakeClock(), mha_pool(), hashes(4)
+    nothing = {"demotions_failed": 0, "demotions_dropped": 0, "fenced": 0, "fenced_loads": 0}
+    first = stores(config, pool, clock=clock)
+    assert first.batch_set_v1(keys[:2], rows(0, 1)) == [True] * 2
+    until(lambda: ssd_of(first, clock) == {"restored": 0, "demoted": 2, **nothing})
+    disk.fail("write", number=errno.ENOSPC)
+    assert first.batch_set_v1(keys[2:], rows(2, 3)) == [True] * 2
+    until(lambda: sum(count for event, count in ssd_of(first, clock).items() if event.startswith("demotions_")) == 2)
+    assert ssd_of(first, clock)["demotions_failed"] >= 1
+    assert first.batch_get_v1(keys, rows(4, 5, 6, 7)) == [True] * 4, "DRAM has them all the same"
+    assert contents(pool, range(4, 8)) == contents(pool, range(4))
+    first.close()
+    disk.work()
+    again = stores(config, mha_pool(), clock=clock)
+    until(lambda: ssd_of(again, clock) == {"restored": 2, "demoted": 0, **nothing})
+
+
+def test_a_pool_without_a_disk_has_no_events_of_one(stores: Stores) -> None:
+    store, clock = stores(storage_config(), mha_pool()), FakeClock()
+    store.batch_set_v1(hashes(1), rows(0))
+    until(lambda: len(tiers_of(store)) == 2)
+    assert ssd_of(store, clock) == {}
+
+
+def test_every_documented_reason_is_counted(stores: Stores, tmp_path: Path) -> None:
+    """And no other: see ``check_reasons``."""
+    errors, shut, clearing = Faults(), Faults(), Faults()
+    made = [stores(storage_config(), mha_pool(), make_pool=faults.make) for faults in (errors, shut, clearing)]
+    away = {"mode": "daemon", "daemon_socket": str(tmp_path / "run" / "daemon.sock")}
+    made.append(stores(storage_config(extra=away), mha_pool()))
+    errors.error, shut.late, clearing.keeps = OSError("no such device"), True, True
+    odd = mha_pool(heads=1)
+    odd.layout = "odd"
+    made[0].register_mem_host_pool_v2(odd, "swa")
+    made[0].batch_exists([None])  # type: ignore[list-item]
+    made[2].clear()
+    for store in made:
+        for _ in range(4):
+            store.batch_set_v1(hashes(1), rows(0))
+            store.batch_get_v1(hashes(1), rows(0))
+    assert {reason for store in made for reason in degraded(store)} == documented_reasons()
 
 
 def test_a_store_that_is_closed_has_no_tiers(stores: Stores) -> None:
     """A detached storage: what a process's gauges show outlives it, also where the next one has no such tier."""
     store = stores(storage_config(), mha_pool(), clock=FakeClock())
     store.batch_set_v1(hashes(1), rows(0))
-    tiers = {name: value for name, value in values(store).items() if "_tier_" in name}
-    assert len(tiers) == 2
-    assert all(tiers.values())
+    until(lambda: len(tiers_of(store)) == 2 and all(tiers_of(store).values()))
     store.close()
-    assert {name: values(store)[name] for name in tiers} == dict.fromkeys(tiers, 0)
+    assert list(tiers_of(store).values()) == [0, 0]
 
 
 def test_pages_from_ssd_are_told_apart(stores: Stores, tmp_path: Path) -> None:
