@@ -20,6 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import _peers
 import _report
 from pool import BATCH, SIZES, Keys, Memory, check, copy_all, open_pool
 
@@ -226,9 +227,11 @@ def main() -> None:
         "Put and get, batches of 128": [row for nbytes in sizes for row in dram(nbytes, count, threads)],
         "exists": exists(count),
         "An engine's leader": pages(count),
+        **_peers.in_dram(),
     }
     notes = [
         f"Targets: {TARGET} of the copy from 256 KiB on, {TARGETS[64 << 10]} at 64 KiB.",
+        f"The copy that the targets are of is that by one thread; put and get copy with {threads}.",
         "Medians of interleaved rounds; ratios are medians of each round's ratio.",
         "Every object is verified (xxh3-128); the copies that it is compared with are not.",
         "The daemon and the client are two processes on the same processors.",

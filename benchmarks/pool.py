@@ -376,6 +376,7 @@ def main() -> None:
         }
     notes = [
         f"Targets: put and get {TARGET_RATIO} of the copy from 256 KiB on, exists {TARGET_EXISTS_US:.0f} us.",
+        f"The copy that the targets are of is that by one thread; put and get copy with {arguments.threads}.",
         f"Exists of {MANY_KEYS} keys: {TARGET_EXISTS_MANY_US:.0f} us; a restart: {TARGET_RESTART_S:.0f} s.",
         f"SSD: {TARGET_SSD} of direct I/O by as many threads; the disk of a virtual machine is not the same twice.",
         "Medians of interleaved rounds; ratios are medians of each round's ratio.",

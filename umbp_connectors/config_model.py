@@ -263,8 +263,16 @@ class UmbpConfig(BaseModel):
         description="vLLM: `block` stores a block when the step that fills it has ended, `layer` each layer of it as "
         "soon as that layer is computed; it is published when all of it is there, either way.",
     )
-    load_timeout_s: Seconds = Field(30.0, description="A load that has not ended by then is recomputed.")
-    store_timeout_s: Seconds = Field(60.0, description="A store or demotion that has not ended by then is given up.")
+    load_timeout_s: Seconds = Field(
+        30.0,
+        description="vLLM: a load that does not copy into the KV cache by then is recomputed; one that does is waited "
+        "for, but with `layerwise`, where what the step still lacks is recomputed.",
+    )
+    store_timeout_s: Seconds = Field(
+        60.0,
+        description="vLLM: a store or demotion that has not begun to copy by then is given up; one that has runs to "
+        "its end.",
+    )
     lookup_timeout_ms: Milliseconds = Field(
         50, description="How long a request may wait for the answer what the pool holds before it counts as a miss."
     )

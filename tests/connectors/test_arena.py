@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,6 +242,18 @@ def test_a_numa_node_that_is_there_is_silent(caplog: pytest.LogCaptureFixture) -
     with caplog.at_level(logging.WARNING):
         arena.open()
     assert not caplog.records
+    arena.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/numa_maps").exists(), reason="the kernel has no NUMA")
+@pytest.mark.parametrize(("node", "policy"), [(0, "prefer"), (-1, "default")])
+def test_the_kernel_takes_the_pages_from_the_numa_node_that_is_asked_for(node: int, policy: str) -> None:
+    arena = Arena(1 << 21, 4, numa_node=node)
+    arena.open()
+    places = [line.split() for line in Path("/proc/self/numa_maps").read_text(encoding="ascii").splitlines()]
+    policies = {int(begin, 16): found for begin, found, *_ in places}
+    assert policies[arena.address].startswith(policy)
+    assert policy == "default" or policies[arena.address].endswith(f":{node}")
     arena.close()
 
 

@@ -39,8 +39,8 @@ from umbp_connectors.compat.mori_config import (
     UMBPSsdConfig,
     UMBPStandaloneProcessConfig,
     UMBPTierType,
-    chosen_watermarks,
 )
+from umbp_connectors.compat.mori_keys import extra_of
 from umbp_connectors.compat.mori_memory import UMBPHostBufferBacking, UMBPHostMemAllocator
 from umbp_connectors.config import resolve
 from umbp_connectors.create import create_client, open_external
@@ -125,7 +125,7 @@ class UMBPClient:
         self._lock = threading.Lock()
         self._client: Client | None = None
         self._closed = False
-        self._settings = resolve(_extra(config), env={}).config
+        self._settings = resolve(extra_of(config), env={}).config
         self._external = ExternalKv()
         self._namespace = f"{NAMESPACE}/{config.namespace}" if config.namespace else NAMESPACE
         self._left_bytes = 0 if config.object_bytes else _stored_bytes(config, self._namespace)
@@ -225,6 +225,23 @@ class UMBPClient:
         """Parts of objects are not read or written on their own."""
         return False
 
+    def batch_get_ranges_into_ptr(
+        self, keys: Sequence[str], ptrs: Sequence[object], sizes: Sequence[object], offsets: Sequence[object]
+    ) -> list[bool]:
+        """False for each, as :meth:`supports_ranged_io` says."""
+        return _no_ranges("batch_get_ranges_into_ptr", keys)
+
+    def batch_put_ranges_from_ptr(
+        self,
+        keys: Sequence[str],
+        object_sizes: Sequence[int],
+        ptrs: Sequence[object],
+        sizes: Sequence[object],
+        offsets: Sequence[object],
+    ) -> list[bool]:
+        """False for each, as :meth:`supports_ranged_io` says."""
+        return _no_ranges("batch_put_ranges_from_ptr", keys)
+
     def register_memory(self, ptr: int, size: int) -> bool:
         """Nothing has to be registered; true when it could be memory."""
         return ptr > 0 and size > 0
@@ -321,49 +338,6 @@ def install() -> ModuleType:
     return here
 
 
-def _extra(config: UMBPConfig) -> dict[str, Any]:
-    """Our keys for the original's fields."""
-    extra: dict[str, Any] = {
-        "dram_capacity": config.dram.capacity_bytes,
-        "dram_use_hugepages": config.dram.use_hugepages,
-        "dram_numa_node": config.dram.numa_node,
-        "dram_prefault": config.dram.prefault,
-        "eviction_policy": config.eviction.policy,
-        "ssd_capacity": config.ssd.capacity_bytes,
-        "io_threads": max(4, config.copy_pipeline.worker_threads),
-    }
-    for tier, part in (("dram", config.dram), ("ssd", config.ssd)):
-        chosen = chosen_watermarks(part.high_watermark, part.low_watermark)
-        if chosen is not None:
-            extra |= dict(zip((f"{tier}_high_watermark", f"{tier}_low_watermark"), chosen, strict=True))
-    if config.ssd.enabled:
-        strict = config.ssd.durability.mode is UMBPDurabilityMode.Strict
-        extra |= {"ssd_dir": config.ssd.storage_dir, "ssd_durability": "strict" if strict else "batched"}
-    if config.standalone_process is not None:
-        extra |= _daemon(config.standalone_process)
-    if config.distributed is not None:
-        master = config.distributed.master_config
-        extra |= {
-            "master_address": master.master_address,
-            "node_id": master.node_id,
-            "node_address": master.node_address,
-            "node_tags": list(master.tags),
-        }
-    return extra
-
-
-def _daemon(process: UMBPStandaloneProcessConfig) -> dict[str, Any]:
-    return {
-        "mode": "daemon",
-        "daemon_socket": process.address.removeprefix("unix://"),
-        "daemon_auto_start": process.auto_start,
-        "daemon_start_timeout_s": process.startup_timeout_ms / 1000,
-        "node_id": process.worker_node_id,
-        "node_address": process.worker_node_address,
-        "node_tags": list(process.tags),
-    }
-
-
 def _stored_bytes(config: UMBPConfig, namespace: str) -> int:
     """The page size of what an earlier life left on SSD for this one; 0 when there is nothing."""
     folder = Path(config.ssd.storage_dir)
@@ -371,6 +345,11 @@ def _stored_bytes(config: UMBPConfig, namespace: str) -> int:
         return 0
     found = [each for each in find_catalogues(folder) if each.namespace == namespace]
     return max((each.slot_bytes for each in found), default=0)
+
+
+def _no_ranges(call: str, keys: Sequence[str]) -> list[bool]:
+    logger.warning("umbp: %s of %d keys does nothing: parts of objects are not moved here", call, len(keys))
+    return [False] * len(keys)
 
 
 def _tier(number: int) -> UMBPTierType | int:

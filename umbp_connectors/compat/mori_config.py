@@ -283,6 +283,8 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "UMBP_EVICTION_POLICY": ("eviction.policy", str),
     "UMBP_NAMESPACE": ("namespace", str),
     "UMBP_DRAM_USE_HUGEPAGES": ("dram.use_hugepages", _flag),
+    "UMBP_DRAM_NUMA_NODE": ("dram.numa_node", int),
+    "UMBP_DRAM_PREFAULT": ("dram.prefault", _flag),
     "UMBP_SSD_DURABILITY_MODE UMBP_SSD_DURABILITY": ("ssd.durability.mode", _durability),
 }
 """Names of one thing, the later ones (ours) counting more; the field, and how its value is read."""

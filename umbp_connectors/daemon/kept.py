@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +15,11 @@ from umbp_connectors.daemon.messages import TOKEN_BYTES, Attach
 from umbp_connectors.daemon.watches import Watches
 from umbp_connectors.pool.local import CLOSE_TIMEOUT_S, LocalPool
 from umbp_connectors.pool.outcomes import GetStatus
+from umbp_connectors.pool.ssd import FlushMark
 from umbp_core.errors import TierUnavailable, UmbpError
+
+_REMEMBERED = 1024
+"""Clients without a connection that will be told, should they come back, what the disk refused meanwhile."""
 
 
 @dataclass(slots=True)
@@ -66,6 +70,8 @@ class KeptPool:
         self._engines: dict[tuple[bytes, bytes], _Engine] = {}
         """By client and life."""
         self._held: Counter[bytes] = Counter()
+        self._marks: OrderedDict[bytes, FlushMark] = OrderedDict()
+        """What each client was told of the losses of the SSD tier, those that left last at the end."""
         self._instead_of = instead_of
         self._changing = threading.Lock()
         """Held while the pool is opened or closed."""
@@ -166,10 +172,14 @@ class KeptPool:
             self._leaving.remove(number)
             if client not in self._connections.values():
                 del self._labels[client]
+                self._forget_marks(client)
             self.left_at = time.monotonic()
 
     def holdings(self, number: int, greeting: Attach) -> tuple[ClientHoldings, int, bool]:
         """What this connection speaks for, its turn, and whether it is known from an earlier connection."""
+        mark = self.pool.flush_mark()
+        with self._lock:
+            self._marks.setdefault(greeting.client, mark)
         if not greeting.life:
             return ClientHoldings(self.pool.stock()), 0, False
         name = (greeting.client, greeting.life)
@@ -182,6 +192,12 @@ class KeptPool:
                 engine.speaker = number
                 engine.witnesses.clear()
             return engine.holdings, greeting.turn, known
+
+    def flush(self, client: bytes, timeout: float) -> bool:
+        """See ``LocalPool.flush``; what the disk refused, each client is told."""
+        with self._lock:
+            mark = self._marks[client]
+        return self.pool.flush(timeout, mark)
 
     def take(self, client: bytes, pages: int) -> int:
         """How many of ``pages`` more pages ``client`` may hold; they count as held from now on.
@@ -227,6 +243,14 @@ class KeptPool:
                 del self._engines[name]
                 over.append(engine.holdings)
         return over
+
+    def _forget_marks(self, client: bytes) -> None:
+        """``client`` has left; who left long ago is not remembered.  With the lock held."""
+        if client in self._marks:
+            self._marks.move_to_end(client)
+        left = [each for each in self._marks if each not in self._labels]
+        for each in left[: max(0, len(left) - _REMEMBERED)]:
+            del self._marks[each]
 
     def _end_late(self) -> None:
         """End the loans, whose time is over, of engines that nobody speaks for."""

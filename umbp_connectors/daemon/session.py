@@ -55,6 +55,7 @@ from umbp_connectors.pool.books import Filled
 from umbp_connectors.pool.lending import LentObject
 from umbp_connectors.pool.outcomes import PutStatus
 from umbp_connectors.pool.sharing.sockets import FrameSocket, check_peer
+from umbp_connectors.pool.ssd import FlushMark
 from umbp_core.errors import AccessDenied, TierUnavailable, UmbpError
 from umbp_core.ops import CHECKSUM_BYTES
 from umbp_core.tiers import Tier
@@ -178,20 +179,21 @@ class Session:
             return
         self._send(FrameType.REPLY, sequence, messages.encode(Count(0)))
         self._socket.allow(messages.FRAME_BYTES)
+        mark = kept.pool.flush_mark()
         while not self._draining:
             kind, sequence, payload = self._socket.receive(time.monotonic() + TALK_S)
             if kind != FrameType.REQUEST:
                 raise WireError(ErrorCode.PROTOCOL, "a second greeting")
-            answer = self._carry_out(kept, messages.decode_order(payload))
+            answer = self._carry_out(kept, messages.decode_order(payload), mark)
             self._send(FrameType.REPLY, sequence, messages.encode(answer))
 
     @staticmethod
-    def _carry_out(kept: KeptPool, order: messages.Order) -> Count:
+    def _carry_out(kept: KeptPool, order: messages.Order, mark: FlushMark) -> Count:
         if isinstance(order, Evict):
             return Count(kept.pool.evict(order.keys))
         if isinstance(order, Clear):
             return Count(kept.pool.forget_all())
-        return Count(int(kept.pool.flush(order.timeout_ms / 1000)))
+        return Count(int(kept.pool.flush(order.timeout_ms / 1000, mark)))
 
     def _end_watch(self) -> None:
         watch = self._watch
@@ -378,7 +380,7 @@ _ANSWERS: dict[type[Any], Callable[[Session, KeptPool, int, Any], Reply]] = {
     Publish: Session._publish,
     Doubt: lambda session, kept, number, request: Count(kept.pool.check(request.keys)),
     Clear: Session._clear,
-    Flush: lambda session, kept, number, request: Count(int(kept.pool.flush(request.timeout_ms / 1000))),
+    Flush: lambda session, kept, number, request: Count(int(kept.flush(session._client, request.timeout_ms / 1000))),
     Secure: Session._secure,
     AskStats: lambda session, kept, number, request: stats_of(kept),
     TakePages: Session._take_pages,

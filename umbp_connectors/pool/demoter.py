@@ -77,7 +77,6 @@ class Demoter:
         self._done = 0
         self._failed = 0
         self._lost = 0
-        self._told = 0
         self._gate: OffloadGate | None = None
         self._refused: Counter[str] = Counter()
 
@@ -126,16 +125,10 @@ class Demoter:
             return self._dropped
 
     @property
-    def losses_told(self) -> int:
-        """What :meth:`tell_losses` said last."""
-        with self._changed:
-            return self._told
-
-    def tell_losses(self) -> int:
+    def lost(self) -> int:
         """Objects so far that the disk refused, or were not tried because it does."""
         with self._changed:
-            self._told = self._lost
-            return self._told
+            return self._lost
 
     def __contains__(self, key: object) -> bool:
         """Whether ``key`` is to be written, or is being written.  Takes no lock: it is asked under the books'.

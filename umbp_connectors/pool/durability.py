@@ -22,6 +22,45 @@ BATCH_S = 1.0
 logger = logging.getLogger(__name__)
 
 
+class TellingSync:
+    """``sync`` for several who have to know whether it worked; one at a time.  Any thread.
+
+    The system says only once that something could not be written: whoever asks next hears that all is well.
+    """
+
+    def __init__(self, sync: Callable[[], None]) -> None:
+        self._sync = sync
+        self._one = threading.Lock()
+        self._failed = 0
+        self._untold: TransferError | TierUnavailable | None = None
+
+    @property
+    def failed(self) -> int:
+        """How often it did not work, as far as those heard of it that called it before."""
+        return self._failed
+
+    def __call__(self) -> None:
+        """Bring the bytes to the device.  Raises also what :meth:`behind` met since this was called last."""
+        with self._one:
+            met, self._untold = self._untold, None
+            try:
+                self._sync()
+                if met is not None:
+                    raise met
+            except (TransferError, TierUnavailable):
+                self._failed += 1
+                raise
+
+    def behind(self) -> None:
+        """The same for somebody who does not wait for it: what it raises, the next call raises too."""
+        with self._one:
+            try:
+                self._sync()
+            except (TransferError, TierUnavailable) as error:
+                self._untold = error
+                raise
+
+
 class SyncBehind:
     """A thread that calls ``sync`` at most ``interval_s`` after the first :meth:`note` that no sync has followed."""
 

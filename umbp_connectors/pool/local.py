@@ -19,7 +19,7 @@ from umbp_connectors.pool.outcomes import GetStatus, PoolCounters, PutStatus, se
 from umbp_connectors.pool.rows import targets_of, views_of
 from umbp_connectors.pool.settings import LocalPoolConfig
 from umbp_connectors.pool.slab import ALIGNMENT
-from umbp_connectors.pool.ssd import PoolSsd, may_hold_something, open_ssd
+from umbp_connectors.pool.ssd import FlushMark, PoolSsd, may_hold_something, open_ssd
 from umbp_connectors.pool.staged import StagedPut
 from umbp_connectors.pool.stripes import Stripes
 from umbp_connectors.pool.trimming import RoomKeeper
@@ -47,6 +47,7 @@ class _Parts:
     mover: BatchMover
     ssd: PoolSsd | None
     room: RoomKeeper | None
+    mark: FlushMark
 
 
 class LocalPool:
@@ -129,7 +130,7 @@ class LocalPool:
                 mover.use_ssd(ssd.loader, ssd.demoter)
             room = _keep_room(config, books, ssd)
             undo.pop_all()
-        self._parts = _Parts(arena, books, mover, ssd, room)
+        self._parts = _Parts(arena, books, mover, ssd, room, FlushMark())
 
     def put(
         self,
@@ -270,14 +271,20 @@ class LocalPool:
         with self._using() as parts:
             return parts.books.evict(keys)
 
-    def flush(self, timeout: float) -> bool:
+    def flush_mark(self) -> FlushMark:
+        """For somebody with flushes of his own: what the disk refused before is none of his business."""
+        with self._using() as parts:
+            return FlushMark(parts.ssd.losses if parts.ssd else 0)
+
+    def flush(self, timeout: float, mark: FlushMark | None = None) -> bool:
         """Wait until what was stored is on SSD and would be found after a restart, for at most ``timeout`` seconds.
 
-        True when it is; false when time ran out or the disk refused something.  Without an SSD tier: true.
+        True when it is; false when time ran out or the disk refused something since the last flush with this ``mark``
+        (by default the pool's).  Without an SSD tier: true.
         """
         with self._using() as parts:
             ssd = parts.ssd
-            return True if ssd is None else ssd.flush(timeout)
+            return True if ssd is None else ssd.flush(timeout, mark or parts.mark)
 
     def secure(self, keys: Sequence[bytes], timeout: float) -> list[bytes]:
         """:meth:`flush`, and those of ``keys`` that are on SSD then: none when not all was written in time."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from umbp_connectors.pool.buffers import Bytes, ReadableBuffer, WritableBuffer, address_of, as_bytes, round_up
-from umbp_connectors.pool.durability import Durability, SyncBehind
+from umbp_connectors.pool.durability import Durability, SyncBehind, TellingSync
 from umbp_core.errors import StateError, TierUnavailable, TransferError
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,8 @@ class SlabFile:
         self.slots = slots
         self._want_direct = direct_io
         self._write_flags = os.RWF_DSYNC if durability == "strict" else 0
-        self._behind = SyncBehind(self.sync, self.path.name) if durability == "batched" else None
+        self._synced = TellingSync(self._sync)
+        self._behind = SyncBehind(self._synced.behind, self.path.name) if durability == "batched" else None
         self._direct = False
         self._read_only = False
         self._is_new = False
@@ -147,7 +148,13 @@ class SlabFile:
             self._behind.note()
 
     def sync(self) -> None:
-        """Return when everything written before is on the device.  Raises as :meth:`write_from`."""
+        """Return when everything written before is on the device.  Raises as :meth:`write_from`.
+
+        So it does when the syncs of ``batched`` failed since this was called last.
+        """
+        self._synced()
+
+    def _sync(self) -> None:
         self._enter()
         try:
             os.fdatasync(self._fd)

@@ -15,7 +15,7 @@ from umbp_connectors.pool.books import Books
 from umbp_connectors.pool.capacity import catalogue_allowance
 from umbp_connectors.pool.catalogue import Catalogue
 from umbp_connectors.pool.demoter import Demoter
-from umbp_connectors.pool.durability import Durability
+from umbp_connectors.pool.durability import Durability, TellingSync
 from umbp_connectors.pool.fence import ReadFence, WriteFence
 from umbp_connectors.pool.folder import RankFolder, open_rank_slab
 from umbp_connectors.pool.io import IoThreads, Task
@@ -37,6 +37,13 @@ _LAST_SYNC_S = 5.0
 """The same for bringing to the device what was written last."""
 
 
+@dataclass(slots=True)
+class FlushMark:
+    """What one who flushes was told of the losses of an SSD tier: its own, as each has to hear of all of them."""
+
+    told: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class PoolSsd:
     """An open SSD tier.  ``restored`` objects were found in it."""
@@ -50,22 +57,29 @@ class PoolSsd:
     fence: ReadFence
     books: Books
     restored: int
+    sync: TellingSync
 
-    def flush(self, timeout: float) -> bool:
+    @property
+    def losses(self) -> int:
+        """What the disk refused so far: objects, and bringing to the device what it had taken."""
+        return self.demoter.lost + self.sync.failed
+
+    def flush(self, timeout: float, mark: FlushMark) -> bool:
         """Wait until what was stored is on the device and in the catalogue, for at most ``timeout`` seconds.
 
-        False too when the disk refused something since this was asked last.
+        False too when the disk refused something since ``mark``, which is set to now.
         """
-        known = self.demoter.losses_told
+        known = mark.told
         written = self._written(timeout)
-        return self.demoter.tell_losses() == known and written and not self.catalogue.unrecorded()
+        mark.told = self.losses
+        return mark.told == known and written and not self.catalogue.unrecorded()
 
     def _written(self, timeout: float) -> bool:
         """The same, of what got as far as being written."""
         deadline = time.monotonic() + timeout
         if not self.demoter.drain(timeout):
             return False
-        task = Task(self.tier.slab.sync)
+        task = Task(self.sync)
         self.threads.submit([task])
         # Both at once: a row that is on the device before its bytes leads to what does not verify, as after any kill.
         barrier = self.catalogue.seal()
@@ -142,7 +156,8 @@ def open_ssd(
         demoter.start()
         threads.start()
         undo.pop_all()
-    return PoolSsd(tier, folder, catalogue, demoter, threads, loader, fence, books, restored)
+    sync = TellingSync(tier.slab.sync)
+    return PoolSsd(tier, folder, catalogue, demoter, threads, loader, fence, books, restored, sync)
 
 
 def may_hold_something(identity: Identity, config: LocalPoolConfig) -> bool:

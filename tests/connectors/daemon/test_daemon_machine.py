@@ -1,6 +1,7 @@
 """Several clients of one daemon in any order, against a plain dict: no wrong byte, nothing held for ever.
 
-One of them is an engine, which takes its pages before it knows the keys.  Somebody follows what the pool holds.
+One of them is an engine, which takes its pages before it knows the keys, and reads for a while what it borrowed.
+Somebody follows what the pool holds.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from tests.connectors.daemon.engine import Engine, soon
 from tests.connectors.daemon.kit import IDENTITY, SIZE, client_of, key_of
 from tests.connectors.daemon.told import Told, truth
 from tests.connectors.waiting import until
+from umbp_connectors.daemon import messages
 from umbp_connectors.daemon.follower import PoolFollower
+from umbp_connectors.daemon.messages import Place
+from umbp_connectors.pool.capacity import catalogue_allowance
 from umbp_connectors.pool.outcomes import PutStatus
 from umbp_connectors.pool.staged import StagedPut
 from umbp_core.tiers import Tier
@@ -25,7 +29,11 @@ from umbp_core.tiers import Tier
 CLIENTS = 3
 PAGES = 12
 NUMBERS = st.lists(st.integers(0, 19), min_size=1, max_size=6, unique=True)
+MANY = 32
 WHO = st.integers(0, CLIENTS - 1)
+SLOTS = 8
+"""Of the small SSD: fewer than there are keys, and than pages."""
+SMALL = SLOTS * SIZE + catalogue_allowance(SLOTS, 1)
 
 
 class DaemonMachine(RuleBasedStateMachine):
@@ -45,10 +53,12 @@ class DaemonMachine(RuleBasedStateMachine):
         """Pages of the engine, without keys."""
         self._old: set[int] = set()
         """Those of them that were taken before a clear."""
+        self._lent: list[tuple[int, dict[int, tuple[Place, bytes]]]] = []
+        """Loans of the engine: where each object lies, and its bytes."""
 
-    @initialize(ssd=st.booleans())
-    def start(self, ssd: bool) -> None:
-        more = {"ssd_dir": self._ssd, "ssd_capacity": 4 << 20} if ssd else {}
+    @initialize(ssd=st.sampled_from([0, SMALL, 4 << 20]))
+    def start(self, ssd: int) -> None:
+        more = {"ssd_dir": self._ssd, "ssd_capacity": ssd} if ssd else {}
         self._daemon = Daemon(self._path, **more)
         self._clients = [self._client() for _ in range(CLIENTS)]
         self._engine = Engine(self._path, pages=PAGES)
@@ -76,6 +86,10 @@ class DaemonMachine(RuleBasedStateMachine):
             else:
                 assert status in (PutStatus.PRESENT, PutStatus.NO_ROOM)
                 assert status is PutStatus.NO_ROOM or number in self._there or self._is_staged(number)
+
+    @rule(who=WHO)
+    def put_more_than_there_is_room_for(self, who: int) -> None:
+        self.put(who, list(reversed(range(MANY))))
 
     @precondition(lambda self: len(self._staged) < 3)
     @rule(who=WHO, numbers=NUMBERS)
@@ -143,6 +157,30 @@ class DaemonMachine(RuleBasedStateMachine):
         for number, found in self._engine.fetch(numbers).items():
             assert found == self._there[number]
 
+    @precondition(lambda self: self._there and len(self._lent) < 3)
+    @rule(data=st.data())
+    def hold(self, data: st.DataObject) -> None:
+        numbers = data.draw(st.lists(st.sampled_from(sorted(self._there)), min_size=1, max_size=6, unique=True))
+        loan, places = self._engine.leader.borrow([key_of(number) for number in numbers], soon())
+        found = {n: place for n, place in zip(numbers, places, strict=False) if messages.LENT[place.status].hit}
+        self._lent.append((loan, {number: (place, self._there[number]) for number, place in found.items()}))
+        self._look_at_loans()
+
+    @precondition(lambda self: self._lent)
+    @rule(data=st.data(), who=WHO, crowded=st.booleans())
+    def let_go(self, data: st.DataObject, who: int, crowded: bool) -> None:
+        if crowded:
+            self.put_more_than_there_is_room_for(who)
+        self._look_at_loans()
+        loan, _ = self._lent.pop(data.draw(st.integers(0, len(self._lent) - 1)))
+        self._engine.leader.give_back(loan, soon())
+
+    def _look_at_loans(self) -> None:
+        """What is lent stays as it was, whatever became of the object meanwhile."""
+        for _, objects in self._lent:
+            for number, (place, expected) in objects.items():
+                assert self._engine.read(number, place) == expected
+
     @rule()
     def what_is_there_is_told(self) -> None:
         until(lambda: self._told.held == truth(self._daemon))
@@ -155,6 +193,8 @@ class DaemonMachine(RuleBasedStateMachine):
 
     @rule()
     def start_again(self) -> None:
+        self._look_at_loans()
+        self._lent.clear()
         self._engine.close()
         self._turn += 1
         self._engine = Engine(self._path, name=f"engine {self._turn}", pages=PAGES)
@@ -187,6 +227,8 @@ class DaemonMachine(RuleBasedStateMachine):
             fill = kept.pool.stats(Tier.DRAM)
             assert fill is not None
             assert fill.objects <= PAGES
+            below = kept.pool.stats(Tier.SSD)
+            assert below is None or below.total_pages == SLOTS or below.total_pages > 20
 
     def _is_staged(self, number: int) -> bool:
         return number in self._uncertain or any(number in mine for _, _, mine in self._staged)
@@ -194,6 +236,9 @@ class DaemonMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for _, staged, _ in self._staged:
             staged.discard()
+        self._look_at_loans()
+        for loan, _ in self._lent:
+            self._engine.leader.give_back(loan, soon())
         until(lambda: self._daemon.pinned() == len(self._stock))
         self._engine.close()
         until(lambda: self._daemon.pinned() == 0)

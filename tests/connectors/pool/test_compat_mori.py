@@ -21,6 +21,16 @@ from umbp_core.errors import ConfigError, UmbpError
 SIZE = 8192
 KEYS = [f"{number:064x}_0_k" for number in range(12)]
 Maker = Callable[..., mori.UMBPClient]
+SAME_NAMES = {
+    "UMBP_DRAM_CAPACITY": "1GiB",
+    "UMBP_DRAM_USE_HUGEPAGES": "1",
+    "UMBP_DRAM_NUMA_NODE": "0",
+    "UMBP_DRAM_PREFAULT": "0",
+    "UMBP_SSD_ENABLED": "0",
+    "UMBP_SSD_DIR": "/nvme",
+    "UMBP_SSD_CAPACITY": "1GiB",
+    "UMBP_EVICTION_POLICY": "prefix_aware_lru",
+}
 
 
 @pytest.fixture
@@ -69,7 +79,8 @@ def test_the_names_that_the_backend_uses_are_there() -> None:
     calls = (
         "batch_put_from_ptr batch_put_from_ptr_with_depth batch_get_into_ptr batch_exists_consecutive batch_exists "
         "put_from_ptr get_into_ptr exists clear flush register_memory deregister_memory is_distributed "
-        "get_deployment_mode get_backend_mode supports_ranged_io report_external_kv_blocks revoke_external_kv_blocks "
+        "get_deployment_mode get_backend_mode supports_ranged_io batch_get_ranges_into_ptr batch_put_ranges_from_ptr "
+        "report_external_kv_blocks revoke_external_kv_blocks "
         "revoke_all_external_kv_blocks_at_tier match_external_kv get_external_kv_hit_counts close"
     )
     assert all(callable(vars(mori.UMBPClient).get(name)) for name in calls.split())
@@ -202,6 +213,9 @@ def test_modes(make: Maker) -> None:
     client = make()
     assert client.get_deployment_mode() is mori.UMBPDeploymentMode.Local
     assert (client.get_backend_mode(), client.is_distributed(), client.supports_ranged_io()) == ("local", False, False)
+    nothing: list[list[int]] = [[], []]
+    assert client.batch_get_ranges_into_ptr(KEYS[:2], nothing, nothing, nothing) == [False] * 2
+    assert client.batch_put_ranges_from_ptr(KEYS[:2], [SIZE] * 2, nothing, nothing, nothing) == [False] * 2
     assert client.register_memory(4096, SIZE)
     assert not client.register_memory(0, SIZE)
     client.deregister_memory(4096)
@@ -252,6 +266,8 @@ def test_the_environment_is_read_by_both_names() -> None:
         "UMBP_SSD_CAPACITY": "2GiB",
         "UMBP_DRAM_USE_HUGEPAGES": "true",
         "UMBP_NAMESPACE": "whose",
+        "UMBP_DRAM_NUMA_NODE": "1",
+        "UMBP_DRAM_PREFAULT": "0",
     }
     config = mori.UMBPConfig.from_environment(env)
     assert (config.dram.capacity_bytes, config.ssd.capacity_bytes) == (1 << 20, 2 << 30)
@@ -260,9 +276,23 @@ def test_the_environment_is_read_by_both_names() -> None:
     assert config.ssd.durability.mode is mori.UMBPDurabilityMode.Relaxed
     assert config.dram.use_hugepages
     assert config.namespace == "whose"
-    for name, value in (("UMBP_SSD_ENABLED", "perhaps"), ("UMBP_SSD_CAPACITY", "much")):
+    assert (config.dram.numa_node, config.dram.prefault) == (1, False)
+    wrong = {
+        "UMBP_SSD_ENABLED": "perhaps",
+        "UMBP_SSD_CAPACITY": "much",
+        "UMBP_DRAM_NUMA_NODE": "the first",
+        "UMBP_DRAM_PREFAULT": "later",
+    }
+    for name, value in wrong.items():
         with pytest.raises(ConfigError, match=name):
             mori.UMBPConfig.from_environment({name: value})
+
+
+@pytest.mark.parametrize("name", sorted(SAME_NAMES))
+def test_what_the_original_reads_from_the_environment_is_read_here_too(name: str) -> None:
+    """Names that are a key of ours, too: an engine with the `mori` names may have them in its environment."""
+    default, chosen = mori.UMBPConfig.from_environment({}), mori.UMBPConfig.from_environment({name: SAME_NAMES[name]})
+    assert chosen != default
 
 
 def test_watermarks_count_when_somebody_chose_them(make: Maker, config: mori.UMBPConfig) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.connectors.gate import Gate
+from umbp_connectors.pool import durability
 from umbp_connectors.pool.durability import BATCH_S, SyncBehind
 from umbp_connectors.pool.slab import SlabFile
 from umbp_core.errors import StateError, TransferError
@@ -35,8 +37,31 @@ def test_a_batched_slab_is_synced_soon_after_a_write(tmp_path: Path, syncs: thre
     slab = SlabFile(tmp_path / "slab.bin", SLOT, 4, durability="batched")
     slab.open()
     slab.write_from(0, bytes(SLOT))
-    assert syncs.acquire(timeout=BATCH_S + 30)
+    assert syncs.acquire(timeout=60)
     slab.close()
+
+
+def test_a_batched_slab_is_synced_once_a_second(
+    tmp_path: Path, syncs: threading.Semaphore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    class Watched(threading.Condition):
+        """Knows for how long somebody wanted to wait, and does not let him."""
+
+        def wait_for(self, predicate: Callable[[], bool], timeout: float | None = None) -> bool:
+            if timeout is None:
+                return super().wait_for(predicate)
+            waits.append(timeout)
+            return predicate()
+
+    monkeypatch.setattr(durability.threading, "Condition", Watched)
+    slab = SlabFile(tmp_path / "slab.bin", SLOT, 4, durability="batched")
+    monkeypatch.undo()
+    slab.open()
+    slab.write_from(0, bytes(SLOT))
+    slab.close(timeout=30)
+    assert waits[0] == BATCH_S == 1.0
 
 
 def test_what_was_written_last_is_synced_by_closing(tmp_path: Path, syncs: threading.Semaphore) -> None:

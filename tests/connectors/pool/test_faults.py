@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.connectors.disk import Disk, FullDisk
+from tests.connectors.waiting import until
 from umbp_connectors.pool import local
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
 from umbp_connectors.pool.slab import SlabFile
@@ -174,6 +175,38 @@ def test_a_flush_says_that_the_disk_did_not_sync(make: Maker, monkeypatch: pytes
         Disk(patch).fail("sync", number=errno.EIO)
         assert pool.put(KEYS[:1], [object_of(KEYS[0])]) == [PutStatus.STORED]
         assert not pool.flush(30)
+    assert pool.flush(30)
+
+
+def test_a_flush_says_that_a_sync_in_the_background_failed(
+    make: Maker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The system says so once, to whoever syncs first: here that is nobody who waits."""
+    pool = make(durability="batched")
+    other = pool.flush_mark()
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        Disk(patch).fail("sync", number=errno.EIO)
+        assert pool.put(KEYS[:1], [object_of(KEYS[0])]) == [PutStatus.STORED]
+        until(lambda: "may not survive a power failure" in caplog.text)
+    later = pool.flush_mark()
+    assert [pool.flush(30) for _ in range(2)] == [False, True]
+    assert [pool.flush(30, other) for _ in range(2)] == [False, True], "everybody is told"
+    assert [pool.flush(30, later) for _ in range(2)] == [False, True], "nobody knew it then"
+    assert pool.flush(30, pool.flush_mark())
+
+
+@pytest.mark.parametrize("kind", ["write", "sync"])
+def test_each_who_flushes_is_told_what_the_disk_refused(
+    make: Maker, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    pool = make(durability="relaxed")
+    other = pool.flush_mark()
+    with monkeypatch.context() as patch:
+        Disk(patch).fail(kind, number=errno.EIO)
+        assert pool.put(KEYS[:1], [object_of(KEYS[0])]) == [PutStatus.STORED]
+        assert not pool.flush(30)
+    assert pool.flush(30, pool.flush_mark()), "what was lost before it came is not its own"
+    assert [pool.flush(30, other) for _ in range(2)] == [False, True]
     assert pool.flush(30)
 
 

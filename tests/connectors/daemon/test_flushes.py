@@ -1,0 +1,68 @@
+"""Each client of a daemon hears itself what the disk refused, also when another one was told before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.connectors.daemon.conftest import Daemon
+from tests.connectors.daemon.engine import soon
+from tests.connectors.daemon.kit import client_of, put
+from tests.connectors.daemon.test_kept import GREETING
+from tests.connectors.disk import Disk
+from tests.connectors.waiting import until
+from umbp_connectors.daemon import kept
+from umbp_connectors.daemon.client import DaemonPool
+from umbp_connectors.daemon.link import attach
+from umbp_connectors.pool.outcomes import PutStatus
+
+SSD = {"ssd_capacity": 8 << 20, "ssd_durability": "relaxed"}
+
+
+@pytest.mark.parametrize("kind", ["write", "sync"])
+def test_a_flush_tells_each_client(
+    start: Callable[..., Daemon],
+    connect: Callable[..., DaemonPool],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    start(ssd_dir=tmp_path / "ssd", **SSD)
+    storing, other = connect(), connect()
+    assert put(other, [1]) == [PutStatus.STORED]
+    assert other.flush(30)
+    with monkeypatch.context() as patch:
+        Disk(patch).fail(kind)
+        assert put(storing, [2]) == [PutStatus.STORED]
+        assert not other.flush(30)
+    assert not storing.flush(30), "its object is not on the device, whoever was told before"
+    assert storing.flush(30)
+    assert other.flush(30)
+    assert connect().flush(30), "what was lost before it came is not its own"
+
+
+@pytest.mark.parametrize(("remembered", "told"), [(2, True), (1, False)])
+def test_a_client_whose_connections_broke_is_told(
+    start: Callable[..., Daemon],
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    remembered: int,
+    told: bool,
+) -> None:
+    """Of those that left, the daemon remembers some."""
+    monkeypatch.setattr(kept, "_REMEMBERED", remembered)
+    daemon = start(ssd_dir=tmp_path / "ssd", **SSD)
+    with closing(client_of(path)) as storing, monkeypatch.context() as patch:
+        attach(path, GREETING, None, False, soon()).close()
+        until(lambda: daemon.server.connections == 0)
+        storing.open()
+        Disk(patch).fail("write")
+        assert put(storing, [2]) == [PutStatus.STORED]
+        assert not storing.flush(30)
+    with closing(attach(path, GREETING, None, False, soon())) as link:
+        assert link.flush(20, soon()) is not told
+        assert link.flush(20, soon())
