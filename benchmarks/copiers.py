@@ -1,15 +1,16 @@
 """Speed of the copies between KV blocks in host memory and arena pages, against one large memcpy.
 
-``python benchmarks/copiers.py [--json FILE]`` prints a Markdown table.  Each way of copying runs alone and next to a
-thread that never gives the GIL back by itself, as an engine's step loop does.  One thread copies; core seconds say
-most on a machine that others use too.  Set ``OMP_NUM_THREADS=1`` to compare with torch on equal terms.
+``python benchmarks/copiers.py [--rounds N] [--out FOLDER]``, with a vLLM in the environment.
+
+Each way of copying runs alone and next to a thread that never gives the GIL back by itself, as an engine's step loop
+does.  One thread copies; core seconds say most on a machine that others use too.  Set ``OMP_NUM_THREADS=1`` to compare
+with torch on equal terms.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import os
 import statistics
 import threading
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import _report
 import numpy as np
 import torch
 
@@ -190,7 +192,7 @@ def times_of(works: dict[str, Callable[[int], object]], rounds: int) -> dict[str
     return times
 
 
-def measure(model: Model, rounds: int) -> list[dict[str, object]]:
+def measure(model: Model, rounds: int) -> list[_report.Row]:
     """One row per way of copying, with scattered blocks and pages: the best call alone, the median next to others."""
     geometry = geometry_of(model)
     arena = Pages(model.blocks, geometry.page_bytes)
@@ -208,7 +210,6 @@ def measure(model: Model, rounds: int) -> list[dict[str, object]]:
     best = {name: min(times.core) for name, times in alone.items()}
     return [
         {
-            "model": model.name,
             "object KiB": geometry.object_bytes(0) >> 10,
             "batch": model.batch,
             "way": name,
@@ -221,24 +222,19 @@ def measure(model: Model, rounds: int) -> list[dict[str, object]]:
     ]
 
 
-def as_markdown(rows: Sequence[dict[str, object]]) -> str:
-    """``rows`` as a Markdown table."""
-    columns = list(rows[0])
-    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
-    lines += [" | ".join(str(row[column]) for column in columns) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines)
-
-
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=9, help="measured calls per way")
-    parser.add_argument("--json", type=Path, help="also write the rows there")
+    parser.add_argument("--out", type=Path, default=_report.OUT)
     arguments = parser.parse_args()
-    rows = [row for model in MODELS for row in measure(model, arguments.rounds)]
-    print(as_markdown(rows))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    sections = {model.name: measure(model, arguments.rounds) for model in MODELS}
+    notes = [
+        "Scattered blocks and pages, one thread: the best call alone, the median next to a thread that keeps the GIL.",
+        f"'of memcpy' is by core seconds, against {CEILING}.",
+    ]
+    title = "Copies between KV blocks in host memory and arena pages"
+    print(_report.write("copiers", title, sections, notes, arguments.out))
 
 
 if __name__ == "__main__":

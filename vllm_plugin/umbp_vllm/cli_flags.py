@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from umbp_core.errors import ConfigError
-from umbp_vllm.engine_args import CONNECTOR, ROLE, with_connector
+from umbp_vllm.engine_args import CONNECTOR, ROLE, with_chosen_policy, with_connector
 
 FLAG = "--kv-connector"
 _CONFIG_FLAG = "--kv-transfer-config"
@@ -55,7 +55,7 @@ def extend(parser: argparse.ArgumentParser, expand_numbers: Callable[[str], str]
     config, backend = options[_CONFIG_FLAG], options[_BACKEND_FLAG]
     given = _Given()
     _take_over(config, _ConfigAction, given)
-    config.type = _with_default_role(_callable(config.type), expand_numbers)
+    config.type = _completing(_callable(config.type), expand_numbers)
     _take_over(backend, _BackendAction, given)
     if backend.choices is not None:
         backend.choices = [*backend.choices, CONNECTOR]
@@ -144,8 +144,8 @@ def _callable(parse: Any) -> Callable[[str], Any]:
     return parse  # type: ignore[no-any-return]
 
 
-def _with_default_role(parse: Callable[[str], Any], expand_numbers: Callable[[str], str]) -> Callable[[str], Any]:
-    """``parse``, where a config that names our connector needs no ``kv_role``."""
+def _completing(parse: Callable[[str], Any], expand_numbers: Callable[[str], str]) -> Callable[[str], Any]:
+    """``parse``, where a config that names our connector needs no ``kv_role`` and keeps the failure policy it names."""
 
     @functools.wraps(parse)
     def parse_transfer_config(text: str) -> Any:
@@ -153,8 +153,10 @@ def _with_default_role(parse: Callable[[str], Any], expand_numbers: Callable[[st
             values = json.loads(expand_numbers(text))
         except ValueError:
             return parse(text)
-        if isinstance(values, dict) and values.get("kv_connector") == CONNECTOR and values.get("kv_role") is None:
+        if not isinstance(values, dict):
+            return parse(text)
+        if values.get("kv_connector") == CONNECTOR and values.get("kv_role") is None:
             text = json.dumps({**values, "kv_role": ROLE})
-        return parse(text)
+        return with_chosen_policy(parse(text), values)
 
     return parse_transfer_config

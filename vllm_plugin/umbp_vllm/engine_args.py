@@ -35,6 +35,7 @@ _MARK = "umbp_hook"
 _WHERE = "_umbp_serving"
 """What ``from_cli_args`` leaves on the object it makes, besides the fields."""
 _NATIVE = "native"
+_VLLM_POLICY = "kv_load_failure_policy"
 _NEEDED = frozenset({"kv_transfer_config", "kv_offloading_backend", "kv_offloading_size"})
 
 
@@ -87,7 +88,19 @@ def with_connector(config: Any, connector: str) -> Any:
         )
     values["kv_connector"] = CONNECTOR
     values["kv_role"] = values.get("kv_role") or ROLE
-    return importlib.import_module("vllm.config").KVTransferConfig(**values)
+    made = importlib.import_module("vllm.config").KVTransferConfig(**values)
+    return with_chosen_policy(made, config) if isinstance(config, dict) else made
+
+
+def with_chosen_policy(config: Any, given: dict[str, Any]) -> Any:
+    """``config`` (a ``KVTransferConfig``) with the failure policy of the fields ``given`` where umbp looks for it.
+
+    A chosen ``fail`` cannot be told from vLLM's default once the object is made.  A config that names no connector may
+    become umbp's.
+    """
+    if given.get(_VLLM_POLICY) is None:
+        return config
+    return _saying(config, POLICY_KEY, config.kv_load_failure_policy, ours=(CONNECTOR, None))
 
 
 def with_offloading_size(config: Any, gibibytes: float | None) -> Any:
@@ -129,18 +142,26 @@ def translate_offloading(args: Any) -> None:
 
 
 def let_children_recompute(args: Any) -> None:
-    """Make a failed load recomputed when umbp is a child of ``MultiConnector``, unless the child says ``fail``.
+    """Make a failed load recomputed when umbp is a child of ``MultiConnector``, unless its configuration says ``fail``.
 
     vLLM's default fails the request.  The scheduler reads the policy of the parent, and our connector, which sets
-    it where it stands alone, gets a configuration of its own there and does not reach it.
+    it where it stands alone, gets a configuration of its own there and does not reach it.  Raises ``ConfigError`` for
+    a bad configuration of the child.
     """
     config = args.kv_transfer_config
     if config is None or config.kv_connector != MULTI:
         return
     ours = [c for c in _children(config.kv_connector_extra_config) if c.get("kv_connector") == CONNECTOR]
-    wants_failure = any(_extra_of(child).get(POLICY_KEY) == "fail" for child in ours)
-    if ours and not wants_failure and config.kv_load_failure_policy != "recompute":
+    if ours and all(_policy_of(child) == "recompute" for child in ours) and config.kv_load_failure_policy == "fail":
         args.kv_transfer_config = dataclasses.replace(config, kv_load_failure_policy="recompute")
+
+
+def _policy_of(child: dict[str, Any]) -> str:
+    """What the child, the environment or the TOML file says of a failed load."""
+    from umbp_connectors.config import resolve
+
+    extra = {POLICY_KEY: child.get(_VLLM_POLICY), **_extra_of(child)}
+    return resolve(extra={key: value for key, value in extra.items() if key != SERVING_KEY}).config.load_failure_policy
 
 
 def count_engines(vllm_config: Any) -> None:
@@ -174,12 +195,15 @@ def _noting_where(original: Callable[..., Any]) -> Callable[..., Any]:
     return from_cli_args
 
 
-def _saying(config: Any, key: str, value: object) -> Any:
-    """``config`` (a ``KVTransferConfig`` or ``None``) with ``value`` wherever it is for umbp and says nothing of it."""
+def _saying(config: Any, key: str, value: object, ours: Sequence[str | None] = (CONNECTOR,)) -> Any:
+    """``config`` (a ``KVTransferConfig`` or ``None``) with ``value`` wherever it is for umbp and says nothing of it.
+
+    ``ours`` are the connectors' names that stand for umbp.
+    """
     if config is None:
         return None
     extra = config.kv_connector_extra_config
-    if config.kv_connector == CONNECTOR:
+    if config.kv_connector in ours:
         extra = {key: value, **extra}
     elif config.kv_connector == MULTI:
         extra = {**extra, "connectors": [_child_saying(child, key, value) for child in _children(extra)]}

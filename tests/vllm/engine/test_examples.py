@@ -54,6 +54,27 @@ def test_a_tie_is_a_tie_only_as_far_as_allowed() -> None:
 
 
 @pytest.mark.slow
+def test_the_demo_shows_both_tiers() -> None:
+    result = subprocess.run(
+        [sys.executable, "examples/demo_vllm.py", "--prompts", "1", "--tokens", "512"],
+        cwd=ROOT,
+        env={**os.environ, **cpu_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+    found = {name: (int(reused), source, same) for name, reused, source, *_, same in rows}
+    assert found[COLD] == (0, "-", "yes")
+    for name, source in ((ENGINE, "device"), (DRAM, "host"), (SSD, "disk")):
+        reused, said, same = found[name]
+        assert 0 < reused <= 512
+        assert (said.split()[1], same) == (source, "yes")
+
+
+@pytest.mark.slow
 def test_the_offline_example_reuses_its_prompt() -> None:
     environment = {**os.environ, **cpu_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     environment |= {"UMBP_DRAM_CAPACITY": "1GiB", "VLLM_LOGGING_LEVEL": "ERROR"}

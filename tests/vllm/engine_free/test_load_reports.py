@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,18 @@ def test_blocks_are_counted_when_they_have_arrived(make_umbp: MakeUmbp, tmp_path
     assert engine.stat("failed_blocks", "load", "verify") == 1
     other = "ssd" if label == "dram" else "dram"
     assert (engine.stat("bytes", "load", label), engine.stat("bytes", "load", other)) == (11 * part, 0)
+    engine.close()
+
+
+@pytest.mark.statement("connector", 56)
+def test_the_time_of_transfers_is_counted(make_umbp: MakeUmbp, tmp_path: Path) -> None:
+    engine = make_umbp({"ssd_dir": str(tmp_path), "ssd_capacity": "4MiB"}, tp=2)
+    begin = time.monotonic()
+    for _ in range(2):
+        engine.store(tokens(24))
+    elapsed = time.monotonic() - begin
+    for direction in ("store", "load", "demote"):
+        assert 0 < engine.stat("op_seconds", direction) <= elapsed * engine.stat("ops", direction, "done")
     engine.close()
 
 

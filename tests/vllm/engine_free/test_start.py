@@ -12,7 +12,7 @@ from tests.vllm.harness.traffic import tokens
 from tests.vllm.harness.umbp import UmbpHarness
 from umbp_core.errors import StateError
 from umbp_core.tiers import Tier
-from umbp_vllm import leader
+from umbp_vllm import compat, leader
 from umbp_vllm.metadata import PROTOCOL_VERSION, RankHello
 
 PAGE = 4096
@@ -66,6 +66,21 @@ def test_a_worker_of_another_protocol_is_refused_by_its_version(
     name = engine.add(tokens(24))
     engine.run_until_finished(name)
     assert engine.finish_reasons[name] == "length"
+
+
+@pytest.mark.parametrize(("version", "sentences"), [("0.99.0", 1), (compat.vllm_version(), 0)])
+def test_the_log_of_the_start_says_that_a_vllm_is_not_a_supported_one(
+    make_umbp: MakeUmbp,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    version: str,
+    sentences: int,
+) -> None:
+    """Each half says it in its own process."""
+    monkeypatch.setattr(compat, "vllm_version", lambda: version)
+    make_umbp({"log_level": "warning"}).close()
+    said = [record.getMessage() for record in caplog.records if "tested with vLLM" in record.getMessage()]
+    assert said == [compat.version_notice(version)] * 2 * sentences
 
 
 @pytest.mark.statement("connector", 77)

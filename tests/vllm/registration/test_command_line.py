@@ -13,7 +13,10 @@ GIB = 1 << 30
 NAMED = '{"kv_connector":"umbp","kv_role":"kv_both"}'
 ROLELESS = '{"kv_connector":"umbp","kv_connector_extra_config":{"dram_bytes":4G}}'
 UNNAMED = json.dumps({"kv_connector_extra_config": EXTRA})
+FAILING = '{"kv_connector":"umbp","kv_role":"kv_both","kv_load_failure_policy":"fail"}'
+RECOMPUTING = {"kv_connector_extra_config": {"load_failure_policy": "recompute"}}
 OTHER = '{"kv_connector":"ExampleConnector","kv_role":"kv_both"}'
+POLICY = "--kv-transfer-config.kv_load_failure_policy"
 DOTTED = "--kv-transfer-config.kv_connector_extra_config.namespace"
 
 FORMS: dict[str, tuple[list[str], dict[str, Any]]] = {
@@ -32,6 +35,12 @@ FORMS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "flag, then json without a name": (["--kv-connector", "umbp", "--kv-transfer-config", UNNAMED], EXTRA),
     "json without a name, then flag": (["--kv-transfer-config", UNNAMED, "--kv-connector", "umbp"], EXTRA),
     "flag and the same name in json": (["--kv-connector", "umbp", "--kv-transfer-config", NAMED], {}),
+    "json with vLLM's policy": (["--kv-transfer-config", FAILING], {"load_failure_policy": "fail"}),
+    "flag and vLLM's policy": (["--kv-connector", "umbp", POLICY, "recompute"], {"load_failure_policy": "recompute"}),
+    "both policies": (
+        ["--kv-transfer-config", json.dumps({**json.loads(FAILING), **RECOMPUTING})],
+        {"load_failure_policy": "recompute"},
+    ),
     "offloading": (["--kv-offloading-backend", "umbp", "--kv-offloading-size", "4"], {"cpu_bytes_to_use": 4 * GIB}),
     "offloading, half a GiB": (
         ["--kv-offloading-size", "0.5", "--kv-offloading-backend", "umbp"],
@@ -57,6 +66,15 @@ PLACES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "what the user says": ([f"{DOTTED.rpartition('.')[0]}.serving", "proxy:80"], {"serving": "proxy:80"}),
 }
 """Arguments beside ``--kv-connector umbp``, and the connector's extra config."""
+
+BELOW: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "no policy": ({}, {}, "recompute"),
+    "fail outside": ({"kv_load_failure_policy": "fail"}, {}, "fail"),
+    "recompute outside": ({"kv_load_failure_policy": "recompute"}, {}, "recompute"),
+    "fail inside": ({}, {"kv_load_failure_policy": "fail"}, "fail"),
+    "fail among our keys": ({}, {"kv_connector_extra_config": {"load_failure_policy": "fail"}}, "fail"),
+}
+"""What ``MultiConnector`` and umbp below it say, and the policy that vLLM's scheduler reads."""
 
 CONFLICTS: dict[str, tuple[list[str], str]] = {
     "flag, then another connector": (["--kv-connector", "umbp", "--kv-transfer-config", OTHER], "ExampleConnector"),
@@ -101,6 +119,10 @@ def answers(drive: Any, model_dir: Path, tmp_path_factory: pytest.TempPathFactor
     both = {"connectors": [json.loads(NAMED), json.loads(OTHER)]}
     multi = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": both}
     commands["below MultiConnector"] = ["serve", model, *common, "--kv-transfer-config", json.dumps(multi)]
+    for name, (outer, inner, _) in BELOW.items():
+        both = {"connectors": [{**json.loads(NAMED), **inner}, json.loads(OTHER)]}
+        multi = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": both, **outer}
+        commands[f"below: {name}"] = ["serve", model, *common, "--kv-transfer-config", json.dumps(multi)]
     commands["sizes disagree"] = [
         *["serve", model, *common, "--kv-offloading-backend", "umbp", "--kv-offloading-size", "4"],
         *["--kv-transfer-config.kv_connector_extra_config.cpu_bytes_to_use", "17"],
@@ -184,3 +206,8 @@ def test_the_engine_below_multi_connector_hears_it_too(answers: dict[str, Any]) 
     ours, other = answers["below MultiConnector"]["config"]["extra"]["connectors"]
     assert ours["kv_connector_extra_config"] == {"serving": ":8000"}
     assert other == json.loads(OTHER)
+
+
+@pytest.mark.parametrize("name", BELOW)
+def test_below_multi_connector_the_chosen_policy_stays(name: str, answers: dict[str, Any]) -> None:
+    assert answers[f"below: {name}"]["failure_policy"] == BELOW[name][2]

@@ -70,6 +70,14 @@ def test_below_multi_connector_a_failed_load_is_recomputed_too(answers: dict[str
     assert answers["multi_untouched"] == "fail"
 
 
+def test_below_multi_connector_the_policy_may_stand_wherever_a_key_may(answers: dict[str, Any]) -> None:
+    assert answers["multi_policies_elsewhere"] == {"environment": "fail", "file": "fail"}
+
+
+def test_a_policy_in_the_fields_of_a_transfer_config_is_kept(answers: dict[str, Any]) -> None:
+    assert answers["dict_with_policy"] == {"args": {**UMBP, "extra": {"load_failure_policy": "fail"}}}
+
+
 def test_umbp_hears_how_many_data_parallel_engines_there_are(answers: dict[str, Any]) -> None:
     # vLLM hides it from the engines of a dense model.  What the user says stays, and so do the user's objects.
     plain, said, multi = answers["two_engines"]

@@ -58,6 +58,7 @@ def run(arguments, with_config):
             return {**answer, "refused": str(error)}
         answer["config"] = described(first.kv_transfer_config)
         answer["again"] = described(second.kv_transfer_config)
+        answer["failure_policy"] = first.kv_transfer_config and first.kv_transfer_config.kv_load_failure_policy
         answer["offloading_size"] = first.cache_config.kv_offloading_size
     return answer
 

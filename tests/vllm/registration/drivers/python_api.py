@@ -6,7 +6,9 @@ stdin: {"first": statement, "model": ...}.  ``LLM`` is stopped where it has buil
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
 
 task = json.load(sys.stdin)
 finders = list(sys.meta_path)
@@ -14,6 +16,7 @@ exec(task["first"])
 
 import dataclasses  # noqa: E402
 import pickle  # noqa: E402
+from unittest import mock  # noqa: E402
 
 from vllm import LLM, AsyncEngineArgs, EngineArgs  # noqa: E402
 from vllm.config import KVTransferConfig  # noqa: E402
@@ -79,9 +82,10 @@ others = {"connectors": [example, example]}
 multi = KVTransferConfig(kv_connector="MultiConnector", kv_role="kv_both", kv_connector_extra_config=children)
 
 
-def policy(extra):
+def policy(extra, **environment):
     config = KVTransferConfig(kv_connector="MultiConnector", kv_role="kv_both", kv_connector_extra_config=extra)
-    used = EngineArgs(**COMMON, kv_transfer_config=config).create_engine_config().kv_transfer_config
+    with mock.patch.dict(os.environ, environment):
+        used = EngineArgs(**COMMON, kv_transfer_config=config).create_engine_config().kv_transfer_config
     return used.kv_load_failure_policy
 
 
@@ -101,6 +105,9 @@ answers = {
     "merged": attempt(lambda: kept),
     "merged_engine_id": kept.kv_transfer_config and kept.kv_transfer_config.engine_id,
     "given_untouched": given.kv_connector is None,
+    "dict_with_policy": attempt(
+        lambda: EngineArgs(**COMMON, kv_connector="umbp", kv_transfer_config={"kv_load_failure_policy": "fail"})
+    ),
     "conflict": attempt(
         lambda: EngineArgs(
             **COMMON,
@@ -131,6 +138,13 @@ if "umbp" in KVConnectorFactory._registry:
     )
     answers["multi"] = attempt(lambda: EngineArgs(**COMMON, kv_transfer_config=multi), config=True)
     answers["multi_policies"] = [policy(children), policy(failing), policy(others)]
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+        file.write('load_failure_policy = "fail"\n')
+        file.flush()
+        answers["multi_policies_elsewhere"] = {
+            "environment": policy(children, UMBP_LOAD_FAILURE_POLICY="fail"),
+            "file": policy(children, UMBP_CONFIG=file.name),
+        }
     two = KVTransferConfig(kv_connector="umbp", kv_role="kv_both", kv_connector_extra_config={"namespace": "a"})
     said = {"ssd_engines": 4}
     four = KVTransferConfig(kv_connector="umbp", kv_role="kv_both", kv_connector_extra_config=said)
