@@ -36,9 +36,9 @@ class Dialect(Protocol):
         ...
 
     def match_prefix(
-        self, hashes: Sequence[bytes], weights: Mapping[int, float] | None, timeout: float
+        self, hashes: Sequence[bytes], weights: Mapping[int, float] | None, timeout: float, limit: int = 0
     ) -> list[PrefixMatch]:
-        """The longest usable prefix per node."""
+        """The longest usable prefix per node, of at most ``limit`` nodes; 0: of all."""
         ...
 
 
@@ -66,10 +66,10 @@ class NativeDialect:
         return self._native.probe(node_id, incarnation, acked, timeout)
 
     def match_prefix(
-        self, hashes: Sequence[bytes], weights: Mapping[int, float] | None, timeout: float
+        self, hashes: Sequence[bytes], weights: Mapping[int, float] | None, timeout: float, limit: int = 0
     ) -> list[PrefixMatch]:
         """In one call."""
-        return self._native.match_prefix(hashes, weights, timeout)
+        return self._native.match_prefix(hashes, weights, timeout, limit)
 
 
 class PlainDialect:
@@ -103,14 +103,14 @@ class PlainDialect:
         return Acknowledgement(Verdict.REPLAY, incarnation, acked, request_full_sync=False)
 
     def match_prefix(
-        self, hashes: Sequence[bytes], weights: Mapping[int, float] | None, timeout: float
+        self, hashes: Sequence[bytes], weights: Mapping[int, float] | None, timeout: float, limit: int = 0
     ) -> list[PrefixMatch]:
         """Worked out here from a plain match."""
         index = ExternalKvIndex()
         for match in self.transport.match(hashes, False, timeout):
             for tier, held in match.tiers.items():
                 index.report(match.node_id, held, tier)
-        return index.match_prefix(hashes, weights)
+        return index.match_prefix(hashes, weights)[: limit or None]
 
 
 def dialect_of(transport: MasterTransport) -> Dialect:

@@ -145,13 +145,18 @@ class MasterClient:
         return self._ask(lambda dialect, left: dialect.transport.match(hashes, count_as_hit, left), [], timeout)
 
     def match_prefix(
-        self, hashes: Sequence[bytes], weights: Mapping[int, float] | None = None, timeout: float | None = None
+        self,
+        hashes: Sequence[bytes],
+        weights: Mapping[int, float] | None = None,
+        timeout: float | None = None,
+        limit: int = 0,
     ) -> list[PrefixMatch]:
         """The longest usable prefix of ``hashes`` per node, longest first; empty when the master does not answer.
 
-        See ``ExternalKvIndex.match_prefix``.  A master that knows no such question is asked for a plain match.
+        See ``ExternalKvIndex.match_prefix``.  At most ``limit`` nodes; 0: all.  A master that knows no such question is
+        asked for a plain match.
         """
-        return self._ask(lambda dialect, left: dialect.match_prefix(hashes, weights, left), [], timeout)
+        return self._ask(lambda dialect, left: dialect.match_prefix(hashes, weights, left, limit), [], timeout)
 
     def hit_counts(self, hashes: Sequence[bytes], timeout: float | None = None) -> list[tuple[bytes, int]]:
         """The hit counters of ``hashes``, each once, without those that have none; empty when there is no answer.

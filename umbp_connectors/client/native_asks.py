@@ -119,11 +119,11 @@ def probe(node_id: str, incarnation: int, acked: int) -> Ask[Acknowledgement]:
     return Ask(messages.Probe(node_id, incarnation, acked), replies.BatchAnswer, values_index.acknowledgement_of)
 
 
-def match_prefix(hashes: Sequence[bytes], weights: Mapping[int, float] | None) -> Ask[list[PrefixMatch]]:
+def match_prefix(hashes: Sequence[bytes], weights: Mapping[int, float] | None, limit: int) -> Ask[list[PrefixMatch]]:
     """The longest usable prefix per node."""
     values_index.check_weights(weights)
     costs = None if weights is None else dict(weights)
-    return Ask(messages.MatchPrefix(pack_hashes(hashes), costs), replies.Prefixes, values_index.prefixes_of)
+    return Ask(messages.MatchPrefix(pack_hashes(hashes), costs, limit), replies.Prefixes, values_index.prefixes_of)
 
 
 def list_nodes() -> Ask[list[NodeInfo]]:

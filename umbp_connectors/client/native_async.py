@@ -159,10 +159,10 @@ class NativeAsyncClient:
         return await self._ask(native_asks.probe(node_id, incarnation, acked), timeout)
 
     async def match_prefix(
-        self, hashes: Sequence[bytes], weights: Mapping[int, float] | None, timeout: float
+        self, hashes: Sequence[bytes], weights: Mapping[int, float] | None, timeout: float, limit: int = 0
     ) -> list[PrefixMatch]:
         """See ``NativeTransport``."""
-        return await self._ask(native_asks.match_prefix(hashes, weights), timeout)
+        return await self._ask(native_asks.match_prefix(hashes, weights, limit), timeout)
 
     async def list_nodes(self, timeout: float) -> list[NodeInfo]:
         """See ``NativeTransport``."""

@@ -154,10 +154,10 @@ class NativeBlockingClient:
         return self._ask(native_asks.probe(node_id, incarnation, acked), timeout)
 
     def match_prefix(
-        self, hashes: Sequence[bytes], weights: Mapping[int, float] | None, timeout: float
+        self, hashes: Sequence[bytes], weights: Mapping[int, float] | None, timeout: float, limit: int = 0
     ) -> list[PrefixMatch]:
         """See ``NativeTransport``."""
-        return self._ask(native_asks.match_prefix(hashes, weights), timeout)
+        return self._ask(native_asks.match_prefix(hashes, weights, limit), timeout)
 
     def list_nodes(self, timeout: float) -> list[NodeInfo]:
         """See ``NativeTransport``."""

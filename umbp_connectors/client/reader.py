@@ -48,10 +48,17 @@ class MasterReader:
         self._lines = [_line(door, dial, Breaker(chance, self._settings.backoff, failures=1), clock) for door in doors]
 
     def match_prefix(
-        self, hashes: Sequence[bytes], weights: Mapping[int, float] | None = None, timeout: float | None = None
+        self,
+        hashes: Sequence[bytes],
+        weights: Mapping[int, float] | None = None,
+        timeout: float | None = None,
+        limit: int = 0,
     ) -> list[PrefixMatch] | None:
-        """The longest usable prefix of ``hashes`` per node, longest first; see ``ExternalKvIndex.match_prefix``."""
-        return self._ask(lambda dialect, left: dialect.match_prefix(hashes, weights, left), timeout)
+        """The longest usable prefix of ``hashes`` per node, longest first; see ``ExternalKvIndex.match_prefix``.
+
+        At most ``limit`` nodes; 0: all.
+        """
+        return self._ask(lambda dialect, left: dialect.match_prefix(hashes, weights, left, limit), timeout)
 
     def nodes(self, timeout: float | None = None) -> list[NodeInfo] | None:
         """All nodes that the master knows; ``None`` also from a master that cannot say (UMBP's gRPC)."""

@@ -77,7 +77,8 @@ class NativeCalls:
     async def _match_prefix(self, request: messages.MatchPrefix) -> Message:
         values_index.check_weights(request.weights)
         hashes = await self._unpack(request.hashes)
-        return values_index.prefixes_message(await self._service.match_prefix(hashes, request.weights))
+        matches = await self._service.match_prefix(hashes, request.weights)
+        return values_index.prefixes_message(matches[: request.limit or None])
 
     def _register(self, request: messages.Register) -> Answer:
         ack = self._service.register(values_nodes.registration_of(request))

@@ -120,9 +120,12 @@ class NativeTransport(MasterTransport, Protocol):
         ...
 
     def match_prefix(
-        self, hashes: Sequence[bytes], weights: Mapping[int, float] | None, timeout: float
+        self, hashes: Sequence[bytes], weights: Mapping[int, float] | None, timeout: float, limit: int = 0
     ) -> list[PrefixMatch]:
-        """The longest usable prefix of ``hashes`` per node, longest first; see ``ExternalKvIndex.match_prefix``."""
+        """The longest usable prefix of ``hashes`` per node, longest first; see ``ExternalKvIndex.match_prefix``.
+
+        At most ``limit`` nodes; 0: all.
+        """
         ...
 
     def list_nodes(self, timeout: float) -> list[NodeInfo]:

@@ -223,10 +223,14 @@ class Probe(Message, frozen=True, tag=32):
 
 
 class MatchPrefix(Message, frozen=True, tag=33):
-    """The longest usable prefix per node; ``weights`` is the cost of a block per tier.  The answer is ``Prefixes``."""
+    """The longest usable prefix per node; ``weights`` is the cost of a block per tier.  The answer is ``Prefixes``.
+
+    It names at most ``limit`` nodes, the best first; 0: all of them.
+    """
 
     hashes: Packed
     weights: TierWeights | None = None
+    limit: Count = 0
 
 
 class ListNodes(Message, frozen=True, tag=34):

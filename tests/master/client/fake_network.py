@@ -236,9 +236,10 @@ class FakeTransport:
         return self._call("probe", lambda state, now: state.probe(node_id, incarnation, acked, now), timeout)
 
     def match_prefix(
-        self, hashes: Sequence[bytes], weights: Mapping[int, float] | None, timeout: float
+        self, hashes: Sequence[bytes], weights: Mapping[int, float] | None, timeout: float, limit: int = 0
     ) -> list[PrefixMatch]:
-        return self._call("match_prefix", lambda state, now: state.match_prefix(hashes, weights, now), timeout)
+        found = self._call("match_prefix", lambda state, now: state.match_prefix(hashes, weights, now), timeout)
+        return found[: limit or None]
 
     def list_nodes(self, timeout: float) -> list[NodeInfo]:
         return self._call("list_nodes", lambda state, now: state.list_nodes(now), timeout)

@@ -85,6 +85,7 @@ def test_questions_are_answered(network: FakeNetwork) -> None:
         assert client.flush(PATIENCE)
         assert [match.tiers for match in client.match([A, B, C], count_as_hit=True)] == [{HBM: [A, B]}]
         assert [match.length for match in client.match_prefix([A, B, C])] == [2]
+        assert [match.length for match in client.match_prefix([A, B, C], limit=1)] == [2]
         assert client.hit_counts([A, C, A, B]) == [(A, 1), (B, 1)]
         assert client.hit_counts([b"%d" % number for number in range(5000)]) == []
         assert client.lookup([A, B]) == [True, False]

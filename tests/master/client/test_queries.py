@@ -98,6 +98,26 @@ def test_when_the_client_moves_so_do_the_questions() -> None:
     assert len(asker.match()) == 1
 
 
+@pytest.mark.parametrize("address", [NATIVE, GRPC])
+def test_of_many_nodes_the_best_are_named(address: MasterAddress) -> None:
+    asker = Asker(network(), address)
+    transport = asker.network.dial(NATIVE, 1.0)
+    for name, held in (("short", [A]), ("long", [A, B, C])):
+        transport.register(Registration(name), 1.0)
+        transport.report(name, held, DRAM, 1.0)
+
+    def named(limit: int) -> list[str]:
+        found = asker.queries.ask(lambda dialect, left: dialect.match_prefix([A, B, C], None, left, limit), [], 1.0)
+        return [match.node for match in found]
+
+    assert [named(limit) for limit in (1, 2, 4, 0)] == [
+        ["long"],
+        ["long", "node"],
+        ["long", "node", "short"],
+        ["long", "node", "short"],
+    ]
+
+
 def test_a_prefix_is_worked_out_here_where_the_master_knows_no_such_question() -> None:
     def answers(address: MasterAddress) -> list[list[PrefixMatch]]:
         asker = Asker(network(), address)

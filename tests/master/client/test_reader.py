@@ -37,6 +37,16 @@ def test_it_asks_for_prefixes_and_nodes_and_is_none_itself() -> None:
     assert len(net.registrations) == 1, "only the node itself"
 
 
+def test_it_asks_for_the_best_nodes_only() -> None:
+    net = network()
+    asker = reader(net)
+    transport = net.dial(NATIVE, 1.0)
+    transport.register(Registration("longer"), 1.0)
+    transport.report("longer", [A, B, C], SSD, 1.0)
+    assert [match.node for match in asker.match_prefix([A, B, C], limit=1) or []] == ["longer"]
+    assert [match.node for match in asker.match_prefix([A, B, C]) or []] == ["longer", "node"]
+
+
 def test_no_answer_is_not_an_empty_one() -> None:
     net = network()
     asker = reader(net)

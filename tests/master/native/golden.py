@@ -63,7 +63,7 @@ def requests() -> Iterator[tuple[str, m.Message]]:
     yield "match-nothing", m.Match(EMPTY)
     yield "hit-counts", m.HitCounts(pack_hashes([b"unknown", *HASHES]))
     yield "match-prefix", m.MatchPrefix(pack_hashes(HASHES))
-    yield "match-prefix-weights", m.MatchPrefix(pack_hashes(HASHES), {HBM: 0.5, DRAM: 1.5})
+    yield "match-prefix-weights", m.MatchPrefix(pack_hashes(HASHES), {HBM: 0.5, DRAM: 1.5}, 1)
     row = m.BundleRow(
         1, b"\0\0\1", pack_column("i", [DRAM, SSD, DRAM]), pack_column("Q", [4096, 8192, 0]), pack_hashes(
             [b"block-1", b"block-2", b"block-3"]

@@ -201,6 +201,8 @@ def test_prefixes(ask: NativeTransport) -> None:
     first, second = ask.match_prefix(hashes, None, DEADLINE)
     assert (first.node, first.length, first.runs) == (A, 6, [TierRun(DRAM, 2), TierRun(HBM, 2), TierRun(DRAM, 2)])
     assert (second.node, second.length, second.runs, second.cost) == (B, 3, [TierRun(SSD, 3)], 0.0)
+    assert ask.match_prefix(hashes, None, DEADLINE, 1) == [first]
+    assert ask.match_prefix(hashes, None, DEADLINE, 3) == [first, second]
     [weighted] = ask.match_prefix(hashes, {DRAM: 0.5, HBM: 0.25}, DEADLINE)
     assert (weighted.node, weighted.cost) == (A, 2.5)
     assert ask.match_prefix([b"unknown"], None, DEADLINE) == []
