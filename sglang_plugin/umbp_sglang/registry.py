@@ -43,6 +43,8 @@ class _Member:
     host_pool: Any
     access: PageAccess
     replicated: bool
+    cut: bool = False
+    """Whether its pages are cut into ranges of heads, which other TP sizes have too."""
 
     @property
     def nbytes(self) -> int:
@@ -212,21 +214,35 @@ class PoolRegistry:
 
     def _member(self, name: str, host_pool: Any) -> _Member:
         rank = self._settings.rank
-        parts = 1
-        if rank.head_parts and name == KV and layout_of(host_pool) == "page_head":
-            parts = rank.head_parts // rank.tp_size
+        heads = name == KV or compat.has_heads(host_pool)
+        cut = rank.head_parts > 0 and heads and layout_of(host_pool) == "page_head"
         try:
-            access = page_access(host_pool, parts)
+            access = self._cut_access(name, host_pool) if cut else None
+            cut = access is not None
+            access = access or page_access(host_pool)
         except ValueError as error:
             raise ConfigError(f"SGLang's pool {name} cannot be stored: {error}") from error
         # A draft model may have heads, which the ranks divide, beside a model whose KV is the same on all of them.
-        own = name == _STATES or (name != KV and compat.has_heads(host_pool))
-        return _Member(name, host_pool, access, rank.replicated and not own)
+        own = name == _STATES or (name != KV and heads)
+        return _Member(name, host_pool, access, rank.replicated and not own, cut)
+
+    def _cut_access(self, name: str, host_pool: Any) -> PageAccess | None:
+        """The pages of a pool of heads in ranges of them; ``None`` where a side pool's cannot be cut."""
+        rank = self._settings.rank
+        try:
+            return page_access(host_pool, rank.head_parts // rank.tp_size)
+        except ValueError as error:
+            if name == KV:
+                raise
+            logger.info(
+                "umbp: SGLang's pool %s is stored whole, so that other TP sizes do not share it: %s", name, error
+            )
+            return None
 
     def _pool(self, member: _Member, share: float) -> StorePool:
         parts: list[int | None] = [None]
         rank = self._settings.rank
-        if rank.head_parts and member.name == KV and layout_of(member.host_pool) == "page_head":
+        if member.cut:
             first = rank.tp_rank * member.access.parts
             parts = list(range(first, first + member.access.parts))
         identities = [self._identity(member, part) for part in parts]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
 
 from tests.sglang.store.conftest import Stores
 from tests.sglang.store.pools import PAGE, hashes, mha_pool, rows, storage_config, wipe
@@ -45,6 +46,48 @@ def test_another_tp_size_reads_the_same_pages(stores: Stores, tmp_path: Path, be
         assert store.batch_get_v1(keys, rows(0, 1)) == [True, True]
         found += heads_of(pool, 1)
     assert found == want
+
+
+@pytest.mark.parametrize("side", [PoolName.SWA, PoolName.DRAFT])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 4), (4, 1)])
+def test_side_pools_of_heads_are_cut_too(
+    stores: Stores, tmp_path: Path, side: PoolName, before: int, after: int
+) -> None:
+    """Without them, KV that is found could not be restored.  They may have other heads than KV."""
+    keys, want, tail = hashes(2), [b""] * 2 * ALL_HEADS, PoolHitPolicy.TRAILING_PAGES
+    for rank in range(before):
+        window = mha_pool("page_head", heads=2 * ALL_HEADS // before)
+        window.kv_buffer.view(-1).view(torch.uint8).add_(rank)
+        first = rank * window.head_num
+        want[first : first + window.head_num] = heads_of(window, 3)
+        store = stores(
+            config(tmp_path, (rank, before)), mha_pool("page_head", heads=ALL_HEADS // before), {side: window}
+        )
+        assert store.batch_set_v2([PoolTransfer(side, rows(2, 3), keys=keys)]) == {side: [True, True]}
+        assert store.batch_set_v1(keys, rows(4, 5)) == [True, True]
+        store.close()
+    found = []
+    for rank in range(after):
+        window = mha_pool("page_head", heads=2 * ALL_HEADS // after)
+        wipe(window)
+        store = stores(config(tmp_path, (rank, after)), mha_pool("page_head", heads=ALL_HEADS // after), {side: window})
+        hits = store.batch_exists_v2(keys, [PoolTransfer(side, keys=keys[-1:], hit_policy=tail)])
+        assert hits.kv_hit_pages == 2
+        assert store.batch_get_v2([PoolTransfer(side, rows(6), keys=keys[-1:])]) == {side: [True]}
+        found += heads_of(window, 6)
+    assert found == want
+
+
+def test_a_side_pool_whose_heads_cannot_be_cut_is_each_tp_sizes_own(stores: Stores, tmp_path: Path) -> None:
+    keys = hashes(1)
+    for tp, there in (((0, 1), False), ((0, 2), False), ((0, 1), True)):
+        pool, window = mha_pool("page_head", heads=ALL_HEADS // tp[1]), mha_pool("page_head", heads=1)
+        store = stores(config(tmp_path, tp), pool, {PoolName.SWA: window})
+        asked = PoolTransfer(PoolName.SWA, rows(0), keys=keys)
+        assert store.batch_get_v2([asked]) == {PoolName.SWA: [there]}
+        assert store.batch_set_v2([asked]) == {PoolName.SWA: [True]}
+        assert store.batch_set_v1(keys, rows(0)) == [True]
+        store.close()
 
 
 def test_a_page_is_there_when_all_its_ranges_are(stores: Stores, tmp_path: Path) -> None:
