@@ -24,10 +24,8 @@ FIRST, SECOND = range(4), range(4, 8)
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
-    disk = Disk(monkeypatch)
-    yield disk
-    disk.work()
-    disk.wait_free()
+    with Disk(monkeypatch) as disk:
+        yield disk
 
 
 @pytest.fixture

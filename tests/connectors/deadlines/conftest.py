@@ -17,10 +17,8 @@ from umbp_core.testing.fakes import FakeClock
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
-    disk = Disk(monkeypatch)
-    yield disk
-    disk.work()
-    disk.wait_free()
+    with Disk(monkeypatch) as disk:
+        yield disk
 
 
 @pytest.fixture

@@ -23,10 +23,8 @@ PAGE = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     """The disk of this process."""
-    disk = Disk(monkeypatch)
-    yield disk
-    disk.work()
-    disk.wait_free()
+    with Disk(monkeypatch) as disk:
+        yield disk
 
 
 def values(store: UMBPStore) -> dict[str, float]:
