@@ -78,6 +78,7 @@ class UMBPStore(HiCacheStorage):
         self._asks = self._door("exists")
         self._watch = PoolWatch(self._stats, self._pools.pools, self._asks, clock)
         self._reporting: NodeReporting | None = None
+        self._complete = False
         if mem_pool_host is not None and not isinstance(mem_pool_host, dict):
             self.register_mem_pool_host(mem_pool_host)
 
@@ -100,16 +101,19 @@ class UMBPStore(HiCacheStorage):
         self._report_beside(mem_pool_host)
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
-        """Take a pool by name.  One that cannot be stored is left out: its pages are always missing."""
+        """Take a pool by name; one that comes late is opened at once, one that cannot be stored is always missing."""
         super().register_mem_host_pool_v2(host_pool, host_pool_name)
         try:
             self._pools.add(str(host_pool_name), host_pool)
         except ConfigError as error:
             self._stats.degraded("pool_not_stored")
             logger.warning("umbp: %s", error)
+        if self._complete:
+            self._asks.answer(self._pools.open, None)
 
     def on_host_pools_registered(self) -> None:
         """Every pool is known: open them all."""
+        self._complete = True
         if self._reporting is not None:
             self._reporting.hold(_HOLDER)
         self._asks.answer(self._pools.open, None)

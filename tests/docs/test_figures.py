@@ -1,4 +1,4 @@
-"""The pages of the pool and the daemon say which figures miss their targets, and quote what was measured."""
+"""The pages of the pool, the daemon and SGLang say which figures miss their targets, and quote what was measured."""
 
 from __future__ import annotations
 
@@ -57,3 +57,13 @@ def test_the_daemons_figures_stand_beside_those_of_others() -> None:
         assert " | ".join([f"| the daemon, {what}", *figures]) in page
     for row in found["Quoted: peers in DRAM, GB/s"]:
         assert "| " + " | ".join(str(each) for each in row.values()) + " |" in page
+
+
+def test_sglangs_page_quotes_the_smallest_pages_that_have_a_target() -> None:
+    page = " ".join((ROOT / "docs" / "sglang.md").read_text(encoding="utf-8").split())
+    (row,) = [
+        row
+        for row in sections("sglang")["put and get of 128 pages, page_first"]
+        if (row["page"], row["backend"]) == ("256 KiB", "umbp")
+    ]
+    assert f"put {row['put of copy']:.2f} and get {row['get of copy']:.2f} of a bare copy's rate" in page

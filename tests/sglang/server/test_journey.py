@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 FIRST = prompts(0, 3)
 LAST = prompts(100, 6)
 """What the second server is asked when it is killed."""
+IN_VAIN = 500
+"""Tokens for each of them."""
 SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")
 WHOLE = PAGES * PAGE_TOKENS
 
@@ -127,16 +128,18 @@ def second(
     with server(model, tmp_path_factory.mktemp("second"), *extra_config(**pool), launcher=SERVE) as running:
         stage.ask(running, "restarted")
         with ThreadPoolExecutor(len(LAST)) as clients:
-            clients.map(partial(ask_in_vain, running), LAST)
+            asked = [clients.submit(ask_in_vain, running, question) for question in LAST]
             running.wait_until_stored(PAGES)
             running.kill()
+        stage.seen["answered in vain"] = [each.result() for each in asked]
     return stage
 
 
-def ask_in_vain(running: SglangServer, question: list[int]) -> None:
-    """Ask for more than the server will live to answer."""
+def ask_in_vain(running: SglangServer, question: list[int]) -> int:
+    """Ask for more than the server will live to answer; how many tokens came all the same."""
     with contextlib.suppress(OSError, HTTPException, ServerFailed):
-        running.complete(question, max_tokens=500)
+        return len(running.complete(question, max_tokens=IN_VAIN).tokens)
+    return 0
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +177,11 @@ def test_another_namespace_shares_nothing(first: Stage) -> None:
 def test_a_restarted_server_finds_everything(first: Stage, second: Stage) -> None:
     assert [(answer.device, answer.storage) for answer in second.answers["restarted"]] == [(0, WHOLE)] * 3
     assert tokens(second.answers["restarted"]) == tokens(first.answers["cold"])
+
+
+def test_the_kill_came_while_pages_were_written(second: Stage) -> None:
+    """Pages had been stored, as was waited for, and every request was still making more."""
+    assert max(second.seen["answered in vain"]) < IN_VAIN, second.seen
 
 
 def test_after_a_kill_every_token_is_right(first: Stage, third: list[dict[str, Any]]) -> None:

@@ -188,6 +188,18 @@ def test_a_pool_registered_late_is_stored_too(store: UMBPStore) -> None:
     assert contents(draft, [1]) == want
 
 
+def test_a_late_pool_is_opened_when_it_is_registered(stores: Stores) -> None:
+    """No call of the storage threads, which have a deadline, waits until a pool is open."""
+    faults = Faults()
+    store = stores(storage_config(), mha_pool(), make_pool=faults.make)
+    made = len(faults.pools)
+    store.register_mem_host_pool_v2(mha_pool(heads=1), PoolName.DRAFT)
+    opened = faults.pools[made:]
+    assert len(opened) == 2, "KV anew, smaller, and the draft model's"
+    store.batch_set_v1(hashes(1), rows(0))
+    assert faults.pools[made:] == opened
+
+
 def test_all_pools_together_stay_within_the_configured_space(stores: Stores, tmp_path: Path) -> None:
     """A pool that comes late has the others opened anew, smaller; what they had on SSD is still there."""
     faults, kv, keys = Faults(), mha_pool(), hashes(2)
