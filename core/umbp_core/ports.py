@@ -155,7 +155,14 @@ class Slots(Protocol):
 
 @runtime_checkable
 class SlotRuns(Slots, Protocol):
-    """Slots that neighbours can be written to in one go."""
+    """Slots of which neighbours can be read and written in one go."""
+
+    def read_run(self, slot: int, views: Sequence[Any], /) -> None:
+        """As :meth:`read_into` for each of ``views``, which are as long as a slot, from ``slot`` on.
+
+        When it raises, each of these views holds anything.
+        """
+        ...
 
     def write_run(self, slot: int, views: Sequence[Any], /) -> None:
         """As :meth:`write_from` for each of ``views``, which are as long as a slot, from ``slot`` on.

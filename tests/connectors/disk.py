@@ -63,8 +63,12 @@ class Disk:
 
     def wait_held(self, count: int) -> None:
         """Until so many transfers hang."""
+        assert self.holds(count, 60)
+
+    def holds(self, count: int, timeout: float) -> bool:
+        """Whether so many transfers hang before ``timeout`` seconds are over."""
         with self._changed:
-            assert self._changed.wait_for(lambda: self._held >= count, 60)
+            return self._changed.wait_for(lambda: self._held >= count, timeout)
 
     def wait_free(self) -> None:
         """Until none hangs any more."""

@@ -281,6 +281,36 @@ def test_neighbours_are_written_in_one_go(
         assert found == _random(SLOT, number)
 
 
+@pytest.mark.parametrize("most", [1 << 30, 3 * SLOT, 2 * SLOT + 4096, 4096])
+def test_neighbours_are_read_in_one_go(
+    slab: SlabFile, arena: Arena, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Also when the disk gives less of it at once."""
+    calls: list[int] = []
+    real = os.preadv
+
+    def short(fd: int, views: list[memoryview], offset: int) -> int:
+        calls.append(len(views))
+        buffer = mmap.mmap(-1, min(most, sum(view.nbytes for view in views)))
+        count = real(fd, [memoryview(buffer)], offset)
+        left = memoryview(buffer)[:count]
+        for view in views:
+            part = left[: view.nbytes]
+            view[: part.nbytes] = part
+            left = left[part.nbytes :]
+        return count
+
+    for number in range(4):
+        slab.write_from(12 + number, _random(SLOT, number))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", short)
+        slab.read_run(12, [arena.page(page) for page in (2, 1, 3, 0)])
+    assert calls[0] == 4
+    assert len(calls) == 1 or most < 4 * SLOT
+    for page, number in ((2, 0), (1, 1), (3, 2), (0, 3)):
+        assert bytes(arena.page(page)) == _random(SLOT, number)
+
+
 def test_a_run_of_slots_is_full_and_exists(slab: SlabFile) -> None:
     whole = bytes(SLOT)
     slab.write_run(3, [whole])
@@ -291,8 +321,15 @@ def test_a_run_of_slots_is_full_and_exists(slab: SlabFile) -> None:
     for slot, views in ((13, [whole] * 4), (-1, [whole] * 2), (0, [whole, whole[1:]]), (0, [whole, whole + b"x"])):
         with pytest.raises(StateError):
             slab.write_run(slot, views)
+        with pytest.raises(StateError):
+            slab.read_run(slot, [bytearray(view) for view in views])
     slab.read_into(15, found)
     assert found == _random(SLOT, 2)
+    pair = [bytearray(SLOT), bytearray(SLOT)]
+    slab.read_run(14, pair)
+    assert pair == [_random(SLOT, 1), _random(SLOT, 2)], "memory that lies anywhere"
+    with pytest.raises(StateError):
+        slab.read_run(14, [bytes(SLOT), bytes(SLOT)])
 
 
 def test_direct_io_that_stops_in_the_middle_of_a_sector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

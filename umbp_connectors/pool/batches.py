@@ -34,7 +34,9 @@ from umbp_core.tiers import Tier
 _CHUNK = 128
 """Objects per visit to the books, at most: their lock is held for some hundred microseconds."""
 _CHUNK_BYTES = 64 << 20
-"""Bytes per visit, at most: what is stored can be read, and written to SSD, while the rest of its batch is copied."""
+"""Bytes per visit, at most: what is stored can be read while the rest of its batch is copied."""
+_CHUNK_BYTES_WITH_SSD = 8 << 20
+"""The same of a put with an SSD, which writes what is stored while the rest of its batch is copied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ class BatchMover:
         self._pages = arena.array
         # What is being written cannot be evicted: a put must not need the whole arena for it.
         self._chunk = max(1, min(_CHUNK, _CHUNK_BYTES // arena.page_bytes, arena.pages // 2))
+        self._chunk_with_ssd = max(1, min(self._chunk, _CHUNK_BYTES_WITH_SSD // arena.page_bytes))
         self._stripes = stripes
         self._prefix = stripes.prefixes[0]
         self._loader: Loader | None = None
@@ -210,8 +213,9 @@ class BatchMover:
     # -- put
 
     def _chunks(self, batch: PutBatch) -> Iterator[PutBatch]:
-        for first in range(0, len(batch.keys), self._chunk):
-            yield batch.part(first, first + self._chunk)
+        chunk = self._chunk if self._demoter is None else self._chunk_with_ssd
+        for first in range(0, len(batch.keys), chunk):
+            yield batch.part(first, first + chunk)
 
     def _write(self, owner: str, batch: PutBatch, written: dict[bytes, bytes]) -> list[PutStatus]:
         """Copy ``batch`` into pages that ``owner`` reserves; adds the checksums to ``written``."""

@@ -226,33 +226,37 @@ class Books:
             self._settle(owner, written, Tier.SSD)
             self._directory.unpin(owner)
 
-    def begin_load(self, owner: str, key: bytes, copy: Copy) -> tuple[Copy, int | None] | None:
-        """Pin ``copy`` (on SSD) of ``key`` and reserve a page of DRAM for it; returns it and the page, if there is one.
+    def begin_loads(self, owner: str, wanted: Iterable[tuple[bytes, Copy]]) -> list[tuple[Copy, int | None] | None]:
+        """Pin each of these copies (on SSD) and reserve a page of DRAM for it; what was got of both.
 
-        When it came to DRAM meanwhile, that copy is pinned and returned with its page; ``None`` when it is gone.
+        Of what came to DRAM meanwhile that copy is pinned and returned with its page; ``None`` for what is gone.
         """
         with self._lock:
-            directory = self._directory
-            there = directory.copy(key, Tier.DRAM)
-            if there is not None:
-                directory.pin(owner, [key], Tier.DRAM)
-                return there, there.pages[0]
-            if directory.copy(key, Tier.SSD) != copy:
-                return None
-            directory.pin(owner, [key], Tier.SSD)
-            self._writing.setdefault(owner, set())
-            pages = directory.reserve(owner, key, Tier.DRAM, copy.nbytes, copy.depth)
+            found = [self._begin_load(owner, key, copy) for key, copy in wanted]
             self._follow()
+        return found
+
+    def _begin_load(self, owner: str, key: bytes, copy: Copy) -> tuple[Copy, int | None] | None:
+        directory = self._directory
+        there = directory.copy(key, Tier.DRAM)
+        if there is not None:
+            directory.pin(owner, [key], Tier.DRAM)
+            return there, there.pages[0]
+        if directory.copy(key, Tier.SSD) != copy:
+            return None
+        directory.pin(owner, [key], Tier.SSD)
+        self._writing.setdefault(owner, set())
+        pages = directory.reserve(owner, key, Tier.DRAM, copy.nbytes, copy.depth)
         return copy, pages[0] if pages else None
 
-    def end_load(self, owner: str, key: bytes, written: Mapping[bytes, bytes], lender: str | None) -> None:
-        """Publish what ``owner`` loaded into its page, end its pins, and pin the copy in DRAM for ``lender``."""
+    def end_loads(self, owner: str, written: Mapping[bytes, bytes], lent: Iterable[bytes], lender: str | None) -> None:
+        """Publish what ``owner`` loaded into its pages, end its pins, and pin the copies of ``lent`` for ``lender``."""
         with self._lock:
             directory = self._directory
             self._settle(owner, written, Tier.DRAM)
             directory.unpin(owner)
-            if lender is not None and directory.copy(key, Tier.DRAM) is not None:
-                directory.pin(lender, [key], Tier.DRAM)
+            if lender is not None:
+                directory.pin(lender, [key for key in lent if directory.copy(key, Tier.DRAM) is not None], Tier.DRAM)
 
     def pin(self, owner: str, keys: Sequence[bytes], tier: Tier | None = None, use: bool = True) -> list[Copy | None]:
         """Pin the fastest copy (or that in ``tier``) of each key that has one; with ``use`` it counts as used now."""

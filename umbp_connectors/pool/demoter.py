@@ -30,6 +30,8 @@ _TOGETHER = 32
 """Objects per visit to the books, at most."""
 _TOGETHER_BYTES = 8 << 20
 """The same in bytes: what is written counts as being on SSD only when the last of them is."""
+_LEAST_BYTES = 1 << 20
+"""What is left is divided among the threads, but not into less than this: a visit costs the same for one object."""
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class Demoter:
         # What is being written cannot be evicted: all threads together take a quarter of either tier at most for it.
         few = min(arena.pages, slots) // (4 * max(1, threads))
         self._together = max(1, min(_TOGETHER, _TOGETHER_BYTES // arena.page_bytes, few))
+        self._least = _LEAST_BYTES // arena.page_bytes
         self._threads = [
             threading.Thread(target=self._work, name=f"umbp-demote-{number}", daemon=True) for number in range(threads)
         ]
@@ -245,7 +248,7 @@ class Demoter:
 
     def _take(self) -> list[bytes]:
         """What a thread writes next: less when little is left, so that all end at about the same time."""
-        share = -(-len(self._queue) // len(self._threads))
+        share = max(self._least, -(-len(self._queue) // len(self._threads)))
         # A write that tries whether the disk works again may fail: then no more than one object was evicted for it.
         count = 1 if self._fence.doubtful else min(self._together, share)
         keys = list(itertools.islice(self._ready(), count))

@@ -14,11 +14,37 @@ import numpy as np
 from umbp_connectors.pool.buffers import Bytes
 
 
+class Turn:
+    """A thread's turn at the disk.  ``left`` is called when it ends."""
+
+    def __init__(self, page_bytes: int, left: Callable[[], None]) -> None:
+        self._page_bytes = page_bytes
+        self._left = left
+        self._spare: Bytes | None = None
+        self._at_disk = False
+
+    def begin(self) -> None:
+        """The next job has its turn."""
+        self._at_disk = True
+
+    def spare(self) -> Bytes:
+        """A page-aligned buffer of one page, the thread's own, until the job ends."""
+        if self._spare is None:
+            self._spare = np.frombuffer(mmap.mmap(-1, self._page_bytes), dtype=np.uint8)
+        return self._spare
+
+    def leave(self) -> None:
+        """The job is through with the disk, and goes on beside the one that has its turn now; idempotent."""
+        if self._at_disk:
+            self._at_disk = False
+            self._left()
+
+
 class Job(Protocol):
     """Something that may take as long as the disk likes."""
 
-    def run(self, spare: Callable[[], Bytes]) -> None:
-        """Do it.  ``spare`` gives a page-aligned buffer of one page, this thread's own, for this call."""
+    def run(self, turn: Turn) -> None:
+        """Do it; its end is the end of its ``turn`` at the latest."""
         ...
 
     def fail(self, error: Exception) -> None:
@@ -34,9 +60,9 @@ class Task:
         self._ended = threading.Event()
         self._error: Exception | None = None
 
-    def run(self, spare: Callable[[], Bytes]) -> None:
+    def run(self, turn: Turn) -> None:
         """Make the call."""
-        del spare
+        del turn
         self._work()
         self._ended.set()
 
@@ -54,19 +80,24 @@ class Task:
 
 
 class IoThreads:
-    """A fixed number of threads for jobs, first come first served.
+    """A fixed number of threads for jobs, first come first served: ``at_disk`` at the disk at once, ``beside`` more.
 
-    A thread that the disk does not let go is lost for that long, and no other takes its place: a disk that hangs costs
-    these threads at most.  They are daemons, so that it cannot keep the process from ending either.
+    Those have as many jobs as there may be at the disk, while others copy what they read.  A thread that the disk does
+    not let go is lost for that long, and no other takes its turn: a disk that hangs costs these threads at most.  They
+    are daemons, so that it cannot keep the process from ending either.
     """
 
-    def __init__(self, threads: int, page_bytes: int, name: str) -> None:
+    def __init__(self, at_disk: int, beside: int, page_bytes: int, name: str) -> None:
+        self.at_disk = at_disk
         self._page_bytes = page_bytes
         self._changed = threading.Condition()
         self._queue: deque[Job] = deque()
+        self._turns = at_disk
+        """How many more jobs may be at the disk."""
         self._closing = False
         self._threads = [
-            threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True) for number in range(threads)
+            threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True)
+            for number in range(at_disk + beside)
         ]
 
     def start(self) -> None:
@@ -100,21 +131,26 @@ class IoThreads:
 
     def _work(self) -> None:
         """Thread: one job after the other until closed."""
-        spare: list[Bytes] = []
-
-        def borrow() -> Bytes:
-            if not spare:
-                spare.append(np.frombuffer(mmap.mmap(-1, self._page_bytes), dtype=np.uint8))
-            return spare[0]
-
+        turn = Turn(self._page_bytes, self._left)
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closing)
+                self._changed.wait_for(lambda: self._closing or (self._queue and self._turns))
                 if self._closing:
                     return
                 job = self._queue.popleft()
+                self._turns -= 1
+            turn.begin()
             try:
-                job.run(borrow)
+                job.run(turn)
             except Exception as error:  # noqa: BLE001 - op boundary: who waits for it is told, the thread lives
                 job.fail(error)
+            finally:
+                turn.leave()
             del job
+
+    def _left(self) -> None:
+        """A turn has ended."""
+        with self._changed:
+            self._turns += 1
+            if self._queue:
+                self._changed.notify()

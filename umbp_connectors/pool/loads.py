@@ -7,24 +7,30 @@ time leaves nobody behind who would touch its memory, whatever the disk does.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from umbp_connectors.pool.books import Books
 from umbp_connectors.pool.buffers import Bytes, View, round_up
 from umbp_connectors.pool.checksums import copy_checksummed
 from umbp_connectors.pool.fence import ReadFence
-from umbp_connectors.pool.io import IoThreads
+from umbp_connectors.pool.io import IoThreads, Turn
 from umbp_connectors.pool.outcomes import GetStatus
 from umbp_connectors.pool.slab import ALIGNMENT
 from umbp_connectors.pool.stripes import Stripes
-from umbp_connectors.tier_ports import Slots
+from umbp_connectors.tier_ports import SlotRuns, Slots
 from umbp_core.directory import Copy
 from umbp_core.errors import TierUnavailable, TransferError
 from umbp_core.tiers import Tier
+
+_TOGETHER = 32
+"""Objects of a run, at most."""
+_TOGETHER_BYTES = 1 << 20
+"""The same in bytes: the first of them is delivered when the last has been read."""
 
 _FAIR_S = 0.02
 """Who gave the disk less time than this has not found out whether it answers."""
@@ -54,67 +60,131 @@ class LoadState(enum.Enum):
     """The caller has left."""
 
 
+_OVER = (LoadState.ENDED, LoadState.GIVEN_UP)
+
+
 class Load:
-    """One object on its way from its slot."""
+    """One object on its way from its slot.  ``run`` is the one that it comes with."""
 
-    __slots__ = ("_batch", "_loader", "copy", "error", "key", "place", "state", "status", "view")
+    __slots__ = ("batch", "copy", "error", "key", "place", "run", "state", "status", "view")
 
-    def __init__(self, loader: Loader, batch: LoadBatch, wanted: WantedLoad) -> None:
-        self._loader = loader
-        self._batch = batch
+    def __init__(self, batch: LoadBatch, wanted: WantedLoad) -> None:
+        self.batch = batch
         self.place, self.key, self.copy, self.view = wanted
+        self.run: LoadRun | None = None
         self.state = LoadState.WAITING
         self.status = GetStatus.TIMED_OUT
         self.error: Exception | None = None
 
-    def run(self, spare: Callable[[], Bytes]) -> None:
-        """Read and deliver, unless the caller has left or another load of the same object is under way."""
-        if not self._loader.lead(self):
-            return
+
+class _Part(NamedTuple):
+    """A load that has begun: the copy it is from, and the page of DRAM it comes to, if there is one."""
+
+    load: Load
+    source: Copy
+    page: int | None
+
+
+class LoadRun:
+    """Some objects of one call whose slots are side by side: a disk gives one large piece faster than small ones."""
+
+    def __init__(self, loader: Loader, loads: Sequence[Load]) -> None:
+        self._loader = loader
+        self._loads = loads
+        self._batch = loads[0].batch
+        self._led: Sequence[Load] = ()
+        """Those that no other run is reading."""
+        for load in loads:
+            load.run = self
+
+    def run(self, turn: Turn) -> None:
+        """Read and deliver, but for what the caller gave up or another run is reading."""
+        self._led = self._loader.lead(self._loads)
         try:
-            if self.state is LoadState.WAITING:
-                self._batch.end(self, self._read(spare))
+            wanted = [load for load in self._led if load.state is LoadState.WAITING]
+            if wanted:
+                self._batch.end(self._load(wanted, turn))
         finally:
-            self._loader.follow(self.key)
+            self._loader.follow(self._led)
 
     def fail(self, error: Exception) -> None:
         """End with what the caller is to see."""
-        self.error = error
-        self._batch.end(self, GetStatus.CORRUPT)
+        for load in self._led:
+            load.error = error
+        self._batch.end(dict.fromkeys(self._led, GetStatus.CORRUPT))
 
-    def _read(self, spare: Callable[[], Bytes]) -> GetStatus:
-        books, batch = self._loader.books, self._batch
+    def _load(self, wanted: Sequence[Load], turn: Turn) -> dict[Load, GetStatus]:
+        """Bring ``wanted`` to DRAM and to the caller; what became of each."""
+        books, statuses = self._loader.books, dict.fromkeys(wanted, GetStatus.MISS)
         owner = books.new_owner()
-        found = books.begin_load(owner, self.key, self.copy)
-        if found is None:
-            return GetStatus.MISS
-        source, page = found
-        keeps = source.tier is Tier.SSD and page is not None
-        verified = False
-        lender = None
+        begun = books.begin_loads(owner, [(load.key, load.copy) for load in wanted])
+        written: dict[bytes, bytes] = {}
+        bad: list[_Part] = []
         try:
-            if page is None and batch.lender is not None:
-                return GetStatus.MISS
-            buffer = spare() if page is None else self._loader.pages[page]
-            if source.tier is Tier.SSD:
-                self._loader.slab.read_into(source.pages[0], buffer[: round_up(source.nbytes, ALIGNMENT)])
-            view = batch.claim(self)
-            lender = batch.lender if self.state is LoadState.DELIVERING else None
-            verified = self._deliver(view, buffer[: source.nbytes]) == source.checksum
-        except (TransferError, TierUnavailable):
-            verified = False
+            pieces = self._pieces(wanted, begun)
+            for number, piece in enumerate(pieces, 1):
+                buffers = self._read(piece, turn)
+                if number == len(pieces):
+                    turn.leave()
+                for part, buffer in zip(piece, buffers, strict=True):
+                    if buffer is not None and self._deliver(part, buffer):
+                        statuses[part.load] = GetStatus.SSD
+                        if part.source.tier is Tier.SSD and part.page is not None:
+                            written[part.load.key] = part.source.checksum
+                    else:
+                        statuses[part.load] = GetStatus.CORRUPT
+                        bad.append(part)
         finally:
-            books.end_load(owner, self.key, {self.key: source.checksum} if verified and keeps else {}, lender)
-        if not verified:
-            books.drop(self.key, source.tier, source)
-            return GetStatus.CORRUPT
-        return GetStatus.SSD
+            lent = [load.key for load in wanted if load.state is LoadState.DELIVERING]
+            books.end_loads(owner, written, lent, self._batch.lender)
+        for part in bad:
+            books.drop(part.load.key, part.source.tier, part.source)
+        return statuses
 
-    def _deliver(self, view: View | None, data: Bytes) -> bytes:
-        stripes = self._loader.stripes
+    def _pieces(self, wanted: Sequence[Load], begun: Sequence[tuple[Copy, int | None] | None]) -> list[list[_Part]]:
+        """What has ``begun``, divided into what is read in one go."""
+        pieces: list[list[_Part]] = []
+        end = -1
+        for load, found in zip(wanted, begun, strict=True):
+            if found is None or (found[1] is None and self._batch.lender is not None):
+                continue
+            part = _Part(load, *found)
+            slot = part.source.pages[0]
+            full = part.source.tier is Tier.SSD and part.page is not None and self._loader.fills(part.source)
+            if full and slot == end:
+                pieces[-1].append(part)
+            else:
+                pieces.append([part])
+            end = slot + 1 if full else -1
+        return pieces
+
+    def _read(self, piece: Sequence[_Part], turn: Turn) -> list[Bytes | None]:
+        """The bytes of each; ``None`` for what cannot be read."""
+        pages, runs = self._loader.pages, self._loader.runs
+        if len(piece) > 1 and runs is not None:
+            whole = [pages[part.page] for part in piece]
+            with contextlib.suppress(TransferError, TierUnavailable):
+                runs.read_run(piece[0].source.pages[0], whole)
+                return [page[: part.source.nbytes] for part, page in zip(piece, whole, strict=True)]
+        return [self._read_one(part, turn) for part in piece]  # one of them may be what cannot be read
+
+    def _read_one(self, part: _Part, turn: Turn) -> Bytes | None:
+        source = part.source
+        buffer = turn.spare() if part.page is None else self._loader.pages[part.page]
+        if source.tier is Tier.SSD:
+            try:
+                self._loader.slab.read_into(source.pages[0], buffer[: round_up(source.nbytes, ALIGNMENT)])
+            except (TransferError, TierUnavailable):
+                return None
+        return buffer[: source.nbytes]
+
+    def _deliver(self, part: _Part, data: Bytes) -> bool:
+        """Copy to the caller, if it still waits; whether the bytes are what they were."""
+        stripes, key = self._loader.stripes, part.load.key
+        view = self._batch.claim(part.load)
         if view is None:
-            return stripes.checksum(self.key, data)
-        return copy_checksummed(stripes.prefixes[0] + self.key, view, data)
+            return stripes.checksum(key, data) == part.source.checksum
+        return copy_checksummed(stripes.prefixes[0] + key, view, data) == part.source.checksum
 
 
 class LoadBatch:
@@ -144,7 +214,7 @@ class LoadBatch:
             if self._refused:
                 fence.refuse(len(wanted))
                 return False
-            loads = [Load(self._loader, self, each) for each in wanted]
+            loads = [Load(self, each) for each in wanted]
             self._loads += loads
             self._open += len(loads)
         self._loader.submit(loads)
@@ -184,13 +254,13 @@ class LoadBatch:
                 load.state = LoadState.DELIVERING
             return load.view
 
-    def end(self, load: Load, status: GetStatus) -> None:
-        """``load`` has ended."""
+    def end(self, statuses: Mapping[Load, GetStatus]) -> None:
+        """These loads have ended, those that had not yet."""
         with self._changed:
-            if load.state is LoadState.GIVEN_UP:
-                return
-            load.state, load.status, load.view = LoadState.ENDED, status, None
-            self._open -= 1
+            for load, status in statuses.items():
+                if load.state not in _OVER:
+                    load.state, load.status, load.view = LoadState.ENDED, status, None
+                    self._open -= 1
             if not self._open:
                 self._changed.notify_all()
 
@@ -211,40 +281,62 @@ class Loader:
         self.books = books
         self.pages = pages
         self.slab = slab
+        self.runs = slab if isinstance(slab, SlotRuns) else None
         self.stripes = stripes
         self.fence = fence
         self.patience_s = patience_s
         self._threads = threads
+        # What is being read cannot be evicted: all threads together take a quarter of the arena at most for it.
+        few = len(pages) // (4 * threads.at_disk)
+        self._together = max(1, min(_TOGETHER, _TOGETHER_BYTES // slab.slot_bytes, few))
         self._lock = threading.Lock()
         self._followers: dict[bytes, list[Load]] = {}
         """Of every object that is being read, the loads that wait for that."""
 
-    def submit(self, loads: Iterable[Load]) -> None:
-        """Queue ``loads``."""
-        self._threads.submit(loads)
+    def fills(self, copy: Copy) -> bool:
+        """Whether the object is as long as a slot and a page, so that its neighbours can be read with it."""
+        return self.runs is not None and round_up(copy.nbytes, ALIGNMENT) == self.slab.slot_bytes == self.pages.shape[1]
 
-    def withdraw(self, loads: Iterable[Load]) -> None:
+    def submit(self, loads: Iterable[Load]) -> None:
+        """Queue ``loads`` of one call, in runs of which every thread that may be at the disk gets one."""
+        in_order = sorted(loads, key=lambda load: load.copy.pages[0])
+        most = min(self._together, -(-len(in_order) // self._threads.at_disk))
+        runs: list[list[Load]] = []
+        end = -1
+        for load in in_order:
+            slot, full = load.copy.pages[0], self.fills(load.copy)
+            if full and slot == end and len(runs[-1]) < most:
+                runs[-1].append(load)
+            else:
+                runs.append([load])
+            end = slot + 1 if full else -1
+        self._threads.submit([LoadRun(self, run) for run in runs])
+
+    def withdraw(self, loads: Sequence[Load]) -> None:
         """Forget ``loads``, which their caller gave up, where they have not begun."""
-        self._threads.withdraw(loads)
+        self._threads.withdraw({load.run for load in loads if load.run is not None})
         with self._lock:
             for load in loads:
                 waiting = self._followers.get(load.key, [])
                 if load in waiting:
                     waiting.remove(load)
 
-    def lead(self, load: Load) -> bool:
-        """True when ``load`` is to read its object; otherwise it is queued again when the one that does has ended."""
+    def lead(self, loads: Iterable[Load]) -> list[Load]:
+        """Those that are to be read now; the others are queued again when the run that reads the same has ended."""
+        led = []
         with self._lock:
-            waiting = self._followers.get(load.key)
-            if waiting is None:
-                self._followers[load.key] = []
-                return True
-            waiting.append(load)
-            return False
+            for load in loads:
+                waiting = self._followers.get(load.key)
+                if waiting is None:
+                    self._followers[load.key] = []
+                    led.append(load)
+                else:
+                    waiting.append(load)
+        return led
 
-    def follow(self, key: bytes) -> None:
-        """The load that led for ``key`` has ended."""
+    def follow(self, led: Iterable[Load]) -> None:
+        """The loads that led have ended."""
         with self._lock:
-            waiting = self._followers.pop(key)
+            waiting = [load for leader in led for load in self._followers.pop(leader.key)]
         if waiting:
-            self._threads.submit(waiting)
+            self._threads.submit([LoadRun(self, [load]) for load in waiting])

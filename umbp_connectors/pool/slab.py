@@ -116,6 +116,18 @@ class SlabFile:
             raise StateError(f"{self.path}: slot {slot} cannot be read into memory that is read-only")
         self._transfer(slot, target, self._read_aligned if self._passes(target) else self._read_bounced)
 
+    def read_run(self, slot: int, views: Sequence[WritableBuffer]) -> None:
+        """Fill each of ``views``, which are as long as a slot, from a slot of its own, from ``slot`` on, in one go.
+
+        Raises as :meth:`read_into`; any of them may hold garbage then.
+        """
+        targets = self._run_of(slot, views)
+        if len(targets) == 1 or not all(target.flags.writeable and self._passes(target) for target in targets):
+            for number, target in enumerate(targets):
+                self.read_into(slot + number, target)
+            return
+        self._moved(slot, lambda: self._read_all(slot * self.slot_bytes, targets))
+
     def write_from(self, slot: int, view: ReadableBuffer) -> None:
         """Write ``view`` (at most one slot long) to the start of ``slot``; the slot's tail is undefined afterwards.
 
@@ -134,11 +146,7 @@ class SlabFile:
 
         A disk takes one large piece faster than several small ones.  Raises as :meth:`write_from`.
         """
-        sources = [as_bytes(view) for view in views]
-        if any(source.nbytes != self.slot_bytes for source in sources):
-            raise StateError(f"{self.path}: what is written to several slots in one go has to fill each of them")
-        if not 0 <= slot <= self.slots - len(sources):
-            raise StateError(f"{self.path}: slots {slot} to {slot + len(sources)} are not all among {self.slots}")
+        sources = self._run_of(slot, views)
         if len(sources) == 1 or not all(map(self._passes, sources)):
             for number, source in enumerate(sources):
                 self.write_from(slot + number, source)
@@ -246,6 +254,15 @@ class SlabFile:
             )
         self._moved(slot, lambda: move(slot * self.slot_bytes, view))
 
+    def _run_of(self, slot: int, views: Sequence[ReadableBuffer]) -> list[Bytes]:
+        """The bytes of ``views`` for as many slots.  Raises ``StateError`` unless they fill slots that there are."""
+        run = [as_bytes(view) for view in views]
+        if any(view.nbytes != self.slot_bytes for view in run):
+            raise StateError(f"{self.path}: what moves to or from several slots in one go has to fill each of them")
+        if not 0 <= slot <= self.slots - len(run):
+            raise StateError(f"{self.path}: slots {slot} to {slot + len(run)} are not all among {self.slots}")
+        return run
+
     def _moved(self, slot: int, move: Callable[[], None]) -> None:
         """``move()``, from or to the slots from ``slot`` on, while the file is kept open."""
         self._enter()
@@ -266,6 +283,13 @@ class SlabFile:
                     "what was behind is lost and is computed again"
                 )
             done += self._whole(count, view.nbytes - done)
+
+    def _read_all(self, offset: int, views: Sequence[Bytes]) -> None:
+        """All of ``views`` at once; what a short transfer leaves, one by one."""
+        count = os.preadv(self._fd, [view.data for view in views], offset)
+        done = count // self.slot_bytes
+        for number, view in enumerate(views[done:], done):
+            self._read_aligned(offset + number * self.slot_bytes, view)
 
     def _write_aligned(self, offset: int, view: Bytes) -> None:
         done = 0

@@ -77,6 +77,7 @@ class PoolSsd:
     def _written(self, timeout: float) -> bool:
         """The same, of what got as far as being written."""
         deadline = time.monotonic() + timeout
+        self.catalogue.seal()  # what it has it records meanwhile
         if not self.demoter.drain(timeout):
             return False
         task = Task(self.sync)
@@ -151,7 +152,7 @@ def open_ssd(
         write_fence = WriteFence(clock, config.ssd_retry_s)
         demoter = Demoter(books, arena, tier.slab, tier.slots, config.demote_threads, write_fence)
         demoter.ask(config.make_ssd_gate, clock)
-        threads = IoThreads(config.io_threads, page_bytes, "umbp-load")
+        threads = IoThreads(config.io_threads, config.copy_threads, page_bytes, "umbp-load")
         loader = Loader(books, arena.array, tier.slab, stripes, threads, fence, config.ssd_timeout_s)
         demoter.start()
         threads.start()

@@ -1,6 +1,6 @@
 """What every tier has to do, as test classes to subclass: :class:`DramTierSuite` and :class:`SsdTierSuite`.
 
-:class:`SlotRunsSuite` is for SSD tiers that write several neighbouring slots in one go.
+:class:`SlotRunsSuite` is for SSD tiers that move several neighbouring slots in one go.
 
 A test of yours gives the fixture ``opener``: a function that opens your tier with pages (or slots) of so many bytes,
 and so many of them, always at the same place.  For an SSD tier it is called in other processes too: let it be something
@@ -319,13 +319,13 @@ class SsdTierSuite(TierSuite):
 
 
 class SlotRunsSuite(SsdTierSuite):
-    """For an SSD tier whose slab also writes neighbouring slots in one go (``SlotRuns`` in ``umbp_core.ports``)."""
+    """For an SSD tier whose slab also moves neighbouring slots in one go (``SlotRuns`` in ``umbp_core.ports``)."""
 
     @pytest.fixture
     def runs(self, tier: SsdTier) -> SlotRuns:
         """The slots, each of which holds something."""
         slab = tier.slab
-        assert isinstance(slab, SlotRuns), "the slab has no write_run(); SsdTierSuite is the suite for it"
+        assert isinstance(slab, SlotRuns), "the slab lacks read_run() or write_run(); SsdTierSuite is the suite for it"
         for slot in range(CELLS):
             slab.write_from(slot, pattern(slot, 0, CELL))
         return slab
@@ -340,11 +340,22 @@ class SlotRunsSuite(SsdTierSuite):
         for cell in range(CELLS):
             assert cells.read(cell, CELL) == pattern(cell, int(first <= cell < first + count), CELL)
 
+    @pytest.mark.parametrize(("first", "count"), [(0, 1), (0, CELLS), (1, 3), (CELLS - 2, 2)])
+    def test_a_run_that_is_read(self, runs: SlotRuns, first: int, count: int) -> None:
+        """Each slot comes into the view of its own, wherever in memory it is."""
+        scattered = np.zeros((2 * count, CELL), dtype=np.uint8)
+        runs.read_run(first, [scattered[2 * (count - 1 - index)] for index in range(count)])
+        for index in range(count):
+            assert scattered[2 * (count - 1 - index)].tobytes() == pattern(first + index, 0, CELL)
+        assert not scattered[1::2].any(), "nothing beside them"
+
     @pytest.mark.parametrize("first", [-1, CELLS - 1, CELLS])
     def test_runs_that_leave_the_tier(self, runs: SlotRuns, cells: Cells, first: int) -> None:
         """They are refused as a whole."""
         with pytest.raises(StateError):
             runs.write_run(first, [bytes(CELL), bytes(CELL)])
+        with pytest.raises(StateError):
+            runs.read_run(first, [bytearray(CELL), bytearray(CELL)])
         assert [cells.read(cell, CELL) for cell in range(CELLS)] == [pattern(cell, 0, CELL) for cell in range(CELLS)]
 
     def test_runs_beside_each_other(self, runs: SlotRuns, cells: Cells) -> None:
