@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from umbp_connectors.daemon import messages
+from umbp_connectors.daemon.batches_of import check_keys, put_batch
 from umbp_connectors.daemon.doors import Door, is_missing
 from umbp_connectors.daemon.follower import PoolFollower
 from umbp_connectors.daemon.link import Link, attach
@@ -25,9 +26,8 @@ from umbp_connectors.pool.batches import PutBatch
 from umbp_connectors.pool.books import PoolObserver
 from umbp_connectors.pool.buffers import ScatteredSource, ScatteredTarget
 from umbp_connectors.pool.outcomes import GetStatus, PoolCounters, PutStatus, secured
-from umbp_connectors.pool.rows import targets_of, views_of
+from umbp_connectors.pool.rows import targets_of
 from umbp_connectors.pool.shares import CopyShares
-from umbp_connectors.pool.sharing.messages import KEY_BYTES
 from umbp_connectors.pool.staged import StagedPut
 from umbp_core.directory import TierStats
 from umbp_core.errors import StateError, TierUnavailable
@@ -91,6 +91,7 @@ class DaemonPool:
         self._arena: MappedArena | None = None
         self._links: Links | None = None
         self._closed = False
+        self._unflushed: set[bytes] = set()  # memory of daemons to which this client stored since it flushed last
         self._follower: PoolFollower | None = None
         self._shares = CopyShares(config.copy_threads)
         self._transfers = Transfers(identity.digest, self._shares)
@@ -155,17 +156,20 @@ class DaemonPool:
     ) -> list[PutStatus]:
         """See ``LocalPool.put``.  What the daemon does not take is ``NO_ROOM``, or ``TIMED_OUT`` when time is over."""
         deadline = self._deadline(timeout)
-        batch = _put_batch(keys, buffers, depths, deadline)
+        batch = put_batch(keys, buffers, depths, deadline)
         statuses: list[PutStatus] = []
-        strict: list[bool] = []
+        links: list[Link] = []
 
         def work(link: Link) -> None:
-            strict.append(link.welcome.strict)
+            links.append(link)
             self._transfers.put(link, batch, deadline, statuses)
 
         self._opened().call(Way.PUT, deadline, work)
+        self._note({link.arena.name for link in links if PutStatus.STORED in statuses})
         statuses = self._finish_put(batch, statuses, deadline)
-        return secured(keys, statuses, lambda stored: self._secure(stored, deadline)) if any(strict) else statuses
+        if any(link.welcome.strict for link in links):
+            return secured(keys, statuses, lambda stored: self._secure(stored, deadline))
+        return statuses
 
     def stage(
         self,
@@ -176,7 +180,7 @@ class DaemonPool:
     ) -> StagedPut:
         """See ``LocalPool.stage``.  When the daemon goes meanwhile, nothing is published."""
         deadline = self._deadline(timeout)
-        batch = _put_batch(keys, buffers, depths, deadline)
+        batch = put_batch(keys, buffers, depths, deadline)
         statuses: list[PutStatus] = []
         staged: list[tuple[Link, list[Written]]] = []
 
@@ -198,7 +202,7 @@ class DaemonPool:
         views = targets_of(buffers)
         if views is None or len(keys) != len(views):
             raise ValueError(f"{len(keys)} keys need as many buffers that can be written, got {len(buffers)}")
-        _check(keys)
+        check_keys(keys)
         statuses: list[GetStatus] = []
         self._opened().call(Way.GET, deadline, lambda link: self._transfers.get(link, keys, views, deadline, statuses))
         rest = GetStatus.TIMED_OUT if time.monotonic() >= deadline else GetStatus.MISS
@@ -209,7 +213,7 @@ class DaemonPool:
 
     def exists(self, keys: Sequence[bytes], timeout: float | None = None) -> list[bool]:
         """Which of ``keys`` can be read now; none while the daemon does not answer."""
-        _check(keys)
+        check_keys(keys)
         deadline = self._lookup_deadline(timeout)
         there: list[bool] = []
 
@@ -224,7 +228,7 @@ class DaemonPool:
 
     def count_prefix(self, keys: Sequence[bytes], timeout: float | None = None) -> int:
         """How many of ``keys``, from the first on and without a gap, can be read now."""
-        _check(keys)
+        check_keys(keys)
         deadline = self._lookup_deadline(timeout)
         count = 0
 
@@ -256,11 +260,26 @@ class DaemonPool:
         return counts[-1]
 
     def flush(self, timeout: float) -> bool:
-        """See ``LocalPool.flush``; false also while the daemon does not answer."""
+        """See ``LocalPool.flush``; false also while the daemon does not answer.
+
+        And once, with an SSD, where this client stored to a daemon that is gone: it may not have written it.
+        """
         deadline = self._deadline(timeout + _FLUSH_MORE_S)
         done: list[bool] = []
-        self._opened().call(Way.ASK, deadline, lambda link: done.append(link.flush(timeout, deadline)))
+        with self._lock:
+            stored, self._unflushed = self._unflushed, set()
+
+        def work(link: Link) -> None:
+            lost = stored - {link.arena.name} and any(fill.tier == Tier.SSD for fill in link.stats(deadline).fills)
+            done.append(link.flush(timeout, deadline) and not lost)
+
+        if not self._opened().call(Way.ASK, deadline, work):
+            self._note(stored)
         return any(done)
+
+    def _note(self, memory: set[bytes]) -> None:
+        with self._lock:
+            self._unflushed |= memory
 
     def stats(self, tier: Tier) -> TierStats | None:
         """How full ``tier`` is; ``None`` when the pool has no such tier, or the daemon does not answer."""
@@ -370,6 +389,8 @@ class DaemonPool:
                     link.give_back(written.number, deadline)
 
         self._opened().call(Way.PUT, deadline, work)
+        if any(done):
+            self._note({own.arena.name})
         return publish and len(done) == len(grants) and all(done)
 
     def _stats(self) -> PoolStats:
@@ -377,20 +398,3 @@ class DaemonPool:
         found: list[PoolStats] = []
         self._opened().call(Way.ASK, deadline, lambda link: found.append(link.stats(deadline)))
         return found[0] if found else PoolStats([], {})
-
-
-def _check(keys: Sequence[bytes]) -> None:
-    lengths = set(map(len, keys))
-    if lengths and not 0 < min(lengths) <= max(lengths) <= KEY_BYTES:
-        raise ValueError(f"the key of an object in a daemon has 1 to {KEY_BYTES} bytes")
-
-
-def _put_batch(
-    keys: Sequence[bytes], buffers: Sequence[ScatteredSource], depths: Sequence[int] | None, deadline: float
-) -> PutBatch:
-    views = views_of(buffers)
-    places = depths if depths is not None else [0] * len(keys)
-    if not len(keys) == len(views) == len(places):
-        raise ValueError(f"{len(keys)} keys, {len(views)} buffers and {len(places)} depths do not match")
-    _check(keys)
-    return PutBatch(keys, views, places, deadline)

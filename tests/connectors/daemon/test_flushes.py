@@ -66,3 +66,33 @@ def test_a_client_whose_connections_broke_is_told(
     with closing(attach(path, GREETING, None, False, soon())) as link:
         assert link.flush(20, soon()) is not told
         assert link.flush(20, soon())
+
+
+@pytest.mark.parametrize("way", ["put", "stage"])
+def test_what_a_daemon_took_with_it_is_told_once(
+    start: Callable[..., Daemon], connect: Callable[..., DaemonPool], tmp_path: Path, way: str
+) -> None:
+    """It may have ended before it wrote; who stored nothing is told nothing."""
+    daemon = start(ssd_dir=tmp_path / "ssd", **SSD)
+    storing, other = connect(), connect()
+    if way == "put":
+        assert put(storing, [1]) == [PutStatus.STORED]
+    else:
+        assert storing.stage([b"staged"], [bytes(8)]).publish()
+    daemon.close()
+    assert not storing.flush(1), "nobody answers"
+    start(ssd_dir=tmp_path / "ssd", **SSD)
+    until(lambda: other.flush(5))
+    assert not storing.flush(5), "nobody knows"
+    assert storing.flush(5)
+    assert put(storing, [2]) == [PutStatus.STORED]
+    assert storing.flush(30), "all of it is this daemon's"
+
+
+def test_without_ssd_nothing_was_promised(start: Callable[..., Daemon], connect: Callable[..., DaemonPool]) -> None:
+    daemon = start()
+    storing = connect()
+    assert put(storing, [1]) == [PutStatus.STORED]
+    daemon.close()
+    start()
+    until(lambda: storing.flush(5))
