@@ -21,8 +21,7 @@ _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?:(?P<prefix>[KMGTP])(?P<binar
 _POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
 # The numbers are those of UMBP_LOG_LEVEL in deployments of the original.
 _LOG_LEVELS = {"0": "info", "1": "warning", "2": "error", "warn": "warning"}
-_MODES = ("local", "daemon")
-_LATER_MODES = ("distributed",)
+_MODES = ("local", "daemon", "distributed")
 
 
 def parse_size(value: object) -> int:
@@ -49,10 +48,8 @@ def _split_names(value: object) -> object:
 
 
 def _known_mode(value: str) -> str:
-    if value in _LATER_MODES:
-        raise ValueError(f"mode {value!r} comes with a later release; this one has the modes 'local' and 'daemon'")
     if value not in _MODES:
-        raise ValueError("the modes of this release are 'local' and 'daemon'")
+        raise ValueError("the modes are 'local', 'daemon' and, where a plug-in makes its client, 'distributed'")
     return value
 
 
@@ -121,7 +118,8 @@ class UmbpConfig(BaseModel):
     mode: Annotated[str, AfterValidator(_known_mode)] = Field(
         "local",
         description="Who owns the bytes. `local`: the engine's own processes; nothing else to start. `daemon`: the "
-        "host's `umbp daemon`, which keeps them when an engine ends.",
+        "host's `umbp daemon`, which keeps them when an engine ends. `distributed`: what a plug-in makes of it for "
+        "`create_client`; none is built in, and engines refuse it.",
     )
     config_file: AbsolutePath | None = Field(
         None, description="TOML file with any of these keys; lowest priority above the defaults."

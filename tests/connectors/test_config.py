@@ -161,8 +161,9 @@ def test_limits_of_transfers_have_defaults_and_nonsense_is_refused(key: str, def
         assert f"  - {key} = {value!r} from engine extra-config" in problems_of(extra={key: value})
 
 
-def test_a_later_mode_is_named_as_such() -> None:
-    assert "comes with a later release" in problems_of(env={"UMBP_MODE": "distributed"})
+def test_a_mode_that_nobody_knows_is_refused() -> None:
+    assert "the modes are 'local', 'daemon' and" in problems_of(env={"UMBP_MODE": "cloud"})
+    assert resolve(env={"UMBP_MODE": "distributed"}).config.mode == "distributed", "a plug-in may make its client"
 
 
 def test_all_problems_are_told_at_once() -> None:

@@ -14,6 +14,7 @@ import pytest
 from tests.connectors.disk import Disk
 from tests.master.app.master_process import MasterProcess
 from umbp_connectors.config import resolve
+from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.create import create_client
 from umbp_connectors.hookspecs import ClientSpec, hookimpl
 from umbp_connectors.plugins import create_manager
@@ -187,6 +188,24 @@ def test_a_plug_in_may_make_the_pool(make: Callable[..., Client], tmp_path: Path
     with closing(create_client(config, identity=IDENTITY, object_bytes=SIZE, rank=1, ranks=2, plugins=host)) as client:
         assert client.put("key", objects(1)[0]) is PutStatus.STORED
     assert [(spec.rank, spec.ranks, spec.object_bytes) for spec in plugin.asked] == [(1, 2, SIZE)]
+
+
+def test_only_a_plug_in_makes_a_distributed_client(make: Callable[..., Client]) -> None:
+    class Plugin:
+        """Stands for a pool of several hosts."""
+
+        @hookimpl
+        def umbp_make_client(self, config: UmbpConfig) -> object:
+            return make()._pool if config.mode == "distributed" else None
+
+    config = resolve({"mode": "distributed"}, env={}).config
+    host = create_manager(config)
+    with pytest.raises(ConfigError, match="no plug-in offers a client for mode 'distributed'"):
+        create_client(config, identity=IDENTITY, object_bytes=SIZE, plugins=host)
+    host.register(Plugin(), "several-hosts")
+    with closing(create_client(config, identity=IDENTITY, object_bytes=SIZE, plugins=host)) as client:
+        assert (client.deployment_mode, client.is_distributed) == (DeploymentMode.DISTRIBUTED, True)
+        assert client.put("key", objects(1)[0]) is PutStatus.STORED
 
 
 def test_a_token_that_cannot_be_used_leaves_nothing_open(make: Callable[..., Client], tmp_path: Path) -> None:

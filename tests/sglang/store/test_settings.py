@@ -11,6 +11,7 @@ from tests.sglang.store.pools import storage_config
 from umbp_core.errors import ConfigError
 from umbp_core.eviction import LruPolicy, PrefixAwareLruPolicy
 from umbp_sglang.settings import ENGINE_KEYS, read_settings
+from umbp_sglang.store import UMBPStore
 
 DYNAMIC = {
     "backend_name": "umbp",
@@ -33,7 +34,7 @@ def test_keys_of_sglang_are_left_alone() -> None:
         ({"prefetch_treshold": 1}, "did you mean 'prefetch_threshold'"),
         ({"call_timeout_ms": 0}, "call_timeout_ms = 0"),
         ({"ssd_enabled": True}, "ssd_dir is not set"),
-        ({"mode": "distributed"}, "comes with a later release"),
+        ({"mode": "cloud"}, "the modes are 'local', 'daemon' and"),
     ],
 )
 def test_a_mistake_is_one_line(extra: dict[str, object], message: str) -> None:
@@ -41,6 +42,13 @@ def test_a_mistake_is_one_line(extra: dict[str, object], message: str) -> None:
         read_settings(storage_config(extra=extra), {})
     assert message in str(refused.value)
     assert len(str(refused.value).splitlines()) == 2
+
+
+def test_a_mode_without_pools_of_our_own_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match="mode 'distributed' has no pool of this kind; set mode to one of local, daemon"
+    ):
+        UMBPStore(storage_config(extra={"mode": "distributed"}))
 
 
 def test_a_policy_that_nobody_offers_is_refused() -> None:

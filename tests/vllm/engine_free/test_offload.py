@@ -215,6 +215,11 @@ def test_a_policy_that_nobody_offers_stops_the_start(make_umbp: MakeUmbp) -> Non
         make_umbp({"ssd_offload_policy": "often"})
 
 
+def test_a_mode_that_is_for_plug_ins_stops_the_start(make_umbp: MakeUmbp) -> None:
+    with pytest.raises(ConfigError, match="mode 'distributed' is not for vLLM; set mode 'local' or 'daemon'"):
+        make_umbp({"mode": "distributed"})
+
+
 @pytest.mark.statement("connector", 76)
 def test_blocks_of_low_priority_leave_both_tiers_first(make_umbp: MakeUmbp, tmp_path: Path) -> None:
     """Though they came last; and also when they came back from SSD."""
