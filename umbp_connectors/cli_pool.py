@@ -54,6 +54,10 @@ class Where(str, enum.Enum):
     SSD = "ssd"
 
 
+TierOption = Annotated[Where, typer.Option("--tier", help="`dram`: what the host's daemon has in memory.")]
+DramSocketOption = Annotated[Path | None, typer.Option("--socket", metavar="PATH", help="The daemon's; for `dram`.")]
+
+
 @app.callback()
 def pool() -> None:
     """Look into an SSD folder, check it, clean it, and measure this machine.
@@ -101,8 +105,8 @@ def ls(
     older_than: OlderOption = "",
     newer_than: NewerOption = "",
     limit: Annotated[int, typer.Option("--limit", min=0, help="So many objects at most; 0: all.")] = 100,
-    tier: Annotated[Where, typer.Option("--tier", help="`dram`: what the host's daemon has in memory.")] = Where.SSD,
-    socket: Annotated[Path | None, typer.Option("--socket", metavar="PATH", help="The daemon's; for `dram`.")] = None,
+    tier: TierOption = Where.SSD,
+    socket: DramSocketOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List objects, the latest first: key, size, place in its prefix chain, age (on SSD), slot or page."""
@@ -162,8 +166,23 @@ def get(
 
 
 @app.command()
-def verify(folder: DirOption = None, name: NameOption = "", as_json: JsonOption = False) -> None:
-    """Read everything on SSD and compare checksums. Exits with 1 when something is not as it should be."""
+def verify(
+    folder: DirOption = None,
+    name: NameOption = "",
+    tier: TierOption = Where.SSD,
+    socket: DramSocketOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read everything on SSD and compare checksums. Exits with 1 when something is not as it should be.
+
+    With `--tier dram` the host's daemon does so with its memory, and forgets what is not what was stored.
+    """
+    if tier is Where.DRAM:
+        from umbp_connectors import cli_pool_daemon
+
+        if folder:
+            raise ConfigError("DRAM is the daemon's: leave out --dir, and name it with --socket")
+        raise typer.Exit(0 if cli_pool_daemon.verify(socket, name, as_json) else 1)
     from umbp_connectors.cli_views import size_text
     from umbp_connectors.pool.inspection import unreadable_catalogues
     from umbp_connectors.pool.maintenance import verify as walk

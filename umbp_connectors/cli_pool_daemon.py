@@ -1,8 +1,9 @@
-"""What ``umbp pool`` asks the host's daemon: what it has in memory, and to forget what it uses."""
+"""What ``umbp pool`` asks the host's daemon: what it has in memory, if that is sound, and to forget what it uses."""
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -14,7 +15,7 @@ from umbp_connectors.cli_tables import console, table
 from umbp_connectors.cli_views import size_text
 from umbp_connectors.config import COMMAND_LINE, resolve
 from umbp_connectors.daemon.doors import Door
-from umbp_connectors.daemon.link import ManagingLink, list_objects, manage
+from umbp_connectors.daemon.link import ManagingLink, list_objects, manage, verify_objects
 from umbp_connectors.daemon.listing import ListObjects
 from umbp_connectors.daemon.settings import door_of, socket_path
 from umbp_connectors.pool.inspection import StoredCatalogue
@@ -22,6 +23,8 @@ from umbp_core.errors import StateError, TierUnavailable
 from umbp_core.wire.codes import WireError
 
 _ANSWER_S = 10.0
+_VERIFY_S = 600.0
+"""How long it may look at its memory."""
 _FLUSH_S = 20.0
 """How long the daemon's disk may take."""
 
@@ -56,6 +59,40 @@ def show(socket: Path | None, wanted: ListObjects, as_json: bool) -> None:
     out.print(rows)
     if listing.found > len(listing.objects):
         out.print(f"{listing.found - len(listing.objects):,} more; see --limit")
+
+
+def verify(socket: Path | None, name: str, as_json: bool) -> bool:
+    """Have the daemon compare checksums of what it has in memory, and print what it found; whether all is sound.
+
+    Raises ``TierUnavailable`` when no daemon answers.
+    """
+    door = _door(socket)
+    try:
+        found = verify_objects(door, name, _VERIFY_S, time.monotonic() + _VERIFY_S + _ANSWER_S)
+    except OSError as error:
+        raise TierUnavailable(f"no daemon answers at {door} ({error}); name another one with --socket") from error
+    if as_json:
+        rows = [
+            {
+                "pool": each.pool,
+                "namespace": each.namespace,
+                "objects": each.objects,
+                "bytes": each.nbytes,
+                "problems": [f"object {key.hex()} was not what was stored, and is forgotten" for key in each.keys],
+            }
+            for each in found.pools
+        ]
+        print(json.dumps({"pools": rows, "complete": found.complete}, indent=2))
+    else:
+        for each in found.pools:
+            sound = each.objects - each.unsound
+            told = f"{sound:,} of {each.objects:,} objects ({size_text(each.nbytes)}) are what was stored"
+            print(f"{each.pool} {each.namespace}: {told}")
+            for key in each.keys:
+                print(f"  object {key.hex()} was not what was stored, and is forgotten", file=sys.stderr)
+        if not found.complete:
+            print(f"  not everything was looked at in {_VERIFY_S:.0f} s", file=sys.stderr)
+    return found.complete and not any(each.unsound for each in found.pools)
 
 
 def evict(socket: Path | None, folder: Path, catalogue: StoredCatalogue, keys: Sequence[bytes]) -> int:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from umbp_connectors.daemon import messages
 from umbp_connectors.daemon.doors import Door, TcpDoor, dial
-from umbp_connectors.daemon.listing import Listing, ListObjects
+from umbp_connectors.daemon.listing import VERIFY_MS, Listing, ListObjects, Verified, VerifyObjects
 from umbp_connectors.daemon.managing import KEYS, Evict, Manage
 from umbp_connectors.daemon.mapping import MappedArena, open_memory
 from umbp_connectors.daemon.messages import (
@@ -50,7 +50,7 @@ from umbp_core.errors import TierUnavailable
 from umbp_core.wire.codes import ErrorCode, WireError
 from umbp_core.wire.frames import FrameType
 
-Told = TypeVar("Told", Overview, Listing)
+Told = TypeVar("Told", Overview, Listing, Verified)
 Reply = TypeVar("Reply", Found, Lent, Granted, Count, PoolStats, TakenPages, Published)
 
 _DAEMONS_PART = 0.8
@@ -318,7 +318,16 @@ def list_objects(door: Door, wanted: ListObjects, deadline: float) -> Listing:
     return _ask(door, wanted, Listing, deadline)
 
 
-def _ask(door: Door, greeting: Inspect | ListObjects, kind: type[Told], deadline: float) -> Told:
+def verify_objects(door: Door, name: str, timeout: float, deadline: float) -> Verified:
+    """Have the daemon at ``door`` look for ``timeout`` seconds whether what it has in memory is what was stored.
+
+    In pools whose namespace contains ``name``.  Raises as a link does.
+    """
+    wanted = VerifyObjects(messages.REVISION, name, min(VERIFY_MS, int(1000 * timeout)))
+    return _ask(door, wanted, Verified, deadline)
+
+
+def _ask(door: Door, greeting: Inspect | ListObjects | VerifyObjects, kind: type[Told], deadline: float) -> Told:
     """The only answer of a connection to the only question."""
     with contextlib.ExitStack() as undo:
         sock = _greet(door, greeting, undo, deadline)

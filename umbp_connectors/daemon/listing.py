@@ -1,4 +1,4 @@
-"""A question from outside what objects the daemon holds, and its answer (law L10)."""
+"""Questions from outside what objects the daemon holds, and whether they are sound, and its answers (law L10)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import Annotated
 
 import msgspec
 
-from umbp_connectors.pool.sharing.messages import Natural, Text
+from umbp_connectors.pool.sharing.messages import Key, Natural, Text
 
 OBJECTS = 4096
 """Objects of one answer, at most: what a frame has room for."""
+VERIFY_MS = 3_600_000
 Start = Annotated[bytes, msgspec.Meta(max_length=512)]
 
 
@@ -45,3 +46,32 @@ class Listing(msgspec.Struct, array_like=True, frozen=True, tag=41):
 
     found: Natural
     objects: Annotated[list[ListedObject], msgspec.Meta(max_length=OBJECTS)]
+
+
+class VerifyObjects(msgspec.Struct, array_like=True, frozen=True, tag=47):
+    """A first frame, and the only one of its connection: is what lies in memory what was stored there?
+
+    In pools whose namespace contains ``name``, within so many milliseconds.  What is not is forgotten.
+    """
+
+    revision: Natural
+    name: Text
+    timeout_ms: Annotated[int, msgspec.Meta(ge=0, le=VERIFY_MS)]
+
+
+class VerifiedPool(msgspec.Struct, frozen=True):
+    """Of one pool, how many objects and bytes were looked at, and the keys of the first that were not sound."""
+
+    pool: str
+    namespace: str
+    objects: Natural
+    nbytes: Natural
+    unsound: Natural
+    keys: Annotated[list[Key], msgspec.Meta(max_length=OBJECTS)]
+
+
+class Verified(msgspec.Struct, array_like=True, frozen=True, tag=48):
+    """The answer; ``complete`` unless time ran out."""
+
+    complete: bool
+    pools: Annotated[list[VerifiedPool], msgspec.Meta(max_length=OBJECTS)]

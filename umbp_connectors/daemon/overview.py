@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from dataclasses import asdict
 
 from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.kept import KeptPool
-from umbp_connectors.daemon.listing import ListedObject, Listing, ListObjects
+from umbp_connectors.daemon.listing import (
+    OBJECTS,
+    ListedObject,
+    Listing,
+    ListObjects,
+    Verified,
+    VerifiedPool,
+    VerifyObjects,
+)
 from umbp_connectors.daemon.messages import LENT, Overview, PoolStats, PoolView, TierFill
 from umbp_core.errors import StateError
 from umbp_core.tiers import Tier
@@ -71,6 +80,34 @@ def listing_of(keeper: PoolKeeper, wanted: ListObjects) -> Listing:
                 for key, copy in fits[: wanted.limit]
             ]
     return Listing(found, listed[: wanted.limit])
+
+
+def verdict_on(keeper: PoolKeeper, wanted: VerifyObjects) -> Verified:
+    """Whether what lies in memory is what was stored, as far as there is time; what is not is forgotten."""
+    deadline = time.monotonic() + wanted.timeout_ms / 1000
+    complete, verdicts = True, []
+    for kept in keeper.pools():
+        if wanted.name not in kept.namespace or not complete:
+            continue
+        with contextlib.suppress(StateError):  # it is being closed
+            complete, verdict = _verified(kept, deadline)
+            verdicts.append(verdict)
+    return Verified(complete, verdicts)
+
+
+def _verified(kept: KeptPool, deadline: float) -> tuple[bool, VerifiedPool]:
+    pool, objects, nbytes = kept.pool, 0, 0
+    bad: list[bytes] = []
+    copies = pool.copies(Tier.DRAM)
+    for key, copy in copies:
+        if time.monotonic() >= deadline:
+            break
+        objects, nbytes = objects + 1, nbytes + copy.nbytes
+        if pool.check([key]):
+            bad.append(key)
+    name = pool.identity.digest.hex()[:12]
+    verdict = VerifiedPool(name, kept.namespace, objects, nbytes, len(bad), bad[:OBJECTS])
+    return objects == len(copies), verdict
 
 
 def _view(kept: KeptPool) -> PoolView:

@@ -16,7 +16,7 @@ from umbp_connectors.daemon.holdings import ClientHoldings, HeldGrant
 from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.kept import KeptPool
 from umbp_connectors.daemon.knocking import let_in
-from umbp_connectors.daemon.listing import ListObjects
+from umbp_connectors.daemon.listing import ListObjects, VerifyObjects
 from umbp_connectors.daemon.managing import Evict, Manage
 from umbp_connectors.daemon.mapping import name_memory
 from umbp_connectors.daemon.messages import (
@@ -49,7 +49,7 @@ from umbp_connectors.daemon.messages import (
     Welcome,
 )
 from umbp_connectors.daemon.news import Follow
-from umbp_connectors.daemon.overview import listing_of, overview_of, stats_of
+from umbp_connectors.daemon.overview import listing_of, overview_of, stats_of, verdict_on
 from umbp_connectors.daemon.watches import GATHER_S, QUIET_S, Watch, news_of
 from umbp_connectors.pool.books import Filled
 from umbp_connectors.pool.lending import LentObject
@@ -139,6 +139,8 @@ class Session:
             self._send(FrameType.REPLY, sequence, messages.encode(overview_of(self._keeper)))
         elif isinstance(greeting, ListObjects):
             self._send(FrameType.REPLY, sequence, messages.encode(listing_of(self._keeper, greeting)))
+        elif isinstance(greeting, VerifyObjects):
+            self._send(FrameType.REPLY, sequence, messages.encode(verdict_on(self._keeper, greeting)))
         elif isinstance(greeting, Follow):
             self._tell_news(greeting, sequence)
         elif isinstance(greeting, Manage):
