@@ -237,8 +237,11 @@ class Session:
             if isinstance(request, ReturnPages):
                 kept.put_back(self._client, self._holdings.give_back(self._turn, request.pages))
                 continue
-            answer = self._answer(kept, sequence, request)
-            self._send(FrameType.REPLY, sequence, messages.encode(answer))
+            self._send(FrameType.REPLY, sequence, messages.encode(self._answer(kept, sequence, request)))
+            del (
+                payload,
+                request,
+            )  # thousands of keys: freed while the client works, not while it waits for the next answer
 
     def _next(self, kept: KeptPool) -> tuple[int, int, memoryview]:
         """The next frame; loans that last too long end meanwhile."""

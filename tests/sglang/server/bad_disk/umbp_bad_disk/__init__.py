@@ -25,13 +25,13 @@ def register() -> None:
     from umbp_connectors.pool.slab import SlabFile
 
     disk = Path(os.environ["BAD_DISK"])
-    for name, writes in (("read_into", False), ("write_from", True)):
+    for name, writes in (("read_into", False), ("read_run", False), ("write_from", True), ("write_run", True)):
         setattr(SlabFile, name, _misbehaving(getattr(SlabFile, name), disk, writes))
 
 
 def _misbehaving(original: Callable[..., Any], disk: Path, writes: bool) -> Callable[..., Any]:
     @functools.wraps(original)
-    def transfer(slab: Any, slot: int, view: Any) -> Any:
+    def transfer(slab: Any, slot: int, memory: Any) -> Any:
         state = disk.read_text()
         while state == "stuck":
             _never.wait(SLOW_S)
@@ -42,6 +42,6 @@ def _misbehaving(original: Callable[..., Any], disk: Path, writes: bool) -> Call
             raise slab._typed(OSError(errno.EIO, os.strerror(errno.EIO)), "the transfer")
         elif state == "full" and writes:
             raise slab._typed(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "the transfer")
-        return original(slab, slot, view)
+        return original(slab, slot, memory)
 
     return transfer
