@@ -238,10 +238,8 @@ class Session:
                 kept.put_back(self._client, self._holdings.give_back(self._turn, request.pages))
                 continue
             self._send(FrameType.REPLY, sequence, messages.encode(self._answer(kept, sequence, request)))
-            del (
-                payload,
-                request,
-            )  # thousands of keys: freed while the client works, not while it waits for the next answer
+            # Thousands of keys: they are freed while the client works, not while it waits for the next answer.
+            del payload, request
 
     def _next(self, kept: KeptPool) -> tuple[int, int, memoryview]:
         """The next frame; loans that last too long end meanwhile."""
