@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import TypeVar
 
 from rich.markup import escape
 
@@ -16,11 +17,13 @@ from umbp_connectors.cli_views import size_text
 from umbp_connectors.config import COMMAND_LINE, resolve
 from umbp_connectors.daemon.doors import Door
 from umbp_connectors.daemon.link import ManagingLink, list_objects, manage, verify_objects
-from umbp_connectors.daemon.listing import ListObjects
+from umbp_connectors.daemon.listing import ListObjects, VerifiedPool
 from umbp_connectors.daemon.settings import door_of, socket_path
 from umbp_connectors.pool.inspection import StoredCatalogue
 from umbp_core.errors import StateError, TierUnavailable
 from umbp_core.wire.codes import WireError
+
+Told = TypeVar("Told")
 
 _ANSWER_S = 10.0
 _VERIFY_S = 600.0
@@ -31,11 +34,7 @@ _FLUSH_S = 20.0
 
 def show(socket: Path | None, wanted: ListObjects, as_json: bool) -> None:
     """Print the objects that ``wanted`` describes.  Raises ``TierUnavailable`` when no daemon answers."""
-    door = _door(socket)
-    try:
-        listing = list_objects(door, wanted, time.monotonic() + _ANSWER_S)
-    except OSError as error:
-        raise TierUnavailable(f"no daemon answers at {door} ({error}); name another one with --socket") from error
+    listing = _asked(socket, lambda door: list_objects(door, wanted, time.monotonic() + _ANSWER_S))
     if as_json:
         told = [
             {
@@ -66,11 +65,8 @@ def verify(socket: Path | None, name: str, as_json: bool) -> bool:
 
     Raises ``TierUnavailable`` when no daemon answers.
     """
-    door = _door(socket)
-    try:
-        found = verify_objects(door, name, _VERIFY_S, time.monotonic() + _VERIFY_S + _ANSWER_S)
-    except OSError as error:
-        raise TierUnavailable(f"no daemon answers at {door} ({error}); name another one with --socket") from error
+    last = time.monotonic() + _VERIFY_S + _ANSWER_S
+    found = _asked(socket, lambda door: verify_objects(door, name, _VERIFY_S, last))
     if as_json:
         rows = [
             {
@@ -78,7 +74,7 @@ def verify(socket: Path | None, name: str, as_json: bool) -> bool:
                 "namespace": each.namespace,
                 "objects": each.objects,
                 "bytes": each.nbytes,
-                "problems": [f"object {key.hex()} was not what was stored, and is forgotten" for key in each.keys],
+                "problems": _problems(each),
             }
             for each in found.pools
         ]
@@ -88,11 +84,17 @@ def verify(socket: Path | None, name: str, as_json: bool) -> bool:
             sound = each.objects - each.unsound
             told = f"{sound:,} of {each.objects:,} objects ({size_text(each.nbytes)}) are what was stored"
             print(f"{each.pool} {each.namespace}: {told}")
-            for key in each.keys:
-                print(f"  object {key.hex()} was not what was stored, and is forgotten", file=sys.stderr)
+            for problem in _problems(each):
+                print(f"  {problem}", file=sys.stderr)
         if not found.complete:
             print(f"  not everything was looked at in {_VERIFY_S:.0f} s", file=sys.stderr)
     return found.complete and not any(each.unsound for each in found.pools)
+
+
+def _problems(verdict: VerifiedPool) -> list[str]:
+    more = verdict.unsound - len(verdict.keys)
+    named = [f"object {key.hex()} was not what was stored, and is forgotten" for key in verdict.keys]
+    return [*named, f"{more:,} more were not"] if more else named
 
 
 def evict(socket: Path | None, folder: Path, catalogue: StoredCatalogue, keys: Sequence[bytes]) -> int:
@@ -124,6 +126,14 @@ def _ordered(
     if not written:
         raise TierUnavailable(f"{gone} objects are gone from the daemon; its disk has not taken note of it yet")
     return gone
+
+
+def _asked(socket: Path | None, ask: Callable[[Door], Told]) -> Told:
+    door = _door(socket)
+    try:
+        return ask(door)
+    except OSError as error:
+        raise TierUnavailable(f"no daemon answers at {door} ({error}); name another one with --socket") from error
 
 
 def _door(socket: Path | None) -> Door:

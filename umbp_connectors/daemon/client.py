@@ -14,18 +14,18 @@ import msgspec
 import numpy as np
 
 from umbp_connectors.daemon import messages
-from umbp_connectors.daemon.batches_of import check_keys, put_batch
 from umbp_connectors.daemon.doors import Door, is_missing
 from umbp_connectors.daemon.follower import PoolFollower
+from umbp_connectors.daemon.keys import checked
 from umbp_connectors.daemon.link import Link, attach
 from umbp_connectors.daemon.links import Links, Way
 from umbp_connectors.daemon.mapping import MappedArena
 from umbp_connectors.daemon.messages import Attach, PoolStats
 from umbp_connectors.daemon.transfers import Transfers, Written
-from umbp_connectors.pool.batches import PutBatch
 from umbp_connectors.pool.books import PoolObserver
 from umbp_connectors.pool.buffers import ScatteredSource, ScatteredTarget
 from umbp_connectors.pool.outcomes import GetStatus, PoolCounters, PutStatus, secured
+from umbp_connectors.pool.put_batch import PutBatch, put_batch
 from umbp_connectors.pool.rows import targets_of
 from umbp_connectors.pool.shares import CopyShares
 from umbp_connectors.pool.staged import StagedPut
@@ -156,7 +156,7 @@ class DaemonPool:
     ) -> list[PutStatus]:
         """See ``LocalPool.put``.  What the daemon does not take is ``NO_ROOM``, or ``TIMED_OUT`` when time is over."""
         deadline = self._deadline(timeout)
-        batch = put_batch(keys, buffers, depths, deadline)
+        batch = put_batch(checked(keys), buffers, depths, deadline)
         statuses: list[PutStatus] = []
         links: list[Link] = []
 
@@ -180,7 +180,7 @@ class DaemonPool:
     ) -> StagedPut:
         """See ``LocalPool.stage``.  When the daemon goes meanwhile, nothing is published."""
         deadline = self._deadline(timeout)
-        batch = put_batch(keys, buffers, depths, deadline)
+        batch = put_batch(checked(keys), buffers, depths, deadline)
         statuses: list[PutStatus] = []
         staged: list[tuple[Link, list[Written]]] = []
 
@@ -202,7 +202,7 @@ class DaemonPool:
         views = targets_of(buffers)
         if views is None or len(keys) != len(views):
             raise ValueError(f"{len(keys)} keys need as many buffers that can be written, got {len(buffers)}")
-        check_keys(keys)
+        checked(keys)
         statuses: list[GetStatus] = []
         self._opened().call(Way.GET, deadline, lambda link: self._transfers.get(link, keys, views, deadline, statuses))
         rest = GetStatus.TIMED_OUT if time.monotonic() >= deadline else GetStatus.MISS
@@ -213,7 +213,7 @@ class DaemonPool:
 
     def exists(self, keys: Sequence[bytes], timeout: float | None = None) -> list[bool]:
         """Which of ``keys`` can be read now; none while the daemon does not answer."""
-        check_keys(keys)
+        checked(keys)
         deadline = self._lookup_deadline(timeout)
         there: list[bool] = []
 
@@ -228,7 +228,7 @@ class DaemonPool:
 
     def count_prefix(self, keys: Sequence[bytes], timeout: float | None = None) -> int:
         """How many of ``keys``, from the first on and without a gap, can be read now."""
-        check_keys(keys)
+        checked(keys)
         deadline = self._lookup_deadline(timeout)
         count = 0
 

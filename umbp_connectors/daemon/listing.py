@@ -10,6 +10,8 @@ from umbp_connectors.pool.sharing.messages import Key, Natural, Text
 
 OBJECTS = 4096
 """Objects of one answer, at most: what a frame has room for."""
+NAMED = 256
+"""Keys of a pool in an answer about what is not sound, at most."""
 VERIFY_MS = 3_600_000
 Start = Annotated[bytes, msgspec.Meta(max_length=512)]
 
@@ -67,7 +69,7 @@ class VerifiedPool(msgspec.Struct, frozen=True):
     objects: Natural
     nbytes: Natural
     unsound: Natural
-    keys: Annotated[list[Key], msgspec.Meta(max_length=OBJECTS)]
+    keys: Annotated[list[Key], msgspec.Meta(max_length=NAMED)]
 
 
 class Verified(msgspec.Struct, array_like=True, frozen=True, tag=48):

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.kept import KeptPool
 from umbp_connectors.daemon.listing import (
-    OBJECTS,
+    NAMED,
     ListedObject,
     Listing,
     ListObjects,
@@ -106,7 +106,7 @@ def _verified(kept: KeptPool, deadline: float) -> tuple[bool, VerifiedPool]:
         if pool.check([key]):
             bad.append(key)
     name = pool.identity.digest.hex()[:12]
-    verdict = VerifiedPool(name, kept.namespace, objects, nbytes, len(bad), bad[:OBJECTS])
+    verdict = VerifiedPool(name, kept.namespace, objects, nbytes, len(bad), bad[:NAMED])
     return objects == len(copies), verdict
 
 

@@ -16,7 +16,7 @@ from umbp_connectors.daemon.holdings import ClientHoldings, HeldGrant
 from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.kept import KeptPool
 from umbp_connectors.daemon.knocking import let_in
-from umbp_connectors.daemon.listing import ListObjects, VerifyObjects
+from umbp_connectors.daemon.listing import Listing, ListObjects, Verified, VerifyObjects
 from umbp_connectors.daemon.managing import Evict, Manage
 from umbp_connectors.daemon.mapping import name_memory
 from umbp_connectors.daemon.messages import (
@@ -34,6 +34,7 @@ from umbp_connectors.daemon.messages import (
     KeepPages,
     Lent,
     Lookup,
+    Overview,
     Place,
     PoolStats,
     Publish,
@@ -135,18 +136,15 @@ class Session:
         problem = self._problem(greeting)
         if problem:
             self._refuse(sequence, problem)
-        elif isinstance(greeting, Inspect):
-            self._send(FrameType.REPLY, sequence, messages.encode(overview_of(self._keeper)))
-        elif isinstance(greeting, ListObjects):
-            self._send(FrameType.REPLY, sequence, messages.encode(listing_of(self._keeper, greeting)))
-        elif isinstance(greeting, VerifyObjects):
-            self._send(FrameType.REPLY, sequence, messages.encode(verdict_on(self._keeper, greeting)))
         elif isinstance(greeting, Follow):
             self._tell_news(greeting, sequence)
         elif isinstance(greeting, Manage):
             self._manage(greeting, sequence)
-        else:
+        elif isinstance(greeting, Attach):
             self._attached(greeting, sequence)
+        else:
+            answer = _TOLD[type(greeting)](self._keeper, greeting)
+            self._send(FrameType.REPLY, sequence, messages.encode(answer))
 
     def _check_client(self) -> None:
         if self._door is None:
@@ -370,6 +368,14 @@ class Session:
         statuses = self._holdings.publish(self._turn, filled)
         kept.put_back(self._client, statuses.count(PutStatus.STORED))
         return Published([_PUBLISHED_NUMBER[status] for status in statuses])
+
+
+_TOLD: dict[type[Any], Callable[[PoolKeeper, Any], Overview | Listing | Verified]] = {
+    Inspect: lambda keeper, asked: overview_of(keeper),
+    ListObjects: listing_of,
+    VerifyObjects: verdict_on,
+}
+"""Who asks one of these hears the answer, and that is all."""
 
 
 def _place(lent: LentObject) -> Place:

@@ -12,9 +12,9 @@ from typing import Generic, TypeVar
 from umbp_connectors.daemon import messages
 from umbp_connectors.daemon.link import Link
 from umbp_connectors.daemon.messages import Place
-from umbp_connectors.pool.batches import PutBatch
 from umbp_connectors.pool.checksums import copy_checksummed
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
+from umbp_connectors.pool.put_batch import PutBatch
 from umbp_connectors.pool.rows import RowViews, Views, copy_rows_in, copy_rows_out, sizes_of, stretches
 from umbp_connectors.pool.shares import CopyShares
 

@@ -17,6 +17,7 @@ from umbp_connectors.pool.granting import Grant, PageStock
 from umbp_connectors.pool.lending import LentObject, Loan
 from umbp_connectors.pool.loads import LoadBatch, Loader, WantedLoad
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
+from umbp_connectors.pool.put_batch import PutBatch
 from umbp_connectors.pool.rows import (
     RowViews,
     Views,
@@ -37,20 +38,6 @@ _CHUNK_BYTES = 64 << 20
 """Bytes per visit, at most: what is stored can be read while the rest of its batch is copied."""
 _CHUNK_BYTES_WITH_SSD = 8 << 20
 """The same of a put with an SSD, which writes what is stored while the rest of its batch is copied."""
-
-
-@dataclass(frozen=True, slots=True)
-class PutBatch:
-    """What one put wants.  ``deadline`` is in monotonic seconds."""
-
-    keys: Sequence[bytes]
-    views: Views
-    depths: Sequence[int]
-    deadline: float | None
-
-    def part(self, start: int, stop: int) -> PutBatch:
-        """Some of it."""
-        return PutBatch(self.keys[start:stop], self.views[start:stop], self.depths[start:stop], self.deadline)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from umbp_connectors.pool.arena import Arena
 from umbp_connectors.pool.books import Books
 from umbp_connectors.pool.buffers import round_up
 from umbp_connectors.pool.fence import WriteFence
+from umbp_connectors.pool.neighbours import in_runs
 from umbp_connectors.pool.slab import ALIGNMENT
 from umbp_connectors.tier_ports import SlotRuns, Slots
 from umbp_core.directory import Copy
@@ -298,16 +299,12 @@ class Demoter:
 
     def _neighbours(self, copies: Mapping[bytes, Copy], slots: Mapping[bytes, int]) -> list[list[bytes]]:
         """The keys of ``slots`` in runs that can be written in one go: their slots follow each other and are full."""
-        runs: list[list[bytes]] = []
-        end = -1
-        for key, slot in sorted(slots.items(), key=lambda item: item[1]):
-            full = self._runs is not None and round_up(copies[key].nbytes, ALIGNMENT) == self._slab.slot_bytes
-            if full and slot == end:
-                runs[-1].append(key)
-            else:
-                runs.append([key])
-            end = slot + 1 if full else -1
-        return runs
+
+        def slot_of(key: bytes) -> int | None:
+            full = round_up(copies[key].nbytes, ALIGNMENT) == self._slab.slot_bytes
+            return slots[key] if full and self._runs is not None else None
+
+        return in_runs(sorted(slots, key=slots.__getitem__), slot_of)
 
     def _store(self, copies: Sequence[Copy], slot: int) -> None:
         """Write ``copies`` to the slots from ``slot`` on."""

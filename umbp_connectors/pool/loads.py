@@ -19,6 +19,7 @@ from umbp_connectors.pool.buffers import Bytes, View, round_up
 from umbp_connectors.pool.checksums import copy_checksummed
 from umbp_connectors.pool.fence import ReadFence
 from umbp_connectors.pool.io import IoThreads, Turn
+from umbp_connectors.pool.neighbours import in_runs
 from umbp_connectors.pool.outcomes import GetStatus
 from umbp_connectors.pool.slab import ALIGNMENT
 from umbp_connectors.pool.stripes import Stripes
@@ -143,20 +144,13 @@ class LoadRun:
 
     def _pieces(self, wanted: Sequence[Load], begun: Sequence[tuple[Copy, int | None] | None]) -> list[list[_Part]]:
         """What has ``begun``, divided into what is read in one go."""
-        pieces: list[list[_Part]] = []
-        end = -1
-        for load, found in zip(wanted, begun, strict=True):
-            if found is None or (found[1] is None and self._batch.lender is not None):
-                continue
-            part = _Part(load, *found)
-            slot = part.source.pages[0]
-            full = part.source.tier is Tier.SSD and part.page is not None and self._loader.fills(part.source)
-            if full and slot == end:
-                pieces[-1].append(part)
-            else:
-                pieces.append([part])
-            end = slot + 1 if full else -1
-        return pieces
+        lends = self._batch.lender is not None
+        parts = [
+            _Part(load, *found)
+            for load, found in zip(wanted, begun, strict=True)
+            if found is not None and not (lends and found[1] is None)
+        ]
+        return in_runs(parts, lambda part: None if part.page is None else self._loader.slot_of(part.source))
 
     def _read(self, piece: Sequence[_Part], turn: Turn) -> list[Bytes | None]:
         """The bytes of each; ``None`` for what cannot be read."""
@@ -286,31 +280,25 @@ class Loader:
         self.fence = fence
         self.patience_s = patience_s
         self._threads = threads
-        # What is being read cannot be evicted: all threads together take a quarter of the arena at most for it.
+        # What is being read cannot be evicted: the reads under way take a quarter of the arena at most for it.
         few = len(pages) // (4 * threads.at_disk)
         self._together = max(1, min(_TOGETHER, _TOGETHER_BYTES // slab.slot_bytes, few))
         self._lock = threading.Lock()
         self._followers: dict[bytes, list[Load]] = {}
         """Of every object that is being read, the loads that wait for that."""
 
-    def fills(self, copy: Copy) -> bool:
-        """Whether the object is as long as a slot and a page, so that its neighbours can be read with it."""
-        return self.runs is not None and round_up(copy.nbytes, ALIGNMENT) == self.slab.slot_bytes == self.pages.shape[1]
+    def slot_of(self, copy: Copy) -> int | None:
+        """The slot of a copy that can be read together with its neighbours: it is as long as a slot and a page."""
+        full = round_up(copy.nbytes, ALIGNMENT) == self.slab.slot_bytes == self.pages.shape[1]
+        return copy.pages[0] if copy.tier is Tier.SSD and full and self.runs is not None else None
 
     def submit(self, loads: Iterable[Load]) -> None:
         """Queue ``loads`` of one call, in runs of which every thread that may be at the disk gets one."""
         in_order = sorted(loads, key=lambda load: load.copy.pages[0])
         most = min(self._together, -(-len(in_order) // self._threads.at_disk))
-        runs: list[list[Load]] = []
-        end = -1
-        for load in in_order:
-            slot, full = load.copy.pages[0], self.fills(load.copy)
-            if full and slot == end and len(runs[-1]) < most:
-                runs[-1].append(load)
-            else:
-                runs.append([load])
-            end = slot + 1 if full else -1
-        self._threads.submit([LoadRun(self, run) for run in runs])
+        self._threads.submit(
+            [LoadRun(self, run) for run in in_runs(in_order, lambda load: self.slot_of(load.copy), most)]
+        )
 
     def withdraw(self, loads: Sequence[Load]) -> None:
         """Forget ``loads``, which their caller gave up, where they have not begun."""

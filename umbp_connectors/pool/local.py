@@ -10,13 +10,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from umbp_connectors.pool.arena import Arena
-from umbp_connectors.pool.batches import BatchMover, PutBatch
+from umbp_connectors.pool.batches import BatchMover
 from umbp_connectors.pool.books import Books, PoolObserver
 from umbp_connectors.pool.buffers import ScatteredSource, ScatteredTarget, round_up
 from umbp_connectors.pool.granting import Grant, PageStock
 from umbp_connectors.pool.lending import ArenaOffer, Loan
 from umbp_connectors.pool.outcomes import GetStatus, PoolCounters, PutStatus, secured
-from umbp_connectors.pool.rows import targets_of, views_of
+from umbp_connectors.pool.put_batch import put_batch
+from umbp_connectors.pool.rows import targets_of
 from umbp_connectors.pool.settings import LocalPoolConfig
 from umbp_connectors.pool.slab import ALIGNMENT
 from umbp_connectors.pool.ssd import FlushMark, PoolSsd, may_hold_something, open_ssd
@@ -147,7 +148,7 @@ class LocalPool:
         the arguments do not match.
         """
         self._check_whole()
-        batch = _put_batch(keys, buffers, depths, timeout)
+        batch = put_batch(keys, buffers, depths, _deadline(timeout))
         with self._using() as parts:
             statuses = parts.mover.put(batch)
             ssd = parts.ssd
@@ -167,7 +168,7 @@ class LocalPool:
         Until it is published or discarded, its pages are taken and others who put the same keys are told ``PRESENT``.
         """
         self._check_whole()
-        batch = _put_batch(keys, buffers, depths, timeout)
+        batch = put_batch(keys, buffers, depths, _deadline(timeout))
         with self._using() as parts:
             return parts.mover.stage(batch)
 
@@ -381,17 +382,3 @@ def _keep_room(config: LocalPoolConfig, books: Books, ssd: PoolSsd | None) -> Ro
 
 def _deadline(timeout: float | None) -> float | None:
     return None if timeout is None else time.monotonic() + timeout
-
-
-def _put_batch(
-    keys: Sequence[bytes],
-    buffers: Sequence[ScatteredSource],
-    depths: Sequence[int] | None,
-    timeout: float | None,
-) -> PutBatch:
-    deadline = _deadline(timeout)
-    views = views_of(buffers)
-    places = depths if depths is not None else [0] * len(keys)
-    if not len(keys) == len(views) == len(places):
-        raise ValueError(f"{len(keys)} keys, {len(views)} buffers and {len(places)} depths do not match")
-    return PutBatch(keys, views, places, deadline)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.connectors.commands import umbp
 from tests.connectors.daemon.conftest import Daemon
 from tests.connectors.daemon.kit import IDENTITY, SIZE, key_of, object_of, put
-from umbp_connectors import cli
 from umbp_connectors.daemon.client import DaemonPool
 from umbp_connectors.daemon.link import list_objects
 from umbp_connectors.daemon.listing import OBJECTS, ListObjects
@@ -22,7 +21,7 @@ from umbp_core.ids import Identity
 from umbp_core.outcomes import PutStatus
 from umbp_core.tiers import Tier
 
-Run = Callable[..., tuple[int, str]]
+Run = Callable[..., tuple[int, Any]]
 Ls = Callable[..., list[dict[str, object]]]
 
 
@@ -31,13 +30,8 @@ def run(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     """The exit code of `umbp pool ls --tier dram`, and what it says."""
     monkeypatch.setenv("COLUMNS", "300")
 
-    def run(*arguments: str) -> tuple[int, str]:
-        command = ["umbp", "pool", "ls", "--tier", "dram", "--socket", str(path), *arguments]
-        monkeypatch.setattr(sys, "argv", command)
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        told = capsys.readouterr()
-        return int(end.value.code or 0), told.out + told.err
+    def run(*arguments: str) -> tuple[int, Any]:
+        return umbp(monkeypatch, capsys, "pool", "ls", "--tier", "dram", "--socket", str(path), *arguments)
 
     return run
 
@@ -45,9 +39,9 @@ def run(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 @pytest.fixture
 def ls(run: Run) -> Ls:
     def ls(*arguments: str) -> list[dict[str, object]]:
-        code, said = run("--json", *arguments)
-        assert code == 0, said
-        told: list[dict[str, object]] = json.loads(said)
+        code, rows = run("--json", *arguments)
+        assert code == 0, rows
+        told: list[dict[str, object]] = rows
         return told
 
     return ls

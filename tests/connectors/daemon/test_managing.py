@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from tests.connectors.commands import umbp
 from tests.connectors.daemon.conftest import Daemon
 from tests.connectors.daemon.kit import IDENTITY, SIZE, get, key_of, put
 from tests.connectors.disk import Disk, FullDisk
 from tests.connectors.talking import talk
 from tests.connectors.waiting import until
-from umbp_connectors import cli
 from umbp_connectors.daemon import messages
 from umbp_connectors.daemon.client import DaemonPool
 from umbp_connectors.daemon.link import manage
@@ -44,12 +42,7 @@ def run(folder: Path, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
     def run(command: str, *arguments: str, socket: Path = path) -> tuple[int, Any]:
         asks = ["--socket", str(socket)] if command in ("evict", "clear") else []
-        monkeypatch.setattr(sys, "argv", ["umbp", "pool", command, *arguments, "--dir", str(folder), *asks])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        told = capsys.readouterr()
-        said = json.loads(told.out) if "--json" in arguments else told.out + told.err
-        return int(end.value.code or 0), said
+        return umbp(monkeypatch, capsys, "pool", command, *arguments, "--dir", str(folder), *asks)
 
     return run
 

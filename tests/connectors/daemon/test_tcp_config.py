@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import socket
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.connectors.commands import umbp
 from tests.connectors.daemon.conftest import TOKEN, Daemon
 from tests.connectors.daemon.kit import IDENTITY, put
-from umbp_connectors import cli
 from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.daemon.client import DaemonPool
 from umbp_connectors.daemon.doors import TcpDoor, loopback_endpoint
@@ -74,14 +74,7 @@ def test_the_command_line(
     _, door = serve()
     put(join(door), range(3))
     at, secret = ["--address", str(door.endpoint)], ["--token-file", str(token_file)]
-
-    def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["umbp", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        told = capsys.readouterr()
-        return int(end.value.code or 0), told.out + told.err
-
+    run = partial(umbp, monkeypatch, capsys)
     monkeypatch.setenv("COLUMNS", "300")
     code, said = run("daemon", "--status", *at, *secret)
     assert (code, f"at {door}: 1 pool(s)" in said) == (0, True)

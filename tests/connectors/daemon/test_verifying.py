@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -12,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from tests.connectors.commands import umbp
 from tests.connectors.daemon.conftest import Daemon
 from tests.connectors.daemon.engine import soon
 from tests.connectors.daemon.kit import IDENTITY, SIZE, get, key_of, put
 from tests.connectors.daemon.test_kept import GREETING
-from umbp_connectors import cli
 from umbp_connectors.daemon.client import DaemonPool
 from umbp_connectors.daemon.link import attach, list_objects, verify_objects
 from umbp_connectors.daemon.listing import ListObjects
@@ -33,14 +31,7 @@ def verify(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     """The exit code of the command, and what it says, as a value when it was asked for JSON."""
 
     def verify(*arguments: str) -> tuple[int, Any]:
-        monkeypatch.setattr(
-            sys, "argv", ["umbp", "pool", "verify", "--tier", "dram", "--socket", str(path), *arguments]
-        )
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        told = capsys.readouterr()
-        said = json.loads(told.out) if "--json" in arguments else told.out + told.err
-        return int(end.value.code or 0), said
+        return umbp(monkeypatch, capsys, "pool", "verify", "--tier", "dram", "--socket", str(path), *arguments)
 
     return verify
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from umbp_connectors import cli
+from tests.connectors.commands import umbp
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
 from umbp_core.ids import Identity, RankScope
 
@@ -55,12 +54,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
     def run(*arguments: str, folder: Path = tmp_path) -> tuple[int, Any]:
         where = [] if "bench" in arguments else ["--dir", str(folder)]
-        monkeypatch.setattr(sys, "argv", ["umbp", "pool", *arguments, *where])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        told = capsys.readouterr()
-        said = json.loads(told.out) if "--json" in arguments and told.out else told.out + told.err
-        return int(end.value.code or 0), said
+        return umbp(monkeypatch, capsys, "pool", *arguments, *where)
 
     return run
 
@@ -257,21 +251,17 @@ def test_without_a_folder_one_is_told_so(
     code, text = run("stats", folder=tmp_path / "missing")
     assert code == 2
     assert "is no folder" in text
-    monkeypatch.setattr(sys, "argv", ["umbp", "pool", "stats"])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 2
-    assert "--dir" in capsys.readouterr().err
+    code, said = umbp(monkeypatch, capsys, "pool", "stats")
+    assert code == 2
+    assert "--dir" in said
 
 
 def test_the_folder_may_come_from_the_configuration(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stored: Path
 ) -> None:
     monkeypatch.setenv("UMBP_SSD_DIR", str(stored))
-    monkeypatch.setattr(sys, "argv", ["umbp", "pool", "stats", "--json"])
-    with pytest.raises(SystemExit):
-        cli.main()
-    assert json.loads(capsys.readouterr().out)["catalogues"][0]["objects"] == 12
+    _, said = umbp(monkeypatch, capsys, "pool", "stats", "--json")
+    assert said["catalogues"][0]["objects"] == 12
 
 
 @pytest.mark.parametrize("where", [[], ["--dir"]])
