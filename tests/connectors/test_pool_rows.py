@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.connectors.pool_memory import memory_of
 from umbp_connectors.pool import batches, rows
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
-from umbp_connectors.pool.rows import TOGETHER_BYTES, ObjectRows
+from umbp_connectors.pool.rows import WRITE_TOGETHER_BYTES, ObjectRows, stretches, views_of
 from umbp_core.ids import Identity, RankScope
 
 IDENTITY = Identity("model", b"\x11" * 32, RankScope())
@@ -82,8 +84,47 @@ def test_neighbours_are_copied_together(make: Maker, monkeypatch: pytest.MonkeyP
     pool = make(copy_threads=1)
     count = COUNT - 1
     pool.put(_keys(count), ObjectRows(_whole(), range(count)))
-    most = TOGETHER_BYTES // SIZE
+    most = WRITE_TOGETHER_BYTES // SIZE
     assert copied == [most] * (count // most) + [count % most]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.none() | st.integers(0, 9)), max_size=30),
+    st.integers(1, 5),
+    st.booleans(),
+)
+def test_what_is_copied_together_lies_together_and_is_as_much_as_may_be(
+    places: list[tuple[int, int | None]], most: int, alone: bool
+) -> None:
+    """One after the other: an object belongs to the range before it wherever that can take it."""
+    numbers, pages = [number for number, _ in places], [page for _, page in places]
+    whole = np.zeros((10, 8), dtype=np.uint8)
+    expected: list[list[int]] = []
+    for index, (number, page) in enumerate(places):
+        last = places[index - 1] if index else (None, None)
+        follows = None not in (page, *last) and (number, page) == (last[0] + 1, last[1] + 1)  # type: ignore[operator]
+        if page is not None and follows and not alone and len(expected[-1]) < most:
+            expected[-1].append(index)
+        elif page is not None:
+            expected.append([index])
+    views = views_of([whole[number] for number in numbers] if alone else ObjectRows(whole, numbers))
+    found = stretches(views, pages, 8 * most + 7)
+    assert [list(range(*each)) for each in found] == expected
+
+
+def test_rows_that_are_large_are_copied_one_by_one(make: Maker) -> None:
+    size = 2 * WRITE_TOGETHER_BYTES
+    config = LocalPoolConfig(size, 4 * size, patience_s=0, prefault=False, copy_threads=2)
+    pool = LocalPool(IDENTITY, config)
+    pool.open()
+    whole = np.random.default_rng(2).integers(0, 256, (2, 4, size // 2), dtype=np.uint8).transpose(1, 0, 2)
+    keys = _keys(4)
+    assert pool.put(keys, ObjectRows(whole, range(4))) == [PutStatus.STORED] * 4
+    back = np.zeros((2, 4, size // 2), dtype=np.uint8).transpose(1, 0, 2)
+    assert pool.get(keys, ObjectRows(back, range(4))) == [GetStatus.DRAM] * 4
+    assert np.array_equal(back, whole)
+    assert stretches(views_of(ObjectRows(whole, range(4))), range(4), 8 * size) == [(n, n + 1) for n in range(4)]
+    pool.close()
 
 
 def test_a_bad_page_among_neighbours_is_the_only_one_that_is_missing(make: Maker) -> None:

@@ -15,7 +15,15 @@ from umbp_connectors.daemon.messages import Place
 from umbp_connectors.pool.checksums import copy_checksummed
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_connectors.pool.put_batch import PutBatch
-from umbp_connectors.pool.rows import RowViews, Views, copy_rows_in, copy_rows_out, sizes_of, stretches
+from umbp_connectors.pool.rows import (
+    READ_TOGETHER_BYTES,
+    WRITE_TOGETHER_BYTES,
+    RowViews,
+    Views,
+    copy_rows_in,
+    copy_rows_out,
+    sizes_of,
+)
 from umbp_connectors.pool.shares import CopyShares
 
 Answer = TypeVar("Answer")
@@ -138,30 +146,27 @@ class Transfers:
         if not any(page is not None for page in pages):
             link.give_back(part.number, deadline)
             return None, [messages.NOT_GRANTED[-1 - place] for place in places]
-        checksums = self._shares.run(
-            batch.views, lambda start, stop: self._copy_in(link, batch, pages, deadline, start, stop)
-        )
+        checksums = [b""] * len(pages)
+
+        def copy(first: int, stop: int) -> None:
+            page = pages[first]
+            if page is not None and time.monotonic() < deadline:
+                checksums[first:stop] = self._copy_in(link, batch, first, stop, page)
+
+        self._shares.run(batch.views, pages, WRITE_TOGETHER_BYTES, copy)
         statuses = [_put_status(place, checksum) for place, checksum in zip(places, checksums, strict=True)]
         return Written(part.number, checksums), statuses
 
-    def _copy_in(
-        self, link: Link, batch: PutBatch, pages: Sequence[int | None], deadline: float, start: int, stop: int
-    ) -> list[bytes]:
-        """Copy a share; the checksums, empty for what was not copied."""
-        views, arena = batch.views[start:stop], link.arena.pages
-        names = [self._prefix + key for key in batch.keys[start:stop]]
-        checksums: list[bytes] = []
-        for first, end in stretches(views, pages[start:stop]):
-            page = pages[start + first]
-            if page is None or time.monotonic() >= deadline:
-                checksums += [b""] * (end - first)
-            elif end - first > 1 and isinstance(views, RowViews):
-                there = arena[page : page + end - first, : views.nbytes_each]
-                checksums += copy_rows_in(names[first:end], there, views.together(first, end))
-            else:
-                view = views[first]
-                checksums.append(copy_checksummed(names[first], arena[page, : view.nbytes], view))
-        return checksums
+    def _copy_in(self, link: Link, batch: PutBatch, first: int, stop: int, page: int) -> list[bytes]:
+        """Copy neighbours to the pages from ``page`` on; the checksums."""
+        views, arena = batch.views, link.arena.pages
+        names = [self._prefix + key for key in batch.keys[first:stop]]
+        if isinstance(views, RowViews) and len(names) > 1:
+            return copy_rows_in(
+                names, arena[page : page + len(names), : views.nbytes_each], views.together(first, stop)
+            )
+        view = views[first]
+        return [copy_checksummed(names[0], arena[page, : view.nbytes], view)]
 
     def _read(
         self, link: Link, keys: Sequence[bytes], views: Views, start: int, deadline: float
@@ -186,50 +191,36 @@ class Transfers:
         self, link: Link, keys: Sequence[bytes], views: Views, places: Sequence[Place], deadline: float
     ) -> list[GetStatus]:
         """Fill ``views`` from ``places``."""
-        pages = [
-            place.page if messages.LENT[place.status].hit and place.nbytes == nbytes else None
-            for place, nbytes in zip(places, sizes_of(views), strict=True)
-        ]
-        return self._shares.run(
-            views, lambda start, stop: self._copy_out(link, keys, views, places, pages, deadline, start, stop)
-        )
-
-    def _copy_out(
-        self,
-        link: Link,
-        keys: Sequence[bytes],
-        views: Views,
-        places: Sequence[Place],
-        pages: Sequence[int | None],
-        deadline: float,
-        start: int,
-        stop: int,
-    ) -> list[GetStatus]:
-        """Copy a share."""
-        arena, mine = link.arena.pages, views[start:stop]
-        names = [self._prefix + key for key in keys[start:stop]]
+        pages: list[int | None] = []
         statuses: list[GetStatus] = []
-        for first, end in stretches(mine, pages[start:stop]):
-            lent = places[start + first : start + end]
-            page = pages[start + first]
-            if page is None:
-                status = messages.LENT[lent[0].status]
-                statuses.append(GetStatus.SIZE_MISMATCH if status.hit else status)
-                continue
-            if time.monotonic() >= deadline:
-                statuses += [GetStatus.TIMED_OUT] * (end - first)
-                continue
-            if end - first > 1 and isinstance(mine, RowViews):
-                there = arena[page : page + end - first, : mine.nbytes_each]
-                found = copy_rows_out(names[first:end], mine.together(first, end), there)
-            else:
-                view = mine[first]
-                found = [copy_checksummed(names[first], view, arena[page, : view.nbytes])]
-            statuses += [
-                messages.LENT[place.status] if checksum == place.checksum else GetStatus.CORRUPT
-                for place, checksum in zip(lent, found, strict=True)
-            ]
+        for place, nbytes in zip(places, sizes_of(views), strict=True):
+            status = messages.LENT[place.status]
+            fits = status.hit and place.nbytes == nbytes
+            pages.append(place.page if fits else None)
+            statuses.append(status if fits or not status.hit else GetStatus.SIZE_MISMATCH)
+
+        def copy(first: int, stop: int) -> None:
+            page = pages[first]
+            if page is None or time.monotonic() >= deadline:
+                statuses[first:stop] = [GetStatus.TIMED_OUT] * (stop - first)
+                return
+            found = self._copy_out(link, keys[first:stop], views, first, page)
+            for index, checksum in enumerate(found, first):
+                if checksum != places[index].checksum:
+                    statuses[index] = GetStatus.CORRUPT
+
+        self._shares.run(views, pages, READ_TOGETHER_BYTES, copy)
         return statuses
+
+    def _copy_out(self, link: Link, keys: Sequence[bytes], views: Views, first: int, page: int) -> list[bytes]:
+        """Copy neighbours, the objects from ``first`` on, from the pages from ``page`` on; their checksums."""
+        count, arena = len(keys), link.arena.pages
+        names = [self._prefix + key for key in keys]
+        if isinstance(views, RowViews) and views.are_small:
+            there = arena[page : page + count, : views.nbytes_each]
+            return copy_rows_out(names, views.together(first, first + count), there)
+        view = views[first]
+        return [copy_checksummed(names[0], view, arena[page, : view.nbytes])]
 
 
 class _Answered(Generic[Answer]):

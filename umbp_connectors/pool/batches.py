@@ -19,12 +19,13 @@ from umbp_connectors.pool.loads import LoadBatch, Loader, WantedLoad
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_connectors.pool.put_batch import PutBatch
 from umbp_connectors.pool.rows import (
+    READ_TOGETHER_BYTES,
+    WRITE_TOGETHER_BYTES,
     RowViews,
     Views,
     copy_rows_in,
     copy_rows_out,
     sizes_of,
-    stretches,
 )
 from umbp_connectors.pool.shares import CopyShares
 from umbp_connectors.pool.staged import StagedPut
@@ -209,31 +210,23 @@ class BatchMover:
         if _is_over(batch.deadline):
             return [PutStatus.TIMED_OUT] * len(batch.keys)
         places = self._books.reserve_new(owner, batch.keys, sizes_of(batch.views), batch.depths)
-        return self._shares.run(
-            batch.views,
-            lambda start, stop: self._write_share(batch.part(start, stop), places[start:stop], written),
-        )
-
-    def _write_share(
-        self, batch: PutBatch, places: Sequence[int | PutStatus], written: dict[bytes, bytes]
-    ) -> list[PutStatus]:
         pages = [None if isinstance(place, PutStatus) else place for place in places]
-        statuses: list[PutStatus] = []
-        for first, stop in stretches(batch.views, pages):
-            place = places[first]
-            if isinstance(place, PutStatus):
-                statuses.append(place)
-            elif _is_over(batch.deadline):
-                statuses += [PutStatus.TIMED_OUT] * (stop - first)
+        statuses = [place if isinstance(place, PutStatus) else PutStatus.STORED for place in places]
+
+        def copy(first: int, stop: int) -> None:
+            page = pages[first]
+            if page is None or _is_over(batch.deadline):
+                statuses[first:stop] = [PutStatus.TIMED_OUT] * (stop - first)
             else:
-                self._copy_in(batch, first, stop, place, written)
-                statuses += [PutStatus.STORED] * (stop - first)
+                self._copy_in(batch, first, stop, page, written)
+
+        self._shares.run(batch.views, pages, WRITE_TOGETHER_BYTES, copy)
         return statuses
 
     def _copy_in(self, batch: PutBatch, first: int, stop: int, page: int, written: dict[bytes, bytes]) -> None:
         """Copy the objects from ``first`` on to the pages from ``page`` on."""
         views, count = batch.views, stop - first
-        if count > 1 and isinstance(views, RowViews):
+        if isinstance(views, RowViews) and views.are_small:
             keys = batch.keys[first:stop]
             pages = self._pages[page : page + count, : views.nbytes_each]
             names = [self._prefix + key for key in keys]
@@ -293,40 +286,27 @@ class BatchMover:
         if _is_over(batch.deadline):
             return [GetStatus.TIMED_OUT] * len(keys)
         copies = self._books.pin(batch.owner, keys)
-        wanted = [
-            WantedLoad(first + index, keys[index], copy, views[index])
-            for index, (copy, nbytes) in enumerate(zip(copies, sizes_of(views), strict=True))
-            if copy is not None and copy.tier is Tier.SSD and copy.nbytes == nbytes
-        ]
-        from_ssd = self._load(batch, wanted) if wanted else GetStatus.MISS
-        return self._shares.run(
-            views,
-            lambda start, stop: self._get_share(batch, first + start, copies[start:stop], from_ssd),
-        )
-
-    def _get_share(
-        self, batch: GetBatch, first: int, copies: Sequence[Copy | None], from_ssd: GetStatus
-    ) -> list[GetStatus]:
-        """Deliver the objects from ``first`` on, of which these ``copies`` are pinned."""
-        views = batch.views[first : first + len(copies)]
-        sizes = sizes_of(views)
-        pages = [
-            copy.pages[0] if copy is not None and copy.tier is Tier.DRAM and copy.nbytes == nbytes else None
-            for copy, nbytes in zip(copies, sizes, strict=True)
-        ]
-        statuses: list[GetStatus] = []
-        for start, stop in stretches(views, pages):
-            copy = copies[start]
+        pages: list[int | None] = [None] * len(keys)
+        statuses = [GetStatus.MISS] * len(keys)
+        wanted: list[WantedLoad] = []
+        for index, (copy, nbytes) in enumerate(zip(copies, sizes_of(views), strict=True)):
             if copy is None:
-                statuses.append(GetStatus.MISS)
-            elif copy.nbytes != sizes[start]:
-                statuses.append(GetStatus.SIZE_MISMATCH)
+                continue
+            if copy.nbytes != nbytes:
+                statuses[index] = GetStatus.SIZE_MISMATCH
             elif copy.tier is Tier.SSD:
-                statuses.append(from_ssd)
-            elif _is_over(batch.deadline):
-                statuses += [GetStatus.TIMED_OUT] * (stop - start)
+                wanted.append(WantedLoad(first + index, keys[index], copy, views[index]))
             else:
-                statuses += self._deliver(batch, first + start, copies[start:stop])
+                pages[index] = copy.pages[0]
+        if wanted:
+            from_ssd = self._load(batch, wanted)
+            for load in wanted:
+                statuses[load.place - first] = from_ssd
+
+        def deliver(start: int, stop: int) -> None:
+            statuses[start:stop] = self._deliver(batch, first + start, copies[start:stop])
+
+        self._shares.run(views, pages, READ_TOGETHER_BYTES, deliver)
         return statuses
 
     def _deliver(self, batch: GetBatch, first: int, copies: Sequence[Copy | None]) -> list[GetStatus]:
@@ -334,9 +314,11 @@ class BatchMover:
 
         What is not what it was, again and alone.
         """
+        if _is_over(batch.deadline):
+            return [GetStatus.TIMED_OUT] * len(copies)
         there = [copy for copy in copies if copy is not None]
         count, views = len(there), batch.views
-        if count == 1 or not isinstance(views, RowViews):
+        if not isinstance(views, RowViews) or not views.are_small:
             return [self._get_one(batch, first + index, copy) for index, copy in enumerate(there)]
         page = there[0].pages[0]
         pages = self._pages[page : page + count, : views.nbytes_each]

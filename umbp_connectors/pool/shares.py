@@ -8,20 +8,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import pairwise
-from typing import Generic, TypeVar
 
 from umbp_connectors.cpus import Apart
-from umbp_connectors.pool.rows import Views, count_stretches, sizes_of
-
-Status = TypeVar("Status")
+from umbp_connectors.pool.rows import Views, sizes_of, stretches
 
 _SHARE_BYTES = 1 << 20
 """From about here a second thread pays off."""
-_RANGE_BYTES = 8 << 20
-"""What a thread takes at once, at least, where there is enough to do for all: several copies in one go each."""
-_RANGES = 4
-"""Ranges for each thread, at most."""
 _SHARED_COPY_BYTES = 192 << 10
 """Copies that are smaller on average are left to one thread: several would wait for each other's GIL after each."""
 
@@ -37,54 +29,48 @@ class CopyShares:
         self._apart = Apart(frozenset(os.sched_getaffinity(0)))
         self._copies = ThreadPoolExecutor(max(1, threads - 1), "umbp-copy")
 
-    def run(self, views: Views, work: Callable[[int, int], list[Status]]) -> list[Status]:
-        """``work`` on ranges that together are the whole batch; their results in order.
+    def run(
+        self, views: Views, pages: Sequence[int | None], together_bytes: int, work: Callable[[int, int], None]
+    ) -> None:
+        """``work`` on ranges that together are the objects that have a page: see :func:`stretches`.
 
         Each thread takes the next range that nobody has begun, so that all end at about the same time.  None is at
         work when the call ends, however it does.
         """
-        ranges = self._ranges(views)
-        if len(ranges) == 1:
-            return work(0, len(views))
+        nbytes = sum(sizes_of(views))
+        threads = min(self._threads, nbytes // _SHARE_BYTES)
+        ranges = stretches(views, pages, min(together_bytes, nbytes // max(1, threads)))
+        if threads < 2 or len(ranges) < 2 or nbytes < _SHARED_COPY_BYTES * len(ranges):
+            for start, stop in ranges:
+                work(start, stop)
+            return
         turns = _Turns(ranges, work)
         helping = self._apart.from_here(turns.help)
         others: list[Future[None]] = []
         try:
             with contextlib.suppress(RuntimeError):  # the system has no more threads, or these are ended
-                others += (self._copies.submit(helping) for _ in range(min(self._threads, len(ranges)) - 1))
+                others += (self._copies.submit(helping) for _ in range(min(threads, len(ranges)) - 1))
             turns.take()
         finally:
             turns.end()
         for other in others:
             if not other.cancel():
                 other.result()
-        return [status for start, _ in ranges for status in turns.results[start]]
-
-    def _ranges(self, views: Views) -> list[tuple[int, int]]:
-        count = len(views)
-        nbytes = sum(sizes_of(views))
-        if self._threads < 2 or nbytes < _SHARED_COPY_BYTES * count_stretches(views):
-            return [(0, count)]
-        shares = min(self._threads, nbytes // _SHARE_BYTES)
-        wanted = max(1, min(count, max(shares, min(_RANGES * shares, nbytes // _RANGE_BYTES))))
-        return list(pairwise(count * number // wanted for number in range(wanted + 1)))
 
     def close(self, wait_for_them: bool) -> None:
         """End the threads; with ``wait_for_them``, when they are done."""
         self._copies.shutdown(wait=wait_for_them)
 
 
-class _Turns(Generic[Status]):
+class _Turns:
     """The ranges of one call, which its thread and others take in turns until the call is over."""
 
-    def __init__(self, ranges: Sequence[tuple[int, int]], work: Callable[[int, int], list[Status]]) -> None:
+    def __init__(self, ranges: Sequence[tuple[int, int]], work: Callable[[int, int], None]) -> None:
         self._waiting = deque(ranges)
         self._work = work
         self._changed = threading.Condition()
         self._helpers = 0
         self._over = False
-        self.results: dict[int, list[Status]] = {}
-        """By the start of each range."""
 
     def take(self) -> None:
         """Do what nobody has begun."""
@@ -93,7 +79,7 @@ class _Turns(Generic[Status]):
                 start, stop = self._waiting.popleft()
             except IndexError:  # another thread was faster
                 return
-            self.results[start] = self._work(start, stop)
+            self._work(start, stop)
 
     def help(self) -> None:
         """Thread: the same, unless the call is over by now."""
