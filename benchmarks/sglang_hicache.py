@@ -65,10 +65,9 @@ def measured(count: int, page_sizes: Sequence[int], file_dir: Path | None) -> di
     load_plugins()
     shared = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
     with tempfile.TemporaryDirectory(prefix="umbp-bench-", dir=file_dir or shared) as folder:
-        sizes = [row for nbytes in page_sizes for row in ways.by_size(nbytes, count, Path(folder) / str(nbytes))]
         return {
-            "put and get of 128 pages, page_first": sizes,
-            "put and get of 128 pages of 1 MiB, by host layout": [ways.by_layout(each, count) for each in LAYOUTS],
+            "put and get of 128 pages, page_first": ways.by_size(page_sizes, count, Path(folder)),
+            "put and get of 128 pages of 1 MiB, by host layout": ways.by_layout(LAYOUTS, count),
             "exists, one call for a whole chain": ways.exists(count, Path(folder) / "exists"),
         }
 

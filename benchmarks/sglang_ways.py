@@ -18,6 +18,11 @@ from benchmarks.sglang_rig import BATCH, Rig, Storage, fresh_hashes, host_pool, 
 CACHE_BYTES = 192 << 20
 """Batches are taken in turns from at least this much memory: no processor cache holds it."""
 ROUND_BYTES = 2 << 30
+PASSES = 3
+"""How often the sizes are gone through: what makes a machine slow for some seconds does not decide about one of them.
+
+Each time in new memory, which may lie better or worse.
+"""
 CHAINS = (128, 2048)
 LAYOUT_PAGE = 1 << 20
 
@@ -147,35 +152,62 @@ def _forget_files(folder: Path, keep: Sequence[str]) -> None:
             path.unlink()
 
 
-def reached_by(label: str, bench: Bench, figures: dict[str, list[float]]) -> Row:
-    """What one backend reached."""
-    row: Row = {"backend": label}
-    for what, ceiling in (("put", COPY_OUT), ("get", COPY_IN)):
-        reached = figures[f"{label} {what}"]
-        row |= {
-            f"{what}, GB/s": statistics.median(reached),
-            f"copy for {what}, GB/s": statistics.median(figures[ceiling]),
-            f"{what} of copy": ratio(reached, figures[ceiling]),
-            f"{what}, core s/GB": statistics.median(bench.core_seconds[f"{label} {what}"]),
-            f"copy for {what}, core s/GB": statistics.median(bench.core_seconds[ceiling]),
-        }
-    return row
+class Figures:
+    """What several benches of the same kind measured, one after the other."""
+
+    def __init__(self) -> None:
+        self.rates: dict[str, list[float]] = {}
+        """GB/s of every way, round by round."""
+        self.core_seconds: dict[str, list[float]] = {}
+        """Seconds of all threads together per GB."""
+        self.pieces_per_page = 0
+
+    def add(self, page_bytes: int, layout: str, count: int, folder: Path | None) -> None:
+        """Measure once more, in new memory."""
+        with closed(Bench(page_bytes, layout, folder)) as bench:
+            for name, found in bench.measure(count).items():
+                self.rates.setdefault(name, []).extend(found)
+                self.core_seconds.setdefault(name, []).extend(bench.core_seconds[name])
+            self.pieces_per_page = bench.pieces_per_page
+
+    def reached_by(self, label: str) -> Row:
+        """What one backend reached."""
+        row: Row = {"backend": label}
+        for what, ceiling in (("put", COPY_OUT), ("get", COPY_IN)):
+            reached = self.rates[f"{label} {what}"]
+            row |= {
+                f"{what}, GB/s": statistics.median(reached),
+                f"copy for {what}, GB/s": statistics.median(self.rates[ceiling]),
+                f"{what} of copy": ratio(reached, self.rates[ceiling]),
+                f"{what}, core s/GB": statistics.median(self.core_seconds[f"{label} {what}"]),
+                f"copy for {what}, core s/GB": statistics.median(self.core_seconds[ceiling]),
+            }
+        return row
 
 
-def by_size(page_bytes: int, count: int, folder: Path) -> list[Row]:
-    """Both backends with pages of one size in SGLang's default layout."""
-    with closed(Bench(page_bytes, "page_first", folder)) as bench:
-        figures = bench.measure(count)
-    return [{"page": size(page_bytes)} | reached_by(label, bench, figures) for label in ("umbp", "file")]
+def by_size(sizes: Sequence[int], count: int, folder: Path) -> list[Row]:
+    """Both backends with pages of each size in SGLang's default layout."""
+    figures = {nbytes: Figures() for nbytes in sizes}
+    for _ in range(PASSES):
+        for nbytes in sizes:
+            figures[nbytes].add(nbytes, "page_first", -(-count // PASSES), folder / str(nbytes))
+    return [
+        {"page": size(nbytes)} | figures[nbytes].reached_by(label) for nbytes in sizes for label in ("umbp", "file")
+    ]
 
 
-def by_layout(layout: str, count: int) -> Row:
-    """This pool with pages of 1 MiB in one layout."""
-    with closed(Bench(LAYOUT_PAGE, layout, None)) as bench:
-        figures = bench.measure(count)
-        each = bench.pieces_per_page
-    where: Row = {"layout": layout, "pieces of a page": each, "piece": size(LAYOUT_PAGE // each)}
-    return where | reached_by("umbp", bench, figures)
+def by_layout(layouts: Sequence[str], count: int) -> list[Row]:
+    """This pool with pages of 1 MiB in each layout."""
+    figures = {layout: Figures() for layout in layouts}
+    for _ in range(PASSES):
+        for layout in layouts:
+            figures[layout].add(LAYOUT_PAGE, layout, -(-count // PASSES), None)
+    rows: list[Row] = []
+    for layout, found in figures.items():
+        each = found.pieces_per_page
+        where: Row = {"layout": layout, "pieces of a page": each, "piece": size(LAYOUT_PAGE // each)}
+        rows.append(where | found.reached_by("umbp"))
+    return rows
 
 
 def exists(count: int, folder: Path) -> list[Row]:

@@ -279,11 +279,11 @@ def depths_of(prefix_pages: int, pages: int) -> list[int]:
 
 def _kept(statuses: list[list[PutStatus]]) -> Moved:
     """A page is stored when all its parts are."""
-    late = any(PutStatus.TIMED_OUT in part for part in statuses)
     stored, present = PutStatus.STORED, PutStatus.PRESENT
-    if len(statuses) == 1:  # nearly always, and once for each page of every call
-        (only,) = statuses
-        return Moved([status is stored or status is present for status in only], late, only.count(stored))
+    (first, *others) = statuses
+    if not others and first.count(stored) == len(first):  # nearly always: no part of a page is looked at alone
+        return Moved([True] * len(first), fresh=len(first))
+    late = any(PutStatus.TIMED_OUT in part for part in statuses)
     pages = list(zip(*statuses, strict=True))
     ok = [all(status is stored or status is present for status in page) for page in pages]
     return Moved(ok, late, sum(good and stored in page for good, page in zip(ok, pages, strict=True)))
@@ -291,11 +291,10 @@ def _kept(statuses: list[list[PutStatus]]) -> Moved:
 
 def _hits(statuses: list[list[GetStatus]]) -> Moved:
     """A page arrived when all its parts did."""
+    (first, *others) = statuses
+    if not others and first.count(GetStatus.DRAM) == len(first):
+        return Moved([True] * len(first))
     late = any(GetStatus.TIMED_OUT in part for part in statuses)
-    dram, ssd = GetStatus.DRAM, GetStatus.SSD
-    if len(statuses) == 1:
-        (only,) = statuses
-        return Moved([status is dram or status is ssd for status in only], late, only.count(ssd))
     pages = list(zip(*statuses, strict=True))
     ok = [all(status.hit for status in page) for page in pages]
-    return Moved(ok, late, sum(good and ssd in page for good, page in zip(ok, pages, strict=True)))
+    return Moved(ok, late, sum(good and GetStatus.SSD in page for good, page in zip(ok, pages, strict=True)))

@@ -108,12 +108,12 @@ def test_what_is_copied_together_lies_together_and_is_as_much_as_may_be(
         elif page is not None:
             expected.append([index])
     views = views_of([whole[number] for number in numbers] if alone else ObjectRows(whole, numbers))
-    found = stretches(views, pages, 8 * most + 7)
+    found = stretches(views, pages, most)
     assert [list(range(*each)) for each in found] == expected
 
 
 def test_rows_that_are_large_are_copied_one_by_one(make: Maker) -> None:
-    size = 2 * WRITE_TOGETHER_BYTES
+    size = 2 << 20
     config = LocalPoolConfig(size, 4 * size, patience_s=0, prefault=False, copy_threads=2)
     pool = LocalPool(IDENTITY, config)
     pool.open()
@@ -123,7 +123,7 @@ def test_rows_that_are_large_are_copied_one_by_one(make: Maker) -> None:
     back = np.zeros((2, 4, size // 2), dtype=np.uint8).transpose(1, 0, 2)
     assert pool.get(keys, ObjectRows(back, range(4))) == [GetStatus.DRAM] * 4
     assert np.array_equal(back, whole)
-    assert stretches(views_of(ObjectRows(whole, range(4))), range(4), 8 * size) == [(n, n + 1) for n in range(4)]
+    assert stretches(views_of(ObjectRows(whole, range(4))), range(4), 8) == [(n, n + 1) for n in range(4)]
     pool.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import compress
 
 from umbp_connectors.pool.blank import BLANK, Blank, Filled
 from umbp_connectors.pool.catalogue import Catalogue
@@ -263,13 +264,14 @@ class Books:
         with self._lock:
             directory = self._directory
             if tier is None:
-                found = [key for key in keys if directory.tiers_of(key)]
+                there = directory.contains_many(keys)
             else:
-                found = [key for key in keys if directory.copy(key, tier)]
+                there = [directory.copy(key, tier) is not None for key in keys]
+            found = keys if all(there) else list(compress(keys, there))
             if use:
                 directory.touch(found)
-            copies = dict(zip(found, directory.pin(owner, found, tier), strict=True))
-        return [copies.get(key) for key in keys]
+            copies = iter(directory.pin(owner, found, tier))
+        return [next(copies) if present else None for present in there]
 
     def unpin(self, owner: str) -> None:
         """End all pins of ``owner``."""

@@ -14,6 +14,7 @@ import numpy as np
 from xxhash import xxh3_128
 
 from umbp_connectors.pool.buffers import (
+    PIECE_BYTES,
     Bytes,
     ReadableBuffer,
     ScatteredSource,
@@ -24,18 +25,20 @@ from umbp_connectors.pool.buffers import (
 )
 from umbp_connectors.pool.checksums import object_checksum
 
-WRITE_TOGETHER_BYTES = 1 << 20
+WRITE_TOGETHER_BYTES = PIECE_BYTES
 """What is copied to pages in one go, at most, and hashed then: from a core's cache, if it is not too much for that.
 
-Of 256 KiB and of 64 KiB, a put of 128 pages takes 5 and 11 % longer with 2 MiB (medians of 80, two virtual processors
+Of 256 KiB and of 64 KiB, a put of 128 pages takes 4 and 12 % longer with 2 MiB (medians of 80, two virtual processors
 with 2 MiB of cache each).
 """
-READ_TOGETHER_BYTES = 3 << 20
+READ_TOGETHER_BYTES = 2 << 20
 """What is copied from pages in one go, at most.
 
-It is hashed before, so that no cache helps, and the more it is, the less often a thread waits for another one's GIL: a
-get takes 4 % longer with 1 MiB than with 3, and with 4 MiB as long as with 2.
+It is hashed before, so that no cache helps, and the more it is, the less often a thread waits for another one's GIL: of
+64 KiB, a get takes 12 % longer with 1 MiB, and with more than 2 as long.
 """
+_SMALL_BYTES = 1 << 20
+"""Rows up to here are copied in one go each, however many pieces they are in."""
 
 
 class ObjectRows(Sequence[Bytes]):
@@ -96,7 +99,7 @@ class RowViews(Sequence[View]):
     @property
     def are_small(self) -> bool:
         """Whether a row is copied and hashed in one go, also where no neighbour is; larger ones piece by piece."""
-        return self.nbytes_each <= WRITE_TOGETHER_BYTES
+        return self.nbytes_each <= _SMALL_BYTES
 
     @property
     def is_writeable(self) -> bool:
@@ -144,14 +147,13 @@ def sizes_of(views: Views) -> list[int]:
     return [view.nbytes for view in views]
 
 
-def stretches(views: Views, pages: Sequence[int | None], most_bytes: int) -> list[tuple[int, int]]:
+def stretches(views: Views, pages: Sequence[int | None], most: int) -> list[tuple[int, int]]:
     """The objects that have a page, as ranges of which each is copied in one go: neighbours in ``views`` and ``pages``.
 
-    A range has at most ``most_bytes``, unless it is a single object, which large ones are.
+    A range has at most ``most`` objects; large ones are alone.
     """
     if not isinstance(views, RowViews) or not views.are_small:
         return [(index, index + 1) for index, page in enumerate(pages) if page is not None]
-    most = most_bytes // max(1, views.nbytes_each)
     found: list[tuple[int, int]] = []
     start = next_number = next_page = -1
     for index, (page, number) in enumerate(zip(pages, views.numbers, strict=True)):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from umbp_connectors.cpus import Apart
-from umbp_connectors.pool.rows import Views, sizes_of, stretches
+from umbp_connectors.pool.rows import RowViews, Views, sizes_of, stretches
 
 _SHARE_BYTES = 1 << 20
 """From about here a second thread pays off."""
@@ -38,8 +38,8 @@ class CopyShares:
         work when the call ends, however it does.
         """
         nbytes = sum(sizes_of(views))
-        threads = min(self._threads, nbytes // _SHARE_BYTES)
-        ranges = stretches(views, pages, min(together_bytes, nbytes // max(1, threads)))
+        threads = max(1, min(self._threads, nbytes // _SHARE_BYTES))
+        ranges = stretches(views, pages, _most(views, together_bytes, threads))
         if threads < 2 or len(ranges) < 2 or nbytes < _SHARED_COPY_BYTES * len(ranges):
             for start, stop in ranges:
                 work(start, stop)
@@ -60,6 +60,14 @@ class CopyShares:
     def close(self, wait_for_them: bool) -> None:
         """End the threads; with ``wait_for_them``, when they are done."""
         self._copies.shutdown(wait=wait_for_them)
+
+
+def _most(views: Views, together_bytes: int, threads: int) -> int:
+    """How many objects are copied in one go, at most, so that all ``threads`` have as much to do."""
+    if not isinstance(views, RowViews):
+        return 1
+    turns = -(-len(views) // (threads * max(1, together_bytes // max(1, views.nbytes_each))))
+    return -(-len(views) // (threads * turns)) if turns else 1
 
 
 class _Turns:
