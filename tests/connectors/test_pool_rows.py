@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from tests.connectors.pool_memory import memory_of
 from umbp_connectors.pool import batches, rows
+from umbp_connectors.pool.buffers import PIECE_BYTES
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
-from umbp_connectors.pool.rows import WRITE_TOGETHER_BYTES, ObjectRows, stretches, views_of
+from umbp_connectors.pool.rows import ObjectRows, stretches, views_of
 from umbp_core.ids import Identity, RankScope
 
 IDENTITY = Identity("model", b"\x11" * 32, RankScope())
@@ -84,7 +85,7 @@ def test_neighbours_are_copied_together(make: Maker, monkeypatch: pytest.MonkeyP
     pool = make(copy_threads=1)
     count = COUNT - 1
     pool.put(_keys(count), ObjectRows(_whole(), range(count)))
-    most = WRITE_TOGETHER_BYTES // SIZE
+    most = PIECE_BYTES // SIZE
     assert copied == [most] * (count // most) + [count % most]
 
 

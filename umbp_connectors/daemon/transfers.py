@@ -16,8 +16,6 @@ from umbp_connectors.pool.checksums import copy_checksummed
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_connectors.pool.put_batch import PutBatch
 from umbp_connectors.pool.rows import (
-    READ_TOGETHER_BYTES,
-    WRITE_TOGETHER_BYTES,
     RowViews,
     Views,
     copy_rows_in,
@@ -153,7 +151,7 @@ class Transfers:
             if page is not None and time.monotonic() < deadline:
                 checksums[first:stop] = self._copy_in(link, batch, first, stop, page)
 
-        self._shares.run(batch.views, pages, WRITE_TOGETHER_BYTES, copy)
+        self._shares.run(batch.views, pages, copy)
         statuses = [_put_status(place, checksum) for place, checksum in zip(places, checksums, strict=True)]
         return Written(part.number, checksums), statuses
 
@@ -209,7 +207,7 @@ class Transfers:
                 if checksum != places[index].checksum:
                     statuses[index] = GetStatus.CORRUPT
 
-        self._shares.run(views, pages, READ_TOGETHER_BYTES, copy)
+        self._shares.run(views, pages, copy)
         return statuses
 
     def _copy_out(self, link: Link, keys: Sequence[bytes], views: Views, first: int, page: int) -> list[bytes]:

@@ -19,8 +19,6 @@ from umbp_connectors.pool.loads import LoadBatch, Loader, WantedLoad
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_connectors.pool.put_batch import PutBatch
 from umbp_connectors.pool.rows import (
-    READ_TOGETHER_BYTES,
-    WRITE_TOGETHER_BYTES,
     RowViews,
     Views,
     copy_rows_in,
@@ -220,7 +218,7 @@ class BatchMover:
             else:
                 self._copy_in(batch, first, stop, page, written)
 
-        self._shares.run(batch.views, pages, WRITE_TOGETHER_BYTES, copy)
+        self._shares.run(batch.views, pages, copy)
         return statuses
 
     def _copy_in(self, batch: PutBatch, first: int, stop: int, page: int, written: dict[bytes, bytes]) -> None:
@@ -306,7 +304,7 @@ class BatchMover:
         def deliver(start: int, stop: int) -> None:
             statuses[start:stop] = self._deliver(batch, first + start, copies[start:stop])
 
-        self._shares.run(views, pages, READ_TOGETHER_BYTES, deliver)
+        self._shares.run(views, pages, deliver)
         return statuses
 
     def _deliver(self, batch: GetBatch, first: int, copies: Sequence[Copy | None]) -> list[GetStatus]:

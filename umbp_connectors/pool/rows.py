@@ -2,7 +2,9 @@
 
 Every copy and every checksum lets go of the GIL and takes it again.  Two threads that do so for each object of 256 KiB
 wait for each other about as long as they copy; with several objects per copy they reach nearly twice the rate
-(measured on two virtual processors: 18 instead of 12 GB/s, where one thread that only copies has 10).
+(measured on two virtual processors: 18 instead of 12 GB/s, where one thread that only copies has 10).  More than a
+core's cache holds would be read from memory twice, to be copied and to be hashed: with 2 MiB in one go instead of half
+of one, a put takes 4 % longer and a get 10 (medians of 80 calls of 128 objects of 256 KiB, 2 MiB of cache).
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import numpy as np
 from xxhash import xxh3_128
 
 from umbp_connectors.pool.buffers import (
-    PIECE_BYTES,
     Bytes,
     ReadableBuffer,
     ScatteredSource,
@@ -25,18 +26,6 @@ from umbp_connectors.pool.buffers import (
 )
 from umbp_connectors.pool.checksums import object_checksum
 
-WRITE_TOGETHER_BYTES = PIECE_BYTES
-"""What is copied to pages in one go, at most, and hashed then: from a core's cache, if it is not too much for that.
-
-Of 256 KiB and of 64 KiB, a put of 128 pages takes 4 and 12 % longer with 2 MiB (medians of 80, two virtual processors
-with 2 MiB of cache each).
-"""
-READ_TOGETHER_BYTES = 2 << 20
-"""What is copied from pages in one go, at most.
-
-It is hashed before, so that no cache helps, and the more it is, the less often a thread waits for another one's GIL: of
-64 KiB, a get takes 12 % longer with 1 MiB, and with more than 2 as long.
-"""
 _SMALL_BYTES = 1 << 20
 """Rows up to here are copied in one go each, however many pieces they are in."""
 
@@ -179,11 +168,10 @@ def copy_rows_in(object_keys: Sequence[bytes], pages: Bytes, rows: Bytes) -> lis
 def copy_rows_out(object_keys: Sequence[bytes], rows: Bytes, pages: Bytes) -> list[bytes]:
     """Copy ``pages``, shape (objects, bytes), to ``rows``; the checksums of the pages.
 
-    Nobody changes a page that is pinned, so what was hashed is what was copied.
+    Nobody changes a page that is pinned, so what is hashed is what was copied.
     """
-    checksums = _checksums(object_keys, pages)
     rows[...] = pages.reshape(rows.shape)
-    return checksums
+    return _checksums(object_keys, pages)
 
 
 def _checksums(object_keys: Sequence[bytes], pages: Bytes) -> list[bytes]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from umbp_connectors.cpus import Apart
+from umbp_connectors.pool.buffers import PIECE_BYTES
 from umbp_connectors.pool.rows import RowViews, Views, sizes_of, stretches
 
 _SHARE_BYTES = 1 << 20
@@ -29,9 +30,7 @@ class CopyShares:
         self._apart = Apart(frozenset(os.sched_getaffinity(0)))
         self._copies = ThreadPoolExecutor(max(1, threads - 1), "umbp-copy")
 
-    def run(
-        self, views: Views, pages: Sequence[int | None], together_bytes: int, work: Callable[[int, int], None]
-    ) -> None:
+    def run(self, views: Views, pages: Sequence[int | None], work: Callable[[int, int], None]) -> None:
         """``work`` on ranges that together are the objects that have a page: see :func:`stretches`.
 
         Each thread takes the next range that nobody has begun, so that all end at about the same time.  None is at
@@ -39,7 +38,7 @@ class CopyShares:
         """
         nbytes = sum(sizes_of(views))
         threads = max(1, min(self._threads, nbytes // _SHARE_BYTES))
-        ranges = stretches(views, pages, _most(views, together_bytes, threads))
+        ranges = stretches(views, pages, _most(views, threads))
         if threads < 2 or len(ranges) < 2 or nbytes < _SHARED_COPY_BYTES * len(ranges):
             for start, stop in ranges:
                 work(start, stop)
@@ -62,11 +61,11 @@ class CopyShares:
         self._copies.shutdown(wait=wait_for_them)
 
 
-def _most(views: Views, together_bytes: int, threads: int) -> int:
-    """How many objects are copied in one go, at most, so that all ``threads`` have as much to do."""
+def _most(views: Views, threads: int) -> int:
+    """How many objects are copied in one go, at most: about a piece, and so that all ``threads`` have as much to do."""
     if not isinstance(views, RowViews):
         return 1
-    turns = -(-len(views) // (threads * max(1, together_bytes // max(1, views.nbytes_each))))
+    turns = -(-len(views) // (threads * max(1, PIECE_BYTES // max(1, views.nbytes_each))))
     return -(-len(views) // (threads * turns)) if turns else 1
 
 
