@@ -22,12 +22,13 @@ from pathlib import Path
 
 import _peers
 import _report
-from pool import BATCH, SIZES, Keys, Memory, check, copy_all, open_pool
+from pool import BATCH, SIZES, Batch, Keys, Memory, check, copy_all, open_pool
 
 from umbp_connectors.daemon.client import DaemonClientConfig, DaemonPool
 from umbp_connectors.daemon.pages import NewObject, PageClient, WantedPages, engine_token
 from umbp_connectors.pool.local import LocalPool, LocalPoolConfig
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
+from umbp_connectors.pool.rows import ObjectRows
 from umbp_core.ids import Identity, RankScope
 
 ASKED = 2048
@@ -35,6 +36,9 @@ TARGETS = {64 << 10: 0.6}
 TARGET = 0.8
 TARGET_EXISTS_US = 400.0
 ROUND_BYTES = 2 << 30
+BUFFERS, ROWS = "buffers", "rows"
+GIVEN = (BUFFERS, ROWS)
+"""A list of arrays, or neighbouring rows of one array, as SGLang's storage gives the pages of its host pool."""
 IDENTITY = Identity("benchmark", bytes(32), RankScope())
 PROGRAM = "from umbp_connectors.cli import main; main()"
 
@@ -66,17 +70,17 @@ class Daemon:
 
 
 class Mover:
-    """Put and get of one pool, of batches from memory that no cache holds."""
+    """Put and get of one pool, of batches from memory that no cache holds, as buffers or as ``rows`` of one array."""
 
-    def __init__(self, pool: LocalPool | DaemonPool, sources: Memory, targets: Memory) -> None:
-        self._pool, self._sources, self._targets = pool, sources, targets
-        self._keys, self._stored = Keys(), []
+    def __init__(self, pool: LocalPool | DaemonPool, sources: Memory, targets: Memory, keys: Keys, rows: bool) -> None:
+        self._pool, self._sources, self._targets, self._rows = pool, sources, targets, rows
+        self._keys, self._stored = keys, []
         self._moved = sources.nbytes * BATCH
 
     def put(self) -> float:
         """GB/s of a put of fresh keys, which evicts as many."""
         self._stored.append(self._keys.fresh())
-        objects, statuses = self._sources.next(), []
+        objects, statuses = self._batch(self._sources), []
         figure = _report.rate(self._moved, lambda: statuses.extend(self._pool.put(self._stored[-1], objects)))
         check(statuses, PutStatus.STORED)
         return figure
@@ -84,21 +88,29 @@ class Mover:
     def get(self) -> float:
         """GB/s of a get of what was put some batches ago."""
         age = min(len(self._stored), max(1, self._sources.batches // 2))
-        buffers, statuses = self._targets.next(), []
+        buffers, statuses = self._batch(self._targets), []
         figure = _report.rate(self._moved, lambda: statuses.extend(self._pool.get(self._stored[-age], buffers)))
         check(statuses, GetStatus.DRAM)
         return figure
+
+    def _batch(self, memory: Memory) -> Batch | ObjectRows:
+        return memory.next_rows() if self._rows else memory.next()
 
 
 def dram(nbytes: int, count: int, threads: int) -> list[_report.Row]:
     """Put and get of one size."""
     sources, targets, plain = Memory(nbytes), Memory(nbytes), Memory(nbytes)
-    pages = sources.batches * BATCH
+    keys, pages = Keys(), len(GIVEN) * sources.batches * BATCH
     executor = ThreadPoolExecutor(threads)
     with tempfile.TemporaryDirectory() as folder:
         daemon = Daemon(Path(folder), pages * nbytes)
         client, local = daemon.client(nbytes, pages, threads), open_pool(nbytes, pages, copy_threads=threads)
-        through, here = Mover(client, sources, targets), Mover(local, sources, targets)
+        pools = {"": client, "local ": local}
+        movers = {
+            (where, given): Mover(pool, sources, targets, keys, given == ROWS)
+            for where, pool in pools.items()
+            for given in GIVEN
+        }
 
         def copy(number: int) -> Callable[[], float]:
             def run() -> float:
@@ -108,8 +120,10 @@ def dram(nbytes: int, count: int, threads: int) -> list[_report.Row]:
             return run
 
         one, many = "copy1", f"copy{threads}"
-        ways = {one: copy(1), "put": through.put, "local put": here.put}
-        ways |= {many: copy(threads), "get": through.get, "local get": here.get}
+        ways = {one: copy(1)}
+        ways |= {f"{where}put {given}": mover.put for (where, given), mover in movers.items()}
+        ways |= {many: copy(threads)}
+        ways |= {f"{where}get {given}": mover.get for (where, given), mover in movers.items()}
         figures = _report.rounds(ways, max(count, min(10 * count, ROUND_BYTES // (nbytes * BATCH))))
         client.close()
         local.close()
@@ -119,14 +133,16 @@ def dram(nbytes: int, count: int, threads: int) -> list[_report.Row]:
         {
             "object": f"{nbytes >> 10} KiB",
             "what": what,
-            "GB/s": statistics.median(figures[what]),
+            "given as": given,
+            "GB/s": statistics.median(figures[f"{what} {given}"]),
             "copy, 1 thread, GB/s": statistics.median(figures[one]),
             f"copy, {threads} threads, GB/s": statistics.median(figures[many]),
-            "of 1 thread": _report.ratio(figures[what], figures[one]),
-            f"of {threads} threads": _report.ratio(figures[what], figures[many]),
-            "of the pool in this process": _report.ratio(figures[what], figures[f"local {what}"]),
+            "of 1 thread": _report.ratio(figures[f"{what} {given}"], figures[one]),
+            f"of {threads} threads": _report.ratio(figures[f"{what} {given}"], figures[many]),
+            "of the pool in this process": _report.ratio(figures[f"{what} {given}"], figures[f"local {what} {given}"]),
             "target, of 1 thread": TARGETS.get(nbytes, TARGET),
         }
+        for given in GIVEN
         for what in ("put", "get")
     ]
 
@@ -234,6 +250,7 @@ def main() -> None:
         f"The copy that the targets are of is that by one thread; put and get copy with {threads}.",
         "Medians of interleaved rounds; ratios are medians of each round's ratio.",
         "Every object is verified (xxh3-128); the copies that it is compared with are not.",
+        "Given as rows: neighbours of one array, as SGLang's storage gives the pages of its host pool.",
         "The daemon and the client are two processes on the same processors.",
     ]
     print(_report.write("daemon", "A pool in the daemon", sections, notes, arguments.out))

@@ -26,6 +26,7 @@ import numpy as np
 
 from umbp_connectors.pool.arena import Arena
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
+from umbp_connectors.pool.rows import ObjectRows
 from umbp_core.ids import Identity, RankScope
 
 BATCH = 128
@@ -61,9 +62,13 @@ class Memory:
 
     def next(self) -> Batch:
         """The next batch."""
+        return list(self.next_rows())
+
+    def next_rows(self) -> ObjectRows:
+        """The next batch, as rows of one array."""
         first = self._turn % self.batches * BATCH
         self._turn += 1
-        return list(self.arena.array[first : first + BATCH])
+        return ObjectRows(self.arena.array, range(first, first + BATCH))
 
 
 class Keys:

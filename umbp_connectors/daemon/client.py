@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
-import numpy as np
 
 from umbp_connectors.daemon import messages
 from umbp_connectors.daemon.doors import Door, is_missing
@@ -221,7 +220,7 @@ class DaemonPool:
             there.clear()
             for start in range(0, len(keys), messages.KEYS):
                 found = link.look_up(keys[start : start + messages.KEYS], False, deadline).there
-                there.extend(np.frombuffer(found, dtype=np.bool_).tolist())
+                there.extend(map(bool, found) if 0 in found else [True] * len(found))
 
         self._opened().call(Way.ASK, deadline, ask)
         return there + [False] * (len(keys) - len(there))

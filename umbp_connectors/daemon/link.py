@@ -75,7 +75,7 @@ class Link:
         """What of ``keys`` (``messages.KEYS`` at most) can be read."""
         found = self._ask(Lookup(list(keys), prefix), Found, deadline)
         told = found.there
-        if found.prefix > len(keys) or not (prefix or (len(told) == len(keys) and max(told, default=0) <= 1)):
+        if found.prefix > len(keys) or not (prefix or told.count(0) + told.count(1) == len(told) == len(keys)):
             raise WireError(ErrorCode.MALFORMED, f"an answer about {len(keys)} keys speaks of others")
         return found
 

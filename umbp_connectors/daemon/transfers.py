@@ -31,6 +31,8 @@ _PART_BYTES = 32 << 20
 """Bytes per loan or grant, at most: copying them takes many times as long as asking."""
 _PART_OBJECTS = 32
 """Objects per loan or grant, at least, where more than one is needed: to ask for fewer costs as much."""
+_PART_OF_ROWS_BYTES = 8 << 20
+"""The same of objects that several threads copy together: that takes less time than to ask for them, if it is less."""
 _AHEAD = 2
 """Loans or grants that are asked for at a time: for the part that is copied next, and for the one after it."""
 
@@ -129,7 +131,7 @@ class Transfers:
             part = batch.part(first, stop)
             return link.ask_pages(part.keys, sizes_of(part.views), [max(0, depth) for depth in part.depths], deadline)
 
-        answered = _Answered(ask, link.granted, link.give_back, _parts(link, start, len(batch.keys)), deadline)
+        answered = _Answered(ask, link.granted, link.give_back, _parts(link, batch.views, start), deadline)
         for part, places in answered:
             if places:
                 yield self._write_part(link, batch.part(part.start, part.start + len(places)), part, places, deadline)
@@ -145,26 +147,23 @@ class Transfers:
             link.give_back(part.number, deadline)
             return None, [messages.NOT_GRANTED[-1 - place] for place in places]
         checksums = [b""] * len(pages)
+        keys, views, arena = batch.keys, batch.views, link.arena.pages
 
         def copy(first: int, stop: int) -> None:
             page = pages[first]
-            if page is not None and time.monotonic() < deadline:
-                checksums[first:stop] = self._copy_in(link, batch, first, stop, page)
+            if page is None or time.monotonic() >= deadline:
+                return
+            if isinstance(views, RowViews) and views.are_small:
+                names = [self._prefix + key for key in keys[first:stop]]
+                there = arena[page : page + len(names), : views.nbytes_each]
+                checksums[first:stop] = copy_rows_in(names, there, views.together(first, stop))
+            else:
+                view = views[first]
+                checksums[first] = copy_checksummed(self._prefix + keys[first], arena[page, : view.nbytes], view)
 
-        self._shares.run(batch.views, pages, copy)
+        self._shares.run(views, pages, copy)
         statuses = [_put_status(place, checksum) for place, checksum in zip(places, checksums, strict=True)]
         return Written(part.number, checksums), statuses
-
-    def _copy_in(self, link: Link, batch: PutBatch, first: int, stop: int, page: int) -> list[bytes]:
-        """Copy neighbours to the pages from ``page`` on; the checksums."""
-        views, arena = batch.views, link.arena.pages
-        names = [self._prefix + key for key in batch.keys[first:stop]]
-        if isinstance(views, RowViews) and len(names) > 1:
-            return copy_rows_in(
-                names, arena[page : page + len(names), : views.nbytes_each], views.together(first, stop)
-            )
-        view = views[first]
-        return [copy_checksummed(names[0], arena[page, : view.nbytes], view)]
 
     def _read(
         self, link: Link, keys: Sequence[bytes], views: Views, start: int, deadline: float
@@ -174,7 +173,7 @@ class Transfers:
             lambda first, stop: link.ask_loan(keys[first:stop], deadline),
             link.lent,
             link.give_back,
-            _parts(link, start, len(keys)),
+            _parts(link, views, start),
             deadline,
         )
         for part, places in answered:
@@ -197,28 +196,27 @@ class Transfers:
             pages.append(place.page if fits else None)
             statuses.append(status if fits or not status.hit else GetStatus.SIZE_MISMATCH)
 
+        arena = link.arena.pages
+
         def copy(first: int, stop: int) -> None:
             page = pages[first]
             if page is None or time.monotonic() >= deadline:
                 statuses[first:stop] = [GetStatus.TIMED_OUT] * (stop - first)
-                return
-            found = self._copy_out(link, keys[first:stop], views, first, page)
-            for index, checksum in enumerate(found, first):
-                if checksum != places[index].checksum:
-                    statuses[index] = GetStatus.CORRUPT
+            elif isinstance(views, RowViews) and views.are_small:
+                names = [self._prefix + key for key in keys[first:stop]]
+                there = arena[page : page + len(names), : views.nbytes_each]
+                found = copy_rows_out(names, views.together(first, stop), there)
+                for index, checksum in enumerate(found, first):
+                    if checksum != places[index].checksum:
+                        statuses[index] = GetStatus.CORRUPT
+            else:
+                view = views[first]
+                checksum = copy_checksummed(self._prefix + keys[first], view, arena[page, : view.nbytes])
+                if checksum != places[first].checksum:
+                    statuses[first] = GetStatus.CORRUPT
 
         self._shares.run(views, pages, copy)
         return statuses
-
-    def _copy_out(self, link: Link, keys: Sequence[bytes], views: Views, first: int, page: int) -> list[bytes]:
-        """Copy neighbours, the objects from ``first`` on, from the pages from ``page`` on; their checksums."""
-        count, arena = len(keys), link.arena.pages
-        names = [self._prefix + key for key in keys]
-        if isinstance(views, RowViews) and views.are_small:
-            there = arena[page : page + count, : views.nbytes_each]
-            return copy_rows_out(names, views.together(first, first + count), there)
-        view = views[first]
-        return [copy_checksummed(names[0], view, arena[page, : view.nbytes])]
 
 
 class _Answered(Generic[Answer]):
@@ -271,11 +269,14 @@ class _Answered(Generic[Answer]):
                 self._asked.append(_Part(start, stop - start, self._ask(start, stop), now, ahead))
 
 
-def _parts(link: Link, start: int, stop: int) -> list[tuple[int, int]]:
-    """At least two where that pays, of equal size."""
+def _parts(link: Link, views: Views, start: int) -> list[tuple[int, int]]:
+    """The objects from ``start`` on in parts of equal size: at least two where that pays."""
     most = max(1, min(link.welcome.objects // _AHEAD, _PART_BYTES // link.welcome.page_bytes))
-    count = stop - start
-    parts = max(-(-count // most), min(_AHEAD, count // _PART_OBJECTS), 1)
+    count = len(views) - start
+    least = _PART_OBJECTS
+    if isinstance(views, RowViews) and views.are_small:
+        least = max(least, _PART_OF_ROWS_BYTES // max(1, views.nbytes_each))
+    parts = max(-(-count // most), min(_AHEAD, count // least), 1)
     return list(pairwise(start + count * number // parts for number in range(parts + 1)))
 
 

@@ -47,8 +47,10 @@ class FrameSocket:
     def send(self, kind: FrameType, sequence: int, payload: bytes, deadline: float, fd: int | None = None) -> None:
         """Send one frame, with a descriptor if given."""
         data = memoryview(encode_frame(kind, 0, sequence, payload))
-        self._sock.settimeout(_left(deadline))
-        sent = socket.send_fds(self._sock, [data], [fd]) if fd is not None else 0
+        sent = 0
+        if fd is not None:
+            self._sock.settimeout(_left(deadline))
+            sent = socket.send_fds(self._sock, [data], [fd])
         while sent < len(data):
             self._sock.settimeout(_left(deadline))
             sent += self._sock.send(data[sent:])
