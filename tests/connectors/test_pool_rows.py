@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -126,6 +128,60 @@ def test_rows_that_are_large_are_copied_one_by_one(make: Maker) -> None:
     assert np.array_equal(back, whole)
     assert stretches(views_of(ObjectRows(whole, range(4))), range(4), 8) == [(n, n + 1) for n in range(4)]
     pool.close()
+
+
+def _lists() -> dict[str, tuple[list[np.ndarray], bool]]:
+    """Small buffers of which the first half differs from the second, and whether they are rows of one array."""
+    whole = np.random.default_rng(8).integers(0, 256, (8, 4096), dtype=np.uint8)
+    apart = np.random.default_rng(9).integers(0, 256, (8, 2, 4096), dtype=np.uint8)
+    several = [np.random.default_rng(n).integers(0, 256, 4096, dtype=np.uint8) for n in range(8)]
+    sealed = whole.copy()[:]
+    ends = [*whole[:4], *(row[:100] for row in whole[4:])]
+    locked = list(sealed)
+    locked[5].flags.writeable = False
+    return {
+        "neighbours": (list(whole), True),
+        "all but the last": ([*whole[:7], whole[0]], False),
+        "backwards": (list(whole[::-1]), False),
+        "with gaps": (list(apart[:, 0]), False),
+        "of several arrays": (several, False),
+        "of several sizes": (ends, False),
+        "one for reading only": (locked, False),
+        "a single one": ([whole[3]], False),
+        "of a size that needs no rows": (list(np.zeros((3, 192 << 10), np.uint8)), False),
+        "empty": (list(np.zeros((3, 0), np.uint8)), False),
+        "none": ([], False),
+    }
+
+
+@pytest.mark.parametrize("name", list(_lists()))
+def test_small_buffers_that_lie_side_by_side_count_as_rows(name: str) -> None:
+    buffers, as_rows = _lists()[name]
+    views = views_of(buffers)
+    assert isinstance(views, rows.RowViews) is as_rows
+    assert len(views) == len(buffers)
+    whole = [np.asarray(view).tobytes() for view in views]
+    assert whole == [buffer.tobytes() for buffer in buffers]
+
+
+def test_rows_out_of_a_list_keep_their_memory_and_can_be_written_if_the_buffers_can(make: Maker) -> None:
+    pool, keys = make(), _keys(8)
+    made = np.random.default_rng(4).integers(0, 256, (8, 4096), dtype=np.uint8)
+    expected = made.copy()
+    views = views_of(list(made))
+    memory = weakref.ref(made)
+    del made
+    gc.collect()
+    assert memory() is not None, "the rows lie in memory that is gone"
+    assert [np.asarray(view).tobytes() for view in views] == [row.tobytes() for row in expected]
+    assert pool.put(keys, list(expected)) == [PutStatus.STORED] * 8
+    back = np.zeros((9, 4096), dtype=np.uint8)
+    assert pool.get(keys, list(back[:8])) == [GetStatus.DRAM] * 8
+    assert np.array_equal(back[:8], expected)
+    assert not back[8].any()
+    back.flags.writeable = False
+    with pytest.raises(ValueError, match="can be written"):
+        pool.get(keys, list(back[:8]))
 
 
 def test_a_bad_page_among_neighbours_is_the_only_one_that_is_missing(make: Maker) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import overload
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 from xxhash import xxh3_128
 
 from umbp_connectors.pool.buffers import (
@@ -26,6 +27,8 @@ from umbp_connectors.pool.buffers import (
 )
 from umbp_connectors.pool.checksums import object_checksum
 
+ALONE_BYTES = 192 << 10
+"""Copies that are smaller on average are left to one thread: several would wait for each other's GIL after each."""
 _SMALL_BYTES = 1 << 20
 """Rows up to here are copied in one go each, however many pieces they are in."""
 
@@ -118,7 +121,31 @@ def views_of(buffers: Sequence[ScatteredSource]) -> Views:
         if numbers and not 0 <= min(numbers) <= max(numbers) < len(whole):
             raise ValueError(f"rows {min(numbers)} to {max(numbers)} of an array that has {len(whole)}")
         return RowViews(buffers)
-    return [as_view(buffer) for buffer in buffers]
+    return _side_by_side(buffers) or [as_view(buffer) for buffer in buffers]
+
+
+def _side_by_side(buffers: Sequence[ScatteredSource]) -> RowViews | None:
+    """``buffers`` as rows, if they are small arrays of bytes, of one size, and neighbours in one piece of memory.
+
+    Found out for objects whose copies threads could not share otherwise: for larger ones it costs more than it gains.
+    """
+    first = buffers[0] if len(buffers) > 1 else None
+    if not isinstance(first, np.ndarray) or first.ndim != 1 or not 0 < first.nbytes < ALONE_BYTES:
+        return None
+    base, expected = first.base, first.__array_interface__
+    (at, sealed), shape, kind = expected["data"], expected["shape"], expected["typestr"]
+    if base is None or kind != "|u1":
+        return None
+    for buffer in buffers:
+        # Of one object's memory, so that all of it lives as long as the first one's does.
+        if not isinstance(buffer, np.ndarray) or buffer.base is not base:
+            return None
+        told = buffer.__array_interface__
+        if (told["data"], told["shape"], told["strides"], told["typestr"]) != ((at, sealed), shape, None, kind):
+            return None
+        at += first.nbytes
+    whole = as_strided(first, (len(buffers), first.nbytes), (first.nbytes, 1))
+    return RowViews(ObjectRows(whole, range(len(buffers))))
 
 
 def targets_of(buffers: Sequence[ReadableBuffer | WritableBuffer | tuple[WritableBuffer, ...]]) -> Views | None:

@@ -11,12 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from umbp_connectors.cpus import Apart
 from umbp_connectors.pool.buffers import PIECE_BYTES
-from umbp_connectors.pool.rows import RowViews, Views, sizes_of, stretches
+from umbp_connectors.pool.rows import ALONE_BYTES, RowViews, Views, sizes_of, stretches
 
 _SHARE_BYTES = 1 << 20
 """From about here a second thread pays off."""
-_SHARED_COPY_BYTES = 192 << 10
-"""Copies that are smaller on average are left to one thread: several would wait for each other's GIL after each."""
 
 
 class CopyShares:
@@ -39,7 +37,7 @@ class CopyShares:
         nbytes = sum(sizes_of(views))
         threads = max(1, min(self._threads, nbytes // _SHARE_BYTES))
         ranges = stretches(views, pages, _most(views, threads))
-        if threads < 2 or len(ranges) < 2 or nbytes < _SHARED_COPY_BYTES * len(ranges):
+        if threads < 2 or len(ranges) < 2 or nbytes < ALONE_BYTES * len(ranges):
             for start, stop in ranges:
                 work(start, stop)
             return

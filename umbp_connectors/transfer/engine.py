@@ -27,7 +27,7 @@ from umbp_core.ops import (
     TransferScheduleRequest,
     WorkerTransferRequest,
 )
-from umbp_core.ports import Clock, DeviceCopier, LayerCopier, PoolObserver
+from umbp_core.ports import Clock, DeviceCopier, LayerCopier, PoolObserver, SlotRuns
 from umbp_core.scheduler import Fate, Limits, Message, TransferScheduler
 
 logger = logging.getLogger(__name__)
@@ -97,11 +97,13 @@ class TransferEngine:
             layers=layers,
             pages=arena,
             slots=slab,
+            runs=slab if isinstance(slab, SlotRuns) else None,
             identity=identity.digest,
             world_rank=world_rank,
             object_bytes=dict(object_bytes),
             device=Lanes("device", 1),
             io=Lanes("io", io_threads),
+            io_threads=io_threads,
             hashing=Lanes("hash", hash_threads, apart=True),
             hash_threads=hash_threads,
             failures=FailureLog(clock),

@@ -33,7 +33,7 @@ from umbp_connectors.transfer.memory import PageMemory, SlotStore
 from umbp_core.completion import CompletionHandle
 from umbp_core.errors import TierUnavailable
 from umbp_core.ops import Direction, LeaderTransferRequest, OpResult, OpStatus
-from umbp_core.ports import DeviceCopier, LayerCopier
+from umbp_core.ports import DeviceCopier, LayerCopier, SlotRuns
 
 Step = tuple[TaskQueue, Callable[[], None]]
 """Something to do, and the threads that do it."""
@@ -86,11 +86,14 @@ class Tools:
     layers: LayerCopier | None
     pages: PageMemory
     slots: SlotStore | None
+    runs: SlotRuns | None
+    """The same, where it can read neighbours in one go."""
     identity: bytes
     world_rank: int
     object_bytes: Mapping[int, int]
     device: Lanes
     io: Lanes
+    io_threads: int
     hashing: Lanes
     hash_threads: int
     failures: FailureLog

@@ -14,19 +14,26 @@ when all of them have been read; what can hang no more is committed with its fir
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from umbp_connectors.pool.buffers import round_up
 from umbp_connectors.pool.checksums import verify_object
-from umbp_connectors.transfer.jobs import DEVICE, IO, Control, Job, Step, Tools
+from umbp_connectors.pool.neighbours import in_runs
+from umbp_connectors.transfer.jobs import DEVICE, IO, SECTOR_BYTES, Control, Job, Step, Tools
 from umbp_core.errors import StateError
 from umbp_core.ops import LeaderTransferRequest, OpStatus
+from umbp_core.ports import SlotRuns
 
 VERIFY: Final = "verify"
 """The label of blocks whose bytes are not those that were stored."""
+
+RUN_BYTES: Final = 1 << 20
+"""What is read from SSD in one go, at most: from here on, more is not faster."""
 
 PORTION_BYTES: Final = 2 << 20
 """What one thread verifies and then delivers: several of these fit into a cache, and a call costs little beside it."""
@@ -53,7 +60,7 @@ class LoadJob(Job):
         if self._tools.copier.on_host and not on_ssd:
             self._spread(self._by_portions(in_dram, self._verify_and_deliver), self._end)
             return
-        fetches: list[Step] = [(self._tools.io, functools.partial(self._fetch, index)) for index in on_ssd]
+        fetches: list[Step] = [(self._tools.io, functools.partial(self._fetch, run)) for run in self._runs(on_ssd)]
         checks: list[Step] = [
             (self._tools.hashing, functools.partial(self._check, share)) for share in self._shares(in_dram)
         ]
@@ -66,16 +73,43 @@ class LoadJob(Job):
 
     # -- verifying
 
-    def _fetch(self, index: int) -> None:
+    def _runs(self, indexes: Sequence[int]) -> list[list[int]]:
+        """``indexes``, whose blocks are on SSD, in parts for one thread each: neighbours that fill their slots.
+
+        A disk gives one large piece faster than several small ones.
+        """
+        blocks, runs = self._op.blocks, self._tools.runs
+        if runs is None:
+            return [[index] for index in indexes]
+        slot_bytes = runs.slot_bytes
+
+        def slot_of(index: int) -> int | None:
+            full = round_up(self._tools.object_bytes[blocks[index].group], SECTOR_BYTES) == slot_bytes
+            return blocks[index].ssd_slot if full else None
+
+        most = min(RUN_BYTES // slot_bytes, -(-len(indexes) // self._tools.io_threads))
+        in_order = sorted(indexes, key=lambda index: blocks[index].ssd_slot)
+        return in_runs(in_order, slot_of, max(1, most))
+
+    def _fetch(self, run: Sequence[int]) -> None:
         if not self._control.is_running(self._op.op_id):
             return
+        runs = self._tools.runs
+        if len(run) > 1 and runs is not None and self._attempt((), IO, lambda: self._read_together(runs, run)):
+            self._check(run)
+            return
+        for index in run:  # one of several may be what cannot be read
+            if self._attempt((index,), IO, functools.partial(self._read, index)):
+                self._verify(index)
 
-        def read() -> None:
-            with self._sectors(index) as buffer:
-                self._slots().read_into(self._op.blocks[index].ssd_slot, buffer)
+    def _read(self, index: int) -> None:
+        with self._sectors(index) as buffer:
+            self._slots().read_into(self._op.blocks[index].ssd_slot, buffer)
 
-        if self._attempt((index,), IO, read):
-            self._verify(index)
+    def _read_together(self, runs: SlotRuns, run: Sequence[int]) -> None:
+        with contextlib.ExitStack() as stack:
+            buffers = [stack.enter_context(self._sectors(index)) for index in run]
+            runs.read_run(self._op.blocks[run[0]].ssd_slot, buffers)
 
     def _check(self, indexes: Sequence[int]) -> None:
         for index in indexes:

@@ -28,7 +28,8 @@ def test_a_disk_that_hangs_is_given_up_at_the_deadline(
         first.ask(hung, other)
     released = threading.Event()
     with engine(llama, kv_transfer_config=pool(tmp_path, load_timeout_s=0.5)) as second:
-        monkeypatch.setattr(second.slab, "read_into", _hang(second.slab.read_into, released))
+        for name in ("read_into", "read_run"):
+            monkeypatch.setattr(second.slab, name, _hang(getattr(second.slab, name), released))
         begin = time.monotonic()
         reply = second.ask_one(hung)
         seconds = time.monotonic() - begin
