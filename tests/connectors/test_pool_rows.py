@@ -18,6 +18,7 @@ from umbp_connectors.pool import batches, rows
 from umbp_connectors.pool.buffers import PIECE_BYTES
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
 from umbp_connectors.pool.rows import ObjectRows, stretches, views_of
+from umbp_connectors.pool.shares import CopyShares
 from umbp_core.ids import Identity, RankScope
 
 IDENTITY = Identity("model", b"\x11" * 32, RankScope())
@@ -307,3 +308,14 @@ def test_what_a_helping_thread_raises_is_raised(make: Maker, monkeypatch: pytest
     monkeypatch.setattr(batches, "copy_checksummed", copy)
     with pytest.raises(MemoryError, match="of a helper"):
         pool.put(_keys(), [bytes(SIZE)] * COUNT)
+
+
+def test_what_nobody_copied_is_neither_stored_nor_a_hit(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, keys, whole = make(), _keys(), _whole()
+    with monkeypatch.context() as patch:
+        patch.setattr(CopyShares, "run", lambda *arguments: None)
+        assert pool.put(keys, ObjectRows(whole, range(COUNT))) == [PutStatus.TIMED_OUT] * COUNT
+    assert pool.exists(keys) == [False] * COUNT
+    assert pool.put(keys, ObjectRows(whole, range(COUNT))) == [PutStatus.STORED] * COUNT
+    monkeypatch.setattr(CopyShares, "run", lambda *arguments: None)
+    assert not any(status.hit for status in pool.get(keys, ObjectRows(np.zeros_like(whole), range(COUNT))))

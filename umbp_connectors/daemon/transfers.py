@@ -15,13 +15,7 @@ from umbp_connectors.daemon.messages import Place
 from umbp_connectors.pool.checksums import copy_checksummed
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_connectors.pool.put_batch import PutBatch
-from umbp_connectors.pool.rows import (
-    RowViews,
-    Views,
-    copy_rows_in,
-    copy_rows_out,
-    sizes_of,
-)
+from umbp_connectors.pool.rows import RowViews, Views, copy_rows_in, copy_rows_out, sizes_of
 from umbp_connectors.pool.shares import CopyShares
 
 Answer = TypeVar("Answer")
@@ -194,26 +188,24 @@ class Transfers:
             status = messages.LENT[place.status]
             fits = status.hit and place.nbytes == nbytes
             pages.append(place.page if fits else None)
-            statuses.append(status if fits or not status.hit else GetStatus.SIZE_MISMATCH)
-
+            statuses.append(GetStatus.TIMED_OUT if fits else GetStatus.SIZE_MISMATCH if status.hit else status)
         arena = link.arena.pages
 
         def copy(first: int, stop: int) -> None:
             page = pages[first]
             if page is None or time.monotonic() >= deadline:
-                statuses[first:stop] = [GetStatus.TIMED_OUT] * (stop - first)
-            elif isinstance(views, RowViews) and views.are_small:
-                names = [self._prefix + key for key in keys[first:stop]]
+                return
+            names = [self._prefix + key for key in keys[first:stop]]
+            if isinstance(views, RowViews) and views.are_small:
                 there = arena[page : page + len(names), : views.nbytes_each]
                 found = copy_rows_out(names, views.together(first, stop), there)
-                for index, checksum in enumerate(found, first):
-                    if checksum != places[index].checksum:
-                        statuses[index] = GetStatus.CORRUPT
             else:
                 view = views[first]
-                checksum = copy_checksummed(self._prefix + keys[first], view, arena[page, : view.nbytes])
-                if checksum != places[first].checksum:
-                    statuses[first] = GetStatus.CORRUPT
+                found = [copy_checksummed(names[0], view, arena[page, : view.nbytes])]
+            statuses[first:stop] = [
+                messages.LENT[place.status] if checksum == place.checksum else GetStatus.CORRUPT
+                for place, checksum in zip(places[first:stop], found, strict=True)
+            ]
 
         self._shares.run(views, pages, copy)
         return statuses

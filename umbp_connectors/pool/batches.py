@@ -18,13 +18,7 @@ from umbp_connectors.pool.lending import LentObject, Loan
 from umbp_connectors.pool.loads import LoadBatch, Loader, WantedLoad
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_connectors.pool.put_batch import PutBatch
-from umbp_connectors.pool.rows import (
-    RowViews,
-    Views,
-    copy_rows_in,
-    copy_rows_out,
-    sizes_of,
-)
+from umbp_connectors.pool.rows import RowViews, Views, copy_rows_in, copy_rows_out, sizes_of
 from umbp_connectors.pool.shares import CopyShares
 from umbp_connectors.pool.staged import StagedPut
 from umbp_connectors.pool.stripes import Stripes
@@ -209,14 +203,13 @@ class BatchMover:
             return [PutStatus.TIMED_OUT] * len(batch.keys)
         places = self._books.reserve_new(owner, batch.keys, sizes_of(batch.views), batch.depths)
         pages = [None if isinstance(place, PutStatus) else place for place in places]
-        statuses = [place if isinstance(place, PutStatus) else PutStatus.STORED for place in places]
+        statuses = [place if isinstance(place, PutStatus) else PutStatus.TIMED_OUT for place in places]
 
         def copy(first: int, stop: int) -> None:
             page = pages[first]
-            if page is None or _is_over(batch.deadline):
-                statuses[first:stop] = [PutStatus.TIMED_OUT] * (stop - first)
-            else:
+            if page is not None and not _is_over(batch.deadline):
                 self._copy_in(batch, first, stop, page, written)
+                statuses[first:stop] = [PutStatus.STORED] * (stop - first)
 
         self._shares.run(batch.views, pages, copy)
         return statuses

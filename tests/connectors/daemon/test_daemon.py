@@ -18,6 +18,7 @@ from umbp_connectors.daemon.client import DaemonClientConfig, DaemonPool
 from umbp_connectors.daemon.settings import socket_path
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_connectors.pool.rows import ObjectRows
+from umbp_connectors.pool.shares import CopyShares
 from umbp_core.errors import ConfigError, StateError, TierUnavailable
 from umbp_core.ids import RankScope
 from umbp_core.tiers import Tier
@@ -303,3 +304,18 @@ def test_open_twice(path: Path) -> None:
     with pytest.raises(StateError, match="already open"):
         pool.open()
     pool.close()
+
+
+def test_what_nobody_copied_is_neither_stored_nor_a_hit(
+    start: Start, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start()
+    pool = connect()
+    with monkeypatch.context() as patch:
+        patch.setattr(CopyShares, "run", lambda *arguments: None)
+        assert put(pool, range(8)) == [PutStatus.TIMED_OUT] * 8
+    assert get(pool, range(8)) == [GetStatus.MISS] * 8
+    assert put(pool, range(8)) == [PutStatus.STORED] * 8
+    monkeypatch.setattr(CopyShares, "run", lambda *arguments: None)
+    found = pool.get([key_of(number) for number in range(8)], [bytearray(SIZE) for _ in range(8)])
+    assert found == [GetStatus.TIMED_OUT] * 8
