@@ -11,6 +11,7 @@ from umbp_connectors.pool.catalogue import Catalogue
 from umbp_connectors.pool.catalogue_schema import CatalogueRow
 from umbp_connectors.pool.durability import Durability
 from umbp_connectors.pool.folder import NamespaceFolder
+from umbp_connectors.pool.refit import follow_moves
 from umbp_core.directory import Change, Directory, EventKind
 from umbp_core.errors import StateError, TierUnavailable
 from umbp_core.tiers import Tier
@@ -82,11 +83,13 @@ def open_ssd_catalogue(
     durability: Durability = "batched",
     prefixes: Sequence[bytes] = (),
     writers: Sequence[int] = (),
+    fitted: bool = False,
 ) -> SsdCatalogue | None:
     """Lock the namespace's folder and open its catalogue; ``None``, with one sentence, when that cannot be.
 
     ``layouts`` and ``slot_bytes`` are the ranks' in world-rank order: a catalogue belongs to all of them together.  For
-    tools it says what the ranks' object keys begin with (``prefixes``) and whose slab each uses (``writers``).
+    tools it says what the ranks' object keys begin with (``prefixes``) and whose slab each uses (``writers``).  With
+    ``fitted`` every slab has been fitted to just so many ``slots``, and what lay beyond them was moved.
     """
     about = {
         "layouts": b"".join(layouts),
@@ -98,6 +101,8 @@ def open_ssd_catalogue(
     try:
         folder.open()
         catalogue = folder.catalogue(identity, identity, len(layouts), slots, max(slot_bytes), durability, about)
+        if fitted:
+            follow_moves(catalogue.path, slots)
         rows = catalogue.open()
     except TierUnavailable as error:
         folder.close()

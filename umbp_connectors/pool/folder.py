@@ -43,7 +43,7 @@ from umbp_connectors.pool.capacity import (
 from umbp_connectors.pool.catalogue import NOTHING, Catalogue
 from umbp_connectors.pool.durability import Durability
 from umbp_connectors.pool.locks import FolderInUse, FolderLock, unusable
-from umbp_connectors.pool.refit import refit
+from umbp_connectors.pool.refit import move_within, refit
 from umbp_connectors.pool.slab import SlabFile
 from umbp_core.errors import TierUnavailable
 
@@ -77,6 +77,8 @@ class RankSlab:
 
     slab: SlabFile
     lock: FolderLock
+    fitted: bool = False
+    """What a catalogue of all ranks told of is where it is after :func:`~umbp_connectors.pool.refit.follow_moves`."""
 
     @property
     def slots(self) -> int:
@@ -127,8 +129,9 @@ def open_rank_slab(
     ``capacity_bytes`` bounds everything of ours below ``ssd_dir``, for all ``ranks`` that share it together, and for
     all ``engines``, which get equal parts; where an engine has several namespaces, this one has ``share`` of its part.
     With ``own_catalogue`` the caller keeps a catalogue of this rank alone beside the slab, and what an earlier life
-    stored in slots of another size or number is moved to where it fits.  A folder that is in use gets ``patience_s``
-    seconds to become free: a killed engine's last process may still be on its way out.
+    stored in slots of another size or number is moved to where it fits; without, what lies beyond the last slot is.  A
+    folder that is in use gets ``patience_s`` seconds to become free: a killed engine's last process may still be on its
+    way out.
 
     Raises ``TierUnavailable``: not a folder, read-only, held by another engine, disk full, no room for an object.
     """
@@ -157,12 +160,15 @@ def open_rank_slab(
                 f"bytes on each of {ranks} ranks ({plan.claimed_bytes} bytes of it are theirs); "
                 "set a larger SSD capacity"
             )
+        fitted = False
         if own_catalogue:
             refit(path, layout_digest, slot_bytes, plan.slots, direct_io)
+        else:
+            fitted = move_within(path, rank, layout_digest, slot_bytes, plan.slots, direct_io)
         slab = SlabFile(path, slot_bytes, plan.slots, direct_io, durability)
         slab.open()
         undo.pop_all()
-    return RankSlab(slab, lock)
+    return RankSlab(slab, lock, fitted)
 
 
 class NamespaceFolder:

@@ -2,6 +2,10 @@
 
 Bytes are moved within the file, so that no more space is needed than the tier may have.  The catalogue follows in one
 transaction.  Whoever is killed in between costs hits: a row then leads to other bytes, which do not verify.
+
+Where several ranks share a catalogue that is their leader's, each moves what is in its own slab (:func:`move_within`),
+and the leader has the catalogue follow when all have (:func:`follow_moves`).  Both read the same rows, so that both
+come to the same moves.
 """
 
 from __future__ import annotations
@@ -16,10 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from umbp_connectors.pool.buffers import round_up
+from umbp_connectors.pool.catalogue_schema import TYPED
 from umbp_connectors.pool.slab import ALIGNMENT
 
 logger = logging.getLogger(__name__)
 
+_LAYOUT_BYTES = 32
+_WAIT_S = 2.0
+"""How long a rank waits for others that read the same catalogue."""
 _USED = -(1 << 60)
 """How many objects lie in a slot that has got its own: never none again, nor one."""
 _UNUSABLE = (sqlite3.Error, OSError, LookupError, TypeError, ValueError)
@@ -52,6 +60,57 @@ def refit(slab: Path, layout: bytes, slot_bytes: int, slots: int, direct_io: boo
             if meta["layouts"] == layout and (meta["ranks"] == b"1" or old_bytes == slot_bytes):
                 _refit(connection, slab, old_bytes, slot_bytes, slots, direct_io)
                 return
+
+
+def move_within(slab: Path, rank: int, layout: bytes, slot_bytes: int, slots: int, direct_io: bool = True) -> bool:
+    """Move what the catalogue of several ranks says to lie beyond slot ``slots`` of ``rank``'s ``slab`` to free slots.
+
+    Whether the slab has everything where :func:`follow_moves` will say.  The caller holds the rank's folder, and nobody
+    has the slab open.  Nothing is raised for what cannot be moved.
+    """
+    for path in _latest_first(slab.parent.parent):
+        with (
+            contextlib.suppress(*_UNUSABLE),
+            contextlib.closing(sqlite3.connect(path, timeout=_WAIT_S, isolation_level=None)) as connection,
+        ):
+            (layouts,) = connection.execute("SELECT value FROM meta WHERE name = 'layouts'").fetchone()
+            if layouts[_LAYOUT_BYTES * rank : _LAYOUT_BYTES * (rank + 1)] != layout:
+                continue
+            if slab.stat().st_size <= slots * slot_bytes:
+                return True
+            _, places = _fewer_slots(connection, slots)
+            moves = iter([Move(source, target, slot_bytes) for source, target in places.items()])
+            return len(list(_moved(slab, moves, slot_bytes, slot_bytes, direct_io))) == len(places)
+    return False
+
+
+def follow_moves(catalogue: Path, slots: int) -> None:
+    """Let ``catalogue`` say where its objects are after every rank has done :func:`move_within`.
+
+    The most recently written ones stay, as many as there are ``slots``.  Nothing is raised when that cannot be done.
+    """
+    if not catalogue.exists():
+        return
+    with contextlib.suppress(*_UNUSABLE), _opened(catalogue) as connection:
+        gone, places = _fewer_slots(connection, slots)
+        if not (gone or places):
+            return
+        connection.execute("BEGIN IMMEDIATE")
+        connection.executemany("DELETE FROM objects WHERE key = ?", [(key,) for key in gone])
+        moves = [(target, source) for source, target in places.items()]
+        connection.executemany("UPDATE objects SET slot = ? WHERE slot = ?", moves)
+        connection.execute("COMMIT")
+        logger.info("%s: %d objects moved to other slots, %d had to go", catalogue, len(places), len(gone))
+
+
+def _fewer_slots(connection: sqlite3.Connection, slots: int) -> tuple[list[bytes], dict[int, int]]:
+    """The keys of what does not fit ``slots`` slots any more, and where what lies beyond them goes."""
+    (last,) = connection.execute("SELECT max(slot) FROM objects").fetchone()
+    if last is None or last < slots:
+        return [], {}
+    rows = connection.execute(f"SELECT key, slot FROM objects WHERE {TYPED} ORDER BY last_used DESC, slot").fetchall()
+    stay = [(slot, 1) for _, slot in rows[:slots]]
+    return [key for key, _ in rows[slots:]], {move.source: move.target for move in plan_moves(stay, 1, 1, slots)}
 
 
 def _latest_first(folder: Path) -> list[Path]:

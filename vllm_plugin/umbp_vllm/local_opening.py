@@ -85,7 +85,14 @@ def _open_catalogue(setup: LeaderSetup, hellos: Sequence[RankHello]) -> SsdCatal
         durability=setup.config.ssd_durability,
         prefixes=tuple(hello.prefix for hello in hellos),
         writers=tuple(hello.writer_rank for hello in hellos),
+        fitted=_are_fitted(hellos),
     )
+
+
+def _are_fitted(hellos: Sequence[RankHello]) -> bool:
+    """Whether all slabs were fitted to the same number of slots."""
+    writers = [hello for hello in hellos if hello.writer_rank == hello.world_rank]
+    return all(hello.fitted for hello in writers) and len({hello.ssd_slots for hello in writers}) == 1
 
 
 def _directory(

@@ -26,7 +26,8 @@ class RankHello(msgspec.Struct, frozen=True):
     slab this rank uses: its own, or the first TP rank's where all TP ranks hold the same KV.  Pages
     and slots are counted in objects; ``problem`` says why there are none although they were asked for.  ``prefix`` is
     what the rank's object keys begin with: written down for tools that verify what lies on SSD.
-    ``arena`` names the daemon's memory that this rank has mapped; it is empty where there is none.
+    ``arena`` names the daemon's memory that this rank has mapped; it is empty where there is none.  ``fitted``: what
+    lay in its slab beyond the last slot that there is now has been moved (``RankSlab.fitted``).
     """
 
     version: int
@@ -42,6 +43,7 @@ class RankHello(msgspec.Struct, frozen=True):
     problem: str = ""
     prefix: bytes = b""
     arena: bytes = b""
+    fitted: bool = False
 
 
 @dataclass

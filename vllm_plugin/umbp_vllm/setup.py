@@ -15,6 +15,7 @@ from umbp_connectors import logs
 from umbp_connectors.config import UmbpConfig, resolve
 from umbp_connectors.hookspecs import DramTierSpec, SsdTierSpec
 from umbp_connectors.plugins import PluginHost, create_manager
+from umbp_connectors.pool.folder import RankSlab
 from umbp_connectors.reporting.opening import open_reporter
 from umbp_connectors.tier_ports import DramTier, SsdTier
 from umbp_core.errors import ConfigError, UmbpError
@@ -193,6 +194,7 @@ def make_worker(vllm_config: Any, kv_cache_config: Any, settings: Settings, kv_c
         object_bytes=object_bytes,
         problem=problem,
         prefix=identity.digest,
+        fitted=isinstance(slab, RankSlab) and slab.fitted,
     )
     by_layer = asks_by_layer(vllm_config, geometry, settings.config)
     clears_early = compat.clears_before_fences(vllm_config, kv_cache_config)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm.engine.local import Ask, Engine, engine, pool
+from tests.vllm.engine.local import BLOCK, Ask, Engine, engine, pool
 from tests.vllm.engine.oracle import Oracle
 from tests.vllm.engine.processes import children, in_child
 from tests.vllm.models import prompt
+from umbp_core.tiers import Tier
 from umbp_vllm import compat
 
 
@@ -35,6 +36,24 @@ def test_ssd_hit_after_an_engine_restart(llama: Path, oracle: Oracle, tmp_path: 
     assert [reply.cached for reply in from_ssd] == [288] * 4
     if compat.CacheHitSource is not None:  # before 0.32, vLLM does not ask for it
         assert by_source == by_host == 4 * 288
+
+
+def test_a_smaller_capacity_keeps_what_was_stored_last(llama: Path, oracle: Oracle, tmp_path: Path) -> None:
+    asks = [Ask(prompt(300, seed=40 + seed)) for seed in range(6)]
+    right = [reply.tokens for reply in oracle.ask(llama, *asks)]
+    with engine(llama, kv_transfer_config=pool(tmp_path)) as first:
+        for ask in asks:
+            first.ask_one(ask)
+            first.drain()
+        ends = [max(first.pages_of(ask, Tier.SSD)) for ask in asks]
+    fewer = pool(tmp_path, ssd_capacity=(1 << 20) + 24 * BLOCK * 2048)
+    with engine(llama, kv_transfer_config=fewer) as second:
+        slots = second.slab.slots
+        latest = [second.ask_one(ask) for ask in asks[-2:]]
+        second.drain()
+    assert 18 <= slots <= ends[-2], "the latest do not lie beyond the slots that are left"
+    assert [reply.tokens for reply in latest] == right[-2:]
+    assert [reply.cached for reply in latest] == [288] * 2
 
 
 def test_partial_ssd_hit_followed_by_more_prompt(llama: Path, oracle: Oracle, tmp_path: Path) -> None:
