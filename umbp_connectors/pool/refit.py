@@ -17,6 +17,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from umbp_connectors.pool.buffers import round_up
@@ -26,6 +27,8 @@ from umbp_connectors.pool.slab import ALIGNMENT
 logger = logging.getLogger(__name__)
 
 _LAYOUT_BYTES = 32
+_MOVED_BYTES = 64 << 30
+"""Of all ranks together, when slots become fewer."""
 _WAIT_S = 2.0
 """How long a rank waits for others that read the same catalogue."""
 _USED = -(1 << 60)
@@ -104,13 +107,20 @@ def follow_moves(catalogue: Path, slots: int) -> None:
 
 
 def _fewer_slots(connection: sqlite3.Connection, slots: int) -> tuple[list[bytes], dict[int, int]]:
-    """The keys of what does not fit ``slots`` slots any more, and where what lies beyond them goes."""
+    """The keys of what does not fit ``slots`` slots any more, and where what lies beyond them goes.
+
+    An engine's start waits for that: no more is moved than a disk moves in about a minute.
+    """
     (last,) = connection.execute("SELECT max(slot) FROM objects").fetchone()
     if last is None or last < slots:
         return [], {}
+    meta = dict(connection.execute("SELECT name, value FROM meta"))
+    most = _MOVED_BYTES // (int(meta["slot_bytes"]) * int(meta["ranks"]))
     rows = connection.execute(f"SELECT key, slot FROM objects WHERE {TYPED} ORDER BY last_used DESC, slot").fetchall()
-    stay = [(slot, 1) for _, slot in rows[:slots]]
-    return [key for key, _ in rows[slots:]], {move.source: move.target for move in plan_moves(stay, 1, 1, slots)}
+    moves = plan_moves([(slot, 1) for _, slot in rows[:slots]], 1, 1, slots)
+    places = {move.source: move.target for move in islice(moves, most)}
+    gone = [key for number, (key, slot) in enumerate(rows) if number >= slots or (slot >= slots and slot not in places)]
+    return gone, places
 
 
 def _latest_first(folder: Path) -> list[Path]:

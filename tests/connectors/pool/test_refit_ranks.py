@@ -99,6 +99,17 @@ def test_the_latest_stay_on_every_rank_wherever_they_lay(tmp_path: Path, seed: i
         assert found(catalogue, opened) == list(objects)[-catalogue.slots :], "the catalogue did not follow"
 
 
+def test_no_more_is_moved_than_a_start_can_wait_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = scattered(5, MANY)
+    store(tmp_path, objects)
+    monkeypatch.setattr(refit, "_MOVED_BYTES", 3 * SLOT * RANKS)
+    with slabs(tmp_path, FEW) as opened, leader(tmp_path, opened) as catalogue:
+        stay = list(objects)[-catalogue.slots :]
+        beyond = [key for key in stay if objects[key] >= catalogue.slots]
+        assert len(beyond) > 3
+        assert found(catalogue, opened) == [key for key in stay if key not in beyond[:-3]]
+
+
 def test_more_slots_move_nothing(tmp_path: Path) -> None:
     objects = scattered(3, 20)
     store(tmp_path, objects)
