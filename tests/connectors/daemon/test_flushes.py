@@ -63,6 +63,7 @@ def test_a_client_whose_connections_broke_is_told(
         Disk(patch).fail("write")
         assert put(storing, [2]) == [PutStatus.STORED]
         assert not storing.flush(30)
+    until(lambda: daemon.server.connections == 0)  # only then the daemon knows that this one left as well
     with closing(attach(path, GREETING, None, False, soon())) as link:
         assert link.flush(20, soon()) is not told
         assert link.flush(20, soon())
