@@ -6,13 +6,14 @@ import enum
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
+from umbp_connectors.cli_pool_rows import stats_of, values_of
 from umbp_connectors.cli_pool_wanted import Wanted, age_text, closed_folders, key_of, size_of
 from umbp_connectors.cli_tables import console, table
 from umbp_core.errors import ConfigError
@@ -77,7 +78,7 @@ def stats(folder: DirOption = None, name: NameOption = "", as_json: JsonOption =
     from umbp_connectors.pool.inspection import unreadable_catalogues
 
     where = _folder(folder)
-    rows = [_stats_of(catalogue) for catalogue in _catalogues(where, name)]
+    rows = [stats_of(catalogue) for catalogue in _catalogues(where, name)]
     lost = [str(path) for path in (*unreadable_catalogues(where), *closed_folders(where))]
     if as_json:
         print(json.dumps({"catalogues": rows, "unreadable": lost}, indent=2))
@@ -126,7 +127,7 @@ def ls(
     found.sort(key=lambda pair: pair[1].written or 0.0, reverse=True)
     shown = found[:limit] if limit else found
     if as_json:
-        print(json.dumps([_values(catalogue, stored) for catalogue, stored in shown], indent=2))
+        print(json.dumps([values_of(catalogue, stored) for catalogue, stored in shown], indent=2))
         return
     rows = table("key", "size", "depth", "age", "slot", "catalogue")
     for catalogue, stored in shown:
@@ -148,11 +149,23 @@ def get(
     folder: DirOption = None,
     name: NameOption = "",
     rank: Annotated[int, typer.Option("--rank", min=0, help="Whose part, where ranks share a catalogue.")] = 0,
+    tier: TierOption = Where.SSD,
+    socket: DramSocketOption = None,
 ) -> None:
-    """Write the verified bytes of one object to a file."""
+    """Write the verified bytes of one object to a file.
+
+    With `--tier dram` the host's daemon gives what it has in memory: all ranks' parts, one after the other.
+    """
     from umbp_connectors.pool.maintenance import load
 
     wanted = key_of(key)
+    if tier is Where.DRAM:
+        from umbp_connectors import cli_pool_daemon
+
+        _check_no_folder(folder)
+        size = output.write_bytes(cli_pool_daemon.fetch(socket, name, wanted))
+        print(f"{size} bytes of {key} are in {output}")
+        return
     where = _folder(folder)
     for catalogue in _catalogues(where, name):
         for stored in catalogue.objects():
@@ -180,8 +193,7 @@ def verify(
     if tier is Where.DRAM:
         from umbp_connectors import cli_pool_daemon
 
-        if folder:
-            raise ConfigError("DRAM is the daemon's: leave out --dir, and name it with --socket")
+        _check_no_folder(folder)
         raise typer.Exit(0 if cli_pool_daemon.verify(socket, name, as_json) else 1)
     from umbp_connectors.cli_views import size_text
     from umbp_connectors.pool.inspection import unreadable_catalogues
@@ -261,7 +273,7 @@ def clear(folder: DirOption = None, name: NameOption = "", socket: SocketOption 
     catalogues = _catalogues(where, name)
     if not yes:
         for catalogue in catalogues:
-            row = _stats_of(catalogue)
+            row = stats_of(catalogue)
             print(f"{catalogue.name}: {row['objects']:,} objects would go; say --yes")
         raise typer.Exit(_tell_unseen(where))
     for catalogue in catalogues:
@@ -329,6 +341,11 @@ def _tell_unseen(folder: Path) -> int:
     return 1 if unseen else 0
 
 
+def _check_no_folder(folder: Path | None) -> None:
+    if folder:
+        raise ConfigError("DRAM is the daemon's: leave out --dir, and name it with --socket")
+
+
 def _folder(given: Path | None) -> Path:
     if given is not None:
         return given
@@ -353,43 +370,3 @@ def _catalogues(folder: Path, name: str) -> list[StoredCatalogue]:
 
 def _matching(catalogue: StoredCatalogue, wanted: Wanted) -> Iterator[tuple[StoredCatalogue, StoredObject]]:
     return ((catalogue, stored) for stored in catalogue.objects() if wanted.matches(stored))
-
-
-def _stats_of(catalogue: StoredCatalogue) -> dict[str, Any]:
-    objects = catalogue.objects()
-    sizes = [_bytes_of(path) for path in _slabs(catalogue)]
-    return {
-        "catalogue": catalogue.name,
-        "namespace": catalogue.namespace,
-        "objects": len(objects),
-        "bytes": sum(stored.nbytes for stored in objects) * (1 if catalogue.striped else catalogue.ranks),
-        "slots": min(sizes) // catalogue.slot_bytes if sizes and catalogue.slot_bytes else None,
-        "slot_bytes": catalogue.slot_bytes,
-        "fill": sum(stored.nbytes for stored in objects) / (len(objects) * catalogue.slot_bytes) if objects else None,
-        "ranks": catalogue.ranks,
-        "file_bytes": sum(sizes) + _bytes_of(catalogue.path),
-        "in_use": catalogue.in_use,
-    }
-
-
-def _slabs(catalogue: StoredCatalogue) -> Sequence[Path]:
-    pairs = zip(catalogue.folders, catalogue.layouts, strict=False)
-    paths = dict.fromkeys(folder / f"slab-{layout.hex()[:12]}.bin" for folder, layout in pairs)
-    return [path for path in paths if path.exists()]
-
-
-def _bytes_of(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _values(catalogue: StoredCatalogue, stored: StoredObject) -> dict[str, Any]:
-    return {
-        "key": stored.key.hex(),
-        "bytes": stored.nbytes,
-        "depth": stored.depth,
-        "slot": stored.slot,
-        "written": stored.written,
-        "tier": "SSD",
-        "catalogue": catalogue.name,
-        "namespace": catalogue.namespace,
-    }

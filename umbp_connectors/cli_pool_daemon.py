@@ -16,11 +16,11 @@ from umbp_connectors.cli_tables import console, table
 from umbp_connectors.cli_views import size_text
 from umbp_connectors.config import COMMAND_LINE, resolve
 from umbp_connectors.daemon.doors import Door
-from umbp_connectors.daemon.link import ManagingLink, list_objects, manage, verify_objects
+from umbp_connectors.daemon.link import ManagingLink, fetch_object, list_objects, manage, verify_objects
 from umbp_connectors.daemon.listing import ListObjects, VerifiedPool
 from umbp_connectors.daemon.settings import door_of, socket_path
 from umbp_connectors.pool.inspection import StoredCatalogue
-from umbp_core.errors import StateError, TierUnavailable
+from umbp_core.errors import ConfigError, StateError, TierUnavailable
 from umbp_core.wire.codes import WireError
 
 Told = TypeVar("Told")
@@ -89,6 +89,24 @@ def verify(socket: Path | None, name: str, as_json: bool) -> bool:
         if not found.complete:
             print(f"  not everything was looked at in {_VERIFY_S:.0f} s", file=sys.stderr)
     return found.complete and not any(each.unsound for each in found.pools)
+
+
+def fetch(socket: Path | None, name: str, key: bytes) -> bytes:
+    """The verified bytes of an object that a daemon has in memory, in a pool whose namespace contains ``name``.
+
+    Raises ``ConfigError`` unless exactly one pool has it, ``TierUnavailable`` when no daemon answers.
+    """
+    pools, data = _asked(socket, lambda door: fetch_object(door, name, key, time.monotonic() + _ANSWER_S))
+    if pools > 1:
+        raise ConfigError(
+            f"{pools} pools of the daemon have the object {key.hex()}; say with --name which one is meant"
+        )
+    if not pools:
+        raise ConfigError(
+            f"the daemon has no object {key.hex()} in memory that is what was stored; "
+            "`umbp pool ls --tier dram` lists what there is"
+        )
+    return data
 
 
 def _problems(verdict: VerifiedPool) -> list[str]:

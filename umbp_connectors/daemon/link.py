@@ -10,7 +10,15 @@ from typing import TypeVar
 
 from umbp_connectors.daemon import messages
 from umbp_connectors.daemon.doors import Door, TcpDoor, dial
-from umbp_connectors.daemon.listing import VERIFY_MS, Listing, ListObjects, Verified, VerifyObjects
+from umbp_connectors.daemon.listing import (
+    VERIFY_MS,
+    FetchedPart,
+    FetchPart,
+    Listing,
+    ListObjects,
+    Verified,
+    VerifyObjects,
+)
 from umbp_connectors.daemon.managing import KEYS, Evict, Manage
 from umbp_connectors.daemon.mapping import MappedArena, open_memory
 from umbp_connectors.daemon.messages import (
@@ -50,7 +58,7 @@ from umbp_core.errors import TierUnavailable
 from umbp_core.wire.codes import ErrorCode, WireError
 from umbp_core.wire.frames import FrameType
 
-Told = TypeVar("Told", Overview, Listing, Verified)
+Told = TypeVar("Told", Overview, Listing, Verified, FetchedPart)
 Reply = TypeVar("Reply", Found, Lent, Granted, Count, PoolStats, TakenPages, Published)
 
 _DAEMONS_PART = 0.8
@@ -327,7 +335,28 @@ def verify_objects(door: Door, name: str, timeout: float, deadline: float) -> Ve
     return _ask(door, wanted, Verified, deadline)
 
 
-def _ask(door: Door, greeting: Inspect | ListObjects | VerifyObjects, kind: type[Told], deadline: float) -> Told:
+def fetch_object(door: Door, name: str, key: bytes, deadline: float) -> tuple[int, bytes]:
+    """How many pools of the daemon at ``door`` have the object in memory, and its bytes if it is one.
+
+    Pools whose namespace contains ``name``.  An object that another one takes the place of meanwhile counts as not
+    there.  Raises as a link does.
+    """
+    data, first = b"", None
+    while True:
+        part = _ask(door, FetchPart(messages.REVISION, name, key, len(data)), FetchedPart, deadline)
+        first = first or part
+        if part.pools != 1:
+            return part.pools, b""
+        if (part.nbytes, part.checksum) != (first.nbytes, first.checksum) or not part.data:
+            return 0, b""
+        data += part.data
+        if len(data) >= part.nbytes:
+            return 1, data
+
+
+def _ask(
+    door: Door, greeting: Inspect | ListObjects | VerifyObjects | FetchPart, kind: type[Told], deadline: float
+) -> Told:
     """The only answer of a connection to the only question."""
     with contextlib.ExitStack() as undo:
         sock = _greet(door, greeting, undo, deadline)

@@ -1,4 +1,4 @@
-"""Questions from outside what objects the daemon holds, and whether they are sound, and its answers (law L10)."""
+"""Questions from outside what the daemon holds, if it is sound, and for an object's bytes; its answers (law L10)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ OBJECTS = 4096
 NAMED = 256
 """Keys of a pool in an answer about what is not sound, at most."""
 VERIFY_MS = 3_600_000
+PART_BYTES = 1 << 20
+"""Bytes of an object in an answer, at most."""
 Start = Annotated[bytes, msgspec.Meta(max_length=512)]
 
 
@@ -77,3 +79,27 @@ class Verified(msgspec.Struct, array_like=True, frozen=True, tag=48):
 
     complete: bool
     pools: Annotated[list[VerifiedPool], msgspec.Meta(max_length=OBJECTS)]
+
+
+class FetchPart(msgspec.Struct, array_like=True, frozen=True, tag=49):
+    """A first frame, and the only one of its connection: the bytes from ``start`` on of an object in memory.
+
+    In pools whose namespace contains ``name``.
+    """
+
+    revision: Natural
+    name: Text
+    key: Key
+    start: Natural
+
+
+class FetchedPart(msgspec.Struct, array_like=True, frozen=True, tag=50):
+    """The answer: how many pools have the object, and if it is one, what it has in all, its checksum, and the bytes.
+
+    What is not what was stored counts as not there, and is forgotten.
+    """
+
+    pools: Natural
+    nbytes: Natural = 0
+    checksum: Annotated[bytes, msgspec.Meta(max_length=1 << 14)] = b""
+    data: Annotated[bytes, msgspec.Meta(max_length=PART_BYTES)] = b""

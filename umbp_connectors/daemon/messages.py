@@ -18,7 +18,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
-from umbp_connectors.daemon.listing import ListObjects, VerifyObjects
+from umbp_connectors.daemon.listing import FetchPart, ListObjects, VerifyObjects
 from umbp_connectors.daemon.managing import Evict, Manage
 from umbp_connectors.daemon.news import Follow, News
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
@@ -341,7 +341,7 @@ Request = (
     | PublishPages
 )
 Order = Evict | Clear | Flush
-Greeting = Attach | Inspect | ListObjects | VerifyObjects | Follow | Manage
+Greeting = Attach | Inspect | ListObjects | VerifyObjects | FetchPart | Follow | Manage
 
 Said = TypeVar("Said")
 

@@ -11,6 +11,9 @@ from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.kept import KeptPool
 from umbp_connectors.daemon.listing import (
     NAMED,
+    PART_BYTES,
+    FetchedPart,
+    FetchPart,
     ListedObject,
     Listing,
     ListObjects,
@@ -93,6 +96,19 @@ def verdict_on(keeper: PoolKeeper, wanted: VerifyObjects) -> Verified:
             complete, verdict = _verified(kept, deadline)
             verdicts.append(verdict)
     return Verified(complete, verdicts)
+
+
+def part_of(keeper: PoolKeeper, wanted: FetchPart) -> FetchedPart:
+    """Verified bytes of an object in memory, if exactly one pool has it."""
+    found = []
+    for kept in keeper.pools():
+        if wanted.name in kept.namespace:
+            with contextlib.suppress(StateError):  # it is being closed
+                found += kept.pool.read(wanted.key, wanted.start, PART_BYTES)
+    if len(found) != 1:
+        return FetchedPart(len(found))
+    ((copy, data),) = found
+    return FetchedPart(1, copy.nbytes, copy.checksum, data)
 
 
 def _verified(kept: KeptPool, deadline: float) -> tuple[bool, VerifiedPool]:

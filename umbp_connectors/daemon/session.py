@@ -16,7 +16,7 @@ from umbp_connectors.daemon.holdings import ClientHoldings, HeldGrant
 from umbp_connectors.daemon.keeper import PoolKeeper
 from umbp_connectors.daemon.kept import KeptPool
 from umbp_connectors.daemon.knocking import let_in
-from umbp_connectors.daemon.listing import Listing, ListObjects, Verified, VerifyObjects
+from umbp_connectors.daemon.listing import FetchedPart, FetchPart, Listing, ListObjects, Verified, VerifyObjects
 from umbp_connectors.daemon.managing import Evict, Manage
 from umbp_connectors.daemon.mapping import name_memory
 from umbp_connectors.daemon.messages import (
@@ -50,7 +50,7 @@ from umbp_connectors.daemon.messages import (
     Welcome,
 )
 from umbp_connectors.daemon.news import Follow
-from umbp_connectors.daemon.overview import listing_of, overview_of, stats_of, verdict_on
+from umbp_connectors.daemon.overview import listing_of, overview_of, part_of, stats_of, verdict_on
 from umbp_connectors.daemon.watches import GATHER_S, QUIET_S, Watch, news_of
 from umbp_connectors.pool.books import Filled
 from umbp_connectors.pool.lending import LentObject
@@ -370,10 +370,11 @@ class Session:
         return Published([_PUBLISHED_NUMBER[status] for status in statuses])
 
 
-_TOLD: dict[type[Any], Callable[[PoolKeeper, Any], Overview | Listing | Verified]] = {
+_TOLD: dict[type[Any], Callable[[PoolKeeper, Any], Overview | Listing | Verified | FetchedPart]] = {
     Inspect: lambda keeper, asked: overview_of(keeper),
     ListObjects: listing_of,
     VerifyObjects: verdict_on,
+    FetchPart: part_of,
 }
 """Who asks one of these hears the answer, and that is all."""
 

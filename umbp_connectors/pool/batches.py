@@ -169,6 +169,21 @@ class BatchMover:
             self._demoter.used([key for key, lent in zip(keys, objects, strict=True) if lent.status is GetStatus.DRAM])
         return Loan(objects, lambda: self._books.unpin(owner))
 
+    def read(self, key: bytes, start: int, most: int) -> list[tuple[Copy, bytes]]:
+        """The copy of ``key`` in DRAM and some of its bytes, verified; nothing when there is none that is good."""
+        if self.check([key]):
+            return []
+        owner = self._books.new_owner()
+        try:
+            (copy,) = self._books.pin(owner, [key], Tier.DRAM, use=False)
+            if copy is None:
+                return []
+            page = self._pages[copy.pages[0], : copy.nbytes]
+            data = page[start : start + most].tobytes()
+            return [(copy, data)] if self._stripes.checksum(key, page) == copy.checksum else []
+        finally:
+            self._books.unpin(owner)
+
     def check(self, keys: Sequence[bytes]) -> int:
         """Verify what lies in DRAM under ``keys``; returns how many objects there were forgotten as bad."""
         owner = self._books.new_owner()

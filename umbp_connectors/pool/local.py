@@ -236,6 +236,14 @@ class LocalPool:
         with self._using() as parts:
             return parts.mover.check(keys)
 
+    def read(self, key: bytes, start: int, most: int) -> list[tuple[Copy, bytes]]:
+        """The copy of ``key`` in DRAM, and up to ``most`` of its bytes from ``start`` on, verified: one pair or none.
+
+        What is bad there is forgotten.  Raises ``StateError`` when the pool is closed.
+        """
+        with self._using() as parts:
+            return parts.mover.read(key, start, most)
+
     def arena_offer(self) -> ArenaOffer:
         """The memory that lent objects lie in.  The descriptor stays the pool's.  Raises ``StateError`` when closed."""
         arena = self._opened().arena
