@@ -160,11 +160,10 @@ def open_rank_slab(
                 f"bytes on each of {ranks} ranks ({plan.claimed_bytes} bytes of it are theirs); "
                 "set a larger SSD capacity"
             )
-        fitted = False
+        shape = (layout_digest, slot_bytes, plan.slots, direct_io)
         if own_catalogue:
-            refit(path, layout_digest, slot_bytes, plan.slots, direct_io)
-        else:
-            fitted = move_within(path, rank, layout_digest, slot_bytes, plan.slots, direct_io)
+            refit(path, *shape)
+        fitted = not own_catalogue and move_within(path, rank, *shape)
         slab = SlabFile(path, slot_bytes, plan.slots, direct_io, durability)
         slab.open()
         undo.pop_all()
