@@ -171,34 +171,32 @@ class BatchMover:
 
     def read(self, key: bytes, start: int, most: int) -> list[tuple[Copy, bytes]]:
         """The copy of ``key`` in DRAM and some of its bytes, verified; nothing when there is none that is good."""
-        if self.check([key]):
-            return []
         owner = self._books.new_owner()
         try:
             (copy,) = self._books.pin(owner, [key], Tier.DRAM, use=False)
             if copy is None:
                 return []
-            page = self._pages[copy.pages[0], : copy.nbytes]
-            data = page[start : start + most].tobytes()
-            return [(copy, data)] if self._stripes.checksum(key, page) == copy.checksum else []
+            data = self._pages[copy.pages[0], : copy.nbytes][start : start + most].tobytes()
+            return [(copy, data)] if self._is_sound(key, copy) else []
         finally:
             self._books.unpin(owner)
 
     def check(self, keys: Sequence[bytes]) -> int:
         """Verify what lies in DRAM under ``keys``; returns how many objects there were forgotten as bad."""
         owner = self._books.new_owner()
-        bad = 0
         try:
-            for key, copy in zip(keys, self._books.pin(owner, keys, Tier.DRAM, use=False), strict=True):
-                if copy is None:
-                    continue
-                page = self._pages[copy.pages[0], : copy.nbytes]
-                if self._stripes.checksum(key, page) != copy.checksum:
-                    self._books.drop(key, Tier.DRAM, copy)
-                    bad += 1
+            copies = self._books.pin(owner, keys, Tier.DRAM, use=False)
+            pairs = zip(keys, copies, strict=True)
+            return sum(copy is not None and not self._is_sound(key, copy) for key, copy in pairs)
         finally:
             self._books.unpin(owner)
-        return bad
+
+    def _is_sound(self, key: bytes, copy: Copy) -> bool:
+        """Whether the bytes of a pinned ``copy`` in DRAM are what was stored; otherwise it is forgotten."""
+        sound = self._stripes.checksum(key, self._pages[copy.pages[0], : copy.nbytes]) == copy.checksum
+        if not sound:
+            self._books.drop(key, Tier.DRAM, copy)
+        return sound
 
     def close(self, idle: bool) -> None:
         """End the threads; unless ``idle``, without waiting for the calls under way.  Staged puts come to nothing."""
