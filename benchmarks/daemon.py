@@ -22,7 +22,8 @@ from pathlib import Path
 
 import _peers
 import _report
-from pool import BATCH, SIZES, Batch, Keys, Memory, check, copy_all, open_pool
+from _pool import BATCH, Batch, Keys, Memory, check, open_pool
+from pool import SIZES, copy_all
 
 from umbp_connectors.daemon.client import DaemonClientConfig, DaemonPool
 from umbp_connectors.daemon.pages import NewObject, PageClient, WantedPages, engine_token

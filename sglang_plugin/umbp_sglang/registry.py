@@ -246,7 +246,7 @@ class PoolRegistry:
             first = rank.tp_rank * member.access.parts
             parts = list(range(first, first + member.access.parts))
         identities = [self._identity(member, part) for part in parts]
-        shared = member.replicated and rank.tp_size > 1 and not self._in_daemon
+        shared = self._is_shared(member)
         if self._is_read_only(member):
             timeout = self._settings.config.call_timeout_ms / 1000
             readers = [SiblingPool(found, meeting_place(found, rank.dp_rank), timeout) for found in identities]
@@ -308,7 +308,12 @@ class PoolRegistry:
             engines=rank.dp_size,
             ssd_namespace=_folder(identity.namespace, rank),
             make_ssd=self._settings.make_ssd,
+            shared_memory=self._is_shared(member),
         )
+
+    def _is_shared(self, member: _Member) -> bool:
+        """Whether one rank stores what all of them have, and the others read it in place."""
+        return member.replicated and self._settings.rank.tp_size > 1 and not self._in_daemon
 
     def _columns(self, member: _Member) -> tuple[int, int]:
         """How many TP ranks have a part of their own of the pool, and which is this one's."""

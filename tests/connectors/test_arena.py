@@ -267,6 +267,82 @@ def test_a_numa_node_that_is_not_there_is_one_warning(caplog: pytest.LogCaptureF
     arena.close()
 
 
+def test_private_memory_is_this_process_alone(caplog: pytest.LogCaptureFixture) -> None:
+    arena = Arena(1 << 20, pages=96, shared=False)
+    arena.open()
+    with pytest.raises(StateError, match="open it as shared"):
+        _ = arena.fd
+    assert not arena.array.any()
+    arena.array[50, :4] = 7
+    assert arena.wait_prefaulted(60)
+    assert arena.progress == 1.0
+    assert arena.array[50, :5].tolist() == [7, 7, 7, 7, 0]
+    kept = arena.page(50, 4)
+    arena.close()
+    arena.close()
+    assert bytes(kept) == bytes([7, 7, 7, 7])
+    assert not caplog.records
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the kernel has no huge pages")
+def test_private_memory_may_be_huge_pages() -> None:
+    """The kernel decides, but it knows that it may; about shared memory it knows so too."""
+    for shared in (False, True):
+        arena = Arena(1 << 21, pages=4, prefault=False, shared=shared)
+        arena.open()
+        flags: dict[int, str] = {}
+        begin = 0
+        for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+            first, _, rest = line.partition(" ")
+            if not first.endswith(":"):
+                begin = int(first.partition("-")[0], 16)
+            elif first == "VmFlags:":
+                flags[begin] = rest
+        found = next(flags[begin] for begin in sorted(flags, reverse=True) if begin <= arena.address).split()
+        assert "hg" in found
+        assert ("dc" in found) is not shared
+        arena.close()
+
+
+def test_a_forked_child_has_no_copy_of_private_memory() -> None:
+    script = """
+        import os
+        from umbp_connectors.pool.arena import Arena
+        arena = Arena(1 << 21, 4, prefault=False, shared=False)
+        arena.open()
+        arena.array[:] = 1
+        child = os.fork()
+        if child == 0:
+            ranges = [line.split()[0].split("-") for line in open("/proc/self/maps")]
+            os._exit(any(int(first, 16) <= arena.address < int(last, 16) for first, last in ranges))
+        assert os.waitpid(child, 0)[1] == 0
+        assert arena.array.all()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=60, env=_env())
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS])
+def test_old_kernels_have_shared_memory_instead(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(address: int, nbytes: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(machine, "populate", refuse)
+    arena = Arena(1 << 20, pages=8, shared=False)
+    arena.open()
+    assert arena.wait_prefaulted(60)
+    assert os.fstat(arena.fd).st_blocks * 512 == arena.nbytes
+    arena.close()
+
+
+def test_private_memory_that_is_refused_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(address: int, nbytes: int) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(machine, "populate", refuse)
+    with pytest.raises(TierUnavailable, match="smaller dram_capacity"):
+        Arena(1 << 20, pages=8, shared=False).open()
+
+
 def test_another_process_maps_the_same_pages(arena: Arena) -> None:
     script = """
         import sys

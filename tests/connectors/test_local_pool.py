@@ -60,6 +60,20 @@ def _same(left: list[np.ndarray], right: list[np.ndarray]) -> bool:
     return len(left) == len(right) and all(map(np.array_equal, left, right))
 
 
+def test_private_memory_is_offered_to_nobody(make: Callable[..., LocalPool]) -> None:
+    pool = make(slots=20, shared_memory=False)
+    with pytest.raises(StateError, match="open it as shared"):
+        pool.arena_offer()
+    keys, objects = _keys(8), _objects(8)
+    assert pool.put(keys, objects) == [PutStatus.STORED] * 8
+    assert pool.flush(30)
+    others = _keys(8, "other")
+    assert pool.put(others, _objects(8, seed=1)) == [PutStatus.STORED] * 8
+    statuses, found = _read(pool, keys)
+    assert statuses == [GetStatus.SSD] * 8
+    assert _same(found, objects)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("count", [1, 7, 100])
 def test_what_was_put_comes_back(make: Callable[..., LocalPool], count: int, threads: int) -> None:

@@ -209,4 +209,5 @@ class PoolKeeper:
             make_ssd=self._make_ssd,
             make_ssd_gate=self._make_ssd_gate,
             prefixes=tuple(wanted.prefixes),
+            shared_memory=True,
         )

@@ -116,6 +116,7 @@ def _pool(
         copy_threads=threads,
         io_threads=_io_threads(threads),
         demote_threads=_io_threads(threads),
+        shared_memory=False,
     )
     pool = LocalPool(Identity("umbp-bench", bytes(32), RankScope()), config)
     pool.open()

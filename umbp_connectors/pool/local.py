@@ -119,7 +119,8 @@ class LocalPool:
                 f"a DRAM tier of {config.dram_bytes} bytes does not hold one object of {config.object_bytes} bytes; "
                 "set a larger DRAM size"
             )
-        arena = Arena(self.page_bytes, pages, 0, config.huge_pages, config.numa_node, config.prefault)
+        placed = (config.huge_pages, config.numa_node, config.prefault, config.shared_memory)
+        arena = Arena(self.page_bytes, pages, 0, *placed)
         with contextlib.ExitStack() as undo:
             arena.open()
             undo.callback(arena.close)
@@ -245,7 +246,10 @@ class LocalPool:
             return parts.mover.read(key, start, most)
 
     def arena_offer(self) -> ArenaOffer:
-        """The memory that lent objects lie in.  The descriptor stays the pool's.  Raises ``StateError`` when closed."""
+        """The memory that lent objects lie in.  The descriptor stays the pool's.
+
+        Raises ``StateError`` when closed, and without ``shared_memory``.
+        """
         arena = self._opened().arena
         return ArenaOffer(arena.fd, arena.page_bytes, arena.pages)
 

@@ -41,6 +41,8 @@ class LocalPoolConfig:
     ``prefixes`` are the digests of the identities that the parts of an object have, where it consists of those of
     several ranks; see :class:`~umbp_connectors.pool.stripes.Stripes`.
 
+    ``shared_memory`` is what other processes can map; a pool that none of them reads in place is better off without.
+
     ``watermarks`` say how full which tier may get before it is emptied in the background; the others may be full.
     """
 
@@ -58,6 +60,7 @@ class LocalPoolConfig:
     huge_pages: bool = False
     numa_node: int = -1
     prefault: bool = True
+    shared_memory: bool = True
     direct_io: bool = True
     patience_s: float = PATIENCE_S
     ssd_timeout_s: float = 30.0
@@ -100,6 +103,7 @@ def local_pool_config(
     make_ssd: Callable[[SsdTierSpec], SsdTier] | None = None,
     make_ssd_gate: GateMaker | None = None,
     prefixes: tuple[bytes, ...] = (),
+    shared_memory: bool = False,
 ) -> LocalPoolConfig:
     """The pool that the user's ``config`` asks for; what it cannot know is given, see :class:`LocalPoolConfig`.
 
@@ -119,6 +123,7 @@ def local_pool_config(
         huge_pages=config.dram_use_hugepages,
         numa_node=config.dram_numa_node,
         prefault=config.dram_prefault,
+        shared_memory=shared_memory,
         direct_io=config.ssd_direct_io,
         ssd_share=ssd_share,
         ssd_engines=max(engines, config.ssd_engines),
