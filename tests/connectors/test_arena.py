@@ -318,7 +318,8 @@ def test_a_forked_child_has_no_copy_of_private_memory() -> None:
         assert os.waitpid(child, 0)[1] == 0
         assert arena.array.all()
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=60, env=_env())
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False, timeout=60, env=_env())
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS])
