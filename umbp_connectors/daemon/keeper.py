@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from umbp_connectors.config_model import UmbpConfig
+from umbp_connectors.daemon.companions import have_parts_of_same_blocks
 from umbp_connectors.daemon.kept import KeptPool
 from umbp_connectors.daemon.messages import Attach
 from umbp_connectors.hookspecs import SsdTierSpec
@@ -22,6 +24,7 @@ from umbp_connectors.pool.stripes import group_of
 from umbp_connectors.tier_ports import SsdTier
 from umbp_core.errors import TierUnavailable, UmbpError
 from umbp_core.eviction import EvictionPolicy
+from umbp_core.ids import Identity
 
 logger = logging.getLogger(__name__)
 
@@ -168,8 +171,14 @@ class PoolKeeper:
             logger.info("umbp: pool %s, which nobody uses, makes room", name.hex()[:12])
         closing = [self._pools.pop(name) for name in going]
         pool = LocalPool(wanted.identity, self._pool_config(wanted, pages * page_bytes))
-        kept = self._pools[digest] = KeptPool(pool, pages, page_bytes, (wanted.rank, wanted.ranks), closing)
+        place, companions = (wanted.rank, wanted.ranks), functools.partial(self._companions, wanted.identity)
+        kept = self._pools[digest] = KeptPool(pool, pages, page_bytes, place, closing, companions)
         return kept
+
+    def _companions(self, identity: Identity) -> list[LocalPool]:
+        """The pools of the other ranks."""
+        pools = [kept.pool for kept in self.pools()]
+        return [pool for pool in pools if have_parts_of_same_blocks(pool.identity, identity)]
 
     def _room(self, wanted: Attach, asked: int) -> tuple[list[bytes], int]:
         """Which idle pools have to go for ``asked`` bytes, and how much room there is then.

@@ -10,6 +10,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from umbp_connectors.daemon.companions import Partings
 from umbp_connectors.daemon.holdings import ClientHoldings
 from umbp_connectors.daemon.messages import TOKEN_BYTES, Attach
 from umbp_connectors.daemon.watches import Watches
@@ -38,7 +39,8 @@ class _Engine:
 class KeptPool:
     """A pool of the daemon, the clients that it has, and how many of its pages each of them holds.  Any thread.
 
-    It is opened ``instead_of`` others, which it closes before.  ``place`` is its rank, and of how many.
+    It is opened ``instead_of`` others, which it closes before.  ``place`` is its rank, and of how many; what it has
+    lost, those of the other ranks, its ``companions``, forget.
     """
 
     def __init__(
@@ -48,12 +50,14 @@ class KeptPool:
         page_bytes: int,
         place: tuple[int, int] = (0, 1),
         instead_of: Sequence[KeptPool] = (),
+        companions: Callable[[], Iterable[LocalPool]] = tuple,
     ) -> None:
         self.pool = pool
         self._place = place
         self.arena = os.urandom(TOKEN_BYTES)
         self.stripes = pool.stripes
         self.watches = Watches()
+        self._partings = Partings(pool, self.watches, companions)
         self.pages = pages
         self.page_bytes = page_bytes
         self._labels: dict[bytes, str] = {}
@@ -138,6 +142,8 @@ class KeptPool:
             except UmbpError as error:
                 self._failed = str(error)
                 raise
+            if self._place[1] > 1:
+                self._partings.start()
             self._is_open = True
 
     def close(self, timeout: float = CLOSE_TIMEOUT_S) -> None:
@@ -148,6 +154,7 @@ class KeptPool:
         self._ending = True
         self.watches.end()
         with self._changing:
+            self._partings.join()
             self.pool.close(timeout)
             self._is_closed = True
 

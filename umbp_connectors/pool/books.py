@@ -306,6 +306,12 @@ class Books:
             self._follow()
         return len(gone)
 
+    def missing(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Those of ``keys`` of which there is no copy in any tier, also not one that is left alone just now."""
+        with self._lock:
+            there = self._directory.contains_many(keys)
+        return [key for key, found in zip(keys, there, strict=True) if not found]
+
     def held(self, keys: Sequence[bytes], tier: Tier) -> list[bytes]:
         """Those of ``keys`` that can be read from ``tier``."""
         with self._lock:

@@ -329,6 +329,10 @@ class LocalPool:
         """The keys of all objects that can be read, by tier.  Takes time in proportion to them."""
         return self._opened().books.holdings()
 
+    def missing(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Those of ``keys`` of which there is no copy in any tier, also not on a disk that is left alone just now."""
+        return self._opened().books.missing(keys)
+
     def copies(self, tier: Tier) -> list[tuple[bytes, Copy]]:
         """Every object that can be read from ``tier``, the latest last.  Takes time in proportion to them."""
         return self._opened().books.copies(tier)

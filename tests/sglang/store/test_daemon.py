@@ -105,6 +105,24 @@ def test_ranks_and_models_are_apart(stores: Stores, start: Start, config: Callab
     assert len(daemon.keeper.pools()) == 4
 
 
+def test_what_one_rank_has_lost_leaves_the_others(stores: Stores, start: Start, config: Callable[..., Any]) -> None:
+    daemon = start()
+    ranks = [stores(config(tp=(rank, 2)), mha_pool()) for rank in range(2)]
+    keys = hashes(4)
+    for store in ranks:
+        assert store.batch_set_v1(keys, rows(0, 1, 2, 3)) == [True] * 4
+    first, second = (kept.pool for kept in daemon.keeper.pools())
+    going = second.holdings()[Tier.DRAM][1]
+    assert second.evict([going]) == 1
+    until(lambda: going not in first.holdings()[Tier.DRAM])
+    assert [store.batch_exists(keys) for store in ranks] == [1, 1], "no rank has more of the prefix than the other"
+    for store in ranks:
+        want = contents(store.mem_pool_host, [0, 2, 3])
+        wipe(store.mem_pool_host)
+        assert store.batch_get_v1([keys[0], *keys[2:]], rows(4, 5, 6)) == [True] * 3
+        assert contents(store.mem_pool_host, [4, 5, 6]) == want
+
+
 def test_ranks_with_the_same_kv_share_one_pool(stores: Stores, start: Start, config: Callable[..., Any]) -> None:
     daemon = start()
     pool = mla_pool()
