@@ -17,6 +17,7 @@ MAX_FUNCTION = 60
 BROAD_EXCEPTS = {
     "umbp_connectors/client/master_client.py": (1, "top of the client's thread: a snapshot may raise anything"),
     "umbp_connectors/debug/door.py": (1, "boundary of a question: what cannot be said must not cost the rest"),
+    "umbp_connectors/daemon/companions.py": (1, "thread top: a plug-in's policy may raise, the pools go on"),
     "umbp_connectors/daemon/follower.py": (1, "thread top: the engine goes on, what the daemon holds is not told"),
     "umbp_connectors/daemon/server.py": (1, "top of a client's thread: the others are served on"),
     "umbp_connectors/master/native_connection.py": (2, "a call of the native door: it fails, the master serves on"),

@@ -71,7 +71,7 @@ class Partings:
                 self._part(watch.take(QUIET_S) or ())
             except UmbpError:  # a pool was closed
                 logger.debug("what left a pool stays with its companions", exc_info=True)
-            except Exception:  # thread top: the pools work without it
+            except Exception:  # thread top: a plug-in's policy may raise anything, the pools go on
                 logger.exception("what leaves this pool stays with its companions from now on")
                 return
             watch.rest(GATHER_S)
