@@ -34,15 +34,16 @@ def machine() -> dict[str, object]:
     }
 
 
-def rounds(ways: Mapping[str, Callable[[], float]], count: int) -> dict[str, list[float]]:
+def rounds(ways: Mapping[str, Callable[[], float]], count: int, back_and_forth: bool = False) -> dict[str, list[float]]:
     """Run every way ``count`` times, in turns, so that a noisy neighbour hits all of them; the first turn is a warm-up.
 
-    Each way returns one figure.
+    Each way returns one figure.  With ``back_and_forth`` every other turn begins with the last way: where it counts
+    what was in the processor's caches before, no way always follows the same one.
     """
     figures: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(count + 1):
-        for name, way in ways.items():
-            figure = way()
+        for name in reversed(ways) if back_and_forth and turn % 2 else ways:
+            figure = ways[name]()
             if turn:
                 figures[name].append(figure)
     return figures

@@ -125,7 +125,9 @@ def dram(nbytes: int, count: int, threads: int) -> list[_report.Row]:
         ways |= {f"{where}put {given}": mover.put for (where, given), mover in movers.items()}
         ways |= {many: copy(threads)}
         ways |= {f"{where}get {given}": mover.get for (where, given), mover in movers.items()}
-        figures = _report.rounds(ways, max(count, min(10 * count, ROUND_BYTES // (nbytes * BATCH))))
+        figures = _report.rounds(
+            ways, max(count, min(10 * count, ROUND_BYTES // (nbytes * BATCH))), back_and_forth=True
+        )
         client.close()
         local.close()
         daemon.close()

@@ -140,6 +140,8 @@ def _lists() -> dict[str, tuple[list[np.ndarray], bool]]:
     ends = [*whole[:4], *(row[:100] for row in whole[4:])]
     locked = list(sealed)
     locked[5].flags.writeable = False
+    sealed_whole = whole.copy()
+    sealed_whole.flags.writeable = False
     return {
         "neighbours": (list(whole), True),
         "all but the last": ([*whole[:7], whole[0]], False),
@@ -148,6 +150,7 @@ def _lists() -> dict[str, tuple[list[np.ndarray], bool]]:
         "of several arrays": (several, False),
         "of several sizes": (ends, False),
         "one for reading only": (locked, False),
+        "all for reading only": (list(sealed_whole), True),
         "a single one": ([whole[3]], False),
         "of a size that needs no rows": (list(np.zeros((3, 192 << 10), np.uint8)), False),
         "empty": (list(np.zeros((3, 0), np.uint8)), False),
@@ -163,6 +166,11 @@ def test_small_buffers_that_lie_side_by_side_count_as_rows(name: str) -> None:
     assert len(views) == len(buffers)
     whole = [np.asarray(view).tobytes() for view in views]
     assert whole == [buffer.tobytes() for buffer in buffers]
+
+
+def test_small_buffers_in_steps_are_refused() -> None:
+    with pytest.raises(ValueError, match="not contiguous"):
+        views_of(list(np.zeros((8, 4096), np.uint8)[:, ::2]))
 
 
 def test_rows_out_of_a_list_keep_their_memory_and_can_be_written_if_the_buffers_can(make: Maker) -> None:

@@ -219,7 +219,8 @@ class DaemonPool:
         def ask(link: Link) -> None:
             there.clear()
             for start in range(0, len(keys), messages.KEYS):
-                found = link.look_up(keys[start : start + messages.KEYS], False, deadline).there
+                part = keys[start : start + messages.KEYS] if len(keys) > messages.KEYS else keys
+                found = link.look_up(part, False, deadline).there
                 there.extend(map(bool, found) if 0 in found else [True] * len(found))
 
         self._opened().call(Way.ASK, deadline, ask)

@@ -81,9 +81,9 @@ class Link:
 
     def look_up(self, keys: Sequence[bytes], prefix: bool, deadline: float) -> Found:
         """What of ``keys`` (``messages.KEYS`` at most) can be read."""
-        found = self._ask(Lookup(list(keys), prefix), Found, deadline)
-        told = found.there
-        if found.prefix > len(keys) or not (prefix or told.count(0) + told.count(1) == len(told) == len(keys)):
+        found = self._ask(Lookup(keys if isinstance(keys, list) else list(keys), prefix), Found, deadline)
+        sound = prefix or (len(found.there) == len(keys) and not found.there.translate(None, b"\x00\x01"))
+        if found.prefix > len(keys) or not sound:
             raise WireError(ErrorCode.MALFORMED, f"an answer about {len(keys)} keys speaks of others")
         return found
 
