@@ -21,10 +21,11 @@ Batch = list[np.ndarray]
 class Memory:
     """Objects of one size in memory that is present: some batches, taken in turns."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, batch: int = BATCH) -> None:
         self.nbytes = nbytes
-        self.batches = max(2, -(-CACHE_BYTES // (nbytes * BATCH)))
-        self.arena = Arena(nbytes, self.batches * BATCH, prefault=False)
+        self.batch = batch
+        self.batches = max(2, -(-CACHE_BYTES // (nbytes * batch)))
+        self.arena = Arena(nbytes, self.batches * batch, prefault=False)
         self.arena.open()
         self.arena.array[:] = np.random.default_rng(1).integers(0, 256, nbytes, dtype=np.uint8)
         self.arena.array[:, :8] = np.arange(len(self.arena.array), dtype=np.uint64)[:, None].view(np.uint8)
@@ -36,9 +37,9 @@ class Memory:
 
     def next_rows(self) -> ObjectRows:
         """The next batch, as rows of one array."""
-        first = self._turn % self.batches * BATCH
+        first = self._turn % self.batches * self.batch
         self._turn += 1
-        return ObjectRows(self.arena.array, range(first, first + BATCH))
+        return ObjectRows(self.arena.array, range(first, first + self.batch))
 
 
 class Keys:
@@ -47,10 +48,10 @@ class Keys:
     def __init__(self) -> None:
         self._next = 0
 
-    def fresh(self) -> list[bytes]:
+    def fresh(self, count: int = BATCH) -> list[bytes]:
         """Keys that were never used."""
-        self._next += BATCH
-        return [number.to_bytes(32, "big") + bytes(4) for number in range(self._next - BATCH, self._next)]
+        self._next += count
+        return [number.to_bytes(32, "big") + bytes(4) for number in range(self._next - count, self._next)]
 
 
 def open_pool(nbytes: int, pages: int, **options: object) -> LocalPool:

@@ -39,6 +39,7 @@ TARGET_EXISTS_US = 400.0
 ROUND_BYTES = 2 << 30
 BUFFERS, ROWS = "buffers", "rows"
 GIVEN = (BUFFERS, ROWS)
+MANY = 4 * BATCH
 """A list of arrays, or neighbouring rows of one array, as SGLang's storage gives the pages of its host pool."""
 IDENTITY = Identity("benchmark", bytes(32), RankScope())
 PROGRAM = "from umbp_connectors.cli import main; main()"
@@ -76,11 +77,11 @@ class Mover:
     def __init__(self, pool: LocalPool | DaemonPool, sources: Memory, targets: Memory, keys: Keys, rows: bool) -> None:
         self._pool, self._sources, self._targets, self._rows = pool, sources, targets, rows
         self._keys, self._stored = keys, []
-        self._moved = sources.nbytes * BATCH
+        self._moved = sources.nbytes * sources.batch
 
     def put(self) -> float:
         """GB/s of a put of fresh keys, which evicts as many."""
-        self._stored.append(self._keys.fresh())
+        self._stored.append(self._keys.fresh(self._sources.batch))
         objects, statuses = self._batch(self._sources), []
         figure = _report.rate(self._moved, lambda: statuses.extend(self._pool.put(self._stored[-1], objects)))
         check(statuses, PutStatus.STORED)
@@ -98,10 +99,10 @@ class Mover:
         return memory.next_rows() if self._rows else memory.next()
 
 
-def dram(nbytes: int, count: int, threads: int) -> list[_report.Row]:
+def dram(nbytes: int, count: int, threads: int, batch: int = BATCH) -> list[_report.Row]:
     """Put and get of one size."""
-    sources, targets, plain = Memory(nbytes), Memory(nbytes), Memory(nbytes)
-    keys, pages = Keys(), len(GIVEN) * sources.batches * BATCH
+    sources, targets, plain = Memory(nbytes, batch), Memory(nbytes, batch), Memory(nbytes, batch)
+    keys, pages = Keys(), len(GIVEN) * sources.batches * batch
     executor = ThreadPoolExecutor(threads)
     with tempfile.TemporaryDirectory() as folder:
         daemon = Daemon(Path(folder), pages * nbytes)
@@ -116,7 +117,7 @@ def dram(nbytes: int, count: int, threads: int) -> list[_report.Row]:
         def copy(number: int) -> Callable[[], float]:
             def run() -> float:
                 into, out_of = plain.next(), sources.next()
-                return _report.rate(nbytes * BATCH, lambda: copy_all(executor, number, into, out_of))
+                return _report.rate(nbytes * batch, lambda: copy_all(executor, number, into, out_of))
 
             return run
 
@@ -125,9 +126,8 @@ def dram(nbytes: int, count: int, threads: int) -> list[_report.Row]:
         ways |= {f"{where}put {given}": mover.put for (where, given), mover in movers.items()}
         ways |= {many: copy(threads)}
         ways |= {f"{where}get {given}": mover.get for (where, given), mover in movers.items()}
-        figures = _report.rounds(
-            ways, max(count, min(10 * count, ROUND_BYTES // (nbytes * BATCH))), back_and_forth=True
-        )
+        turns = max(count, min(10 * count, ROUND_BYTES // (nbytes * batch)))
+        figures = _report.rounds(ways, turns, back_and_forth=True)
         client.close()
         local.close()
         daemon.close()
@@ -243,7 +243,8 @@ def main() -> None:
     count, sizes = (5, SIZES[:3]) if arguments.quick else (15, SIZES)
     threads = LocalPoolConfig(1, 1).copy_threads
     sections = {
-        "Put and get, batches of 128": [row for nbytes in sizes for row in dram(nbytes, count, threads)],
+        f"Put and get, batches of {BATCH}": [row for nbytes in sizes for row in dram(nbytes, count, threads)],
+        f"Put and get, batches of {MANY}": dram(SIZES[0], count, threads, MANY),
         "exists": exists(count),
         "An engine's leader": pages(count),
         **_peers.in_dram(),
@@ -251,7 +252,8 @@ def main() -> None:
     notes = [
         f"Targets: {TARGET} of the copy from 256 KiB on, {TARGETS[64 << 10]} at 64 KiB.",
         f"The copy that the targets are of is that by one thread; put and get copy with {threads}.",
-        "Medians of interleaved rounds; ratios are medians of each round's ratio.",
+        f"Of the smallest objects, {MANY} have as many bytes as {BATCH} of {SIZES[1] >> 10} KiB.",
+        "Medians of interleaved rounds, every other one backwards; ratios are medians of each round's ratio.",
         "Every object is verified (xxh3-128); the copies that it is compared with are not.",
         "Given as rows: neighbours of one array, as SGLang's storage gives the pages of its host pool.",
         "The daemon and the client are two processes on the same processors.",
