@@ -15,7 +15,7 @@ import pytest
 
 from tests.connectors.gate import Gate
 from tests.connectors.pool_memory import memory_of
-from umbp_connectors.pool import batches
+from umbp_connectors.pool import copies
 from umbp_connectors.pool.checksums import copy_checksummed
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
 from umbp_core.errors import ConfigError, StateError
@@ -428,7 +428,7 @@ def test_clear_forgets_everything_for_good(make: Callable[..., LocalPool]) -> No
 
 def test_close_waits_for_calls_under_way(make: Callable[..., LocalPool], monkeypatch: pytest.MonkeyPatch) -> None:
     pool, gate = make(copy_threads=1), Gate(copy_checksummed)
-    monkeypatch.setattr(batches, "copy_checksummed", gate)
+    monkeypatch.setattr(copies, "copy_checksummed", gate)
     statuses: list[PutStatus] = []
     writer = threading.Thread(target=lambda: statuses.extend(pool.put([b"key"], [b"data"])))
     writer.start()
@@ -448,7 +448,7 @@ def test_a_call_that_does_not_end_does_not_hold_up_a_close(
     make: Callable[..., LocalPool], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pool, gate = make(copy_threads=1), Gate(copy_checksummed)
-    monkeypatch.setattr(batches, "copy_checksummed", gate)
+    monkeypatch.setattr(copies, "copy_checksummed", gate)
     statuses: list[PutStatus] = []
     writer = threading.Thread(target=lambda: statuses.extend(pool.put([b"key"], [b"data"])))
     writer.start()

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.connectors.pool_memory import memory_of
-from umbp_connectors.pool import batches, rows
+from umbp_connectors.pool import copies, rows
 from umbp_connectors.pool.buffers import PIECE_BYTES
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
 from umbp_connectors.pool.rows import ObjectRows, stretches, views_of
@@ -84,7 +84,7 @@ def test_neighbours_are_copied_together(make: Maker, monkeypatch: pytest.MonkeyP
         copied.append(len(object_keys))
         return copy(object_keys, *arrays)
 
-    monkeypatch.setattr(batches, "copy_rows_in", counted)
+    monkeypatch.setattr(copies, "copy_rows_in", counted)
     pool = make(copy_threads=1)
     count = COUNT - 1
     pool.put(_keys(count), ObjectRows(_whole(), range(count)))
@@ -313,7 +313,7 @@ def test_what_a_helping_thread_raises_is_raised(make: Maker, monkeypatch: pytest
 
     helps = threading.Event()
     pool = make(copy_threads=2)
-    monkeypatch.setattr(batches, "copy_checksummed", copy)
+    monkeypatch.setattr(copies, "copy_checksummed", copy)
     with pytest.raises(MemoryError, match="of a helper"):
         pool.put(_keys(), [bytes(SIZE)] * COUNT)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from umbp_connectors.pool import batches
+from umbp_connectors.pool import copies
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
 from umbp_core.errors import StateError
 from umbp_core.ids import Identity, RankScope
@@ -155,7 +155,7 @@ def test_a_stage_that_fails_gives_everything_back(
         raise RuntimeError("a mistake of ours")
 
     with monkeypatch.context() as patch:
-        patch.setattr(batches, "copy_checksummed", broken)
+        patch.setattr(copies, "copy_checksummed", broken)
         with pytest.raises(RuntimeError, match="of ours"):
             pool.stage(KEYS, OBJECTS)
         with pytest.raises(RuntimeError, match="of ours"):

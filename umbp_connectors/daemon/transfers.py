@@ -12,10 +12,10 @@ from typing import Generic, TypeVar
 from umbp_connectors.daemon import messages
 from umbp_connectors.daemon.link import Link
 from umbp_connectors.daemon.messages import Place
-from umbp_connectors.pool.checksums import copy_checksummed
+from umbp_connectors.pool.copies import copy_in, copy_out
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_connectors.pool.put_batch import PutBatch
-from umbp_connectors.pool.rows import RowViews, Views, copy_rows_in, copy_rows_out, sizes_of
+from umbp_connectors.pool.rows import RowViews, Views, sizes_of
 from umbp_connectors.pool.shares import CopyShares
 
 Answer = TypeVar("Answer")
@@ -141,21 +141,15 @@ class Transfers:
             link.give_back(part.number, deadline)
             return None, [messages.NOT_GRANTED[-1 - place] for place in places]
         checksums = [b""] * len(pages)
-        keys, views, arena = batch.keys, batch.views, link.arena.pages
+        arena = link.arena.pages
 
         def copy(first: int, stop: int) -> None:
             page = pages[first]
-            if page is None or time.monotonic() >= deadline:
-                return
-            if isinstance(views, RowViews) and views.are_small:
-                names = [self._prefix + key for key in keys[first:stop]]
-                there = arena[page : page + len(names), : views.nbytes_each]
-                checksums[first:stop] = copy_rows_in(names, there, views.together(first, stop))
-            else:
-                view = views[first]
-                checksums[first] = copy_checksummed(self._prefix + keys[first], arena[page, : view.nbytes], view)
+            if page is not None and time.monotonic() < deadline:
+                there = arena[page : page + stop - first]
+                checksums[first:stop] = copy_in(self._prefix, batch.keys, batch.views, first, there)
 
-        self._shares.run(views, pages, copy)
+        self._shares.run(batch.views, pages, copy)
         statuses = [_put_status(place, checksum) for place, checksum in zip(places, checksums, strict=True)]
         return Written(part.number, checksums), statuses
 
@@ -195,13 +189,7 @@ class Transfers:
             page = pages[first]
             if page is None or time.monotonic() >= deadline:
                 return
-            names = [self._prefix + key for key in keys[first:stop]]
-            if isinstance(views, RowViews) and views.are_small:
-                there = arena[page : page + len(names), : views.nbytes_each]
-                found = copy_rows_out(names, views.together(first, stop), there)
-            else:
-                view = views[first]
-                found = [copy_checksummed(names[0], view, arena[page, : view.nbytes])]
+            found = copy_out(self._prefix, keys, views, first, arena[page : page + stop - first])
             statuses[first:stop] = [
                 messages.LENT[place.status] if checksum == place.checksum else GetStatus.CORRUPT
                 for place, checksum in zip(places[first:stop], found, strict=True)

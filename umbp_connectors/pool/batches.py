@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 
 from umbp_connectors.pool.arena import Arena
 from umbp_connectors.pool.books import Books, Filled
-from umbp_connectors.pool.checksums import copy_checksummed
+from umbp_connectors.pool.copies import copy_in, copy_out
 from umbp_connectors.pool.demoter import Demoter
 from umbp_connectors.pool.granting import Grant, PageStock
 from umbp_connectors.pool.lending import LentObject, Loan
 from umbp_connectors.pool.loads import LoadBatch, Loader, WantedLoad
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_connectors.pool.put_batch import PutBatch
-from umbp_connectors.pool.rows import RowViews, Views, copy_rows_in, copy_rows_out, sizes_of
+from umbp_connectors.pool.rows import Views, sizes_of
 from umbp_connectors.pool.shares import CopyShares
 from umbp_connectors.pool.staged import StagedPut
 from umbp_connectors.pool.stripes import Stripes
@@ -221,23 +221,13 @@ class BatchMover:
         def copy(first: int, stop: int) -> None:
             page = pages[first]
             if page is not None and not _is_over(batch.deadline):
-                self._copy_in(batch, first, stop, page, written)
+                keys, there = batch.keys[first:stop], self._pages[page : page + stop - first]
+                found = copy_in(self._prefix, batch.keys, batch.views, first, there)
+                written.update(zip(keys, found, strict=True))
                 statuses[first:stop] = [PutStatus.STORED] * (stop - first)
 
         self._shares.run(batch.views, pages, copy)
         return statuses
-
-    def _copy_in(self, batch: PutBatch, first: int, stop: int, page: int, written: dict[bytes, bytes]) -> None:
-        """Copy the objects from ``first`` on to the pages from ``page`` on."""
-        views, count = batch.views, stop - first
-        if isinstance(views, RowViews) and views.are_small:
-            keys = batch.keys[first:stop]
-            pages = self._pages[page : page + count, : views.nbytes_each]
-            names = [self._prefix + key for key in keys]
-            written.update(zip(keys, copy_rows_in(names, pages, views.together(first, stop)), strict=True))
-        else:
-            view, key = views[first], batch.keys[first]
-            written[key] = copy_checksummed(self._prefix + key, self._pages[page, : view.nbytes], view)
 
     def _settle(self, owner: str, written: Mapping[bytes, bytes]) -> bool:
         """Publish what was ``written``, give the rest back, and have it demoted; whether it is published."""
@@ -314,36 +304,25 @@ class BatchMover:
         return statuses
 
     def _deliver(self, batch: GetBatch, first: int, copies: Sequence[Copy | None]) -> list[GetStatus]:
-        """Deliver the objects from ``first`` on, whose ``copies`` lie side by side in DRAM.
-
-        What is not what it was, again and alone.
-        """
+        """Deliver the objects from ``first`` on, whose ``copies`` lie side by side in DRAM."""
         if _is_over(batch.deadline):
             return [GetStatus.TIMED_OUT] * len(copies)
         there = [copy for copy in copies if copy is not None]
-        count, views = len(there), batch.views
-        if not isinstance(views, RowViews) or not views.are_small:
-            return [self._get_one(batch, first + index, copy) for index, copy in enumerate(there)]
         page = there[0].pages[0]
-        pages = self._pages[page : page + count, : views.nbytes_each]
-        names = [self._prefix + key for key in batch.keys[first : first + count]]
-        found = copy_rows_out(names, views.together(first, first + count), pages)
+        found = copy_out(self._prefix, batch.keys, batch.views, first, self._pages[page : page + len(there)])
         return [
-            GetStatus.DRAM if checksum == copy.checksum else self._get_one(batch, first + index, copy)
+            GetStatus.DRAM if checksum == copy.checksum else self._get_instead(batch, first + index, copy)
             for index, (checksum, copy) in enumerate(zip(found, there, strict=True))
         ]
 
-    def _get_one(self, batch: GetBatch, index: int, copy: Copy) -> GetStatus:
-        """Deliver from DRAM, or from SSD when the bytes there are not what they were."""
-        key, view = batch.keys[index], batch.views[index]
-        page = self._pages[copy.pages[0], : copy.nbytes]
-        if copy_checksummed(self._prefix + key, view, page) == copy.checksum:
-            return GetStatus.DRAM
-        self._books.drop(key, Tier.DRAM, copy)
+    def _get_instead(self, batch: GetBatch, index: int, bad: Copy) -> GetStatus:
+        """Forget the ``bad`` copy in DRAM, and deliver the object from SSD if it is there."""
+        key = batch.keys[index]
+        self._books.drop(key, Tier.DRAM, bad)
         (second,) = self._books.pin(batch.owner, [key])
         if second is None or second.tier is not Tier.SSD:
             return GetStatus.CORRUPT
-        began = self._load(batch, [WantedLoad(index, key, second, view)])
+        began = self._load(batch, [WantedLoad(index, key, second, batch.views[index])])
         return GetStatus.CORRUPT if began is GetStatus.MISS else began
 
     @staticmethod

@@ -23,8 +23,8 @@ from typing import Any
 from tests.connectors.daemon.engine import Engine, soon, wanted
 from tests.connectors.daemon.kit import SIZE, client_of, get, key_of, object_of, put
 from tests.connectors.waiting import until
-from umbp_connectors.daemon import transfers
 from umbp_connectors.daemon.pages import RankArena
+from umbp_connectors.pool import copies
 from umbp_connectors.pool.checksums import copy_checksummed
 
 PROGRAM = "from umbp_connectors.cli import main; main()"
@@ -159,7 +159,7 @@ def main() -> None:
                 told = True
                 _say_ready()
     put(pool, range(4))
-    transfers.copy_checksummed = _stop_half_way  # type: ignore[attr-defined]
+    copies.copy_checksummed = _stop_half_way  # type: ignore[attr-defined]
     if role == "write":
         pool.put([key_of(number) for number in range(10, 14)], [object_of(number) for number in range(10, 14)])
     else:

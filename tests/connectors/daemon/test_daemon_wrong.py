@@ -19,7 +19,7 @@ from tests.connectors.daemon.impostor import Impostor
 from tests.connectors.daemon.kit import IDENTITY, PAGES, SIZE, client_of, get, key_of, object_of, put
 from tests.connectors.talking import talk
 from tests.connectors.waiting import until
-from umbp_connectors.daemon import holdings, messages, transfers
+from umbp_connectors.daemon import holdings, messages
 from umbp_connectors.daemon.client import DaemonPool
 from umbp_connectors.daemon.link import Link, attach
 from umbp_connectors.daemon.messages import (
@@ -36,6 +36,7 @@ from umbp_connectors.daemon.messages import (
     Reserve,
     Return,
 )
+from umbp_connectors.pool import copies
 from umbp_connectors.pool.checksums import object_checksum
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_core.errors import ConfigError, TierUnavailable
@@ -300,15 +301,15 @@ def test_what_is_copied_after_the_lease_does_not_count(
     start(lease_s=0.05)
     pool = connect()
     put(pool, [1])
-    copy = transfers.copy_checksummed
+    copy = copies.copy_checksummed
 
     def slow(*arguments: object) -> bytes:
         threading.Event().wait(0.1)
         return copy(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(transfers, "copy_checksummed", slow)
+    monkeypatch.setattr(copies, "copy_checksummed", slow)
     assert get(pool, [1]) == [GetStatus.TIMED_OUT]
-    monkeypatch.setattr(transfers, "copy_checksummed", copy)
+    monkeypatch.setattr(copies, "copy_checksummed", copy)
     until(lambda: get(pool, [1]) == [GetStatus.DRAM])
 
 

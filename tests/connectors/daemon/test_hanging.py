@@ -16,11 +16,12 @@ from tests.connectors.daemon.kit import IDENTITY, PAGES, SIZE, client_of, get, k
 from tests.connectors.daemon.processes import Process, Stopped, client
 from tests.connectors.daemon.told import Told
 from tests.connectors.waiting import eventually, until
-from umbp_connectors.daemon import follower, transfers
+from umbp_connectors.daemon import follower
 from umbp_connectors.daemon.client import DaemonPool
 from umbp_connectors.daemon.follower import PoolFollower
 from umbp_connectors.daemon.pages import PageClient
 from umbp_connectors.daemon.watches import QUIET_S
+from umbp_connectors.pool import copies
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_core.errors import TierUnavailable, UmbpError
 from umbp_core.tiers import Tier
@@ -102,7 +103,7 @@ def test_what_was_lent_before_is_read_to_its_end(
 ) -> None:
     pool = connect()
     put(pool, range(4))
-    copy, stopped, copied = transfers.copy_checksummed, contextlib.ExitStack(), threading.Lock()
+    copy, stopped, copied = copies.copy_checksummed, contextlib.ExitStack(), threading.Lock()
 
     def stop_first(*arguments: Any) -> bytes:
         if copied.acquire(blocking=False):
@@ -110,7 +111,7 @@ def test_what_was_lent_before_is_read_to_its_end(
         return copy(*arguments)
 
     with stopped:
-        monkeypatch.setattr(transfers, "copy_checksummed", stop_first)
+        monkeypatch.setattr(copies, "copy_checksummed", stop_first)
         assert get(pool, range(4)) == [GetStatus.DRAM] * 4
         assert copied.locked()
     until(lambda: held(pool) == 0)
@@ -122,7 +123,7 @@ def test_what_is_copied_after_its_lease_does_not_count(
     """The daemon hangs for longer than the lease, goes on, and gives the memory to somebody else in the meantime."""
     pool, other = connect(copy_threads=1), connect()
     put(pool, range(4))
-    copy, reader = transfers.copy_checksummed, threading.get_ident()
+    copy, reader = copies.copy_checksummed, threading.get_ident()
     done = threading.Event()
 
     def hang_first(*arguments: Any) -> bytes:
@@ -141,7 +142,7 @@ def test_what_is_copied_after_its_lease_does_not_count(
             put(other, range(first, first + 8))
         assert other.exists([key_of(n) for n in range(4)]) == [False] * 4
 
-    monkeypatch.setattr(transfers, "copy_checksummed", hang_first)
+    monkeypatch.setattr(copies, "copy_checksummed", hang_first)
     assert not any(status.hit for status in get(pool, range(4)))
     until(lambda: serves(pool, range(4)))  # within a lease
 

@@ -15,7 +15,7 @@ from tests.connectors.deadlines.kit import COLD, SHORT, SIZE, WARM, buffers_for,
 from tests.connectors.disk import Disk
 from tests.connectors.gate import Gate
 from tests.connectors.waiting import until
-from umbp_connectors.pool import batches, loads, local
+from umbp_connectors.pool import batches, copies, loads, local
 from umbp_connectors.pool.catalogue import Catalogue
 from umbp_connectors.pool.checksums import copy_checksummed
 from umbp_connectors.pool.local import GetStatus, LocalPool, LocalPoolConfig, PutStatus
@@ -287,7 +287,7 @@ def test_the_time_is_looked_at_before_each_object(
 
     for module in (local, batches):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=now))
-    monkeypatch.setattr(batches, "copy_checksummed", slow)
+    monkeypatch.setattr(copies, "copy_checksummed", slow)
     assert pool.get(WARM, buffers_for(WARM), timeout=1.0) == [GetStatus.DRAM, GetStatus.TIMED_OUT]
     statuses = pool.put([b"a", b"b", b"c"], [b"data"] * 3, timeout=1.0)
     assert statuses == [PutStatus.STORED, PutStatus.TIMED_OUT, PutStatus.TIMED_OUT]
