@@ -39,8 +39,8 @@ TARGET_EXISTS_US = 400.0
 ROUND_BYTES = 2 << 30
 BUFFERS, ROWS = "buffers", "rows"
 GIVEN = (BUFFERS, ROWS)
-MANY = 4 * BATCH
 """A list of arrays, or neighbouring rows of one array, as SGLang's storage gives the pages of its host pool."""
+MANY = 4 * BATCH
 IDENTITY = Identity("benchmark", bytes(32), RankScope())
 PROGRAM = "from umbp_connectors.cli import main; main()"
 

@@ -55,8 +55,14 @@ class Partings:
         """Begin with what leaves from now on."""
         watch = self._watching.enter_context(self._watches.watching())
         watch.take(0.0)  # what there is by now
-        self._thread = threading.Thread(target=self._follow, args=(watch,), name="umbp-partings", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._follow, args=(watch,), name="umbp-partings", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            self._watching.close()
+            logger.warning("umbp: what leaves a pool stays with those of the other ranks: %s", error)
+        else:
+            self._thread = thread
 
     def join(self) -> None:
         """Wait for the thread, which ends when ``watches`` has ended; does nothing when it was not started."""
@@ -70,9 +76,9 @@ class Partings:
             try:
                 self._part(watch.take(QUIET_S) or ())
             except UmbpError:  # a pool was closed
-                logger.debug("what left a pool stays with its companions", exc_info=True)
+                logger.debug("what left a pool stays with those of the other ranks", exc_info=True)
             except Exception:  # thread top: a plug-in's policy may raise anything, the pools go on
-                logger.exception("what leaves this pool stays with its companions from now on")
+                logger.exception("umbp: what leaves a pool stays with those of the other ranks from now on")
                 return
             watch.rest(GATHER_S)
 

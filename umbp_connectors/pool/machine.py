@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 _MPOL_PREFERRED = 1
+MADV_WIPEONFORK = 18
+"""A child of ``fork`` finds zeros in such memory, and nothing is copied on its behalf (since Linux 4.14)."""
 _MADV_POPULATE_WRITE = 23
 _MBIND_NUMBERS = {"x86_64": 237, "aarch64": 235, "ppc64le": 259, "s390x": 268, "riscv64": 235}
 _UNLIMITED = 1 << 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -138,10 +139,29 @@ def test_a_companion_that_fails_costs_nobody_a_hit(
         assert put(first, [0]) == [PutStatus.STORED]
         first.clear()
         until(lambda: not errors)
-        until(lambda: "stays with its companions" in caplog.text)
+        until(lambda: "stays with those of the other ranks" in caplog.text)
     assert there(second, range(3)) == [0, 1, 2]
     assert put(first, [0, 5]) == [PutStatus.STORED] * 2
     assert get(first, [0, 5]) == [GetStatus.DRAM] * 2
+    daemon.close()
+
+
+def test_without_a_thread_the_pools_work_each_by_itself(
+    start: Start, connect: Connect, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begin = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "umbp-partings":
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    daemon = start(dram_capacity=30 * SIZE)
+    for pool in ranks(connect):
+        assert put(pool, range(3)) == [PutStatus.STORED] * 3
+        assert get(pool, range(3)) == [GetStatus.DRAM] * 3
+    assert caplog.text.count("can't start new thread") == 2
     daemon.close()
 
 
