@@ -27,6 +27,10 @@ _PART_OBJECTS = 32
 """Objects per loan or grant, at least, where more than one is needed: to ask for fewer costs as much."""
 _PART_OF_ROWS_BYTES = 8 << 20
 """The same of objects that several threads copy together: that takes less time than to ask for them, if it is less."""
+_SMALL_START = 8
+"""A put that is one grant begins with this part of it.  Several are under way at once as it is."""
+_LEAST_START = 8
+"""Objects, at least: for fewer it costs as much to ask as to wait."""
 _AHEAD = 2
 """Loans or grants that are asked for at a time: for the part that is copied next, and for the one after it."""
 
@@ -125,7 +129,8 @@ class Transfers:
             part = batch.part(first, stop)
             return link.ask_pages(part.keys, sizes_of(part.views), [max(0, depth) for depth in part.depths], deadline)
 
-        answered = _Answered(ask, link.granted, link.give_back, _parts(link, batch.views, start), deadline)
+        parts = _with_a_small_start(_parts(link, batch.views, start))
+        answered = _Answered(ask, link.granted, link.give_back, parts, deadline)
         for part, places in answered:
             if places:
                 yield self._write_part(link, batch.part(part.start, part.start + len(places)), part, places, deadline)
@@ -258,6 +263,13 @@ def _parts(link: Link, views: Views, start: int) -> list[tuple[int, int]]:
         least = max(least, _PART_OF_ROWS_BYTES // max(1, views.nbytes_each))
     parts = max(-(-count // most), min(_AHEAD, count // least), 1)
     return list(pairwise(start + count * number // parts for number in range(parts + 1)))
+
+
+def _with_a_small_start(parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """``parts``; a large one that is alone is two: a few pages are soon had, and filled while others are evicted."""
+    (start, stop), *others = parts
+    few = (stop - start) // _SMALL_START
+    return parts if others or few < _LEAST_START else [(start, start + few), (start + few, stop)]
 
 
 def _published(link: Link, number: int | None, found: list[PutStatus], deadline: float) -> list[PutStatus]:

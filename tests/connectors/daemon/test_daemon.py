@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tests.connectors.daemon.kit import IDENTITY, PAGES, SIZE, client_of, get, k
 from tests.connectors.waiting import until
 from umbp_connectors.config_model import UmbpConfig
 from umbp_connectors.daemon.client import DaemonClientConfig, DaemonPool
+from umbp_connectors.daemon.link import Link
 from umbp_connectors.daemon.settings import socket_path
 from umbp_connectors.pool.outcomes import GetStatus, PutStatus
 from umbp_connectors.pool.rows import ObjectRows
@@ -319,3 +321,30 @@ def test_what_nobody_copied_is_neither_stored_nor_a_hit(
     monkeypatch.setattr(CopyShares, "run", lambda *arguments: None)
     found = pool.get([key_of(number) for number in range(8)], [bytearray(SIZE) for _ in range(8)])
     assert found == [GetStatus.TIMED_OUT] * 8
+
+
+@pytest.mark.parametrize(("count", "grants"), [(16, [16]), (63, [63]), (64, [8, 56]), (150, [50] * 3)])
+@pytest.mark.parametrize("full", [False, True])
+def test_a_large_put_begins_with_a_few_pages(
+    start: Start, connect: Connect, monkeypatch: pytest.MonkeyPatch, count: int, grants: list[int], full: bool
+) -> None:
+    start(dram_capacity=512 * SIZE)
+    pool = connect(pages=512)
+    if full:
+        for first in range(1000, 1600, 100):
+            assert put(pool, range(first, first + 100)) == [PutStatus.STORED] * 100
+    asked: list[int] = []
+    ask_pages = Link.ask_pages
+
+    def ask(link: Link, keys: Sequence[bytes], *others: Any) -> int:
+        asked.append(len(keys))
+        return ask_pages(link, keys, *others)
+
+    monkeypatch.setattr(Link, "ask_pages", ask)
+    rows = np.random.default_rng(count).integers(0, 256, (count, SIZE), dtype=np.uint8)
+    keys = [key_of(number) for number in range(count)]
+    assert pool.put(keys, ObjectRows(rows, range(count))) == [PutStatus.STORED] * count
+    assert asked == grants
+    found = np.zeros_like(rows)
+    assert pool.get(keys, ObjectRows(found, range(count))) == [GetStatus.DRAM] * count
+    assert np.array_equal(found, rows)
