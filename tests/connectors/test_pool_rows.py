@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -166,6 +167,14 @@ def test_small_buffers_that_lie_side_by_side_count_as_rows(name: str) -> None:
     assert len(views) == len(buffers)
     whole = [np.asarray(view).tobytes() for view in views]
     assert whole == [buffer.tobytes() for buffer in buffers]
+
+
+def test_small_buffers_that_are_far_apart_are_found_out_at_once() -> None:
+    """What lies between them does not count: a list of all its addresses would have no room in memory."""
+    whole = np.frombuffer(mmap.mmap(-1, 4 << 30), np.uint8)
+    views = views_of([whole[:1], whole[-1:]])
+    assert isinstance(views, list)
+    assert [view.nbytes for view in views] == [1, 1]
 
 
 def test_small_buffers_in_steps_are_refused() -> None:

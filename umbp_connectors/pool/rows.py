@@ -145,8 +145,8 @@ def _side_by_side(buffers: Sequence[ScatteredSource]) -> RowViews | None:
             return None
         if buffer.shape != shape or buffer.dtype is not dtype:
             return None
-    addresses = _addresses(buffers)
-    if not addresses or addresses != list(range(addresses[0], addresses[-1] + 1, first.nbytes)):
+    addresses, nbytes = _addresses(buffers), first.nbytes
+    if not addresses or addresses != [addresses[0] + nbytes * number for number in range(len(buffers))]:
         return None
     whole = as_strided(first, (len(buffers), first.nbytes), (first.nbytes, 1))
     return RowViews(ObjectRows(whole, range(len(buffers))))
